@@ -1,0 +1,84 @@
+"""What a session changes in the driver's process, and takes back at its end."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray._private import ray_constants
+from ray._private import worker as ray_driver
+from ray._raylet import AuthenticationTokenLoader, Config
+
+_logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str], removed: tuple[str, ...] = ()) -> Iterator[None]:
+    """Set and remove environment variables for a while. Ray caches its settings and its token: both are read anew."""
+    names = (*values, *removed, "PYTHONBREAKPOINT")  # Ray sets the last one and leaves it
+    before = {name: os.environ.get(name) for name in names}
+    for name in removed:
+        os.environ.pop(name, None)
+    os.environ.update(values)
+    _reread_ray_settings()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _reread_ray_settings()
+
+
+def _reread_ray_settings() -> None:
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """Keep the node's address at 127.0.0.1, in this process and in those it starts.
+
+    Ray replaces a loopback address by the machine's own unless this switch is off. It is named for other systems but
+    works on all, and this process has read its environment already.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def ray_messages_logged() -> Iterator[None]:
+    """Ray prints the cluster's messages ("A worker died ...") into the driver's standard output: log them instead."""
+
+    def log_message(data: dict[str, Any], ignore_prefix: bool) -> None:
+        _logger.info("%s: %s", data.get("pid"), " ".join(data["lines"]))
+
+    before = ray_driver.print_to_stdstream
+    ray_driver.print_to_stdstream = log_message
+    try:
+        yield
+    finally:
+        ray_driver.print_to_stdstream = before
+
+
+@contextlib.contextmanager
+def previous_sigterm_handler_restored() -> Iterator[None]:
+    """`ray.init` puts in a SIGTERM handler that raises SystemExit, which closes the session; it is only wanted inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,115 @@
+"""What runs inside a worker's process: a plain worker object, and a second thread that answers how far it is.
+
+| thread (concurrency group) | methods | for |
+|---|---|---|
+| default: always one and the same thread | `locate`, `load`, `run` | everything of the worker: its constructor and its units |
+| `pulse` | `pulse`, `stack` | the driver, while the other thread is busy |
+
+`pulse` answering proves that the process lives; only a changed count proves that the work goes on.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+
+
+class Worker(Protocol):
+    """The protocol of a worker class: plain Python, no Ray."""
+
+    def __init__(self, settings: Any) -> None:
+        """Load what all units need, once per process."""
+
+    def run(self, unit: Any, progress: Callable[[int, int], None], /) -> Any:
+        """Do one unit (`Unit.payload`) and return a small picklable result.
+
+        Call `progress(done, total)` at every step: silence for longer than the pool's limit counts as death.
+        """
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an actor's process is."""
+
+    node_id: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How far an actor is. `count` changes whenever the worker calls `progress`."""
+
+    serial: int
+    count: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call into the worker's own code ended."""
+
+    result: Any
+    """What the worker returned; None after an error."""
+    error: str | None
+    """The traceback, when the worker raised."""
+    retryable: bool
+    """False after a ValueError: the same input gives the same error."""
+    seconds: float
+    pulse: Pulse
+
+
+class UnitActor:
+    """Holds one worker. The driver applies `ray.remote` and calls it; every answer is one of the classes above."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+        self._pulse = Pulse(serial=-1, count=0, done=0, total=0)
+        self._work_thread = threading.get_ident()
+
+    def locate(self) -> Location:
+        """Say where this process is; the first call, so its answer also says that the actor has a place."""
+        return Location(node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
+
+    def load(self, worker_class: type[Worker], settings: Any) -> Outcome:
+        """Construct the worker."""
+
+        def construct() -> None:
+            self._worker = worker_class(settings)
+
+        return self._call(-1, construct)
+
+    def run(self, serial: int, payload: Any) -> Outcome:
+        """Do one unit. `serial` tells its pulses from those of the unit before."""
+        return self._call(serial, lambda: self._worker.run(payload, self._report))
+
+    @ray.method(concurrency_group="pulse")
+    def pulse(self) -> Pulse:
+        """How far the work is."""
+        return self._pulse
+
+    @ray.method(concurrency_group="pulse")
+    def stack(self) -> str:
+        """What the work thread is doing now."""
+        frame = sys._current_frames().get(self._work_thread)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+    def _report(self, done: int, total: int) -> None:
+        self._pulse = Pulse(self._pulse.serial, self._pulse.count + 1, done, total)
+
+    def _call(self, serial: int, function: Callable[[], Any]) -> Outcome:
+        self._work_thread = threading.get_ident()
+        self._pulse = Pulse(serial=serial, count=0, done=0, total=0)
+        result, error, retryable = None, None, True
+        start = time.perf_counter()
+        try:
+            result = function()
+        except Exception as exception:  # noqa: BLE001 - each belongs to the unit and is reported with its traceback
+            error, retryable = traceback.format_exc(), not isinstance(exception, ValueError)
+        return Outcome(result, error, retryable, time.perf_counter() - start, self._pulse)

@@ -1,0 +1,59 @@
+"""What goes into a pool and what comes back: units, events, errors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work."""
+
+    name: str
+    """Unique among the units of a call."""
+    payload: Any
+    """What the worker's `run` gets: small and picklable, such as a frozen dataclass; tensors go through files."""
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """Why a unit was set aside."""
+
+    attempts: int
+    error: str
+    """The last attempt's traceback, or how its process ended."""
+
+
+class UnitsFailed(RuntimeError):
+    """Some units were set aside; all others are finished."""
+
+    def __init__(self, failures: dict[str, UnitFailure], results: dict[str, Any]) -> None:
+        self.failures = failures
+        """By unit name."""
+        self.results = results
+        """Of the units that succeeded, by name."""
+        shown = list(failures.items())[:3]
+        parts = [f"{len(failures)} of {len(failures) + len(results)} units failed: {', '.join(failures)}"]
+        parts += [f"--- {name}, attempt {failure.attempts}:\n{failure.error.rstrip()}" for name, failure in shown]
+        if len(failures) > len(shown):
+            parts.append(f"--- and {len(failures) - len(shown)} more")
+        super().__init__("\n".join(parts))
+
+
+class WorkersFailed(RuntimeError):
+    """No worker could be started; the units left over were not tried."""
+
+
+class PoolEvents:
+    """What a pool tells while it works, in the driver's thread. Override what you need; an exception stops the pool."""
+
+    def started(self, name: str, worker: str) -> None:
+        """A worker, such as `worker-0`, has got the unit `name`."""
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """The worker has called `progress(done, total)`; only the last call of an interval is seen."""
+
+    def finished(self, name: str, result: Any, seconds: float, attempt: int) -> None:
+        """The unit is done after `seconds` in the worker's `run`."""
+
+    def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
+        """An attempt has failed; `error` is a traceback or says how the process ended."""

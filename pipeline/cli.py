@@ -1,0 +1,136 @@
+"""Commands. Heavy imports are inside them, so that `--help` and a wrong argument answer at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Calibrates, quantizes and measures video diffusion transformers.",
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run directory.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the configuration; repeatable."),
+]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Take a changed configuration; redo only what depends on the change.")
+    ] = False,
+) -> None:
+    """Do everything of the run that is not done yet; also how a run is resumed."""
+    console = Console()
+    with _errors(console, resumable=True):
+        from pipeline.config.loading import load_config
+        from pipeline.plan import plan_config
+        from pipeline.report.page import write_report
+        from pipeline.runner import open_run, run_stages
+
+        planned = plan_config(load_config(config, overrides or ()))
+        planned.require_feasible()
+        opened = open_run(planned.context, update=update)
+        summary = run_stages(opened, console)
+        report = write_report(opened)
+        done, kept = sum(summary.done.values()), sum(summary.kept.values())
+        console.print(f"{done} units done now, {kept} were done before")
+        console.print(f"checkpoint: {opened.directory.checkpoint()}", soft_wrap=True, highlight=False)
+        console.print(f"report:     {report}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    shapes_only: Annotated[
+        bool,
+        typer.Option(
+            "--shapes-only", help="Plan for another machine: the model's config files are enough, no weights are read."
+        ),
+    ] = False,
+) -> None:
+    """Say beforehand what a run needs, and every reason why it would fail. Needs no GPU."""
+    console = Console()
+    with _errors(console):
+        from pipeline.config.loading import load_config
+        from pipeline.plan import plan_config
+
+        planned = plan_config(load_config(config, overrides or ()), shapes_only=shapes_only)
+        planned.show(console)
+        if planned.problems:
+            raise typer.Exit(1)
+
+
+@app.command()
+def status(run_directory: RunArgument) -> None:
+    """What of a run is done, whether it is running, and what failed."""
+    console = Console()
+    with _errors(console):
+        from pipeline.status import show_status
+
+        show_status(run_directory, console)
+
+
+@app.command()
+def report(run_directory: RunArgument) -> None:
+    """Write the report of a run anew, from what is there."""
+    console = Console()
+    with _errors(console):
+        from pipeline.report.page import write_report_of
+
+        console.print(f"report: {write_report_of(run_directory)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Pipeline folder of a quantized checkpoint.")],
+) -> None:
+    """Check a checkpoint: names, shapes, bits, bytes, checksums, and that every layer said to be quantized is."""
+    console = Console()
+    with _errors(console):
+        from pipeline.verification import show_verification
+
+        if not show_verification(checkpoint, console):
+            raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _errors(console: Console, *, resumable: bool = False) -> Iterator[None]:
+    """Mistakes of the user and failed units end in a message and exit code 1; bugs keep their traceback."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    again = "\nWhat is done is kept: the same command goes on from here." if resumable else ""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"stopped.{again}", highlight=False)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except RuntimeError as error:
+        if type(error).__name__ not in ("UnitsFailed", "WorkersFailed"):
+            raise
+        console.print(f"[bold red]error:[/] {_escaped(str(error))}{again}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,226 @@
+"""A run's configuration: one YAML file, checked as a whole before any work. Imports no torch.
+
+`RunConfig` in full, with all defaults, is what `config.json` of a run holds. `run`, `workers` and `cluster` say where and with
+how much a run is done; everything else says what comes out, and belongs to the fingerprints of the units that it decides.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.config.method import MethodConfig
+
+WeightBits = Annotated[int, Field(ge=2, le=8)]
+
+
+def _activation_bits(value: int) -> int:
+    if not (4 <= value <= 8 or value == 16):
+        raise ValueError(f"activation bits are {value}; 4 to 8, or 16 for activations that stay as they are")
+    return value
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BitsOf(Section):
+    """Bits of one kind of layer."""
+
+    weight: WeightBits | Literal[16] = 4
+    """2-8, or 16 to leave the layer as it is."""
+    activation: int = 16
+    """4-8, or 16."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BitsOf:
+        _activation_bits(self.activation)
+        return self
+
+
+class BitsException(BitsOf):
+    """Bits of the layers whose full name matches a pattern; the last matching exception counts."""
+
+    pattern: str
+    """Shell pattern, e.g. `transformer_blocks.0.*`. One that matches no layer is an error."""
+
+
+class BitsConfig(Section):
+    """Bits of all layers."""
+
+    weight: WeightBits = 4
+    """Of the linears inside the blocks."""
+    activation: int = 6
+    """Of the linears inside the blocks that read tokens. 6 bits run in INT8 containers."""
+    modulation: BitsOf = BitsOf(weight=4, activation=16)
+    """AdaLN layers: one row a forward, so quantized activations would save nothing."""
+    refiner: BitsOf = BitsOf(weight=6, activation=16)
+    """Text refiner blocks, rounded to nearest."""
+    embedder: BitsOf = BitsOf(weight=8, activation=16)
+    """Linears of time, guidance and text embedders and of the last AdaLN, rounded to nearest."""
+    exceptions: tuple[BitsException, ...] = ()
+    """Applied in order after the above."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BitsConfig:
+        _activation_bits(self.activation)
+        return self
+
+    @property
+    def label(self) -> str:
+        """Such as `W4A6`."""
+        return f"W{self.weight}A{self.activation}"
+
+
+class GenerationConfig(Section):
+    """Arguments of the diffusers pipeline's call."""
+
+    height: int = Field(default=720, ge=16)
+    """Pixels; divisible by 16."""
+    width: int = Field(default=1280, ge=16)
+    """Pixels; divisible by 16."""
+    num_frames: int = Field(default=61, ge=1)
+    """`4 k + 1`, as the VAE compresses time four times."""
+    num_inference_steps: int = Field(default=50, ge=2)
+    """Denoising steps: the candidates of one prompt."""
+    guidance_scale: float = 6.0
+    """Embedded guidance."""
+    max_sequence_length: int = Field(default=256, ge=1)
+    """Text tokens; padding costs time and changes nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerationConfig:
+        for name, multiple in (("height", 16), ("width", 16)):
+            if (value := getattr(self, name)) % multiple:
+                raise ValueError(f"generation.{name} is {value}; it must be divisible by {multiple}")
+        if self.num_frames % 4 != 1:
+            raise ValueError(f"generation.num_frames is {self.num_frames}; it must be 4 k + 1, such as 29 or 61")
+        return self
+
+
+class PromptsConfig(Section):
+    """UTF-8 files with one prompt a line; empty lines are skipped."""
+
+    calibration: Path
+    """Prompts whose trajectories are generated."""
+    num_calibration: int = Field(default=10, ge=1)
+    """How many of them, from the top (S²Q-VDiT: 10)."""
+    held_out: Path
+    """Prompts of the evaluation; none may be a calibration prompt."""
+    num_held_out: int = Field(default=16, ge=1)
+    """How many of them, from the top."""
+
+
+class SelectionConfig(Section):
+    """Salient data selection (S²Q-VDiT §3.2) and what it is compared with."""
+
+    strategy: Literal["salience", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"] = "salience"
+    """`salience` keeps the highest product scores; the others ignore the scores."""
+    quantization_feature: Literal["latent", "block_input", "weight_error"] = "latent"
+    """Which `C_quant`; all three are computed and stored in any case."""
+    num_samples: int = Field(default=40, ge=1)
+    """Samples kept (S²Q-VDiT: 40)."""
+    weight_error_tokens: int = Field(default=256, ge=1)
+    """Tokens per layer from which `weight_error` is estimated."""
+
+
+class DistillationConfig(Section):
+    """How the block list is cut, and what happens to a block that diverges."""
+
+    segment_length: int | Literal["all"] = 4
+    """Consecutive blocks per worker: 1 is fully parallel, `all` sequential."""
+    on_failure: Literal["error", "gptq"] = "error"
+    """`gptq` rounds a block whose loss becomes NaN without learning, and reports it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillationConfig:
+        if self.segment_length != "all" and self.segment_length < 1:
+            raise ValueError(f"distillation.segment_length is {self.segment_length}; 1 or more, or all")
+        return self
+
+
+class AssemblyConfig(Section):
+    """The checkpoint."""
+
+    max_shard_bytes: int = Field(default=5 * 10**9, ge=1024)
+    """Largest safetensors file of `transformer/`."""
+
+
+class EvaluationConfig(Section):
+    """Comparison on held-out prompts, same seeds."""
+
+    recognizer: Path | None = None
+    """Folder of the digit recognizer; only models that draw digits have a recognition rate."""
+
+
+class NumericsConfig(Section):
+    """What decides a result's bytes besides its inputs."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the model: `auto` is bfloat16 on GPUs, float32 on CPUs."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one worker. The number of workers changes no byte, this may."""
+
+
+class WorkersConfig(Section):
+    """How much runs at once."""
+
+    num_workers: int | Literal["auto"] = "auto"
+    """Workers per stage; `auto`: one per GPU, or one per `numerics.threads` CPU cores."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of one worker; 0 runs on the CPU, 1 is usual on a GPU machine."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Tries of a unit whose worker dies, before it is set aside."""
+    stall_timeout_s: float = Field(default=900.0, gt=0)
+    """Silence of a worker that counts as death."""
+
+
+class ClusterConfig(Section):
+    """Where Ray is."""
+
+    address: str | None = None
+    """`auto` or `host:port` of a running cluster; null starts a local one."""
+
+
+class RunConfig(Section):
+    """One run."""
+
+    run: Path
+    """The run directory: everything is kept there, and running again resumes there."""
+    model: Path
+    """Local diffusers pipeline folder of the 16-bit model."""
+    seed: int = Field(default=0, ge=0)
+    """Every unit's seed comes from this, the stage and the unit."""
+    generation: GenerationConfig = GenerationConfig()
+    prompts: PromptsConfig
+    selection: SelectionConfig = SelectionConfig()
+    method: MethodConfig = MethodConfig()
+    compare: tuple[MethodConfig, ...] = ()
+    """More methods, calibrated on the same samples and evaluated on the same prompts beside `method`."""
+    bits: BitsConfig = BitsConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    assembly: AssemblyConfig = AssemblyConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    numerics: NumericsConfig = NumericsConfig()
+    workers: WorkersConfig = WorkersConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"method and compare have the names {names}: each must be there once (set `name`)")
+        return self
+
+    @property
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The method, then those it is compared with."""
+        return (self.method, *self.compare)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results, as JSON values: all but where and with how many workers."""
+        return self.model_dump(mode="json", exclude={"run", "workers", "cluster"})

@@ -1,0 +1,175 @@
+"""What all stages of a run know: configuration, model, prompts, methods; resolved and checked before any work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.config.loading import ConfigError, read_prompts
+from pipeline.config.method import MethodConfig
+from pipeline.config.schema import RunConfig
+from pipeline.layer_bits import group_conflicts, layer_kinds, resolve_bits
+from reelquant.calibration.recipe import Recipe
+from storage.atomic_files import sha256_file
+from storage.manifest import Manifest
+from storage.run_directory import RunDirectory
+from workers.messages import Generation, MethodPlan, Numerics, PromptUnit, RunSource
+from workers.model_source import family_of_model, linear_shapes, model_problems, transformer_config
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The source model, as far as the driver needs it."""
+
+    folder: Path
+    family: ModuleType
+    config: Mapping[str, Any]
+    linears: Mapping[str, tuple[int, int]]
+    """`(outputs, inputs)` by full layer name."""
+    kinds: Mapping[str, str]
+    """`block`, `modulation`, `refiner` or `embedder`, by full layer name."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks in model order."""
+        names: tuple[str, ...] = self.family.block_names(self.config)
+        return names
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A checked run."""
+
+    config: RunConfig
+    model: ModelFacts
+    calibration_prompts: tuple[PromptUnit, ...]
+    held_out_prompts: tuple[PromptUnit, ...]
+    methods: tuple[MethodPlan, ...]
+    model_fingerprint: str
+
+    @property
+    def source(self) -> RunSource:
+        """For the workers."""
+        config = self.config
+        return RunSource(
+            config.run.resolve(),
+            config.model.resolve(),
+            config.seed,
+            Numerics(config.numerics.dtype, config.numerics.threads),
+        )
+
+    @property
+    def generation(self) -> Generation:
+        """For the workers."""
+        return Generation(**self.config.generation.model_dump())
+
+    @property
+    def segments(self) -> tuple[tuple[str, ...], ...]:
+        """The block list, cut."""
+        blocks, length = self.model.blocks, self.config.distillation.segment_length
+        step = len(blocks) if length == "all" else length
+        return tuple(blocks[i : i + step] for i in range(0, len(blocks), step))
+
+    def base_fingerprint(self) -> dict[str, Any]:
+        """What every unit that runs the model depends on."""
+        return {"model": self.model_fingerprint, "seed": self.config.seed, "numerics": asdict(self.source.numerics)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked run and its directory."""
+
+    context: RunContext
+    directory: RunDirectory
+    manifest: Manifest
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """Reads the model's configuration; no weights."""
+    family, config = family_of_model(folder), transformer_config(folder)
+    linears = linear_shapes(config, family)
+    return ModelFacts(folder, family, config, linears, layer_kinds(family, config, linears))
+
+
+def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
+    """Checks everything that can be checked before any work.
+
+    Args:
+        weights: read the model's weights too (NaN, truncation) and fingerprint them.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    problems: list[str] = []
+    prompts: dict[str, tuple[PromptUnit, ...]] = {"calibration": (), "held_out": ()}
+    for key, path, num in (
+        ("calibration", config.prompts.calibration, config.prompts.num_calibration),
+        ("held_out", config.prompts.held_out, config.prompts.num_held_out),
+    ):
+        try:
+            prompts[key] = _prompt_units(read_prompts(path, num, key))
+        except ConfigError as error:
+            problems += error.problems
+    shared = {p.prompt for p in prompts["calibration"]} & {p.prompt for p in prompts["held_out"]}
+    if shared:
+        problems.append(
+            f"prompts.held_out: {sorted(shared)} are calibration prompts too; held-out prompts must be others"
+        )
+    problems += _too_few_candidates(config)
+    if config.evaluation.recognizer is not None and not config.evaluation.recognizer.is_dir():
+        problems.append(f"evaluation.recognizer: {config.evaluation.recognizer} is not a folder")
+    problems += model_problems(config.model) if weights else []
+    if not (config.model / "transformer" / "config.json").is_file():
+        raise ConfigError(problems or [f"model: {config.model} has no transformer/config.json"])
+    try:
+        model = model_facts(config.model)
+        bits = resolve_bits(config.bits, model.kinds)
+        problems += group_conflicts(model.family, model.config, bits)
+    except (ConfigError, ValueError) as error:
+        problems += error.problems if isinstance(error, ConfigError) else [str(error)]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return RunContext(
+        config,
+        model,
+        prompts["calibration"],
+        prompts["held_out"],
+        tuple(MethodPlan(method.name, recipe_of(method), bits) for method in config.methods),
+        folder_fingerprint(config.model) if weights else "",
+    )
+
+
+def recipe_of(method: MethodConfig) -> Recipe:
+    """The library's recipe for a configured method."""
+    return Recipe(**method.model_dump(exclude={"preset", "name"}))
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash over names and contents of all files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _prompt_units(prompts: list[str]) -> tuple[PromptUnit, ...]:
+    return tuple(PromptUnit(f"prompt-{index:03d}", prompt) for index, prompt in enumerate(prompts))
+
+
+def _too_few_candidates(config: RunConfig) -> list[str]:
+    selection, steps = config.selection, config.generation.num_inference_steps
+    pool = {"one_prompt": 1, "five_prompts": 5, "random_timesteps": 5}.get(
+        selection.strategy, config.prompts.num_calibration
+    )
+    prompts = min(pool, config.prompts.num_calibration)
+    if selection.num_samples <= prompts * steps:
+        return []
+    return [
+        f"selection.num_samples is {selection.num_samples}, but strategy {selection.strategy!r} has {prompts * steps} "
+        f"candidates ({prompts} prompts x {steps} steps): raise prompts.num_calibration or "
+        "generation.num_inference_steps, or lower num_samples"
+    ]

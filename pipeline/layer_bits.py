@@ -1,0 +1,67 @@
+"""From the configuration's bits to every linear layer's, and to the bytes they take."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from pipeline.config.loading import ConfigError
+from pipeline.config.schema import BitsConfig
+from reelquant.calibration.recipe import LayerBits
+
+
+def layer_kinds(family: ModuleType, config: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, str]:
+    """`block`, `modulation`, `refiner` or `embedder` of every linear layer that can be quantized, in model order."""
+    kinds: dict[str, str] = {}
+    for block in family.block_names(config):
+        for level in family.group_levels(block):
+            for group in level:
+                kind = "modulation" if group.stream == "conditioning" else "block"
+                kinds.update({f"{block}.{layer}": kind for layer in group.layers})
+    kinds.update({name: kind for name in layers if (kind := family.auxiliary_kind(name)) is not None})
+    return kinds
+
+
+def resolve_bits(bits: BitsConfig, kinds: Mapping[str, str]) -> dict[str, LayerBits]:
+    """Bits by full layer name; layers at 16 weight bits are left out.
+
+    Raises:
+        ConfigError: a pattern matches no layer (all such patterns at once).
+    """
+    defaults = {
+        "block": LayerBits(bits.weight, bits.activation),
+        "modulation": LayerBits(int(bits.modulation.weight), bits.modulation.activation),
+        "refiner": LayerBits(int(bits.refiner.weight), bits.refiner.activation),
+        "embedder": LayerBits(int(bits.embedder.weight), bits.embedder.activation),
+    }
+    resolved = {name: defaults[kind] for name, kind in kinds.items()}
+    problems = []
+    for exception in bits.exceptions:
+        matched = fnmatch.filter(kinds, exception.pattern)
+        if not matched:
+            problems.append(
+                f"bits.exceptions: pattern {exception.pattern!r} matches no layer; layers are named like "
+                f"{', '.join(list(kinds)[:3])} … {list(kinds)[-1]}"
+            )
+        resolved.update(dict.fromkeys(matched, LayerBits(int(exception.weight), exception.activation)))
+    if problems:
+        raise ConfigError(problems)
+    return {name: layer for name, layer in resolved.items() if layer.weight < 16}
+
+
+def group_conflicts(family: ModuleType, config: Mapping[str, Any], bits: Mapping[str, LayerBits]) -> list[str]:
+    """Input groups whose layers are to have different activation bits: they read one tensor, which is quantized once."""
+    problems = []
+    for block in family.block_names(config):
+        for level in family.group_levels(block):
+            for group in level:
+                names = [f"{block}.{layer}" for layer in group.layers if f"{block}.{layer}" in bits]
+                found = {bits[name].activation for name in names}
+                if len(found) > 1:
+                    problems.append(
+                        f"bits: {', '.join(names)} read one tensor and need the same activation bits, not {sorted(found)}: "
+                        "widen the pattern of the exception to the whole group"
+                    )
+    return problems

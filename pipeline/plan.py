@@ -1,0 +1,166 @@
+"""Says before a run what it takes and why it would fail: no weights are loaded, no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from pipeline.config.loading import ConfigError
+from pipeline.config.schema import RunConfig
+from pipeline.context import RunContext, build_context
+from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes, worker_problems
+from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, source_tensors
+from pipeline.planning.plan_tables import show_plan
+from pipeline.planning.stage_cost import PROCESS_BYTES, CostModel, StageCost
+from pipeline.planning.store_size import activation_bytes, evaluation_bytes, reads_activations, trajectory_bytes
+from pipeline.planning.token_counts import TokenCounts, count_tokens
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage takes."""
+
+    name: str
+    title: str
+    """For people."""
+    units: int
+    """Units of work in all, done ones too."""
+    disk_bytes: int
+    """What it writes: the data of arrays and tensors to the byte; headers of files and logs are not in it."""
+    peak_memory_bytes: int | None
+    """Of one worker: of its GPU, or of its process on a CPU. None where it is small."""
+    gpu_hours: float | None
+    """Of an H100 for the whole stage, a rough estimate; None where it is not estimated."""
+
+
+@dataclass
+class Plan:
+    """What a run takes and what is in its way."""
+
+    context: RunContext
+    counts: TokenCounts
+    dtype: torch.dtype
+    stages: tuple[StagePlan, ...]
+    checkpoints: tuple[CheckpointSize, ...]
+    """In the order of the methods."""
+    disk: Disk
+    problems: list[str]
+    """Every reason known beforehand why the run would fail; empty if none is."""
+    notes: list[str]
+    """What does not stop it."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What all stages write."""
+        return sum(stage.disk_bytes for stage in self.stages)
+
+    def require_feasible(self) -> None:
+        """Stops a run that would fail.
+
+        Raises:
+            ConfigError: lists all problems.
+        """
+        if self.problems:
+            raise ConfigError(self.problems)
+
+    def show(self, console: Console) -> None:
+        """Prints tables, notes and problems; fits 80 columns."""
+        show_plan(self, console)
+
+
+def plan_config(config: RunConfig, *, shapes_only: bool = False) -> Plan:
+    """The plan of a configuration, with all that is wrong with it in `problems` as far as a plan can be made at all.
+
+    Args:
+        shapes_only: for planning on another machine: weights are neither needed nor read, and what this machine lacks is
+            a note.
+
+    Raises:
+        ConfigError: prompts or model are not usable enough to plan with; everything else that is wrong is listed too.
+    """
+    found: tuple[str, ...] = ()
+    try:
+        try:
+            context = build_context(config, weights=not shapes_only)
+        except ConfigError as error:
+            found = error.problems
+            context = build_context(config, weights=False)
+        plan = make_plan(context, shapes_only=shapes_only)
+    except ConfigError as error:
+        machine = [] if shapes_only else worker_problems(config)
+        raise ConfigError(list(dict.fromkeys([*found, *error.problems, *machine]))) from error
+    plan.problems[:] = dict.fromkeys([*found, *plan.problems])
+    return plan
+
+
+def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
+    """The plan of a checked run; nothing is written."""
+    config, model = context.config, context.model
+    counts = count_tokens(context)
+    on_gpu = config.workers.num_gpus > 0
+    dtype = {"auto": torch.bfloat16 if on_gpu else torch.float32}.get(config.numerics.dtype) or getattr(
+        torch, config.numerics.dtype
+    )
+    copied, tensors = copied_bytes(model.folder), source_tensors(model)
+    checkpoints = tuple(
+        checkpoint_size(model, method, tensors=tensors, component_bytes=copied) for method in context.methods
+    )
+    # Shapes that cannot run cannot be counted either.
+    costs = {} if counts.problems else CostModel(context, counts, dtype).stages()
+    stages = _stages(context, counts, dtype, checkpoints=checkpoints, costs=costs)
+    disk = disk_of(config.run)
+    machine = [*worker_problems(config), *disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)]
+    notes = [*counts.notes, *worker_notes(config)]
+    if shapes_only:
+        notes += [f"here it would not run: {problem}" for problem in machine]
+        machine = []
+    if on_gpu and torch.cuda.is_available():
+        notes += _memory_notes(stages, torch.cuda.get_device_properties(0).total_memory)
+    return Plan(context, counts, dtype, stages, checkpoints, disk, [*counts.problems, *machine], notes)
+
+
+def _stages(
+    context: RunContext,
+    counts: TokenCounts,
+    dtype: torch.dtype,
+    *,
+    checkpoints: tuple[CheckpointSize, ...],
+    costs: Mapping[str, StageCost],
+) -> tuple[StagePlan, ...]:
+    config, num_methods = context.config, len(context.methods)
+    on_gpu = config.workers.num_gpus > 0
+
+    units = {
+        "trajectories": len(context.calibration_prompts),
+        "selection": 1,
+        "activations": config.selection.num_samples if reads_activations(context) else 0,
+        "distillation": num_methods * (len(context.segments) + 1),
+        "assembly": num_methods,
+        "evaluation": len(context.held_out_prompts) * (1 + num_methods),
+    }
+    disk_bytes = {
+        "trajectories": trajectory_bytes(context, counts, dtype),
+        "activations": activation_bytes(context, counts),
+        "distillation": sum(size.artifact_bytes for size in checkpoints),
+        "assembly": sum(size.folder_bytes for size in checkpoints),
+        "evaluation": evaluation_bytes(context, counts),
+    }
+
+    def stage(name: str, num: int) -> StagePlan:
+        cost = costs.get(name) if num else None
+        peak = None if cost is None else cost.peak_bytes + (0 if on_gpu else PROCESS_BYTES)
+        hours = cost.operations.gpu_hours if cost is not None and on_gpu else None
+        return StagePlan(name, name.capitalize(), num, disk_bytes.get(name, 0), peak, hours)
+
+    return tuple(stage(name, num) for name, num in units.items())
+
+
+def _memory_notes(stages: tuple[StagePlan, ...], gpu_bytes: int) -> list[str]:
+    return [
+        f"{stage.name} takes about {stage.peak_memory_bytes / 2**30:.1f} GiB on a GPU, this one has {gpu_bytes / 2**30:.1f}"
+        for stage in stages
+        if stage.peak_memory_bytes is not None and stage.peak_memory_bytes > gpu_bytes
+    ]

@@ -1,0 +1,92 @@
+"""What this machine lacks for a run: GPUs, workers' room, disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config.schema import RunConfig
+
+RESERVE_FRAC = 0.01
+"""Room for what is not counted: headers, metadata, logs, the report."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Room for the run directory."""
+
+    existing_bytes: int
+    """What the run directory holds already."""
+    free_bytes: int
+    """Free on its file system."""
+
+
+def disk_of(run: Path) -> Disk:
+    """Room at the run directory, which need not exist yet."""
+    existing = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.is_dir() else 0
+    there = run.absolute()
+    while not there.exists():
+        there = there.parent
+    return Disk(existing, shutil.disk_usage(there).free)
+
+
+def disk_problems(run: Path, needed_bytes: int, disk: Disk) -> list[str]:
+    """Too little room for what the run still has to write."""
+    missing = needed_bytes * (1 + RESERVE_FRAC) - disk.existing_bytes
+    if missing <= disk.free_bytes:
+        return []
+    return [
+        f"run: {run} still needs {missing / 2**30:.1f} GiB of disk, {disk.free_bytes / 2**30:.1f} GiB are free: free some, "
+        "put the run directory elsewhere, or lower selection.num_samples, raise distillation.segment_length, or compare "
+        "fewer methods"
+    ]
+
+
+def worker_problems(config: RunConfig) -> list[str]:
+    """Workers that this machine cannot hold; nothing is known about a cluster before it is reached."""
+    workers, problems = config.workers, []
+    if workers.num_workers != "auto" and workers.num_workers < 1:
+        problems.append(f"workers.num_workers is {workers.num_workers}; 1 or more, or auto")
+    if workers.num_gpus > 1 and workers.num_gpus % 1:
+        problems.append(
+            f"workers.num_gpus is {workers.num_gpus:g}; a fraction of one GPU (such as 0.5), or a whole number of them"
+        )
+    if is_remote(config):
+        return problems
+    gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
+    if workers.num_gpus > gpus:
+        found = "no GPU" if gpus == 0 else f"{gpus} GPU{'s' if gpus > 1 else ''}"
+        problems.append(
+            f"workers.num_gpus is {workers.num_gpus:g}, but there is {found} here and cluster.address is not set: give the "
+            "address of a cluster, or run on a machine with GPUs, or set workers.num_gpus to 0 to run on the CPU"
+        )
+    if config.numerics.threads > cpus:
+        problems.append(
+            f"numerics.threads is {config.numerics.threads}, but this machine has {cpus} CPU cores: no worker fits; lower it"
+        )
+    return problems
+
+
+def worker_notes(config: RunConfig) -> list[str]:
+    """What works, but otherwise than it reads."""
+    wanted, cpus, gpus = config.workers.num_workers, os.cpu_count() or 1, torch.cuda.device_count()
+    if wanted == "auto" or is_remote(config):
+        return []
+    room = cpus // config.numerics.threads
+    if config.workers.num_gpus > 0:
+        room = min(room, int(gpus / config.workers.num_gpus))
+    if wanted <= max(room, 1):
+        return []
+    return [
+        f"workers.num_workers is {wanted}, but this machine has room for {max(room, 1)} ({cpus} CPU cores, {gpus} GPUs): "
+        "so many run at once"
+    ]
+
+
+def is_remote(config: RunConfig) -> bool:
+    """Whether the run's workers are on a cluster."""
+    return config.cluster.address not in (None, "local") or bool(os.environ.get("RAY_ADDRESS"))

@@ -1,0 +1,138 @@
+"""Counts what a piece of model code needs by running it on the meta device: no weights, no memory, no GPU.
+
+The code that runs is the model's own, so the count cannot grow stale. Counted are the bytes of all live tensors (as
+`torch.cuda.max_memory_allocated` sees them, without the workspaces of libraries and the allocator's rounding) and the
+floating-point operations of matrix products, convolutions and attention. Attention is counted as a fused kernel: it
+keeps its inputs, its output and one number a row for the backward pass, never the L x L scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+META = torch.device("meta")
+
+
+class MetaRun:
+    """While open, counts all that the code inside does with meta tensors."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        """Most bytes alive at once, of tensors made inside and of those given to `hold`."""
+        self.matrix_flops = 0
+        """Of matrix products and convolutions."""
+        self.attention_flops = 0
+        """Of attention: 4 L_q L_k d forward, 10 L_q L_k d backward."""
+        self._live_bytes = 0
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._modes = contextlib.ExitStack()
+
+    def __enter__(self) -> MetaRun:
+        self._modes.enter_context(_Attention(self))
+        self._modes.enter_context(_Dispatch(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._modes.close()
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were there before: weights and inputs."""
+        for tensor in tensors:
+            self.see(tensor)
+
+    def see(self, tensor: Tensor) -> None:
+        """Counts the storage of `tensor`, once, until it dies."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._references:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self._live_bytes += self._sizes[key]
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def _forget(self, key: int) -> None:
+        del self._references[key]
+        self._live_bytes -= self._sizes.pop(key)
+
+
+class _Dispatch(TorchDispatchMode):
+    def __init__(self, run: MetaRun) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._run = run
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._run.see(leaf)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self._run.matrix_flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class _Attention(TorchFunctionMode):
+    def __init__(self, run: MetaRun) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = (*args, *(kwargs or {}).values())[:3]
+        return _FusedAttention.apply(query, key, value, self._run)  # type: ignore[no-untyped-call]
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, run: MetaRun) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.run, ctx.products = run, query.numel() * key.shape[-2]
+        run.attention_flops += 4 * ctx.products
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, _, _ = ctx.saved_tensors
+        ctx.run.attention_flops += 10 * ctx.products
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def run_on_meta(work: Callable[[], Any], *, holding: Iterable[Tensor] = (), gradients: bool = False) -> MetaRun:
+    """Counts one call of `work`, all of whose tensors must be on the meta device.
+
+    Args:
+        holding: weights and inputs, which count from the beginning.
+        gradients: `work` returns a scalar, and its backward pass is counted too.
+    """
+    run = MetaRun()
+    run.hold(holding)
+    with torch.device(META), torch.set_grad_enabled(gradients), run:
+        result = work()
+        if gradients:
+            cast(Tensor, result).backward()
+    return run
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of `module`."""
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,193 @@
+"""Bytes of the source model, of a method's block artifacts and of its checkpoint: exact, from shapes and bits."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config.loading import ConfigError
+from pipeline.context import ModelFacts
+from reelquant.checkpoint.reader import TRANSFORMER, read_weights
+from reelquant.checkpoint.schema import LayerSpec, TensorInfo, layer_tensors
+from reelquant.quantization.rotation import block_size
+from workers.messages import MethodPlan
+from workers.model_source import build_on_meta
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
+_SOURCE_BYTES = 2
+"""Bytes of a number in the 16-bit source with which a checkpoint is compared, as `verify` counts."""
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".msgpack", ".pt", ".ckpt")
+
+
+@dataclass(frozen=True)
+class CheckpointSize:
+    """What one method's result takes."""
+
+    method: str
+    artifact_bytes: int
+    """Tensors of all block artifacts."""
+    transformer_bytes: int
+    """Tensors of `transformer/`."""
+    source_bytes: int
+    """The same transformer with 16 bits a number."""
+    folder_bytes: int
+    """The pipeline folder with its other components, which are copied."""
+    num_layers: int
+    """Quantized linear layers."""
+    num_weights: int
+    """Their weights."""
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller than with 16 bits a number, as `verify` says it."""
+        return self.source_bytes / self.transformer_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales and transforms counted."""
+        return 8 * self.artifact_bytes / self.num_weights
+
+
+def source_tensors(model: ModelFacts) -> dict[str, TensorInfo]:
+    """The transformer's tensors: from the headers of its weights, or from its architecture in bfloat16 without them."""
+    try:
+        stored, problems = read_weights(model.folder / TRANSFORMER)
+    except ValueError:
+        stored, problems = {}, ["no weights"]
+    if not problems:
+        return {name: tensor.info for name, tensor in stored.items()}
+    state = build_on_meta(model.config, model.family).state_dict()
+    return {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def planned_layers(model: ModelFacts, method: MethodPlan) -> dict[str, LayerSpec]:
+    """Specification of every layer that `method` quantizes, as distillation will write it (digests left empty)."""
+    recipe, specs = method.recipe, {}
+    groups = [
+        [name for layer in group.layers if (name := f"{block}.{layer}") in method.bits]
+        for block in model.blocks
+        for level in model.family.group_levels(block)
+        for group in level
+    ]
+    for names in groups:
+        for name in names:
+            bits = method.bits[name]
+            quantized = bits.activation < 16
+            block = block_size(model.linears[name][1])
+            specs[name] = LayerSpec(
+                weight_bits=bits.weight,
+                activation_bits=bits.activation,
+                weight_layout=recipe.weight_layout,
+                group=names[0],
+                channel_scale=quantized and recipe.channel_scale != "none",
+                rotation=block if quantized and recipe.rotation != "none" and block > 1 else 0,
+                digest="",
+            )
+    for name, bits in method.bits.items():
+        if name not in specs:  # outside the blocks: rounded to nearest, without a transform
+            specs[name] = LayerSpec(
+                bits.weight, bits.activation, recipe.weight_layout, name, channel_scale=False, rotation=0, digest=""
+            )
+    return specs
+
+
+def checkpoint_size(
+    model: ModelFacts, method: MethodPlan, *, tensors: Mapping[str, TensorInfo], component_bytes: Mapping[str, int]
+) -> CheckpointSize:
+    """Sizes of `method`'s artifacts and checkpoint.
+
+    Args:
+        tensors: `source_tensors` of the model.
+        component_bytes: `copied_bytes` of the model.
+    """
+    specs = planned_layers(model, method)
+    replaced = {f"{name}.weight" for name in specs}
+    kept = [info for name, info in tensors.items() if name not in replaced]
+    stored = [
+        info
+        for name, spec in specs.items()
+        for info in layer_tensors(
+            name, spec, in_features=model.linears[name][1], out_features=model.linears[name][0]
+        ).values()
+    ]
+    artifacts = sum(map(tensor_bytes, stored))
+    transformer = artifacts + sum(map(tensor_bytes, kept))
+    num_weights = sum(math.prod(model.linears[name]) for name in specs)
+    return CheckpointSize(
+        method=method.name,
+        artifact_bytes=artifacts,
+        transformer_bytes=transformer,
+        source_bytes=_SOURCE_BYTES * (num_weights + sum(math.prod(info.shape) for info in kept)),
+        folder_bytes=transformer + sum(component_bytes.values()),
+        num_layers=len(specs),
+        num_weights=num_weights,
+    )
+
+
+def tensor_bytes(info: TensorInfo) -> int:
+    """Bytes of a stored tensor."""
+    return math.prod(info.shape) * _ITEM_BYTES.get(info.dtype, 8)
+
+
+def copied_bytes(model: Path) -> dict[str, int]:
+    """Bytes of every component but the transformer, which a checkpoint copies: of its files, or counted without them.
+
+    Components without weights of their own and files beside the components are left out where they are not there.
+    """
+    counted = {}
+    for name in components(model):
+        folder = model / name
+        if name == TRANSFORMER or not folder.is_dir():
+            continue
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        counted[name] = sum(path.stat().st_size for path in files)
+        if not any(path.name.endswith(_WEIGHTS) for path in files) and (folder / "config.json").is_file():
+            counted[name] += _SOURCE_BYTES * num_parameters(model, name)
+    return counted
+
+
+def components(model: Path) -> dict[str, tuple[str, str]]:
+    """`(library, class)` by component name, from `model_index.json`; components that are null are left out.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = model / "model_index.json"
+    if not path.is_file():
+        raise ConfigError([f"model: {path} is missing: not a diffusers pipeline folder"])
+    index = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: (str(value[0]), str(value[1]))
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value[0] is not None
+    }
+
+
+def num_parameters(model: Path, component: str) -> int:
+    """Parameters of a component with a `config.json`, built without memory; 0 for what is no torch module."""
+    built = component_on_meta(model, component)
+    return 0 if built is None else sum(parameter.numel() for parameter in built.parameters())
+
+
+def component_on_meta(model: Path, component: str) -> nn.Module | None:
+    """A component without memory, or None for what is no torch module (schedulers, tokenizers)."""
+    library, name = components(model)[component]
+    found: Any = getattr(importlib.import_module(library), name)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        return None
+    kind: Any = found
+    folder = model / component
+    with torch.device("meta"):
+        if library == "transformers":
+            built: nn.Module = kind(kind.config_class.from_pretrained(str(folder), local_files_only=True))
+        else:
+            built = kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return built

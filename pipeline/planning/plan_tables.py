@@ -1,0 +1,137 @@
+"""A plan as tables for people, at most 80 columns wide so that they read the same in a terminal and in a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Prints `plan`."""
+    config, counts, model = plan.context.config, plan.counts, plan.context.model
+    layout, generation = counts.layout, config.generation
+    lines = (
+        ("run", str(config.run)),
+        ("model", f"{config.model} ({model.family.ARCHITECTURE}, {len(model.blocks)} blocks)"),
+        (
+            "video",
+            f"{generation.height}x{generation.width}, {generation.num_frames} frames, "
+            f"{generation.num_inference_steps} steps",
+        ),
+        (
+            "tokens",
+            f"{layout.num_video:,} of video ({layout.num_frames}x{layout.height}x{layout.width}), "
+            f"up to {layout.num_text} of text",
+        ),
+        ("workers", _workers(plan)),
+    )
+    for key, value in lines:
+        console.print(f"[bold]{key:<8}[/] {escape(value)}", highlight=False, soft_wrap=True)
+    for table in (_stage_table(plan), _checkpoint_table(plan)):
+        console.line()
+        console.print(table)
+    console.line()
+    _show_disk(plan, console)
+    if any(stage.gpu_hours is not None for stage in plan.stages):
+        console.print(
+            "GPU-hours are a rough estimate: counted operations at half of an H100's measured rates,\n"
+            "without text encoding, video decoding, loading and the solves of GPTQ.",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        console.print(
+            "Times on a CPU are not estimated; workspaces of convolutions take more memory.",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for note in plan.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    for problem in plan.problems:
+        console.print(f"[bold red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    if not plan.problems:
+        console.print("[green]Nothing known beforehand is in the way.[/]", highlight=False)
+
+
+def human_bytes(num: float) -> str:
+    """`6.11 GiB`: binary units, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num < 1000 or unit == "TiB":
+            break
+        num /= 1024
+    digits = 0 if unit == "B" else max(0, 2 - (num >= 10) - (num >= 100))
+    return f"{num:.{digits}f} {unit}"
+
+
+def new_table(*columns: str, left: int = 1) -> Table:
+    """An empty table; the first `left` columns are aligned to the left, numbers to the right."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        # Names are folded where the terminal is too narrow, numbers never cut.
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index > 0, overflow="fold")
+    return table
+
+
+def _workers(plan: Plan) -> str:
+    config = plan.context.config
+    device = f"{config.workers.num_gpus:g} GPU" if config.workers.num_gpus else "CPU"
+    where = f", cluster {config.cluster.address}" if config.cluster.address else ""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    return f"{config.workers.num_workers} on {device}, {config.numerics.threads} threads each, {dtype}{where}"
+
+
+def _stage_table(plan: Plan) -> Table:
+    table = new_table("Stage", "Units", "Disk", "Peak memory", "GPU-hours")
+    for stage in plan.stages:
+        table.add_row(
+            stage.title,
+            f"{stage.units:,}",
+            human_bytes(stage.disk_bytes) if stage.disk_bytes else "-",
+            "-" if stage.peak_memory_bytes is None else human_bytes(stage.peak_memory_bytes),
+            "-" if stage.gpu_hours is None else f"{stage.gpu_hours:.1f}",
+            end_section=stage is plan.stages[-1],
+        )
+    hours = [stage.gpu_hours for stage in plan.stages if stage.gpu_hours is not None]
+    table.add_row(
+        "All",
+        f"{sum(stage.units for stage in plan.stages):,}",
+        human_bytes(plan.disk_bytes),
+        "",
+        f"{sum(hours):.1f}" if hours else "-",
+        style="bold",
+    )
+    return table
+
+
+def _checkpoint_table(plan: Plan) -> Table:
+    table = new_table("Checkpoint", "Bits", "Layers", "Bits/weight", "transformer/", "Smaller", "Folder", left=2)
+    for size in plan.checkpoints:
+        table.add_row(
+            size.method,
+            plan.context.config.bits.label,
+            f"{size.num_layers:,}",
+            f"{size.bits_per_weight:.2f}",
+            human_bytes(size.transformer_bytes),
+            f"{size.compression:.2f}x",
+            human_bytes(size.folder_bytes),
+        )
+    table.add_row("source", "16", "", "16.00", human_bytes(plan.checkpoints[0].source_bytes), "1.00x", "", style="dim")
+    return table
+
+
+def _show_disk(plan: Plan, console: Console) -> None:
+    there = f", {human_bytes(plan.disk.existing_bytes)} are there" if plan.disk.existing_bytes else ""
+    console.print(
+        f"[bold]disk[/]     {human_bytes(plan.disk_bytes)} in all{there}; {human_bytes(plan.disk.free_bytes)} are free",
+        highlight=False,
+        soft_wrap=True,
+    )

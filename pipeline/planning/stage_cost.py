@@ -1,0 +1,264 @@
+"""Peak memory and floating-point operations of every stage, counted by running the model's code on the meta device.
+
+Memory of a stage that generates videos (trajectories, evaluation): the whole pipeline's weights, plus the larger of one
+forward pass of the transformer and decoding of one video, the VAE's weights apart; trajectories also
+`8 L d + 12 max(n d)` bytes for the salience hooks (float32 copies of a block's input and of a layer's weight).
+Activations: the weights and one forward pass.
+
+Distillation: the segment's blocks; three streams `[L, d]` of every sample (full precision, quantized, target; two in a
+segment of one block) and its rotary tables `8 L_video d_head`; plus the larger of one learning step of the largest block
+(forward, loss, backward) and its rounding, `8 L d_in + 16 d_in^2` bytes (weighted inputs and Hessian, both float32).
+
+On a GPU that is what the allocator holds; the CUDA context and fragmentation come on top. On a CPU the process itself
+comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.context import RunContext
+from pipeline.planning.meta_run import META, MetaRun, run_on_meta, tensors_of
+from pipeline.planning.model_size import component_on_meta, components
+from pipeline.planning.store_size import hidden_size
+from pipeline.planning.token_counts import TokenCounts
+from reelquant.calibration.block_distillation import Sample, calibrated_copy, weighted_error
+from workers.messages import MethodPlan
+from workers.model_source import build_on_meta
+
+PROCESS_BYTES = 460 * 2**20
+"""Resident memory of a worker process that has opened a pipeline of no size (measured)."""
+MATRIX_FLOPS, ATTENTION_FLOPS, FLOAT32_FLOPS = 780e12, 648e12, 67e12
+"""Operations a second of one H100: bfloat16 matrix products (8192^3) and cuDNN attention (57,856 tokens, 24 heads of 128),
+both measured; float32 matrix products without tensor cores, from the data sheet."""
+EFFICIENCY = 0.5
+"""Of these ceilings, assumed. A denoising step of HunyuanVideo at 720x1280x61, estimated so: 9.6 s; measured: 8.2 s."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations by kind; adds up and scales."""
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    float32: float = 0.0
+
+    @classmethod
+    def of(cls, run: MetaRun) -> Operations:
+        """What a meta run counted."""
+        return cls(run.matrix_flops, run.attention_flops)
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(self.matrix + other.matrix, self.attention + other.attention, self.float32 + other.float32)
+
+    def __mul__(self, factor: float) -> Operations:
+        return Operations(self.matrix * factor, self.attention * factor, self.float32 * factor)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of one H100 at `EFFICIENCY` of its ceilings."""
+        seconds = self.matrix / MATRIX_FLOPS + self.attention / ATTENTION_FLOPS + self.float32 / FLOAT32_FLOPS
+        return seconds / EFFICIENCY / 3600
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage takes."""
+
+    peak_bytes: int
+    """Of one worker."""
+    operations: Operations
+    """Of all units together."""
+
+
+class CostModel:
+    """Counts the costs of a run's stages.
+
+    Args:
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> None:
+        self._context, self._counts, self._dtype = context, counts, dtype
+        self._weights = {name: self._component_bytes(name) for name in components(context.model.folder)}
+        transformer = _cast(build_on_meta(context.model.config, context.model.family), dtype)
+        self._weights["transformer"] = _bytes_of(transformer)
+        self._forward = self._count_forward(transformer)
+
+    def stages(self) -> dict[str, StageCost]:
+        """By stage; those that take little are not there."""
+        return {
+            "trajectories": self.trajectories(),
+            "activations": self.activations(),
+            "distillation": self.distillation(),
+            "evaluation": self.evaluation(),
+        }
+
+    @property
+    def _pipeline_bytes(self) -> int:
+        return sum(self._weights.values())
+
+    @property
+    def _forward_bytes(self) -> int:
+        return self._forward.peak_bytes - self._weights["transformer"]
+
+    def trajectories(self) -> StageCost:
+        """One generation a prompt, with the salience hooks."""
+        model = self._context.model
+        largest = max(out * inputs for out, inputs in model.linears.values())
+        hooks = 8 * self._counts.longest_stream * hidden_size(self._context) + 12 * largest
+        steps = len(self._context.calibration_prompts) * self._context.config.generation.num_inference_steps
+        peak = max(self._forward_bytes + hooks, self._decode_bytes())
+        return StageCost(self._pipeline_bytes + peak, Operations.of(self._forward) * steps)
+
+    def activations(self) -> StageCost:
+        """One forward pass a sample, up to the last boundary."""
+        last = self._context.model.blocks.index(self._context.segments[-1][0])
+        share = last / len(self._context.model.blocks)
+        operations = Operations.of(self._forward) * (share * self._context.config.selection.num_samples)
+        return StageCost(self._pipeline_bytes + self._forward_bytes, operations)
+
+    def evaluation(self) -> StageCost:
+        """One generation a held-out prompt and model; a quantized model is counted like the full-precision one."""
+        steps = len(self._context.held_out_prompts) * self._context.config.generation.num_inference_steps
+        operations = Operations.of(self._forward) * (steps * (1 + len(self._context.methods)))
+        return StageCost(self._pipeline_bytes + max(self._forward_bytes, self._decode_bytes()), operations)
+
+    def distillation(self) -> StageCost:
+        """All methods."""
+        costs = [self._distillation(method) for method in self._context.methods]
+        return StageCost(
+            max(cost.peak_bytes for cost in costs), sum((cost.operations for cost in costs), start=Operations())
+        )
+
+    def _distillation(self, method: MethodPlan) -> StageCost:
+        family, model = self._context.model.family, self._context.model
+        known: dict[Any, tuple[int, int, Operations]] = {}
+        costs = {}
+        for name in model.blocks:
+            inside = tuple((layer, bits) for layer, bits in method.bits.items() if layer.startswith(f"{name}."))
+            key = (family.group_levels(name), tuple((layer.removeprefix(name), bits) for layer, bits in inside))
+            if key not in known:
+                known[key] = self._block_cost(name, method)
+            costs[name] = known[key]
+        segments = [sum(costs[name][0] for name in segment) for segment in self._context.segments]
+        samples = self._context.config.selection.num_samples if method.recipe.needs_activations else 0
+        longest = max(len(segment) for segment in self._context.segments)
+        stream = self._counts.longest_stream * hidden_size(self._context) * self._dtype.itemsize
+        rotary = 8 * self._counts.layout.num_video * int(model.config["attention_head_dim"])
+        held = samples * ((2 if longest == 1 else 3) * stream + rotary)
+        peak = max(segments) + held + max(extra for _, extra, _ in costs.values())
+        return StageCost(peak, sum((operations for *_, operations in costs.values()), start=Operations()))
+
+    def _block_cost(self, name: str, method: MethodPlan) -> tuple[int, int, Operations]:
+        """Bytes of the block, bytes that calibrating it takes beside, operations of calibrating it on all samples."""
+        family, recipe = self._context.model.family, method.recipe
+        block = self._block(name)
+        weights, levels = _bytes_of(block), family.group_levels(name)
+        bits = {k.removeprefix(f"{name}."): v for k, v in method.bits.items() if k.startswith(f"{name}.")}
+        sample = self._sample()
+
+        def calibrate() -> Tensor | None:
+            copied, _ = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
+            if not recipe.needs_activations:
+                return None
+            return weighted_error(family.call_block(copied, sample.quantized, sample.conditioning), sample)
+
+        learning = run_on_meta(calibrate, holding=tensors_of(block), gradients=recipe.learns)
+        if not recipe.needs_activations:
+            return weights, learning.peak_bytes - weights, Operations()
+        forward = Operations.of(run_on_meta(lambda: family.call_block(block, sample.quantized, sample.conditioning)))
+        length, width = sample.quantized.shape
+        passes = 4.0  # targets, loss before and after, the stream to the next block
+        operations = Operations(float32=2.0 * length * length * width) if recipe.token_weights else Operations()
+        if recipe.channel_scale == "smoothquant":
+            passes += len(levels) - 1
+        rounding = 0
+        if recipe.rounding == "gptq":
+            inputs = self._group_inputs(name, method)
+            both = 2 if recipe.solve == "asymmetric" else 1
+            passes += both * (len(inputs) - 1)  # up to each level of layers, the first one's inputs being the block's
+            operations += Operations(float32=both * sum(2.0 * rows * d * d for level in inputs for rows, d in level))
+            rounding = max(8 * rows * d + 16 * d * d for level in inputs for rows, d in level)
+        operations += forward * passes
+        if recipe.learns:
+            operations += Operations.of(learning) * recipe.epochs
+        extra = max(learning.peak_bytes - weights, weights + rounding)
+        return weights, extra, operations * self._context.config.selection.num_samples
+
+    def _group_inputs(self, name: str, method: MethodPlan) -> list[list[tuple[int, int]]]:
+        """`(tokens, inputs)` of every input group that reads tokens, by level."""
+        model, layout = self._context.model, self._counts.layout
+        text = self._counts.longest_stream - layout.num_video
+        rows = {"video": layout.num_video, "text": text, "joint": layout.num_video + text}
+        levels = [
+            [
+                (rows[group.stream], model.linears[f"{name}.{group.layers[0]}"][1])
+                for group in level
+                if group.stream in rows and any(f"{name}.{layer}" in method.bits for layer in group.layers)
+            ]
+            for level in model.family.group_levels(name)
+        ]
+        return [level for level in levels if level]
+
+    def _block(self, name: str) -> nn.Module:
+        with META:
+            block = self._context.model.family.build_block(self._context.model.config, name)
+        return _cast(block, self._dtype).requires_grad_(False)
+
+    def _sample(self) -> Sample:
+        model, layout = self._context.model, self._counts.layout
+        length, width = self._counts.longest_stream, hidden_size(self._context)
+        stream = torch.empty(length, width, dtype=self._dtype, device=META)
+        table = torch.empty(layout.num_video, int(model.config["attention_head_dim"]), device=META)
+        temb = torch.empty(1, width, dtype=self._dtype, device=META)
+        conditioning = model.family.Conditioning(temb, (table, table), length - layout.num_video)
+        return Sample(stream, stream, conditioning, target=stream, weights=torch.empty(length, device=META))
+
+    def _count_forward(self, transformer: nn.Module) -> MetaRun:
+        config, text = self._context.model.config, self._context.config.generation.max_sequence_length
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(1, *shape, dtype=self._dtype, device=META)
+
+        def forward() -> Any:
+            return transformer(
+                hidden_states=empty(*self._counts.latent_shape),
+                timestep=empty(),
+                encoder_hidden_states=empty(text, int(config["text_embed_dim"])),
+                encoder_attention_mask=empty(text),
+                pooled_projections=empty(int(config["pooled_projection_dim"])),
+                guidance=empty() if config.get("guidance_embeds") else None,
+                return_dict=False,
+            )
+
+        return run_on_meta(forward, holding=tensors_of(transformer))
+
+    def _decode_bytes(self) -> int:
+        """Peak of decoding one video, without the VAE's weights."""
+        vae = component_on_meta(self._context.model.folder, "vae")
+        if vae is None:
+            return 0
+        decoder = cast(Any, _cast(vae, self._dtype))
+        latents = torch.empty(1, *self._counts.latent_shape, dtype=self._dtype, device=META)
+        run = run_on_meta(lambda: decoder.decode(latents, return_dict=False), holding=tensors_of(decoder))
+        return run.peak_bytes - _bytes_of(decoder)
+
+    def _component_bytes(self, name: str) -> int:
+        if not (self._context.model.folder / name / "config.json").is_file():
+            return 0
+        built = component_on_meta(self._context.model.folder, name)
+        return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` in `dtype`, by torch's own method: that of diffusers' classes speaks about it."""
+    return nn.Module.to(module, dtype).eval()
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in tensors_of(module))

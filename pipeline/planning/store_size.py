@@ -1,0 +1,60 @@
+"""Bytes of the calibration store, stage by stage: exact, from the shapes of the arrays that the workers write."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.context import RunContext
+from pipeline.planning.token_counts import TokenCounts
+from storage.zarr_layout import ArrayLayout
+
+
+def array_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one array's data file and metadata."""
+    layout = ArrayLayout.of(shape, dtype)
+    return layout.data_bytes + len(layout.metadata())
+
+
+def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> int:
+    """All trajectories: latents, conditions, the salience of every candidate, videos.
+
+    Args:
+        dtype: of the model, in which the text embeddings are kept.
+    """
+    config, steps = context.model.config, context.config.generation.num_inference_steps
+    width = hidden_size(context)
+    shared = (
+        array_bytes((steps + 1, *counts.latent_shape), torch.float32)
+        + array_bytes((int(config["pooled_projection_dim"]),), dtype)
+        + array_bytes((steps, width), torch.float32)  # temb
+        + 4 * array_bytes((steps,), torch.float32)  # timesteps, diffusion, latent, weight_error
+        + array_bytes((steps, len(context.model.blocks)), torch.float32)  # block_input
+        + array_bytes(counts.video_shape, torch.uint8)
+    )
+    text = sum(array_bytes((num, int(config["text_embed_dim"])), dtype) for num in counts.text.values())
+    return shared * len(counts.text) + text
+
+
+def activation_bytes(context: RunContext, counts: TokenCounts) -> int:
+    """The streams of all samples at all segment boundaries, each as long as that of the longest prompt."""
+    if not reads_activations(context):
+        return 0
+    width, boundaries = hidden_size(context), len(context.segments)
+    sample = boundaries * array_bytes((counts.longest_stream, width), torch.bfloat16)
+    return context.config.selection.num_samples * (sample + array_bytes((width,), torch.float32))
+
+
+def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
+    """The videos of the held-out prompts, of the full-precision model and of every method."""
+    num = len(context.held_out_prompts) * (1 + len(context.methods))
+    return num * array_bytes(counts.video_shape, torch.uint8)
+
+
+def reads_activations(context: RunContext) -> bool:
+    """Whether any method reads calibration data."""
+    return any(method.recipe.needs_activations for method in context.methods)
+
+
+def hidden_size(context: RunContext) -> int:
+    """Width of the stream."""
+    return int(context.model.config["num_attention_heads"]) * int(context.model.config["attention_head_dim"])

@@ -1,0 +1,263 @@
+"""`report.html` of a run: one file that needs neither network nor script, from what the run directory holds.
+
+    run directory -> run_data -> calibration, measurements, timeline -> plots, frames -> report.html.j2 -> report.html
+
+The same run gives the same bytes: nothing in it is of the time of writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.context import Run
+from pipeline.report import plots, run_plots
+from pipeline.report.calibration import CalibratedBlock, read_blocks, read_salience
+from pipeline.report.frames import compare_frames
+from pipeline.report.measurements import (
+    COLUMNS,
+    ModelMeasurements,
+    all_identical,
+    measure,
+    missing_lpips,
+    relative_speed,
+    table,
+)
+from pipeline.report.quantities import bytes_text, decibels_text, seconds_text
+from pipeline.report.run_data import STAGES, RunData, read_run, reads_activations
+from pipeline.report.timeline import Timeline, read_timeline
+from storage.atomic_files import write_bytes_atomic
+from storage.run_directory import RunDirectory
+
+NUM_WEAKEST_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One row of the stage table."""
+
+    name: str
+    units: str
+    elapsed: str
+    worker_time: str
+    longest: str
+    peak_memory: str
+    retried: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure of the summary."""
+
+    label: str
+    value: str
+    note: str
+
+
+def write_report(run: Run) -> Path:
+    """Writes the report of an opened run; returns its path."""
+    return write_report_of(run.directory.path)
+
+
+def write_report_of(path: Path) -> Path:
+    """Writes the report of the run at `path`, complete or not; returns the report's path.
+
+    Raises:
+        ValueError: no run there, or one of a newer format.
+        OSError: the report cannot be written.
+    """
+    data = read_run(path)
+    target = RunDirectory(data.path).report
+    write_bytes_atomic(target, render(data).encode())
+    return target
+
+
+def render(run: RunData) -> str:
+    """The page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(seconds=seconds_text, bytes=bytes_text)
+    return environment.get_template("report.html.j2").render(_view(run))
+
+
+def _view(run: RunData) -> dict[str, Any]:
+    models, read = measure(run), read_timeline(run.events)
+    blocks, salience = read_blocks(run), read_salience(run)
+    bits = run.config["bits"]
+    return {
+        "model": Path(run.config["model"]).name,
+        "method": run.method_names[0],
+        "bits": f"W{bits['weight']}A{bits['activation']}",
+        "provenance": _provenance(run, read),
+        "unfinished": _unfinished(run),
+        "problems": run.problems,
+        "fell_back": _fell_back(blocks),
+        "identical": all_identical(models),
+        "tiles": _tiles(run, models),
+        "columns": COLUMNS,
+        "metrics": table(models) if any(model.results or model.compression for model in models) else None,
+        "presets": {method["name"]: method["preset"] for method in run.methods},
+        "num_held_out": run.config["prompts"]["num_held_out"],
+        "missing_lpips": missing_lpips(models) if any(model.values("psnr_db") for model in models) else None,
+        "recognizer": run.config["evaluation"]["recognizer"],
+        "relative_speed": {name: relative_speed(models, name) for name in run.method_names},
+        "prompts": _prompt_table(models),
+        "fidelity": run_plots.fidelity(models),
+        "comparisons": compare_frames(run, models),
+        "salience": salience,
+        "salience_map": plots.salience_map(salience) if salience else None,
+        "salience_parts": plots.salience_parts(salience) if salience else None,
+        "losses": {name: plots.losses(found, name) for name, found in blocks.items()},
+        "learning": [name for name, found in blocks.items() if any(block.losses for block in found)],
+        "sqnr": {name: plots.sqnr(found, name, plots.sqnr_limits(blocks)) for name, found in blocks.items()},
+        "sqnr_by_block": plots.sqnr_by_block(blocks),
+        "weakest": {name: _weakest_layers(found) for name, found in blocks.items()},
+        "without_data": [method["name"] for method in run.methods if not reads_activations(method)],
+        "stages": [_stage_row(run, read, stage) for stage in STAGES],
+        "timeline": run_plots.timeline(read, STAGES),
+        "num_drivers": len(read.resumed_s) + 1,
+        "machines": _machines(run),
+        "configuration": _configuration(run.config),
+        "method_fields": _method_fields(run),
+    }
+
+
+def _provenance(run: RunData, read: Timeline) -> dict[str, str]:
+    found = {"run": run.path.name, "commit": run.provenance.get("commit") or "not in a git checkout"}
+    if read.began is not None and read.ended is not None:
+        found["began"] = f"{read.began:%Y-%m-%d %H:%M} UTC"
+        found["last event"] = f"{read.ended:%Y-%m-%d %H:%M} UTC"
+    found["python"] = str(run.provenance.get("python", "unknown"))
+    return {**found, **run.provenance.get("packages", {})}
+
+
+def _unfinished(run: RunData) -> list[str]:
+    """Stages that are not done, each with how far it is."""
+    return [f"{name} {_units_text(run, name)}" for name, stage in run.stages.items() if not stage.complete]
+
+
+def _units_text(run: RunData, stage: str) -> str:
+    units = run.stages[stage]
+    return f"{len(units.records)} of {'?' if units.num_expected is None else units.num_expected}"
+
+
+def _fell_back(blocks: Mapping[str, Sequence[CalibratedBlock]]) -> list[tuple[str, str, str]]:
+    return [(method, b.name, b.fell_back) for method, found in blocks.items() for b in found if b.fell_back is not None]
+
+
+def _tiles(run: RunData, models: Sequence[ModelMeasurements]) -> list[Tile]:
+    reference, main = models[0], models[1]
+    bits, psnr = run.config["bits"], main.spread("psnr_db")
+    source = f"from {bytes_text(reference.transformer_bytes)} in 16 bits"
+    tiles = [
+        Tile("Method", main.name, f"{bits['weight']}-bit weights, {bits['activation']}-bit activations"),
+        Tile(
+            "Transformer",
+            bytes_text(main.transformer_bytes),
+            source if main.transformer_bytes else "not assembled yet",
+        ),
+        Tile(
+            "Compression",
+            "–" if main.compression is None else f"{main.compression:.2f} ×",
+            "of the transformer, scales included" if main.compression else "not assembled yet",
+        ),
+        Tile(
+            "PSNR",
+            "–" if psnr is None else f"{decibels_text(psnr)} dB",
+            "not evaluated yet" if psnr is None else f"mean ± sd, {psnr.num} held-out prompt{'s' * (psnr.num > 1)}",
+        ),
+    ]
+    if run.config["evaluation"]["recognizer"] is None:
+        return [*tiles, Tile("Recognized", "–", "not measured: no evaluation.recognizer is configured")]
+    own, full = main.recognized, reference.recognized
+    note = "not evaluated yet" if full is None else f"prompts; full precision: {full[0]} of {full[1]}"
+    return [*tiles, Tile("Recognized", "–" if own is None else f"{own[0]} of {own[1]}", note)]
+
+
+def _prompt_table(models: Sequence[ModelMeasurements]) -> list[tuple[str, str, list[str]]]:
+    """Prompt name, text, and PSNR by method, the worst prompt of the first method on top."""
+    texts = {prompt: str(r["prompt"]) for model in models for prompt, r in model.results.items()}
+    columns = [model.values("psnr_db") for model in models[1:]]
+    order = sorted(texts, key=lambda prompt: (columns[0].get(prompt, float("inf")), prompt))
+    rows = []
+    for prompt in order:
+        cells = [f"{column[prompt]:.2f}" if prompt in column else "–" for column in columns]
+        rows.append((prompt, texts[prompt], cells))
+    return rows
+
+
+def _weakest_layers(blocks: Sequence[CalibratedBlock]) -> list[tuple[str, float]]:
+    found = [(f"{block.name}.{layer}", value) for block in blocks for layer, value in block.layer_sqnr_db.items()]
+    return sorted(found, key=lambda item: item[1])[:NUM_WEAKEST_LAYERS]
+
+
+def _stage_row(run: RunData, read: Timeline, stage: str) -> StageRow:
+    records = run.stages[stage].records
+    seconds = [record.seconds for record in records]
+    return StageRow(
+        stage,
+        _units_text(run, stage),
+        seconds_text(read.stage_s.get(stage)),
+        seconds_text(sum(seconds) if seconds else None),
+        seconds_text(max(seconds, default=None)),
+        bytes_text(max((record.peak_memory_bytes for record in records), default=None)),
+        sum(record.attempt > 1 for record in records),
+    )
+
+
+def _machines(run: RunData) -> list[tuple[str, str, int]]:
+    """Host, device, and units done there."""
+    counts: dict[tuple[str, str], int] = {}
+    for stage in run.stages.values():
+        for record in stage.records:
+            key = (record.host, record.device)
+            counts[key] = counts.get(key, 0) + 1
+    return [(host, device, num) for (host, device), num in sorted(counts.items())]
+
+
+def _configuration(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Sections with their fields; methods have a table of their own."""
+    plain = {key: value for key, value in config.items() if key not in ("method", "compare")}
+    single = [(key, _value_text(value)) for key, value in plain.items() if not isinstance(value, dict)]
+    sections = [("run", single)]
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            sections.append((key, [(name, _value_text(inner)) for name, inner in _flat(value)]))
+    return sections
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    fields: list[tuple[str, Any]] = []
+    for key, value in section.items():
+        if key.endswith("_bytes"):
+            fields.append((f"{prefix}{key}", f"{value} ({bytes_text(value)})"))
+            continue
+        fields += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+    return fields
+
+
+def _value_text(value: Any) -> str:
+    if value is None or value in ([], {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(_value_text(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value_text(inner)}" for key, inner in value.items())
+    return str(value)
+
+
+def _method_fields(run: RunData) -> list[tuple[str, list[str]]]:
+    """Fields of all methods side by side."""
+    fields = sorted(key for key in run.methods[0] if key not in ("name", "preset"))
+    return [(key, [_value_text(method.get(key)) for method in run.methods]) for key in ["preset", *fields]]

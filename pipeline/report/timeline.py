@@ -1,0 +1,117 @@
+"""When what ran, from the event log: bars of units, with the time between two drivers cut out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One attempt at a unit."""
+
+    stage: str
+    unit: str
+    worker: str
+    start_s: float
+    """Since the first driver started, time without a driver left out."""
+    seconds: float
+    outcome: str
+    """`finished`, `failed`, or `lost`: under way when its driver ended."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All attempts of a run."""
+
+    bars: tuple[Bar, ...]
+    resumed_s: tuple[float, ...]
+    """Where a later driver took over."""
+    total_s: float
+    """Time with a driver at work."""
+    stage_s: Mapping[str, float]
+    """Elapsed time by stage: of its own units, worker start included."""
+    finished: bool
+    """Whether the last driver came to the end."""
+    began: datetime | None
+    ended: datetime | None
+
+
+@dataclass
+class _Reader:
+    bars: list[Bar] = field(default_factory=list)
+    resumed_s: list[float] = field(default_factory=list)
+    stage_s: dict[str, float] = field(default_factory=dict)
+    running: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
+    session_began: datetime | None = None
+    offset_s: float = 0.0
+    now_s: float = 0.0
+    stage: str | None = None
+    stage_began_s: float = 0.0
+    finished: bool = False
+
+    def at(self, time: datetime) -> None:
+        if self.session_began is None:
+            self.session_began = time
+        self.now_s = max(self.now_s, self.offset_s + (time - self.session_began).total_seconds())
+
+    def session(self, time: datetime) -> None:
+        self.end_session()
+        if self.session_began is not None:
+            self.resumed_s.append(self.now_s)
+        self.session_began, self.offset_s, self.finished = time, self.now_s, False
+
+    def end_session(self) -> None:
+        self.end_stage()
+        for (stage, unit), (start, worker) in self.running.items():
+            self.bars.append(Bar(stage, unit, worker, start, self.now_s - start, "lost"))
+        self.running.clear()
+
+    def begin_stage(self, stage: str, *, pending: int) -> None:
+        self.end_stage()
+        self.stage, self.stage_began_s = (stage if pending else None), self.now_s
+
+    def end_stage(self) -> None:
+        if self.stage is not None:
+            self.stage_s[self.stage] = self.stage_s.get(self.stage, 0.0) + self.now_s - self.stage_began_s
+        self.stage = None
+
+    def end_unit(self, key: tuple[str, str], outcome: str) -> None:
+        if key in self.running:
+            start, worker = self.running.pop(key)
+            self.bars.append(Bar(*key, worker, start, self.now_s - start, outcome))
+
+
+def read_timeline(events: Iterable[Mapping[str, Any]]) -> Timeline:
+    """The timeline of a run's events, oldest first; events of other kinds and without a time are passed over."""
+    reader, times = _Reader(), []
+    for event in events:
+        try:
+            time = datetime.fromisoformat(event["time"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        times.append(time)
+        kind = event.get("event")
+        if kind == "run_started":
+            reader.session(time)
+            continue
+        reader.at(time)
+        key = (str(event.get("stage")), str(event.get("unit")))
+        if kind == "stage":
+            reader.begin_stage(key[0], pending=int(event.get("pending", 0)))
+        elif kind == "unit_started":
+            reader.end_unit(key, "lost")
+            reader.running[key] = (reader.now_s, str(event.get("worker", "")))
+        elif kind in ("unit_finished", "unit_failed"):
+            reader.end_unit(key, kind.removeprefix("unit_"))
+        elif kind == "run_finished":
+            reader.end_session()
+            reader.finished = True
+    reader.end_session()
+    bars = tuple(sorted(reader.bars, key=lambda bar: (bar.start_s, bar.stage, bar.unit)))
+    began, ended = (times[0], times[-1]) if times else (None, None)
+    return Timeline(
+        bars, tuple(reader.resumed_s), reader.now_s, reader.stage_s, finished=reader.finished, began=began, ended=ended
+    )

@@ -1,0 +1,233 @@
+"""Reads the state of a run from its directory alone: no configuration file, no model, and it may be at work meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.loading import parse_config
+from pipeline.config.schema import RunConfig
+from pipeline.event_log import read_events
+from storage.manifest import DamagedRecord, UnitRecord
+from storage.run_directory import RunDirectory
+
+STAGES = ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
+
+
+@dataclass
+class StageStatus:
+    """One stage of a run."""
+
+    name: str
+    done: int = 0
+    """Units with a record and undamaged outputs (files up to 64 KiB are hashed, larger ones by size)."""
+    total: int | None = None
+    """None while it is not known."""
+    damaged: list[str] = field(default_factory=list)
+    """Units whose record or outputs are lost or damaged."""
+    running: list[str] = field(default_factory=list)
+    """Units handed out by the last driver and not finished."""
+    retries: int = 0
+    """Failed attempts at units, those that were done later too."""
+    work_s: float = 0.0
+    """Seconds in all done units."""
+    wall_s: float = 0.0
+    """Seconds from the first unit handed out to the last one finished, drivers added up."""
+
+
+@dataclass
+class RunStatus:
+    """A run."""
+
+    path: Path
+    stages: dict[str, StageStatus]
+    holder: str | None
+    """Who drives it now."""
+    died: str | None
+    """Who drove it and ended without a word."""
+    last_event: Mapping[str, Any] | None
+    failures: dict[tuple[str, str], tuple[int, str]]
+    """Attempts and last line of the last error of units that failed and are not done."""
+
+    @property
+    def to_do(self) -> dict[str, int | None]:
+        """Units that a resume would do by stage, None for an unknown number; stages that are done are left out."""
+        left = {name: None if s.total is None else max(0, s.total - s.done) for name, s in self.stages.items()}
+        return {name: num for name, num in left.items() if num != 0}
+
+
+def read_status(path: Path) -> RunStatus:
+    """The status of the run in `path`; changes nothing.
+
+    Raises:
+        ValueError: no run there, or one of a newer program.
+    """
+    directory = RunDirectory.open(path)
+    config = parse_config({**directory.config, "run": str(path)}, f"{path}/config.json")
+    events = list(read_events(directory.logs))
+    holder, died = lock_holder(directory.path / "run.lock")
+    stages = {name: StageStatus(name) for name in STAGES}
+    records = _read_records(directory, stages)
+    _set_totals(stages, config, records, events)
+    for name, stage in stages.items():
+        expected = _expected_units(name, config, records, events)
+        done = [r for r in records[name].values() if expected is None or r.unit in expected]
+        stage.done = len(done) if stage.total is None else min(len(done), stage.total)
+        stage.work_s = sum(record.seconds for record in done)
+    _read_timeline(stages, events, records)
+    failures = {
+        (e["stage"], e["unit"]): (e["attempt"], last_line(e["error"]))
+        for e in events
+        if e["event"] == "unit_failed" and e["unit"] not in records.get(e["stage"], {})
+    }
+    return RunStatus(directory.path, stages, holder, died, events[-1] if events else None, failures)
+
+
+def lock_holder(path: Path) -> tuple[str | None, str | None]:
+    """`(who holds the lock now, who held it and was killed)`, from `run.lock`.
+
+    A driver that ends leaves the file empty, so the lock itself is tried (shared, for an instant) only where a name is
+    left in it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None, None
+    try:
+        if not (text := os.pread(descriptor, 4096, 0)):
+            return None, None
+        try:
+            name = json.loads(text)
+            who = f"process {name['pid']} on host {name['host']}, since {name['started']}"
+        except (ValueError, KeyError, TypeError):
+            who = "a process that has not written its name"
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return who, None
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return None, who
+    finally:
+        os.close(descriptor)
+
+
+def _read_records(directory: RunDirectory, stages: Mapping[str, StageStatus]) -> dict[str, dict[str, UnitRecord]]:
+    manifest = directory.manifest
+    records: dict[str, dict[str, UnitRecord]] = {name: {} for name in stages}
+    for name, stage in stages.items():
+        units = sorted(p.stem for p in (manifest.root / name).glob("*.json") if not p.name.startswith("."))
+        for unit in units:
+            try:
+                record = manifest.read(name, unit)
+            except DamagedRecord:
+                stage.damaged.append(unit)
+                continue
+            if record is None:
+                continue
+            if manifest.missing_or_damaged(record, deep=False):
+                stage.damaged.append(unit)
+            else:
+                records[name][unit] = record
+    return records
+
+
+def _set_totals(
+    stages: Mapping[str, StageStatus],
+    config: RunConfig,
+    records: Mapping[str, Mapping[str, UnitRecord]],
+    events: Sequence[Mapping[str, Any]],
+) -> None:
+    for name, stage in stages.items():
+        expected = _expected_units(name, config, records, events)
+        stage.total = None if expected is None else len(expected)
+    if stages["activations"].total is None:
+        stages["activations"].total = config.selection.num_samples
+    if stages["distillation"].total is None:
+        # Their number follows from the model's blocks, which the driver has counted once it got there.
+        for event in events:
+            if event["event"] == "stage" and event["stage"] == "distillation":
+                stages["distillation"].total = event["total"]
+
+
+def _expected_units(
+    stage: str,
+    config: RunConfig,
+    records: Mapping[str, Mapping[str, UnitRecord]],
+    events: Sequence[Mapping[str, Any]],
+) -> set[str] | None:
+    """Names of the units that belong to the configuration; None where they are not known without the model."""
+    methods = [method.name for method in config.methods]
+    calibration = [f"prompt-{i:03d}" for i in range(config.prompts.num_calibration)]
+    held_out = [f"prompt-{i:03d}" for i in range(config.prompts.num_held_out)]
+    if stage == "activations":
+        if not _reads_activations(config, events):
+            return set()
+        selection = records["selection"].get("selection")
+        chosen = selection.result["chosen"] if selection is not None else None
+        return None if chosen is None else {f"{c['prompt']}-step-{c['step']:03d}" for c in chosen}
+    known: dict[str, set[str]] = {
+        "trajectories": set(calibration),
+        "selection": {"selection"},
+        "assembly": set(methods),
+        "evaluation": {f"{model}-{prompt}" for model in ("full_precision", *methods) for prompt in held_out},
+    }
+    return known.get(stage)
+
+
+def _reads_activations(config: RunConfig, events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the stage has units at all: from what the last driver did, or from the recipes if it did not get there."""
+    begun: set[str] = set()
+    for event in events:
+        begun = set() if event["event"] == "run_started" else begun | {event.get("stage", "")}
+    if begun & {"activations", "distillation"}:
+        return "activations" in begun
+    from pipeline.context import recipe_of  # takes seconds: brings the models' libraries along
+
+    return any(recipe_of(method).needs_activations for method in config.methods)
+
+
+def _read_timeline(
+    stages: Mapping[str, StageStatus],
+    events: Iterable[Mapping[str, Any]],
+    records: Mapping[str, Mapping[str, UnitRecord]],
+) -> None:
+    begun: dict[str, datetime] = {}
+    ended: dict[str, datetime] = {}
+
+    def close() -> None:
+        for name, start in begun.items():
+            stages[name].wall_s += (ended.get(name, start) - start).total_seconds()
+            stages[name].running = []
+        begun.clear()
+        ended.clear()
+
+    for event in events:
+        if event["event"] == "run_started":
+            close()
+        stage = stages.get(event.get("stage", ""))
+        if stage is None or "unit" not in event:
+            continue
+        time = datetime.fromisoformat(event["time"])
+        begun.setdefault(stage.name, time)
+        ended[stage.name] = time
+        if event["event"] == "unit_started":
+            stage.running.append(event["unit"])
+        elif event["event"] in ("unit_finished", "unit_failed"):
+            stage.running = [unit for unit in stage.running if unit != event["unit"]]
+            stage.retries += event["event"] == "unit_failed"
+    running = {name: stage.running for name, stage in stages.items()}
+    close()
+    for name, units in running.items():
+        stages[name].running = [unit for unit in units if unit not in records[name]]
+
+
+def last_line(error: str) -> str:
+    """The last line of a traceback that says something."""
+    lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

@@ -1,0 +1,66 @@
+"""Every method's blocks, segment by segment, and its linears outside the blocks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.context import Run
+from pipeline.stages.selection import selected_samples
+from pipeline.stages.stage import StageUnit, require, unit
+from workers.distillation_worker import DistillationWorker
+from workers.messages import DistillationSettings, MethodPlan, SegmentUnit
+
+
+class Distillation:
+    """One unit a segment and method, and one a method for what lies outside the blocks."""
+
+    name, title = "distillation", "Distillation"
+    worker_class = DistillationWorker
+
+    def settings(self, run: Run) -> DistillationSettings:
+        """Of every worker."""
+        context = run.context
+        return DistillationSettings(
+            context.source,
+            selected_samples(run),
+            context.calibration_prompts,
+            context.config.distillation.on_failure == "gptq",
+        )
+
+    def waves(self, run: Run) -> list[list[StageUnit]]:
+        """All methods and segments at once."""
+        return [
+            [self._unit(run, method, name, blocks) for method in run.context.methods for name, blocks in parts(run)]
+        ]
+
+    def _unit(self, run: Run, method: MethodPlan, name: str, blocks: tuple[str, ...]) -> StageUnit:
+        context = run.context
+        reads = method.recipe.needs_activations and bool(blocks)
+        depends: dict[str, Any] = {
+            **context.base_fingerprint(),
+            "method": asdict(method.recipe),
+            "bits": {name: asdict(bits) for name, bits in method.bits.items() if _belongs(context, name, blocks)},
+            "blocks": blocks,
+            "on_failure": context.config.distillation.on_failure,
+            "activations": [require(run, "activations", s.name).fingerprint for s in selected_samples(run)]
+            if reads
+            else [],
+            "trajectories": [
+                require(run, "trajectories", p.name).fingerprint for p in context.calibration_prompts if blocks
+            ],
+        }
+        full = f"{method.name}-{name}"
+        return unit(self.name, full, SegmentUnit(full, method, blocks), depends)
+
+
+def parts(run: Run) -> list[tuple[str, tuple[str, ...]]]:
+    """Name and blocks of every unit of one method; the last one has no blocks."""
+    segments = [(f"segment-{index:03d}", blocks) for index, blocks in enumerate(run.context.segments)]
+    return [*segments, ("auxiliary", ())]
+
+
+def _belongs(context: Any, layer: str, blocks: tuple[str, ...]) -> bool:
+    if blocks:
+        return any(layer.startswith(f"{block}.") for block in blocks)
+    return context.model.kinds[layer] in ("refiner", "embedder")

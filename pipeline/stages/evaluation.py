@@ -1,0 +1,53 @@
+"""Held-out prompts: the full-precision model, then every checkpoint, same seeds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from pipeline.context import Run
+from pipeline.stages.assembly import checkpoint_path
+from pipeline.stages.stage import StageUnit, require, unit
+from storage.manifest import fingerprint
+from workers.evaluation_worker import EvaluationWorker
+from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit
+
+REFERENCE = "full_precision"
+
+
+class Evaluation:
+    """One unit a model and prompt."""
+
+    name, title = "evaluation", "Evaluation"
+    worker_class = EvaluationWorker
+
+    def settings(self, run: Run) -> EvaluationSettings:
+        """Of every worker."""
+        context = run.context
+        recognizer = context.config.evaluation.recognizer
+        return EvaluationSettings(
+            context.source, context.generation, None if recognizer is None else recognizer.resolve()
+        )
+
+    def waves(self, run: Run) -> list[list[StageUnit]]:
+        """The full-precision videos first: the others are compared with them."""
+        prompts = run.context.held_out_prompts
+        references = {prompt.name: self._unit(run, prompt, REFERENCE, None, "") for prompt in prompts}
+        compared = []
+        for method in run.context.methods:
+            assembled = require(run, "assembly", method.name).fingerprint
+            for prompt in prompts:
+                upstream = fingerprint({"assembly": assembled, "reference": references[prompt.name].fingerprint})
+                compared.append(self._unit(run, prompt, method.name, checkpoint_path(run, method.name), upstream))
+        return [list(references.values()), compared]
+
+    def _unit(self, run: Run, prompt: PromptUnit, model: str, checkpoint: str | None, upstream: str) -> StageUnit:
+        settings = self.settings(run)
+        name = f"{model}-{prompt.name}"
+        depends = {
+            **run.context.base_fingerprint(),
+            "generation": asdict(settings.generation),
+            "recognizer": str(settings.recognizer.name) if settings.recognizer else None,
+            "prompt": prompt.prompt,
+            "upstream": upstream,
+        }
+        return unit(self.name, name, EvaluationUnit(name, prompt, checkpoint), depends)

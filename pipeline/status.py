@@ -1,0 +1,109 @@
+"""`status`: the state of a run as tables for people, at most 80 columns wide where names allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.planning.plan_tables import new_table
+from pipeline.run_state import RunStatus, read_status
+
+_SHOWN_FAILURES = 8
+
+
+def show_status(path: Path, console: Console) -> None:
+    """Prints the status of the run in `path`."""
+    status = read_status(path)
+    console.print(f"[bold]run[/]     {escape(str(status.path))}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]state[/]   {_state(status)}", highlight=False, soft_wrap=True)
+    if status.last_event is not None:
+        console.print(f"[bold]last[/]    {escape(_event_text(status.last_event))}", highlight=False, soft_wrap=True)
+    console.line()
+    console.print(_table(status))
+    for style, word, text in _details(status):
+        console.print(f"[{style}]{word}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+    console.line()
+    console.print(_resume_text(status), highlight=False, soft_wrap=True)
+
+
+def _details(status: RunStatus) -> Iterator[tuple[str, str, str]]:
+    """Style, word and text of what is out of the ordinary."""
+    failures = list(status.failures.items())
+    for (stage, unit), (attempts, error) in failures[:_SHOWN_FAILURES]:
+        yield "red", "failed", f"{stage}/{unit} ({attempts} attempt{'s' if attempts > 1 else ''}): {error}"
+    if len(failures) > _SHOWN_FAILURES:
+        yield "red", "failed", f"and {len(failures) - _SHOWN_FAILURES} more, see logs/events.jsonl"
+    for found in status.stages.values():
+        if found.damaged:
+            yield "yellow", "damaged", f"{found.name}: {_some(found.damaged)}; a resume redoes them"
+        if found.running:
+            yield "cyan", "at work" if status.holder else "cut off", f"{found.name}: {_some(found.running)}"
+
+
+def _state(status: RunStatus) -> str:
+    if status.holder is not None:
+        return f"[green]running[/]: {escape(status.holder)}"
+    if status.died is not None:
+        return f"[yellow]stopped[/]: its driver was killed ({escape(status.died)})"
+    if not status.to_do:
+        return "[green]finished[/]"
+    return "[yellow]stopped[/]: no driver" if status.last_event else "[yellow]not started[/]"
+
+
+def _table(status: RunStatus) -> Table:
+    table = new_table("Stage", "Done", "Failed tries", "Work", "Wall time")
+    for stage in status.stages.values():
+        total = "?" if stage.total is None else f"{stage.total:,}"
+        complete = stage.total is not None and stage.done >= stage.total
+        table.add_row(
+            stage.name.capitalize(),
+            f"{stage.done:,}/{total}",
+            f"{stage.retries:,}" if stage.retries else "-",
+            _duration(stage.work_s) if stage.done else "-",
+            _duration(stage.wall_s) if stage.wall_s else "-",
+            style="green" if complete and stage.total else None,
+        )
+    return table
+
+
+def _resume_text(status: RunStatus) -> str:
+    to_do = status.to_do
+    if not to_do:
+        return "All units are done. Running it again checks their files and writes the report."
+    counts = ", ".join(f"{name} {'?' if num is None else num}" for name, num in to_do.items())
+    verb = "Left to do" if status.holder is not None else "Running it again does"
+    return f"{verb}: {escape(counts)}. What is done is kept, if model and configuration are still the same."
+
+
+def _event_text(event: Mapping[str, Any]) -> str:
+    where = "/".join(str(event[key]) for key in ("stage", "unit") if key in event)
+    return f"{_local_time(event['time'])}  {str(event['event']).replace('_', ' ')}" + (f"  {where}" if where else "")
+
+
+def _local_time(text: str) -> str:
+    """`2026-11-22 02:54:01 UTC (3 min ago)`."""
+    time = datetime.fromisoformat(text).astimezone(UTC)
+    ago = max(0.0, (datetime.now(UTC) - time).total_seconds())
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC ({_duration(ago)} ago)"
+
+
+def _duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,108 @@
+"""`verify`: whether a checkpoint is sound, and what its layers take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.planning.plan_tables import human_bytes, new_table
+from reelquant.checkpoint.reader import is_checkpoint
+from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
+
+_SHOWN_PROBLEMS = 30
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass
+class _Row:
+    layers: int = 0
+    weights: int = 0
+    stored_bytes: int = 0
+
+
+def show_verification(checkpoint: Path, console: Console) -> bool:
+    """Checks the pipeline folder `checkpoint` and prints what was found; whether it is sound."""
+    report = verify_checkpoint(checkpoint)
+    console.print(f"[bold]checkpoint[/]  {escape(str(checkpoint))}", highlight=False, soft_wrap=True)
+    if report.layers:
+        console.print(f"[bold]bits[/]        {escape(report.bits)}", highlight=False)
+        console.line()
+        console.print(_layer_table(report))
+        console.line()
+        console.print(
+            f"{human_bytes(report.total_bytes)} in transformer/, {report.compression:.2f} times smaller than the "
+            f"{human_bytes(report.source_bytes)} of 16 bits",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for problem in report.problems[:_SHOWN_PROBLEMS]:
+        console.print(f"[bold red]problem:[/] [red]{escape(problem)}[/]", highlight=False, soft_wrap=True)
+    if (more := len(report.problems) - _SHOWN_PROBLEMS) > 0:
+        console.print(f"[bold red]problem:[/] [red]and {more} more[/]", highlight=False)
+    if report.problems and (inside := _checkpoints_inside(checkpoint)):
+        console.print(
+            f"{escape(str(checkpoint))} is a run directory; its checkpoints: {escape(', '.join(map(str, inside)))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if report.ok:
+        num = len(report.layers)
+        console.print(f"[green]sound[/]: all tensors and digests of {num} quantized layers are right", highlight=False)
+    return report.ok
+
+
+def _layer_table(report: VerificationReport) -> Table:
+    """Layers that differ in their block's number only share a row; rows of one part of the model stand together."""
+    table = new_table("Layers", "Bits", "Number", "b/weight", "Stored", left=2)
+    rows = _rows(report.layers)
+    above = None
+    for (part, layer, bits), row in rows.items():
+        if part != above:
+            table.add_row(f"[bold]{escape(part)}[/]")
+            above = part
+        table.add_row(
+            f"  {escape(layer)}",
+            bits,
+            f"{row.layers:,}",
+            f"{8 * row.stored_bytes / row.weights:.2f}",
+            human_bytes(row.stored_bytes),
+        )
+    quantized = sum(row.stored_bytes for row in rows.values())
+    weights = sum(row.weights for row in rows.values())
+    table.add_section()
+    table.add_row(
+        "all quantized",
+        "",
+        f"{len(report.layers):,}",
+        f"{8 * quantized / weights:.2f}",
+        human_bytes(quantized),
+        style="bold",
+    )
+    table.add_row("everything else", "", "", "", human_bytes(report.total_bytes - quantized), style="dim")
+    return table
+
+
+def _rows(layers: Mapping[str, LayerReport]) -> dict[tuple[str, str, str], _Row]:
+    """By part of the model, layer inside it, and bits; parts in the order in which they first appear."""
+    parts: dict[str, dict[tuple[str, str], _Row]] = {}
+    for name, layer in layers.items():
+        # The first number is the block's; later ones belong to the layer (attn.to_out.0).
+        pattern = _NUMBER.sub("*", name, count=1)
+        part, inside = pattern.split(".*.") if ".*." in pattern else pattern.split(".", 1)
+        key = (inside, f"W{layer.weight_bits}A{layer.activation_bits}")
+        row = parts.setdefault(part, {}).setdefault(key, _Row())
+        row.layers += 1
+        row.weights += layer.num_weights
+        row.stored_bytes += layer.stored_bytes
+    return {(part, *key): row for part, inner in parts.items() for key, row in inner.items()}
+
+
+def _checkpoints_inside(path: Path) -> list[Path]:
+    candidates = [path / "checkpoint", *sorted((path / "checkpoints").glob("*"))]
+    return [candidate for candidate in candidates if is_checkpoint(candidate)]

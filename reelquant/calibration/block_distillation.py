@@ -1,0 +1,211 @@
+"""Block-wise distillation (both papers, §5 of the method): one block, its samples, and what is learned of it.
+
+The quantized block is given the input that the quantized blocks before it produce, and learns to give the output that the
+full-precision block gives for the full-precision input: loss `1/L sum_j lambda_j ||block_FP(x_j) - block_q(x_j)||^2`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.attention.column_sums import attention_column_sums
+from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear, GroupTransform
+from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.calibration.token_weights import token_weights
+from reelquant.quantization.smoothing import smoothing_scale
+
+
+class BlockDiverged(RuntimeError):
+    """The loss of a block became NaN or infinite."""
+
+    def __init__(self, block: str, step: int, loss: float) -> None:
+        super().__init__(
+            f"distillation of {block} diverged: loss {loss} at step {step}. Ways out: distillation.on_failure: gptq "
+            "(this block is then rounded without learning, and the report says so), smaller method.learning_rate_*, "
+            "or more activation bits for its layers"
+        )
+        self.block, self.step, self.loss = block, step, loss
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockDiverged, (self.block, self.step, self.loss)
+
+
+@dataclass
+class Sample:
+    """One calibration sample on its way through the blocks of a segment."""
+
+    reference: Tensor
+    """`[L, d]`: the full-precision stream."""
+    quantized: Tensor
+    """`[L, d]`: the stream that the quantized blocks so far produce."""
+    conditioning: Any
+    """The family's `Conditioning`."""
+    target: Tensor | None = None
+    """`[L, d]`: what the full-precision block makes of `reference`."""
+    weights: Tensor | None = None
+    """`[L]`: token weights, None for all ones."""
+
+
+@dataclass
+class BlockResult:
+    """What is reported of one block."""
+
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of every epoch."""
+    loss_before: float | None = None
+    """With the transform's start values, before learning."""
+    loss_after: float | None = None
+    """After rounding."""
+    layer_sqnr_db: dict[str, float] = field(default_factory=dict)
+    fell_back: str | None = None
+    """Why the block was rounded without learning, if it was."""
+
+
+def prepare_targets(family: ModuleType, block: nn.Module, samples: Sequence[Sample], recipe: Recipe) -> None:
+    """Runs the full-precision block on every sample: fills `target`, and `weights` where the recipe has them."""
+    for sample in samples:
+        sums: list[Tensor] = []
+
+        def observe(query: Tensor, key: Tensor, into: list[Tensor] = sums) -> None:
+            into.append(attention_column_sums(query.float(), key.float()))
+
+        with torch.no_grad():
+            if recipe.token_weights and recipe.needs_activations:
+                with family.watch_query_key(block, sample.conditioning, observe):
+                    sample.target = family.call_block(block, sample.reference, sample.conditioning)
+                sample.weights = token_weights(sums[0], recipe.lambda_min, 1.0)
+            else:
+                sample.target = family.call_block(block, sample.reference, sample.conditioning)
+
+
+def calibrated_copy(
+    block: nn.Module,
+    levels: Sequence[Sequence[Any]],
+    *,
+    bits: Mapping[str, LayerBits],
+    recipe: Recipe,
+    activation_amax: Mapping[str, Tensor],
+) -> tuple[nn.Module, list[list[CalibratedGroup]]]:
+    """A copy of `block` whose linears are `CalibratedLinear`s.
+
+    Args:
+        levels: the family's `group_levels` of the block.
+        bits: bits by layer name inside the block; a layer without an entry stays as it is.
+        activation_amax: by group name `[d]`, the largest input magnitude of each channel; read for SmoothQuant's scale.
+    """
+    block = copy.deepcopy(block).requires_grad_(False)
+    calibrated: list[list[CalibratedGroup]] = []
+    for level in levels:
+        groups = []
+        for group in level:
+            names = [name for name in group.layers if name in bits]
+            if not names:
+                continue
+            linears = {name: block.get_submodule(name) for name in names}
+            activation_bits = {bits[name].activation for name in names}
+            if len(activation_bits) > 1:
+                raise ValueError(f"layers {names} read one tensor and must have the same activation bits: {bits}")
+            first = linears[names[0]]
+            initial = None
+            if group.name in activation_amax:
+                weight_amax = torch.stack([linear.weight.abs().amax(dim=0) for linear in linears.values()]).amax(dim=0)
+                initial = smoothing_scale(activation_amax[group.name], weight_amax.float(), recipe.smoothing_alpha)
+            transform = GroupTransform(first.in_features, activation_bits.pop(), recipe, initial_scale=initial).to(
+                first.weight.device
+            )
+            layers = {}
+            for name, linear in linears.items():
+                layers[name] = CalibratedLinear(linear, transform, bits[name], recipe)
+                block.set_submodule(name, layers[name])
+            groups.append(CalibratedGroup(group.name, group.stream, transform, layers))
+        calibrated.append(groups)
+    return block, calibrated
+
+
+def weighted_error(output: Tensor, sample: Sample) -> Tensor:
+    """`1/L sum_j lambda_j ||target_j - output_j||^2`, float32 (S²Q-VDiT eq. 12)."""
+    assert sample.target is not None
+    error = (output.float() - sample.target.float()).square().sum(dim=-1)
+    return (error if sample.weights is None else error * sample.weights).mean()
+
+
+def mean_loss(family: ModuleType, block: nn.Module, samples: Sequence[Sample]) -> float:
+    """Mean of the block loss over the samples, without gradients."""
+    with torch.no_grad():
+        losses = [weighted_error(family.call_block(block, s.quantized, s.conditioning), s) for s in samples]
+    return float(torch.stack(losses).mean())
+
+
+def learn(
+    family: ModuleType,
+    name: str,
+    block: nn.Module,
+    *,
+    groups: Sequence[Sequence[CalibratedGroup]],
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> list[float]:
+    """Learns channel scales, rotations and clips of `block` in place; returns the mean loss of every epoch.
+
+    Raises:
+        BlockDiverged: the loss is not finite.
+    """
+    optimizer = _optimizer(groups, recipe)
+    total = recipe.epochs * len(samples)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    order = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    for epoch in range(recipe.epochs):
+        epoch_losses = []
+        for position, index in enumerate(torch.randperm(len(samples), generator=order).tolist()):
+            step = epoch * len(samples) + position
+            sample = samples[index]
+            loss = weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise BlockDiverged(name, step, value)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            epoch_losses.append(value)
+            progress(step + 1, total)
+        losses.append(sum(epoch_losses) / len(epoch_losses))
+    return losses
+
+
+def without_learning(recipe: Recipe) -> Recipe:
+    """The same recipe with nothing learned: fixed Hadamard rotation, no clip; for blocks that diverged."""
+    return replace(
+        recipe,
+        epochs=0,
+        channel_scale="none",
+        rotation="none" if recipe.rotation == "none" else "hadamard",
+        clip="none",
+    )
+
+
+def _optimizer(groups: Sequence[Sequence[CalibratedGroup]], recipe: Recipe) -> torch.optim.AdamW:
+    transforms: list[nn.Parameter] = []
+    clips: list[nn.Parameter] = []
+    for group in (group for level in groups for group in level):
+        transforms += [p for p in (group.transform.log_scale, group.transform.skew) if p is not None]
+        clips += [p for p in (group.transform.clip_logit,) if p is not None]
+        clips += [layer.clip_logit for layer in group.layers.values() if layer.clip_logit is not None]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in transforms if p.requires_grad], "lr": recipe.learning_rate_transform},
+            {"params": [p for p in clips if p.requires_grad], "lr": recipe.learning_rate_clip},
+        ],
+        weight_decay=0.0,
+    )

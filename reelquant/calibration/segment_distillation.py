@@ -1,0 +1,136 @@
+"""Segment-parallel distillation (method §5): walks the blocks of one segment, and carries both streams from block to block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.calibration.block_distillation import (
+    BlockDiverged,
+    BlockResult,
+    Sample,
+    calibrated_copy,
+    learn,
+    mean_loss,
+    prepare_targets,
+    without_learning,
+)
+from reelquant.calibration.block_rounding import RoundedLayer, group_inputs, layer_sqnr, round_block
+from reelquant.calibration.recipe import LayerBits, Recipe
+
+
+@dataclass(frozen=True)
+class DistilledBlock:
+    """A rounded block and what is reported of it."""
+
+    name: str
+    layers: Mapping[str, RoundedLayer]
+    result: BlockResult
+
+
+def distill_segment(
+    family: ModuleType,
+    blocks: Mapping[str, nn.Module],
+    samples: Sequence[Sample],
+    *,
+    bits: Mapping[str, Mapping[str, LayerBits]],
+    recipe: Recipe,
+    conditioning_rows: Tensor,
+    seed_of: Callable[[str], int],
+    fall_back: bool,
+    progress: Callable[[int, int], None],
+) -> Iterator[DistilledBlock]:
+    """Calibrates the consecutive `blocks` of a segment one after the other.
+
+    Args:
+        blocks: full-precision blocks by name, in model order.
+        samples: the segment's entry: `reference` and `quantized` both hold the stored stream. Consumed: both streams are
+            advanced block by block.
+        bits: by block, then by layer inside the block.
+        conditioning_rows: `[M, d]`, the timestep embeddings of all candidates.
+        fall_back: round a block that diverges without learning instead of raising.
+        progress: called with steps done and steps in all.
+
+    Raises:
+        BlockDiverged: a block's loss is not finite and `fall_back` is off.
+    """
+    steps = max(1, recipe.epochs * len(samples) if recipe.learns else 1)
+    rows = family.conditioning_input(conditioning_rows)
+    for index, (name, reference) in enumerate(blocks.items()):
+
+        def advance(done: int, total: int, index: int = index) -> None:
+            progress(index * steps + done * steps // total, len(blocks) * steps)
+
+        reference.requires_grad_(False)
+        prepare_targets(family, reference, samples, recipe)
+        learned = _distill_block(
+            family, name, reference, samples, bits=bits[name], recipe=recipe, rows=rows, seed=seed_of(name),
+            fall_back=fall_back, progress=advance,
+        )  # fmt: skip
+        quantized, distilled = learned
+        for sample in samples:
+            with torch.no_grad():
+                sample.quantized = family.call_block(quantized, sample.quantized, sample.conditioning)
+            assert sample.target is not None
+            sample.reference = sample.target
+        advance(1, 1)
+        yield distilled
+
+
+def _distill_block(
+    family: ModuleType,
+    name: str,
+    reference: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    bits: Mapping[str, LayerBits],
+    recipe: Recipe,
+    rows: Tensor,
+    seed: int,
+    fall_back: bool,
+    progress: Callable[[int, int], None],
+) -> tuple[nn.Module, DistilledBlock]:
+    levels = family.group_levels(name)
+    amax = _activation_amax(family, reference, levels, samples) if recipe.channel_scale == "smoothquant" else {}
+    block, groups = calibrated_copy(reference, levels, bits=bits, recipe=recipe, activation_amax=amax)
+    result = BlockResult()
+    if recipe.needs_activations:
+        result.loss_before = mean_loss(family, block, samples)
+    if recipe.learns:
+        try:
+            result.losses = learn(
+                family, name, block, groups=groups, samples=samples, recipe=recipe, seed=seed, progress=progress
+            )
+        except BlockDiverged as error:
+            if not fall_back:
+                raise
+            recipe = without_learning(replace(recipe, rounding="gptq"))
+            block, groups = calibrated_copy(reference, levels, bits=bits, recipe=recipe, activation_amax={})
+            result.fell_back = str(error)
+    layers = round_block(
+        family, reference, block, groups=groups, samples=samples, conditioning_rows=rows, recipe=recipe
+    )
+    if recipe.needs_activations:
+        result.loss_after = mean_loss(family, block, samples)
+        result.layer_sqnr_db = layer_sqnr(family, reference, block, list(layers), samples)
+    return block, DistilledBlock(name, layers, result)
+
+
+def _activation_amax(
+    family: ModuleType, block: nn.Module, levels: Sequence[Sequence[object]], samples: Sequence[Sample]
+) -> dict[str, Tensor]:
+    """Largest input magnitude per channel `[d]` of every group that reads tokens, over all samples."""
+    amax: dict[str, Tensor] = {}
+    for level in levels:
+        groups = [group for group in level if group.stream != "conditioning"]  # type: ignore[attr-defined]
+        leaders = {group.name: group.layers[0] for group in groups}  # type: ignore[attr-defined]
+        for sample in samples if leaders else ():
+            seen = group_inputs(family, block, list(leaders.values()), sample.reference, sample.conditioning)
+            for group, leader in leaders.items():
+                found = seen[leader].float().abs().amax(dim=0)
+                amax[group] = torch.maximum(amax[group], found) if group in amax else found
+    return amax

@@ -1,0 +1,134 @@
+"""What lies in a checkpoint's folder: its weight files by their headers, and where they disagree with the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
+from reelquant.checkpoint.schema import QUANT_METHOD, TensorInfo, layer_tensors
+from reelquant.quantization.linear import QuantizedLinear
+
+TRANSFORMER = "transformer"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a transformer's folder.
+
+    Raises:
+        ValueError: the file does not exist or is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} does not exist: {folder.parent} is no diffusers pipeline with a transformer"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: is not a JSON object")
+    return config
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a pipeline folder whose transformer this package quantized."""
+    try:
+        quantization = read_config(path / TRANSFORMER).get("quantization_config")
+    except ValueError:
+        return False
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def weight_map(folder: Path) -> dict[str, list[str]]:
+    """Names of the weight files in a transformer's folder, with the tensors that the index promises in each.
+
+    A model in one file has no index: nothing is promised of it.
+
+    Raises:
+        ValueError: there are no safetensors weights, or the index cannot be read.
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        if not (folder / WEIGHTS_NAME).exists():
+            raise ValueError(f"{folder}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}; other formats are not read")
+        return {WEIGHTS_NAME: []}
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        result: dict[str, list[str]] = {file: [] for file in sorted(set(files.values()))}
+        for name, file in files.items():
+            result[file].append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: is no index of safetensors files ({error!r})") from error
+    return result
+
+
+def read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Stored tensors by name, from the headers of a transformer's weight files, and what is wrong with the files."""
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    files = weight_map(folder)
+    for file, promised in files.items():
+        try:
+            found, _ = read_header(folder / file)
+        except FileNotFoundError:
+            problems.append(f"file {file} does not exist")
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"tensor {name}: the index promises it in {file}" for name in sorted(set(promised) - set(found))]
+        if promised:
+            unlisted = sorted(set(found) - set(promised))
+            problems += [f"tensor {name}: lies in {file}, but the index does not say so" for name in unlisted]
+        problems += [f"tensor {name}: is stored twice" for name in sorted(set(found) & set(tensors))]
+        tensors.update(found)
+    stray = {path.name for path in folder.glob("*.safetensors")} - set(files)
+    problems += [f"file {file}: is no part of the model" for file in sorted(stray)]
+    return tensors, problems
+
+
+def disagreements(model: nn.Module, stored: Mapping[str, TensorInfo], *, ignored: Iterable[str] = ()) -> list[str]:
+    """Every tensor that the checkpoint lacks, has too much, or has in another shape or dtype than `model` needs.
+
+    Args:
+        model: with its quantized layers in place; tensors may be on the meta device.
+        stored: dtypes and shapes in the checkpoint.
+        ignored: regular expressions of names that may be there without a use.
+    """
+    strict: dict[str, TensorInfo] = {}
+    problems = []
+    for name, layer in quantized_layers(model).items():
+        if f"{name}.weight" in stored and f"{name}.weight_packed" not in stored:
+            problems.append(f"layer {name}: is declared as quantized, but {name}.weight is stored, not quantized")
+        expected = layer_tensors(layer.name, layer.spec, in_features=layer.in_features, out_features=layer.out_features)
+        strict.update({f"{name}.{suffix}": info for suffix, info in expected.items()})
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in sorted(wanted.items()):
+        found = stored.get(name)
+        if found is None:
+            problems.append(f"tensor {name}: is missing")
+        elif found.shape != shape:
+            problems.append(f"tensor {name}: has the shape {list(found.shape)}, not {list(shape)}")
+        elif name in strict and found.dtype != strict[name].dtype:
+            problems.append(f"tensor {name}: has the dtype {found.dtype}, not {strict[name].dtype}")
+        elif name not in strict and found.dtype not in _FLOATING:
+            problems.append(f"tensor {name}: has the dtype {found.dtype}, which is not floating")
+    patterns = [re.compile(pattern) for pattern in ignored]
+    extra = (name for name in sorted(set(stored) - set(wanted)) if not any(p.search(name) for p in patterns))
+    return problems + [f"tensor {name}: is not a part of the model" for name in extra]
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -1,0 +1,160 @@
+"""Whether a checkpoint is what it says: headers first, then every tensor's numbers and every layer's digest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from torch import nn
+
+from reelquant.checkpoint.layer_packing import value_problem
+from reelquant.checkpoint.reader import TRANSFORMER, disagreements, quantized_layers, read_config, read_weights
+from reelquant.checkpoint.safetensors_file import StoredTensor
+from reelquant.checkpoint.schema import LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, layer_digest
+from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
+from reelquant.quantization.quantizer import max_code
+from reelquant.quantization.weight_grid import LARGEST_INT8
+
+_SOURCE_BYTES = 2
+"""Bytes of a number in the 16-bit source with which a checkpoint is compared."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one quantized layer takes."""
+
+    weight_bits: int
+    """Bits of a code."""
+    activation_bits: int
+    """Bits of the input's codes; 16: not quantized."""
+    num_weights: int
+    """Weights of the layer."""
+    stored_bytes: int
+    """Bytes of all its tensors, the bias and a group's shared tensors too."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales and everything else counted."""
+        return 8 * self.stored_bytes / self.num_weights
+
+
+@dataclass
+class VerificationReport:
+    """Result of `verify_checkpoint`. Byte counts are 0 where the problems did not let them be known."""
+
+    path: Path
+    problems: list[str] = field(default_factory=list)
+    """Everything that is wrong; empty for a sound checkpoint."""
+    bits: str = ""
+    """Label such as `W4A6`."""
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    """Quantized layers by name."""
+    total_bytes: int = 0
+    """Bytes of all tensors of the transformer."""
+    source_bytes: int = 0
+    """Bytes that the transformer takes with 16 bits a number."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the checkpoint is sound."""
+        return not self.problems
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller than with 16 bits a number; 0 if unknown."""
+        return self.source_bytes / self.total_bytes if self.total_bytes else 0.0
+
+
+def verify_checkpoint(path: Path) -> VerificationReport:
+    """Checks the transformer of the pipeline folder `path`, tensor by tensor; what is wrong is reported, not raised.
+
+    First names, shapes and dtypes of all tensors against the model; then that every number is finite, that scales are
+    positive, that codes are in range, and that every layer has the digest which its description promises.
+    """
+    report = VerificationReport(path)
+    folder = path / TRANSFORMER
+    try:
+        config = read_config(folder)
+        spec = _specification(config, folder)
+        report.bits = spec.bits
+        model = empty_model(config, spec)
+        stored, report.problems = read_weights(folder)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return report
+    infos = {name: tensor.info for name, tensor in stored.items()}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    report.problems += disagreements(model, infos, ignored=ignored)
+    if report.problems:
+        return report
+    _count(report, model, stored)
+    layers = quantized_layers(model)
+    for name in sorted(stored):
+        parent, _, suffix = name.rpartition(".")
+        problem = value_problem(suffix if parent in layers else name, stored[name].read())
+        if problem is not None:
+            report.problems.append(f"tensor {name}: {problem}")
+    for name, layer in layers.items():
+        report.problems += _layer_problems(name, layer, stored)
+    return report
+
+
+def empty_model(config: Mapping[str, Any], spec: QuantizationSpec) -> nn.Module:
+    """The model of a transformer's `config.json` on the meta device, with empty quantized layers in place.
+
+    Raises:
+        ValueError: diffusers has no such model, or its layers are not those of `spec`.
+    """
+    architecture = str(config.get("_class_name"))
+    model_class: Any = getattr(diffusers, architecture, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+        raise ValueError(f"diffusers {diffusers.__version__} has no model {architecture!r}; a newer one may have it")
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model: nn.Module = cast(Any, model_class).from_config(plain)
+        replace_linear_layers(model, spec.layers)
+    return model
+
+
+def _specification(config: Mapping[str, Any], folder: Path) -> QuantizationSpec:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{folder}/config.json: its quantization_config is not one of reelquant: nothing is quantized")
+    return QuantizationSpec.from_dict(quantization)
+
+
+def _count(report: VerificationReport, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    layers = quantized_layers(model)
+    num_numbers = 0
+    for name, tensor in stored.items():
+        parent, _, suffix = name.rpartition(".")
+        if parent not in layers or suffix not in LAYER_SUFFIXES:
+            num_numbers += math.prod(tensor.info.shape)
+    for name, layer in layers.items():
+        num_weights = layer.in_features * layer.out_features
+        num_numbers += num_weights
+        taken = sum(stored[f"{name}.{suffix}"].num_bytes for suffix in layer.state_dict())
+        report.layers[name] = LayerReport(layer.spec.weight_bits, layer.spec.activation_bits, num_weights, taken)
+    report.total_bytes = sum(tensor.num_bytes for tensor in stored.values())
+    report.source_bytes = num_numbers * _SOURCE_BYTES
+
+
+def _layer_problems(name: str, empty: QuantizedLinear, stored: Mapping[str, StoredTensor]) -> list[str]:
+    own = {suffix: stored[f"{name}.{suffix}"] for suffix in empty.state_dict() if suffix != "bias"}
+    digest = layer_digest((suffix, tensor.info, tensor.read_bytes()) for suffix, tensor in own.items())
+    if digest != empty.spec.digest:
+        return [f"layer {name}: its tensors have the digest {digest}, not {empty.spec.digest!r}"]
+    problems = []
+    layer = QuantizedLinear(empty.in_features, empty.out_features, empty.spec, name=name, bias=False)
+    layer.load_state_dict({suffix: tensor.read() for suffix, tensor in own.items()})
+    largest = max_code(empty.spec.weight_bits)
+    if int(layer.codes().to(torch.int16).abs().max()) > largest:
+        problems.append(f"layer {name}: has codes beyond {largest}")
+    if layer.group_scale is not None and int(layer.group_scale.max()) > LARGEST_INT8 // largest:
+        problems.append(f"layer {name}: has group scales beyond {LARGEST_INT8 // largest}: with codes they exceed INT8")
+    return problems

@@ -1,0 +1,200 @@
+"""Assembly of a checkpoint: a diffusers pipeline folder whose transformer has quantized layers.
+
+Bytes are copied from the source and from the block artifacts file to file; the model is never in memory. The same
+inputs give the same bytes. The folder appears under its name only when it is complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from reelquant.checkpoint.layer_packing import open_block_artifact, sync_folder
+from reelquant.checkpoint.reader import (
+    INDEX_NAME,
+    TRANSFORMER,
+    WEIGHTS_NAME,
+    WEIGHTS_STEM,
+    is_checkpoint,
+    read_config,
+    read_weights,
+)
+from reelquant.checkpoint.safetensors_file import StoredTensor, write_file
+from reelquant.checkpoint.schema import LAYER_SUFFIXES, LayerSpec, QuantizationSpec, group_problems, layer_tensors
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".msgpack", ".pt", ".ckpt")
+
+
+def write_checkpoint(
+    source: Path,
+    output: Path,
+    *,
+    artifacts: Iterable[Path],
+    bits: str,
+    method: str,
+    calibration: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> QuantizationSpec:
+    """Writes the pipeline folder `output` from the pipeline folder `source` and the quantized layers of `artifacts`.
+
+    Args:
+        source: a diffusers pipeline folder with safetensors weights that are not quantized.
+        output: is replaced if it is a checkpoint of this package.
+        artifacts: files of `layer_packing.write_block_artifact`; tensors of the source that none replaces are copied.
+        bits: label such as `W4A6`.
+        method: name of the calibration method.
+        calibration: JSON values: where the layers come from.
+        max_shard_bytes: size of the weight files; a larger tensor has a file of its own.
+
+    Returns:
+        the description that was written into `config.json`.
+
+    Raises:
+        ValueError: the source or an artifact is not usable, they do not fit each other, or `output` is something else;
+            all layers and tensors that do not fit are named.
+        OSError: files cannot be read or written.
+    """
+    source, output = source.resolve(), output.resolve()
+    _check_folders(source, output, max_shard_bytes)
+    config = read_config(source / TRANSFORMER)
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{source}: its transformer is quantized already; give the full-precision pipeline")
+    weights, problems = read_weights(source / TRANSFORMER)
+    layers, replacements, artifact_problems = _read_artifacts(artifacts)
+    problems += artifact_problems
+    if not problems:
+        problems = group_problems(layers) + _fit_problems(weights, replacements, layers)
+    if problems:
+        raise ValueError(f"{source} and its block artifacts give no checkpoint: " + "; ".join(problems))
+    spec = QuantizationSpec(bits=bits, method=method, layers=layers, calibration=dict(calibration or {}))
+    # A layer's weight gives way; its bias stays, unless the artifact has one.
+    kept = {name: tensor for name, tensor in weights.items() if name not in {f"{layer}.weight" for layer in layers}}
+    partial = output.with_name(f".{output.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    _copy_components(source, partial)
+    transformer = partial / TRANSFORMER
+    _write_json(transformer / "config.json", {**config, "quantization_config": spec.to_dict()})
+    _write_shards(transformer, {**kept, **replacements}, max_shard_bytes)
+    for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
+        sync_folder(folder)
+    _put_in_place(partial, output)
+    return spec
+
+
+def _check_folders(source: Path, output: Path, max_shard_bytes: int) -> None:
+    if not (source / "model_index.json").is_file():
+        raise ValueError(f"{source}: is no diffusers pipeline folder: it has no model_index.json")
+    if output == source or output.is_relative_to(source) or source.is_relative_to(output):
+        raise ValueError(f"{output}: the checkpoint cannot be written over or into its source {source}")
+    if output.exists() and not is_checkpoint(output):
+        raise ValueError(f"{output}: exists and is no checkpoint of reelquant; choose another folder or remove it")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _read_artifacts(
+    artifacts: Iterable[Path],
+) -> tuple[dict[str, LayerSpec], dict[str, StoredTensor], list[str]]:
+    layers: dict[str, LayerSpec] = {}
+    tensors: dict[str, StoredTensor] = {}
+    origin: dict[str, Path] = {}
+    problems = []
+    for path in artifacts:
+        try:
+            found, specs = open_block_artifact(path)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        problems += [f"layer {name}: is in {origin[name]} and in {path}" for name in specs if name in origin]
+        layers.update(specs)
+        tensors.update(found)
+        origin.update(dict.fromkeys(specs, path))
+    if not layers and not problems:
+        problems.append("the artifacts hold no layer")
+    return layers, tensors, problems
+
+
+def _fit_problems(
+    weights: Mapping[str, StoredTensor], replacements: Mapping[str, StoredTensor], layers: Mapping[str, LayerSpec]
+) -> list[str]:
+    problems = []
+    for name, spec in layers.items():
+        weight = weights.get(f"{name}.weight")
+        if weight is None or len(weight.info.shape) != 2:
+            found = "no such weight" if weight is None else f"the weight {weight.info}, which is no matrix"
+            problems.append(f"layer {name}: the source has {found}")
+            continue
+        out_features, in_features = weight.info.shape
+        expected = layer_tensors(name, spec, in_features=in_features, out_features=out_features)
+        for suffix in LAYER_SUFFIXES:
+            tensor, info = replacements.get(f"{name}.{suffix}"), expected.get(suffix)
+            if (tensor.info if tensor else None) != info:
+                problems.append(f"tensor {name}.{suffix}: is {tensor.info if tensor else None}, not {info}")
+        if spec.rotation and in_features % spec.rotation:
+            problems.append(f"layer {name}: rotation blocks of {spec.rotation} do not divide its {in_features} inputs")
+        bias, old = replacements.get(f"{name}.bias"), weights.get(f"{name}.bias")
+        if bias is not None and (old is None or bias.info.shape != old.info.shape):
+            problems.append(f"tensor {name}.bias: is {bias.info}, the source has {old.info if old else None}")
+    return problems
+
+
+def _copy_components(source: Path, target: Path) -> None:
+    """Copies every file of the pipeline but hidden ones and the transformer's weights."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        if relative.parts[0] == TRANSFORMER and path.name.endswith(_WEIGHT_ENDINGS):
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as original, (target / relative).open("wb") as copy:
+            shutil.copyfileobj(original, copy, 2**24)
+            copy.flush()
+            os.fsync(copy.fileno())
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> None:
+    shards: list[dict[str, StoredTensor]] = [{}]
+    filled = 0
+    for name in sorted(tensors):
+        if shards[-1] and filled + tensors[name].num_bytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensors[name]
+        filled += tensors[name].num_bytes
+    if len(shards) == 1:
+        write_file(folder / WEIGHTS_NAME, shards[0], {"format": "pt"})
+        return
+    files: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"{WEIGHTS_STEM}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, shard, {"format": "pt"})
+        files.update(dict.fromkeys(shard, file))
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": files})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    replaced = output.with_name(f".{output.name}.replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    sync_folder(output.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)

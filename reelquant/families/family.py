@@ -1,0 +1,65 @@
+"""What all model families share: the words for groups of layers and for the token grid."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+StreamName = Literal["video", "text", "joint", "conditioning"]
+
+FAMILIES = ("hunyuan_video",)
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linear layers of one block that read the same tensor: they share one channel scale and one rotation."""
+
+    name: str
+    stream: StreamName
+    """Which tokens they read: the video's, the text's, both, or the one row of the timestep embedding."""
+    layers: tuple[str, ...]
+    """Names inside the block, in the order in which the block calls them. The first one is the leader."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Grid of the video tokens (frame-major) and the number of text tokens after them."""
+
+    num_frames: int
+    height: int
+    width: int
+    num_text: int
+
+    @property
+    def num_video(self) -> int:
+        """Number of video tokens."""
+        return self.num_frames * self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of all tokens."""
+        return self.num_video + self.num_text
+
+
+def family_of(transformer_config: Path) -> ModuleType:
+    """The family module for a transformer's `config.json`.
+
+    Raises:
+        ValueError: no family knows the architecture that the file names.
+    """
+    architecture = json.loads(transformer_config.read_text(encoding="utf-8")).get("_class_name")
+    families = {module.ARCHITECTURE: module for module in map(load_family, FAMILIES)}
+    if architecture not in families:
+        raise ValueError(
+            f"{transformer_config}: architecture {architecture!r} is not supported; supported are {sorted(families)}"
+        )
+    return families[architecture]
+
+
+def load_family(name: str) -> ModuleType:
+    """The module `reelquant.families.<name>`."""
+    return import_module(f"reelquant.families.{name}")

@@ -1,0 +1,173 @@
+"""HunyuanVideo: which blocks there are, which linears share an input, how tokens are laid out, how one block is called.
+
+Every family module has the same names: `ARCHITECTURE`, `block_names`, `build_block`, `group_levels`, `auxiliary_kind`,
+`token_layout`, `rotary_embedding`, `Conditioning`, `call_block`, `conditioning_input`, `watch_query_key`.
+
+A stream is one tensor `[L, d]` of one sample: the video tokens in frame-major order, then the text tokens without padding.
+Padding is masked as a key everywhere in the model, so dropping it changes no real token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoRotaryPosEmbed,
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
+from torch import Tensor, nn
+
+from reelquant.families.family import InputGroup, TokenLayout
+
+ARCHITECTURE = "HunyuanVideoTransformer3DModel"
+
+_DOUBLE = "transformer_blocks"
+_SINGLE = "single_transformer_blocks"
+
+_DOUBLE_LEVELS = (
+    (InputGroup("modulation", "conditioning", ("norm1.linear", "norm1_context.linear")),),
+    (
+        InputGroup("attention_in", "video", ("attn.to_q", "attn.to_k", "attn.to_v")),
+        InputGroup("attention_in_context", "text", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    ),
+    (
+        InputGroup("attention_out", "video", ("attn.to_out.0",)),
+        InputGroup("attention_out_context", "text", ("attn.to_add_out",)),
+    ),
+    (
+        InputGroup("feed_forward_in", "video", ("ff.net.0.proj",)),
+        InputGroup("feed_forward_in_context", "text", ("ff_context.net.0.proj",)),
+    ),
+    (
+        InputGroup("feed_forward_out", "video", ("ff.net.2",)),
+        InputGroup("feed_forward_out_context", "text", ("ff_context.net.2",)),
+    ),
+)
+_SINGLE_LEVELS = (
+    (InputGroup("modulation", "conditioning", ("norm.linear",)),),
+    (InputGroup("block_in", "joint", ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v")),),
+    (InputGroup("block_out", "joint", ("proj_out",)),),
+)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a block reads besides its stream: `temb [1, d]`, the rotary tables `[L_video, head_dim]` and the text length."""
+
+    temb: Tensor
+    rotary: tuple[Tensor, Tensor]
+    num_text: int
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
+        """The same on `device`; the rotary tables stay float32."""
+        cos, sin = self.rotary
+        return Conditioning(self.temb.to(device, dtype), (cos.to(device), sin.to(device)), self.num_text)
+
+
+def block_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the blocks in the order in which the model runs them, for a transformer's `config.json`."""
+    double = (f"{_DOUBLE}.{i}" for i in range(config["num_layers"]))
+    single = (f"{_SINGLE}.{i}" for i in range(config["num_single_layers"]))
+    return (*double, *single)
+
+
+def build_block(config: Mapping[str, Any], name: str) -> nn.Module:
+    """A block of the family without its weights; build it under `torch.device("meta")` to allocate nothing.
+
+    Raises:
+        ValueError: the model has no block `name`, or a kind of block that is not supported.
+    """
+    names = block_names(config)
+    if name not in names:
+        doubles, singles = config["num_layers"], config["num_single_layers"]
+        raise ValueError(
+            f"no block {name!r}: this HunyuanVideo has {_DOUBLE}.0-{doubles - 1} and {_SINGLE}.0-{singles - 1}"
+        )
+    if config.get("image_condition_type") is not None:
+        raise ValueError(
+            f"image_condition_type {config['image_condition_type']!r} (image-to-video) is not supported; "
+            "use the text-to-video model, whose image_condition_type is null"
+        )
+    block_class = HunyuanVideoTransformerBlock if name.startswith(f"{_DOUBLE}.") else HunyuanVideoSingleTransformerBlock
+    return block_class(
+        config["num_attention_heads"],
+        config["attention_head_dim"],
+        mlp_ratio=config["mlp_ratio"],
+        qk_norm=config["qk_norm"],
+    )
+
+
+def group_levels(name: str) -> tuple[tuple[InputGroup, ...], ...]:
+    """Input groups of block `name`, level by level: a level's inputs depend only on the layers of the levels before it."""
+    return _DOUBLE_LEVELS if name.startswith(f"{_DOUBLE}.") else _SINGLE_LEVELS
+
+
+def auxiliary_kind(layer: str) -> str | None:
+    """`"refiner"` or `"embedder"` for a linear outside the blocks, None for one that stays in 16 bits (output projection)."""
+    if ".refiner_blocks." in layer:
+        return "refiner"
+    if layer.startswith(("time_text_embed.", "context_embedder.", "norm_out.")):
+        return "embedder"
+    return None
+
+
+def token_layout(config: Mapping[str, Any], latent_shape: tuple[int, ...], num_text: int) -> TokenLayout:
+    """Token grid of latents `[..., C, F, H, W]` and `num_text` text tokens."""
+    frames, height, width = latent_shape[-3:]
+    patch, patch_t = config["patch_size"], config["patch_size_t"]
+    return TokenLayout(frames // patch_t, height // patch, width // patch, num_text)
+
+
+def rotary_embedding(config: Mapping[str, Any], layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables, float32 `[L_video, head_dim]`."""
+    rope = HunyuanVideoRotaryPosEmbed(1, 1, list(config["rope_axes_dim"]), config["rope_theta"])
+    cos, sin = rope(torch.empty(1, 1, layout.num_frames, layout.height, layout.width))
+    return cos, sin
+
+
+def call_block(block: nn.Module, hidden: Tensor, conditioning: Conditioning) -> Tensor:
+    """Runs one block on one stream: `[L, d] -> [L, d]`, without the rest of the model."""
+    video, text = hidden[: -conditioning.num_text].unsqueeze(0), hidden[-conditioning.num_text :].unsqueeze(0)
+    video, text = block(video, text, conditioning.temb, None, conditioning.rotary)
+    return torch.cat([video[0], text[0]])
+
+
+def conditioning_input(temb: Tensor) -> Tensor:
+    """What the modulation layers read, for `temb [M, d]`."""
+    return nn.functional.silu(temb)
+
+
+@contextmanager
+def watch_query_key(
+    block: nn.Module, conditioning: Conditioning, observe: Callable[[Tensor, Tensor], None]
+) -> Iterator[None]:
+    """While open, every call of `block` hands `observe` its queries and keys `[H, L, D]`, after norm and rotation."""
+    attention = block.get_submodule("attn")
+    parts: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, _inputs, output: parts.__setitem__(name, output)
+
+    def joint(name: str) -> Tensor:
+        heads = parts[f"norm_{name}"]
+        if f"norm_added_{name}" in parts:
+            video, text = heads, parts[f"norm_added_{name}"]
+        else:
+            video, text = heads[:, : -conditioning.num_text], heads[:, -conditioning.num_text :]
+        video = apply_rotary_emb(video, conditioning.rotary, sequence_dim=1)
+        return torch.cat([video, text], dim=1)[0].transpose(0, 1)
+
+    names = [n for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if getattr(attention, n, None) is not None]
+    handles = [attention.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles.append(attention.register_forward_hook(lambda *_: observe(joint("q"), joint("k"))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

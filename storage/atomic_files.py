@@ -1,0 +1,142 @@
+"""Files that are whole or absent, whatever is killed on the way.
+
+Everything is written beside its target under a hidden ``.<name>.<random>.partial`` name, synced, and renamed; then the
+directory is synced. A kill leaves the old state, or the new one, and at most one partial file, which
+:func:`sweep_partial_files` removes. Only the holder of the run's lock may sweep: a partial file may be somebody's work.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of everything that is not finished."""
+
+
+def partial_path(target: Path) -> Path:
+    """A fresh hidden name in the directory of ``target``, so that a rename to ``target`` is atomic."""
+    return target.parent / f".{target.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
+
+
+def write_bytes_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> None:
+    """Write ``data`` durably: after the return it survives a power loss, before it nothing is to be seen at ``path``.
+
+    The parent directory must exist (:func:`create_directory`).
+
+    Args:
+        path: target file; replaced if it exists, unless ``exclusive``.
+        data: the whole content.
+        exclusive: raise ``FileExistsError`` instead of replacing (hard link: atomic among processes).
+
+    Raises:
+        OSError: disk full, no permission...: names path, bytes to write and bytes free; nothing is left behind.
+    """
+    partial = partial_path(path)
+    try:
+        with explain_write_failure(path, len(data)):
+            with open(partial, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if exclusive:
+                os.link(partial, path)
+            else:
+                os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_json_atomic(path: Path, value: Any, *, exclusive: bool = False) -> None:
+    """Write ``value`` as JSON with sorted keys (equal values give equal bytes) through :func:`write_bytes_atomic`.
+
+    Raises:
+        ValueError: ``value`` holds NaN or infinity, which JSON does not know.
+        TypeError: ``value`` holds something that is not JSON.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_bytes_atomic(path, text.encode(), exclusive=exclusive)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of the file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of ``path`` durable, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def create_directory(path: Path) -> None:
+    """Create ``path`` and its missing parents durably; existing ones are fine."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+
+
+def sweep_partial_files(root: Path) -> tuple[str, ...]:
+    """Remove what killed writers left under ``root``; call it only while holding the run's lock.
+
+    Returns:
+        The removed paths, relative to ``root``, sorted. Symbolic links are not followed.
+    """
+    removed = []
+    for directory, folders, files in os.walk(root):
+        for name in [entry for entry in folders + files if entry.startswith(".") and entry.endswith(PARTIAL_SUFFIX)]:
+            path = Path(directory, name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+                folders.remove(name)
+            else:
+                path.unlink()
+            removed.append(path.relative_to(root).as_posix())
+    return tuple(sorted(removed))
+
+
+@contextlib.contextmanager
+def explain_write_failure(path: Path, num_bytes: int) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into one that names ``path``, the bytes to write and the bytes free.
+
+    ``FileExistsError`` passes unchanged: it is an answer, not a failure.
+    """
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = f"; {_free_bytes(path)} bytes are free there: free space, raise the quota or use another disk"
+        raise OSError(error.errno, f"{reason}, writing {num_bytes} bytes{hint}", str(path)) from error
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(parent for parent in path.parents if parent.is_dir())
+    return shutil.disk_usage(existing).free

@@ -1,0 +1,268 @@
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.actor_pool import PoolEvents, Unit, UnitsFailed, WorkersFailed, run_units
+from cluster.session import Session
+from tests.cluster.sample_workers import SampleWorker, Settings
+
+pytestmark = pytest.mark.usefixtures("session")
+
+
+class Recorder(PoolEvents):
+    """Remembers every event."""
+
+    def __init__(self, when: dict[str, Callable[[str], None]] | None = None) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.when = when or {}
+
+    def started(self, name: str, worker: str) -> None:
+        self.events.append(("started", name, worker))
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        self.events.append(("progress", name, done, total))
+        if "progress" in self.when:
+            self.when["progress"](name)
+
+    def finished(self, name: str, result: Any, seconds: float, attempt: int) -> None:
+        self.events.append(("finished", name, result, seconds, attempt))
+        if "finished" in self.when:
+            self.when["finished"](name)
+
+    def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
+        self.events.append(("failed", name, attempt, error, will_retry))
+
+    def of(self, kind: str) -> list[tuple[Any, ...]]:
+        return [event[1:] for event in self.events if event[0] == kind]
+
+
+def doubles(num_units: int) -> list[Unit]:
+    return [Unit(f"double-{index}", ("double", f"double-{index}", index)) for index in range(num_units)]
+
+
+def attempts(marks: Path, name: str) -> int:
+    return len(list(marks.glob(f"{name}.*")))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def living_workers(marks: Path) -> list[int]:
+    """Process ids, of all workers ever constructed with `marks`, that still run."""
+    return [pid for path in marks.glob("start.*") if is_alive(pid := int(path.suffix[1:]))]
+
+
+def run(units: list[Unit], marks: Path, **arguments: Any) -> dict[str, Any]:
+    arguments = {"num_workers": 2, "num_cpus": 0.5, "stall_timeout_s": 30.0, "progress_interval_s": 0.05} | arguments
+    return run_units(SampleWorker, Settings(marks, arguments.pop("fail_start", "")), units, **arguments)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_results_of_all_units_in_order_whatever_the_number_of_workers(num_workers: int, tmp_path: Path) -> None:
+    recorder = Recorder()
+    meetings = [Unit(f"meet-{index}", ("meet", f"meet-{index}", num_workers)) for index in range(num_workers)]
+    results = run([*meetings, *doubles(7)], tmp_path, num_workers=num_workers, events=recorder)
+    expected = dict.fromkeys((unit.name for unit in meetings), num_workers)
+    expected |= {f"double-{index}": 2 * index for index in range(7)}
+    assert list(results.items()) == list(expected.items())
+    assert attempts(tmp_path, "start") == num_workers
+    assert {worker for _, worker in recorder.of("started")} == {f"worker-{index}" for index in range(num_workers)}
+    assert sorted(name for name, *_ in recorder.of("finished")) == sorted(results)
+    assert all(attempt == 1 and seconds >= 0 for _, _, seconds, attempt in recorder.of("finished"))
+    assert living_workers(tmp_path) == []
+
+
+def test_no_more_workers_than_units(tmp_path: Path) -> None:
+    assert run(doubles(1), tmp_path, num_workers=50) == {"double-0": 0}
+    assert attempts(tmp_path, "start") == 1
+
+
+def test_no_units(tmp_path: Path) -> None:
+    assert run([], tmp_path) == {}
+
+
+def test_a_worker_killed_in_a_unit_costs_that_unit_alone(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_once(name: str) -> None:
+        if not killed:
+            killed.append(int(next(tmp_path.glob("victim.*")).name.split(".")[1]))
+            os.kill(killed[0], signal.SIGKILL)
+            (tmp_path / "go").touch()
+
+    recorder = Recorder({"progress": kill_once})
+    results = run([Unit("victim", ("wait", "victim")), *doubles(5)], tmp_path, events=recorder)
+    assert results["victim"] == 2
+    assert [attempts(tmp_path, f"double-{index}") for index in range(5)] == [1] * 5
+    [(name, attempt, error, will_retry)] = recorder.of("failed")
+    assert (name, attempt, will_retry) == ("victim", 1, True)
+    assert "ActorDiedError" in error
+    last_pid = max(tmp_path.glob("victim.*"), key=lambda path: int(path.name.split(".")[2])).name.split(".")[1]
+    assert int(last_pid) != killed[0]
+
+
+def test_a_poison_unit_is_set_aside_and_the_others_finish(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(UnitsFailed, match="1 of 7 units failed: poison\n") as caught:
+        run([Unit("poison", ("exit", "poison")), *doubles(6)], tmp_path, events=recorder)
+    assert caught.value.results == {f"double-{index}": 2 * index for index in range(6)}
+    assert caught.value.failures["poison"].attempts == attempts(tmp_path, "poison") == 3
+    assert "the last word of poison" in str(caught.value)
+    assert [attempts(tmp_path, f"double-{index}") for index in range(6)] == [1] * 6
+    assert [(attempt, will_retry) for _, attempt, _, will_retry in recorder.of("failed")] == [
+        (1, True),
+        (2, True),
+        (3, False),
+    ]
+
+
+def test_a_value_error_is_not_retried_and_comes_with_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(UnitsFailed) as caught:
+        run([Unit("bad", ("raise", "bad", "value")), *doubles(2)], tmp_path, num_workers=1)
+    assert attempts(tmp_path, "bad") == 1
+    assert attempts(tmp_path, "start") == 1, "the process is as good as before"
+    error = caught.value.failures["bad"].error
+    assert "in do_raise" in error
+    assert "ValueError: bad luck in bad" in error
+    assert error.rstrip() in str(caught.value)
+    assert caught.value.results == {"double-0": 0, "double-1": 2}
+
+
+def test_another_exception_is_retried_in_a_new_process(tmp_path: Path) -> None:
+    with pytest.raises(UnitsFailed, match="RuntimeError: bad luck in bad"):
+        run([Unit("bad", ("raise", "bad", "runtime"))], tmp_path, max_attempts=2)
+    pids = {path.name.split(".")[1] for path in tmp_path.glob("bad.*")}
+    assert len(pids) == 2
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_of_its_unit(tmp_path: Path) -> None:
+    with pytest.raises(UnitsFailed, match="this result stays here"):
+        run([Unit("kept", ("unpicklable",)), *doubles(1)], tmp_path, max_attempts=1)
+
+
+def test_stalled_workers_are_killed_and_their_units_retried(tmp_path: Path) -> None:
+    recorder = Recorder()
+    ways = ["sleep", "holding the GIL", "SIGSTOP"]
+    units = [Unit(how, ("stall_first", how, how)) for how in ways] + [Unit("slow", ("steps", 30, 0.05))]
+    results = run(units, tmp_path, num_workers=4, stall_timeout_s=0.8, events=recorder)
+    assert results == dict.fromkeys(ways, 2) | {"slow": 30}, "1.5 s of work with progress are no stall"
+    errors = {name: error for name, _, error, _ in recorder.of("failed")}
+    assert sorted(name for name, *_ in recorder.of("failed")) == sorted(ways)
+    assert all(attempt == 1 and will_retry for _, attempt, _, will_retry in recorder.of("failed"))
+    assert all("no progress for 0.8 s" in error for error in errors.values())
+    assert "in do_stall_first" in errors["sleep"], "a process that answers shows where it is"
+    assert "the process does not answer" in errors["holding the GIL"]
+    assert "the process does not answer" in errors["SIGSTOP"]
+    assert living_workers(tmp_path) == []
+
+
+def test_progress_arrives_in_order_and_with_its_end(tmp_path: Path) -> None:
+    recorder = Recorder()
+    run([Unit("slow", ("steps", 10, 0.05))], tmp_path, events=recorder)
+    steps = [done for _, done, _ in recorder.of("progress")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 10
+    assert len(steps) >= 4, "0.5 s of work, asked every 0.05 s"
+    assert [event[0] for event in recorder.events][-2:] == ["progress", "finished"]
+
+
+def test_a_busy_driver_does_not_blame_its_workers(tmp_path: Path) -> None:
+    recorder = Recorder({"finished": lambda name: time.sleep(1.0)})
+    units = [*doubles(1), Unit("slow", ("steps", 30, 0.05))]
+    assert run(units, tmp_path, stall_timeout_s=0.6, events=recorder)["slow"] == 30
+    assert recorder.of("failed") == []
+
+
+def test_an_exception_of_the_driver_ends_all_workers(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([Unit("endless", ("wait", "endless")), *doubles(1)], tmp_path, events=Recorder({"finished": refuse}))
+    assert living_workers(tmp_path) == []
+
+
+def test_a_start_that_fails_once_is_repeated(tmp_path: Path) -> None:
+    assert run(doubles(1), tmp_path, fail_start="once") == {"double-0": 0}
+    assert attempts(tmp_path, "start") == 2
+
+
+@pytest.mark.parametrize(
+    ("fail_start", "starts", "message"),
+    [
+        ("value", 1, "ValueError: no such model: nowhere/nothing"),
+        ("runtime", 2, "RuntimeError: start 1 fails"),
+        ("hang", 2, "not loaded after 0.3 s, at:\n(?s:.*)in __init__"),
+    ],
+)
+def test_workers_that_never_start(fail_start: str, starts: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(WorkersFailed, match=message) as caught:
+        run(doubles(3), tmp_path, num_workers=1, max_attempts=2, startup_timeout_s=0.3, fail_start=fail_start)
+    assert "3 units are left" in str(caught.value)
+    assert attempts(tmp_path, "start") == starts
+    assert living_workers(tmp_path) == []
+
+
+def test_gpus_are_shared_out_by_ray(tmp_path: Path) -> None:
+    seen = {}
+    for num_gpus in (0, 0.5, 2):
+        environment = run([Unit("look", ("environment",))], tmp_path, num_gpus=num_gpus)["look"]
+        seen[num_gpus] = environment["CUDA_VISIBLE_DEVICES"]
+    assert seen == {0: "", 0.5: "0", 2: "0,1"}
+
+
+def test_a_worker_too_large_for_the_session_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a worker asks for 1 CPUs and 3 GPUs, this session has 4 and 2"):
+        run(doubles(1), tmp_path, num_cpus=1, num_gpus=3)
+
+
+def test_no_more_workers_than_the_session_has_room_for(tmp_path: Path) -> None:
+    units = [Unit(f"meet-{index}", ("meet", f"meet-{index}", 2)) for index in range(4)]
+    run(units, tmp_path, num_workers=4, num_cpus=0, num_gpus=1)
+    assert attempts(tmp_path, "start") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_workers": 0}, "num_workers is 0"),
+        ({"max_attempts": 0}, "max_attempts is 0"),
+        ({"stall_timeout_s": 0.0}, "must be above 0 s, got 0.0"),
+        ({"num_gpus": 1.5}, "whole GPUs above one"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(doubles(1), tmp_path, **arguments)
+
+
+def test_unit_names_must_be_unique(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="these are not: double-0"):
+        run([*doubles(2), *doubles(1)], tmp_path)
+
+
+def test_workers_and_their_deaths_are_not_heard_on_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], session: Session
+) -> None:
+    with pytest.raises(UnitsFailed):
+        run([Unit("loud", ("print",)), Unit("poison", ("exit", "poison"))], tmp_path, max_attempts=1)
+    time.sleep(1.0)  # Ray's own report of a death comes later
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_empty_unit_costs_little(tmp_path: Path) -> None:
+    times: list[float] = []
+    recorder = Recorder({"finished": lambda name: times.append(time.perf_counter())})
+    run([Unit(str(index), ("print",)) for index in range(300)], tmp_path, num_workers=1, events=recorder)
+    per_unit_ms = (times[-1] - times[0]) / (len(times) - 1) * 1e3
+    assert per_unit_ms < 10, f"{per_unit_ms:.2f} ms a unit; 0.9 ms on an idle machine"

@@ -1,0 +1,59 @@
+"""What every test runs under: no network, one thread a process, fixed seeds; set before torch or Ray is imported."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Processes that tests start (Ray workers, torch.distributed ranks, the CLI) inherit these.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    OPENBLAS_NUM_THREADS="1",
+)
+# The caller's cluster and its credentials are not the tests'.
+for name in ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    os.environ.pop(name, None)
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray share one process of pytest-xdist: two sessions on a few cores would time each other out."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "cluster"):
+            item.add_marker("ray")
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """The same random numbers in every test, whatever ran before it. Imports nothing that the test does not."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits_model() -> Path:
+    """The small HunyuanVideo pipeline that draws moving digits, as a diffusers folder. Read only."""
+    path = ROOT / "assets" / "hunyuanvideo-digits"
+    assert (path / "model_index.json").is_file(), f"{path} is part of the checkout and is not there"
+    return path

@@ -1,0 +1,50 @@
+"""A whole run of the small model, cut to what a test needs, and ways to start one in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def small_run(folder: Path, **changes: Any) -> Path:
+    """Writes a configuration of a run in `folder` that takes under a minute, and returns its file."""
+    (folder / "calibration.txt").write_text("the digit 3 moving left\nthe digit 5 moving up\n")
+    (folder / "held_out.txt").write_text("the digit 7 moving right\n")
+    config: dict[str, Any] = {
+        "run": str(folder / "run"),
+        "model": str(ROOT / "assets" / "hunyuanvideo-digits"),
+        "generation": {
+            "height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 3, "max_sequence_length": 32
+        },
+        "prompts": {
+            "calibration": str(folder / "calibration.txt"), "num_calibration": 2,
+            "held_out": str(folder / "held_out.txt"), "num_held_out": 1,
+        },
+        "selection": {"num_samples": 3},
+        "method": {"preset": "s2q", "epochs": 2},
+        "distillation": {"segment_length": 3},
+        "workers": {"num_workers": 2},
+        **changes,
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of `python -m pipeline`."""
+    return [sys.executable, "-m", "pipeline", *arguments]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end."""
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,338 @@
+"""What `plan` says beforehand, against what a run writes; and that it says all at once what would go wrong."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from pipeline.config.loading import ConfigError, load_config
+from pipeline.config.schema import RunConfig
+from pipeline.context import build_context
+from pipeline.plan import Plan, make_plan, plan_config
+from pipeline.planning.machine import disk_of
+from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, planned_layers, source_tensors
+from reelquant.checkpoint.verify import verify_checkpoint
+from reelquant.checkpoint.writer import write_checkpoint
+from storage.manifest import Manifest
+from storage.run_directory import RunDirectory
+from tests.pipeline.small_run import ROOT, small_run
+from workers.distillation_worker import DistillationWorker
+from workers.messages import DistillationSettings, PromptUnit, SampleUnit, SegmentUnit
+
+REFERENCE = ROOT / "configs" / "models" / "hunyuanvideo-13b"
+
+
+@pytest.fixture
+def torch_as_before() -> Iterator[None]:
+    """Workers make torch deterministic for their process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, four CPU cores, no cluster."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def small(folder: Path, *overrides: str, **changes: Any) -> RunConfig:
+    return load_config(small_run(folder, **changes), overrides)
+
+
+def large(*overrides: str) -> RunConfig:
+    """HunyuanVideo-13B, from its configuration files."""
+    return load_config(ROOT / "configs" / "hunyuanvideo-13b.yaml", [f"model={REFERENCE}", *overrides])
+
+
+def large_size(*overrides: str) -> CheckpointSize:
+    """The checkpoint of HunyuanVideo-13B."""
+    context = build_context(large(*overrides), weights=False)
+    return checkpoint_size(
+        context.model, context.methods[0], tensors=source_tensors(context.model), component_bytes={}
+    )
+
+
+def shown(plan: Plan, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=None, quiet=False, force_terminal=False)
+    with console.capture() as capture:
+        plan.show(console)
+    return capture.get()
+
+
+# HunyuanVideo-13B
+
+
+@pytest.mark.parametrize(("layout", "least"), [("per_channel", 3.9), ("two_level", 3.75)])
+def test_hunyuanvideo_shrinks_as_promised(layout: str, least: float) -> None:
+    size = large_size(f"method.weight_layout={layout}")
+    assert size.source_bytes / 2**30 == pytest.approx(23.881, abs=1e-3)
+    assert size.compression >= least  # 3.910 and 3.794
+    assert size.transformer_bytes / 2**30 <= 23.881 / least
+
+
+def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
+    assert not list(REFERENCE.rglob("*.safetensors"))
+    plan = plan_config(large(), shapes_only=True)
+    stages = {stage.name: stage for stage in plan.stages}
+    assert {name: stage.units for name, stage in stages.items()} == {
+        "trajectories": 10, "selection": 1, "activations": 40, "distillation": 16, "assembly": 1, "evaluation": 32,
+    }  # fmt: skip
+    assert plan.problems == []
+    assert plan.counts.layout.num_video == 57_600
+    # 40 samples at 15 boundaries of 57,856 tokens, 3,072 wide, two bytes each; checksums and metadata on top.
+    numbers = 40 * 15 * 57_856 * 3072 * 2
+    assert numbers < stages["activations"].disk_bytes < numbers * 1.001
+    memory = {name: (stage.peak_memory_bytes or 0) / 2**30 for name, stage in stages.items()}
+    # Llama's 14.0 GiB, CLIP's 0.2, the VAE's 0.5 and the transformer's 23.9 lie on the GPU together.
+    assert memory["activations"] == pytest.approx(38.6 + 6.0, abs=0.3)
+    hours = {name: stage.gpu_hours for name, stage in stages.items() if stage.gpu_hours is not None}
+    assert set(hours) == {"trajectories", "activations", "distillation", "evaluation"}
+    # 500 steps, measured 8.2 s each on an H100 with diffusers as it comes.
+    assert hours["trajectories"] * 3600 / 500 == pytest.approx(8.2, rel=0.35)
+    assert hours["evaluation"] == pytest.approx(hours["trajectories"] * 32 / 10)
+
+
+def test_unquantized_embedders_cost_what_their_bits_say() -> None:
+    default, size = large_size(), large_size("bits.embedder.weight=16")
+    linears = [(3072, 256), (3072, 3072), (3072, 4096), (3072, 3072), (3072, 4096)]  # context_embedder
+    linears += [(3072, 256), (3072, 3072), (3072, 768), (3072, 3072), (3072, 256), (3072, 3072), (6144, 3072)]
+    assert size.transformer_bytes - default.transformer_bytes == sum(out * (d - 4) for out, d in linears)
+    assert size.source_bytes == default.source_bytes
+
+
+# Against what the workers write
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "nearest": {"method": "rtn"},
+    "rotated, two-level": {"method": {"preset": "quarot", "weight_layout": "two_level"}},
+    "everything learned": {"method": {"preset": "s2q", "epochs": 1}},
+    "odd bits": {
+        "method": {"preset": "quarot", "weight_layout": "two_level"},
+        "bits": {
+            "weight": 3,
+            "activation": 8,
+            "modulation": {"weight": 5, "activation": 8},
+            "refiner": {"weight": 16},
+            "embedder": {"weight": 7, "activation": 8},
+            "exceptions": [
+                {"pattern": "transformer_blocks.0.attn.to_q", "weight": 16},  # its group gets another leader
+                {"pattern": "single_transformer_blocks.2.*", "weight": 16},
+                {"pattern": "transformer_blocks.1.ff.*", "weight": 2, "activation": 16},
+            ],
+        },
+    },
+    "activations as they are": {"method": "quarot", "bits": {"activation": 16}},
+}
+
+
+@pytest.mark.usefixtures("torch_as_before")
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+def test_checkpoint_has_the_planned_bytes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plan = plan_config(small(tmp_path, **changes))
+    context, [method] = plan.context, plan.context.methods
+    directory = RunDirectory.open_or_create(context.config.run, {}, {})
+    store, width = directory.calibration_store, 192
+    store.write("trajectories/prompt-000/temb", torch.randn(3, width))
+    store.write("trajectories/prompt-000/latents", torch.randn(2, 8, 1, 4, 6))
+    store.write("trajectories/prompt-000/prompt_embeds", torch.randn(3, 128))
+    store.write("activations/sample/temb", torch.randn(width))
+    for segment in context.segments:
+        store.write(f"activations/sample/{segment[0]}", torch.randn(2 * 3 + 3, width).bfloat16())
+    worker = DistillationWorker(
+        DistillationSettings(
+            context.source, (SampleUnit("sample", "prompt-000", 0),), (PromptUnit("prompt-000", ""),), False
+        )
+    )
+    outputs = []
+    for blocks in (*context.segments, ()):
+        outputs += worker.run(SegmentUnit("unit", method, blocks), lambda *_: None).outputs
+    artifacts = [directory.path / output.path for output in outputs]
+    spec = write_checkpoint(
+        context.model.folder, tmp_path / "result", artifacts=artifacts, bits="", method=method.name, max_shard_bytes=10**6
+    )
+    report = verify_checkpoint(tmp_path / "result")
+    [size] = plan.checkpoints
+    assert report.problems == []
+    assert size.transformer_bytes == report.total_bytes
+    assert size.source_bytes == report.source_bytes
+    assert size.compression == report.compression
+    assert size.num_layers == len(report.layers)
+    tensors = [tensor for path in artifacts for tensor in load_file(path).values()]
+    assert size.artifact_bytes == sum(tensor.nbytes for tensor in tensors)
+    planned = {name: {**layer.to_dict(), "digest": ""} for name, layer in planned_layers(context.model, method).items()}
+    assert planned == {name: {**layer.to_dict(), "digest": ""} for name, layer in spec.layers.items()}
+
+
+@pytest.mark.ray
+def test_finished_run_took_what_the_plan_says(finished_run: Path) -> None:
+    plan = plan_config(load_config(finished_run / "run.yaml"))
+    run = finished_run / "run"
+    for stage in plan.stages:
+        records = Manifest(run).records(stage.name)
+        assert stage.units == len(records), stage.name
+        written = sum(output.num_bytes for record in records for output in record.outputs)
+        if stage.name in ("trajectories", "activations", "evaluation", "selection"):
+            assert stage.disk_bytes == written, stage.name
+        else:  # headers of safetensors files and JSON are not counted
+            assert stage.disk_bytes < written < stage.disk_bytes * 1.1, stage.name
+        if stage.peak_memory_bytes is not None:
+            measured = max(record.peak_memory_bytes for record in records)
+            assert 0.6 < stage.peak_memory_bytes / measured < 1.3, (stage.name, stage.peak_memory_bytes, measured)
+    record = Manifest(run).records("assembly")[0].result
+    [size] = plan.checkpoints
+    assert (size.transformer_bytes, size.source_bytes) == (record["transformer_bytes"], record["source_bytes"])
+    assert plan.problems == []
+    assert plan.disk.existing_bytes > plan.disk_bytes * 0.99
+
+
+def test_shapes_give_the_same_bytes_as_weights(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    with_weights, without = plan_config(config), plan_config(config, shapes_only=True)
+    assert with_weights.checkpoints == without.checkpoints
+    assert with_weights.stages == without.stages
+
+
+def test_components_without_weights_are_counted(tmp_path: Path) -> None:
+    model = copy_of_model(tmp_path, weights=False)
+    for name, num_bytes in copied_bytes(ROOT / "assets" / "hunyuanvideo-digits").items():
+        assert copied_bytes(model)[name] == pytest.approx(num_bytes, rel=0.02), name
+
+
+# What would go wrong
+
+
+def copy_of_model(folder: Path, *, weights: bool = True) -> Path:
+    ignore = None if weights else shutil.ignore_patterns("*.safetensors")
+    return Path(shutil.copytree(ROOT / "assets" / "hunyuanvideo-digits", folder / "model", ignore=ignore))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_everything_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy_of_model(tmp_path)
+    tensors = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors["decoder.conv_in.conv.bias"][1] = torch.nan
+    save_file(tensors, model / "vae" / "diffusion_pytorch_model.safetensors")
+    edit(model / "vae" / "config.json", spatial_compression_ratio=16, temporal_compression_ratio=8, latent_channels=4)
+    config = small(
+        tmp_path,
+        "generation.max_sequence_length=418",
+        "generation.num_frames=13",
+        "numerics.threads=64",
+        model=str(model),
+        workers={"num_gpus": 1.5, "num_workers": 0},
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000))  # type: ignore[attr-defined]
+    plan = plan_config(config)
+    expected = [
+        "NaN or infinite weights in decoder.conv_in.conv.bias",
+        "generation.height is 48, but VAE (16x) and patches (2x) need a multiple of 32: 32 or 64",
+        "generation.num_frames is 13, but VAE (8x in time) and patches (1x) need 8 k + 1",
+        "the VAE makes 4 latent channels, the transformer reads 8",
+        "max_sequence_length is 418: with the 95 tokens of the pipeline's instruction more than the text encoder's 512 "
+        "positions; at most 417",
+        "workers.num_workers is 0; 1 or more, or auto",
+        "workers.num_gpus is 1.5; a fraction of one GPU (such as 0.5), or a whole number of them",
+        "workers.num_gpus is 1.5, but there is no GPU here and cluster.address is not set",
+        "numerics.threads is 64, but this machine has 4 CPU cores",
+        f"run: {config.run} still needs 0.0 GiB of disk, 0.0 GiB are free",
+    ]
+    assert len(plan.problems) == len(expected), plan.problems
+    for part, problem in zip(expected, plan.problems, strict=True):
+        assert part in problem
+    with pytest.raises(ConfigError, match="NaN or infinite") as raised:
+        plan.require_feasible()
+    assert raised.value.problems == tuple(plan.problems)
+    for problem in plan.problems:
+        assert problem in shown(plan)
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_unplannable_run_still_lists_what_the_machine_lacks(tmp_path: Path) -> None:
+    config = small(tmp_path, "workers.num_gpus=1", model=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError) as raised:
+        plan_config(config)
+    assert "nowhere is not a folder" in str(raised.value)
+    assert "there is no GPU here" in str(raised.value)
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_model_without_index(tmp_path: Path) -> None:
+    model = copy_of_model(tmp_path)
+    (model / "model_index.json").unlink()
+    for shapes_only in (False, True):
+        with pytest.raises(ConfigError, match=r"model_index\.json"):
+            plan_config(small(tmp_path, model=str(model)), shapes_only=shapes_only)
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_missing_weights_are_a_problem_only_with_weights(tmp_path: Path) -> None:
+    config = small(tmp_path, "workers.num_gpus=1", model=str(copy_of_model(tmp_path, weights=False)))
+    assert [p for p in plan_config(config).problems if "no safetensors weights" in p]
+    plan = plan_config(config, shapes_only=True)
+    assert plan.problems == []
+    assert any(note.startswith("here it would not run: workers.num_gpus is 1") for note in plan.notes)
+    assert "Nothing known beforehand is in the way" in shown(plan)
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_cluster_is_not_judged_by_this_machine(tmp_path: Path) -> None:
+    config = small(tmp_path, "workers.num_gpus=8", "cluster.address=auto", "numerics.threads=64")
+    assert plan_config(config, shapes_only=True).notes == []
+    assert make_plan(plan_config(config, shapes_only=True).context).problems == []
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_cut_prompts_and_too_many_workers_are_notes(tmp_path: Path) -> None:
+    config = small(tmp_path, "generation.max_sequence_length=4", "workers.num_workers=9")
+    plan = plan_config(config)
+    assert plan.problems == []
+    assert [note.split(" prompts have")[0] for note in plan.notes[:2]] == [
+        "prompts.calibration: 2 of 2", "prompts.held_out: 1 of 1",
+    ]  # fmt: skip
+    assert "workers.num_workers is 9, but this machine has room for 4" in plan.notes[2]
+    assert set(plan.counts.text.values()) == {4}
+
+
+def test_existing_files_count_against_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "deep" / "file").write_bytes(bytes(1234))
+    assert disk_of(tmp_path / "run").existing_bytes == 1234
+    assert disk_of(tmp_path / "not" / "yet").existing_bytes == 0
+    assert disk_of(tmp_path / "not" / "yet").free_bytes > 0
+
+
+def test_methods_without_calibration_read_no_activations(tmp_path: Path) -> None:
+    plan = plan_config(small(tmp_path, method="rtn", compare=["quarot"]))
+    stages = {stage.name: stage for stage in plan.stages}
+    assert (stages["activations"].units, stages["activations"].disk_bytes) == (0, 0)
+    assert stages["activations"].peak_memory_bytes is None
+    assert stages["distillation"].units == 2 * (3 + 1)
+
+
+def test_plan_fits_eighty_columns(tmp_path: Path) -> None:
+    config = small(tmp_path, compare=["rtn", "quarot", "smoothquant", "gptq"])
+    for line in shown(plan_config(config)).splitlines():
+        assert len(line.rstrip()) <= 80 or line.startswith(("run", "model")), line
+
+
+def test_sizes_add_up(tmp_path: Path) -> None:
+    plan = plan_config(small(tmp_path))
+    model, [method] = plan.context.model, plan.context.methods
+    size = checkpoint_size(model, method, tensors=source_tensors(model), component_bytes={"vae": 1000})
+    assert size.folder_bytes == size.transformer_bytes + 1000
+    assert 4 < size.bits_per_weight < 6
+    assert plan.disk_bytes == sum(stage.disk_bytes for stage in plan.stages)

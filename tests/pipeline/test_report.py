@@ -1,0 +1,393 @@
+"""The report, from run directories with real arrays and records, complete, incomplete, damaged and large."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config.schema import RunConfig
+from pipeline.context import Run, build_context
+from pipeline.report.calibration import layer_kinds, read_blocks, read_salience, sqnr_map
+from pipeline.report.figure import figure_text, ticks
+from pipeline.report.frames import compare_frames
+from pipeline.report.measurements import measure, table
+from pipeline.report.page import write_report, write_report_of
+from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
+from pipeline.report.run_data import read_run
+from pipeline.report.timeline import read_timeline
+from reelquant.calibration.salience import select_salient
+from storage.manifest import Manifest
+from storage.run_directory import RunDirectory
+from tests.pipeline.report_run import RunMaker, RunShape
+from workers.perceptual import PerceptualDistance
+
+SCRIPT = "<script>alert(1)</script>"
+SMALL = RunShape()
+
+
+class _Page(HTMLParser):
+    """Tags, texts and addresses of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.handlers: list[str] = []
+        self.texts: list[str] = []
+        self._hidden = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self._hidden = tag == "style"
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden and data.strip():
+            self.texts.append(" ".join(data.split()))
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return RunMaker(tmp_path_factory.mktemp("complete") / "run", SMALL).everything().directory.path
+
+
+def _page_of(path: Path) -> _Page:
+    return _Page(write_report_of(path).read_text(encoding="utf-8"))
+
+
+def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Path) -> None:
+    page = _page_of(complete)
+    manifest = Manifest(complete)
+    for method in SMALL.methods:
+        psnr = [manifest.read("evaluation", f"{method}-prompt-{i:03d}").result["psnr_db"] for i in range(3)]  # type: ignore[union-attr]
+        assert f"{statistics.fmean(psnr):.2f} ± {statistics.stdev(psnr):.2f}" in page.text
+        assert f"{min(psnr):.2f} (prompt-{psnr.index(min(psnr)):03d})" in page.text
+    for shown in ("6.49 GiB", "from 23.88 GiB in 16 bits", "3.68 ×", "3 of 3 (100 %)", "0123abcd", "torch", "2.13.0"):
+        assert shown in page.text
+    assert "is not finished" not in page.text
+    assert "fell back" not in page.text
+    figures = [address for address in page.addresses if address.startswith("data:image/svg")]
+    assert len(figures) == 6  # strips, salience, its parts, losses, SQNR, timeline
+
+
+def test_page_is_self_contained_and_repeatable(complete: Path) -> None:
+    page = _page_of(complete)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed"}
+    assert not page.handlers
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    first = (complete / "report.html").read_bytes()
+    assert b"url(" not in first
+    assert b"@import" not in first
+    assert write_report_of(complete).read_bytes() == first
+
+
+def test_prompts_and_errors_are_escaped(tmp_path: Path) -> None:
+    shape = replace(
+        SMALL, prompts=(SCRIPT, "costs $5 or $6", "雪の中を走る狐"), held_out=('"><img src=x onerror=alert(1)>', SCRIPT)
+    )
+    run = RunMaker(tmp_path / "run", shape).everything(single_transformer_blocks_0=f"diverged {SCRIPT}")
+    raw = write_report_of(run.directory.path).read_text(encoding="utf-8")
+    page = _Page(raw)
+    assert SCRIPT not in raw
+    assert "<img src=x" not in raw
+    assert "script" not in page.tags
+    assert not page.handlers
+    assert page.text.count(SCRIPT) >= 3  # calibration prompts, held-out prompts, the block that fell back
+    assert "雪の中を走る狐" in page.text
+
+
+STAGES_IN_ORDER = ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
+SAID_WHEN_MISSING = {
+    "selection": "The calibration samples are not selected yet.",
+    "distillation": "Not calibrated yet.",
+    "assembly": "Nothing is assembled or evaluated yet.",
+    "evaluation": "No quantized video of s2q yet.",
+}
+
+
+@pytest.mark.parametrize("num_stages", range(6))
+def test_incomplete_run_says_what_is_missing(tmp_path: Path, num_stages: int) -> None:
+    run = RunMaker(tmp_path / "run", SMALL)
+    for stage in STAGES_IN_ORDER[:num_stages]:
+        getattr(run, stage)()
+    page = _page_of(run.directory.path)
+    assert "This run is not finished." in page.text
+    for stage, said in SAID_WHEN_MISSING.items():
+        assert (said in page.text) == (STAGES_IN_ORDER.index(stage) >= num_stages), stage
+
+
+def test_run_without_event_log(complete: Path, tmp_path: Path) -> None:
+    run = RunMaker(tmp_path / "run", SMALL).everything()
+    (run.directory.logs / "events.jsonl").unlink()
+    page = _page_of(run.directory.path)
+    assert "The event log holds no unit yet." in page.text
+    assert "is not finished" not in page.text
+
+
+def test_full_precision_videos_alone_are_no_comparison(tmp_path: Path) -> None:
+    run = RunMaker(tmp_path / "run", SMALL)
+    for stage in STAGES_IN_ORDER[:5]:
+        getattr(run, stage)()
+    run.evaluation(["full_precision"])
+    page = _page_of(run.directory.path)
+    assert "evaluation 3 of 9" in page.text
+    assert "No quantized video has been compared" in page.text
+    assert "3 of 3 (100 %)" in page.text
+
+
+def test_lpips_is_shown_if_measured_and_else_the_reason(complete: Path, tmp_path: Path) -> None:
+    available = PerceptualDistance.available()
+    reason = available if isinstance(available, str) else "LPIPS was not available where the evaluation ran"
+    assert f"LPIPS: not measured: {reason}" in _page_of(complete).text
+    run = RunMaker(tmp_path / "run", SMALL)
+    for stage in STAGES_IN_ORDER[:5]:
+        getattr(run, stage)()
+    run.evaluation(lpips=0.1234)
+    page = _page_of(run.directory.path)
+    assert "LPIPS: not measured" not in page.text
+    assert "0.123 ± 0.000" in page.text
+
+
+def test_without_recognizer_nothing_is_claimed(tmp_path: Path) -> None:
+    run = RunMaker(tmp_path / "run", replace(SMALL, recognizer=False)).everything()
+    assert "Recognition: not measured: no evaluation.recognizer is configured" in _page_of(run.directory.path).text
+
+
+def test_blocks_that_fell_back_are_named_on_top(tmp_path: Path) -> None:
+    run = RunMaker(tmp_path / "run", replace(SMALL, methods=("s2q",))).everything(transformer_blocks_1="loss is NaN")
+    page = _page_of(run.directory.path)
+    assert "1 block fell back to rounding without learning. transformer_blocks.1 (s2q): loss is NaN" in page.text
+    assert page.text.index("fell back") < page.text.index("Quality, size and speed")
+
+
+def _flip_a_byte_of_a_video(run: Path) -> str:
+    file = next((run / "calibration.zarr/evaluation/s2q-prompt-002/video").glob("c*"))
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+    return "Cannot be shown: calibration array 'evaluation/s2q-prompt-002/video'"
+
+
+def _remove_a_video(run: Path) -> str:
+    next((run / "calibration.zarr/evaluation/s2q-prompt-002/video").glob("c*")).unlink()
+    return "Cannot be shown: calibration array 'evaluation/s2q-prompt-002/video'"
+
+
+def _cut_a_record(run: Path) -> str:
+    file = run / "manifest/assembly/s2q.json"
+    file.write_bytes(file.read_bytes()[:50])
+    return "Damaged records, left out below."
+
+
+@pytest.mark.parametrize("damage", [_flip_a_byte_of_a_video, _remove_a_video, _cut_a_record])
+def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    path = RunMaker(tmp_path / "run", SMALL).everything().directory.path
+    said = damage(path)
+    page = _page_of(path)
+    assert said in page.text
+    assert "Stage times" in page.text
+
+
+def test_records_of_an_older_configuration_are_left_out(tmp_path: Path) -> None:
+    """`--update` to fewer methods and prompts leaves their records behind."""
+    run = RunMaker(tmp_path / "run", SMALL).everything()
+    config = run.config.identity()
+    config["compare"], config["prompts"]["num_held_out"] = [], 2
+    RunDirectory.open_or_create(run.directory.path, config, {}, update=True)
+    run.event("run_started")
+    run.event("stage", stage="distillation", total=4, pending=0)
+    data = read_run(run.directory.path)
+    assert {name: (len(s.records), s.num_expected) for name, s in data.stages.items()} == {
+        "trajectories": (3, 3),
+        "selection": (1, 1),
+        "activations": (4, 4),
+        "distillation": (4, 4),
+        "assembly": (1, 1),
+        "evaluation": (4, 4),
+    }
+    page = _page_of(run.directory.path)
+    assert "rtn" not in page.text
+    assert "over 2 held-out prompts" in page.text
+
+
+def test_salience_is_normalized_as_the_selection_does_it(complete: Path) -> None:
+    salience = read_salience(read_run(complete))
+    assert salience is not None
+    result = Manifest(complete).read("selection", "selection").result  # type: ignore[union-attr]
+    raw = {name: torch.tensor(scores).flatten() for name, scores in result["scores"].items()}
+    expected = select_salient(raw["diffusion"], raw["latent"], len(salience.chosen)).tolist()
+    ranked = salience.product.flatten().argsort()[::-1][: len(salience.chosen)].tolist()
+    assert ranked == expected == [prompt * SMALL.num_steps + step for prompt, step in salience.chosen]
+    assert all(scores.min() == 0 and scores.max() == 1 for scores in salience.maps.values())
+    assert list(salience.maps)[:2] == ["diffusion", "latent"]
+
+
+def test_constant_scores_are_named(tmp_path: Path) -> None:
+    run = RunMaker(tmp_path / "run", SMALL)
+    run.trajectories()
+    flat = [[0.0] * SMALL.num_steps] * 3
+    run.selection(scores={"diffusion": flat, "latent": flat, "block_input": flat, "weight_error": flat})
+    assert "Constant over all candidates, so without influence: diffusion, latent" in _page_of(run.directory.path).text
+
+
+def test_blocks_are_in_model_order(tmp_path: Path) -> None:
+    """Records have sorted keys: `single...` before `transformer...`, and `10` before `2`."""
+    shape = replace(SMALL, num_double=12, num_single=12, segment_length=24, methods=("s2q",))
+    run = RunMaker(tmp_path / "run", shape)
+    run.trajectories()
+    run.selection()
+    run.distillation()
+    blocks = read_blocks(read_run(run.directory.path))["s2q"]
+    assert [block.name for block in blocks] == run.blocks
+    kinds = layer_kinds(blocks)
+    values = sqnr_map(blocks, kinds)
+    assert values.shape == (17, 24)
+    assert values[kinds.index("proj_out"), 12] == blocks[12].layer_sqnr_db["proj_out"]
+    assert np.isnan(values[kinds.index("proj_out"), :12]).all()
+
+
+def test_frames_are_those_of_the_store_and_their_difference(complete: Path) -> None:
+    data = read_run(complete)
+    compared = compare_frames(data, measure(data))
+    assert compared is not None
+    assert [len(comparison.strips) for comparison in compared.shown] == [5, 3, 3]  # all methods on the middle prompt
+    worst = compared.shown[1]
+    assert "Worst" in worst.title
+    unit = re.search(r"prompt-\d+", worst.title)
+    assert unit is not None
+    videos = [data.store.read(f"evaluation/{m}-{unit[0]}/video").numpy() for m in ("full_precision", "s2q")]
+    _, height, width, _ = videos[0].shape
+    for strip, video in zip(worst.strips[:2], videos, strict=True):
+        film = _decode(strip.picture.uri)
+        for index, number in enumerate(worst.frame_numbers):
+            np.testing.assert_array_equal(film[:, index * (width + 4) :][:, :width], video[number])
+    mean = np.abs(videos[0].astype(float) - videos[1].astype(float))[list(worst.frame_numbers)].mean()
+    assert worst.strips[2].detail == f"mean {mean:.1f} of 255"
+
+
+def _decode(uri: str) -> np.ndarray:  # type: ignore[type-arg]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
+
+
+def test_identical_videos_are_called_out(tmp_path: Path) -> None:
+    run = RunMaker(tmp_path / "run", SMALL)
+    for stage in STAGES_IN_ORDER[:5]:
+        getattr(run, stage)()
+    run.evaluation(psnr_db=100.0, ssim=1.0)
+    page = _page_of(run.directory.path)
+    assert "Every quantized video equals its full-precision one." in page.text
+    assert "≥ 100 dB" in page.text
+
+
+def test_one_prompt_one_method(tmp_path: Path) -> None:
+    shape = replace(SMALL, held_out=("a boat",), methods=("s2q",))
+    run = RunMaker(tmp_path / "run", shape).everything()
+    data = read_run(run.directory.path)
+    assert not any(cell.best for _, cells in table(measure(data)) for cell in cells)
+    assert "mean ± sd, 1 held-out prompt" in _page_of(run.directory.path).text
+
+
+def test_large_run_stays_small_and_readable(tmp_path: Path) -> None:
+    """60 blocks, 520 layers, 40 of 500 candidates, pictures of 720p proportions with noise, the worst case for JPEG."""
+    shape = RunShape(
+        prompts=tuple(f"{'a long prompt ' * 12}{i}" for i in range(10)),
+        held_out=tuple(f"{'a long prompt ' * 12}{i}!" for i in range(8)),
+        num_steps=50, num_samples=40, num_double=20, num_single=40, segment_length=4, methods=("s2q", "gptq"),
+        epochs=15, video=(5, 180, 320),
+    )  # fmt: skip
+    run = RunMaker(tmp_path / "run", shape).everything()
+    num_bytes = write_report_of(run.directory.path).stat().st_size
+    assert num_bytes < 5 * 10**6, num_bytes
+
+
+def test_timeline_with_a_killed_driver_and_a_failed_attempt() -> None:
+    events = [
+        {"time": "2026-01-01T00:00:00+00:00", "event": "run_started"},
+        {"time": "2026-01-01T00:00:01+00:00", "event": "stage", "stage": "trajectories", "total": 2, "pending": 2},
+        {"time": "2026-01-01T00:00:03+00:00", "event": "unit_started", "stage": "trajectories", "unit": "a", "worker": "w"},
+        {"time": "2026-01-01T00:00:04+00:00", "event": "unit_failed", "stage": "trajectories", "unit": "a"},
+        {"time": "2026-01-01T00:00:05+00:00", "event": "unit_started", "stage": "trajectories", "unit": "a", "worker": "w"},
+        {"time": "2026-01-01T00:00:09+00:00", "event": "unit_finished", "stage": "trajectories", "unit": "a"},
+        {"time": "2026-01-01T00:00:09+00:00", "event": "unit_started", "stage": "trajectories", "unit": "b", "worker": "w"},
+        {"event": "of no time"},
+        {"time": "2026-01-03T00:00:00+00:00", "event": "run_started"},
+        {"time": "2026-01-03T00:00:00+00:00", "event": "stage", "stage": "trajectories", "total": 2, "pending": 1},
+        {"time": "2026-01-03T00:00:02+00:00", "event": "unit_started", "stage": "trajectories", "unit": "b", "worker": "w"},
+        {"time": "2026-01-03T00:00:06+00:00", "event": "unit_finished", "stage": "trajectories", "unit": "b"},
+        {"time": "2026-01-03T00:00:06+00:00", "event": "stage", "stage": "selection", "total": 1, "pending": 0},
+        {"time": "2026-01-03T00:00:07+00:00", "event": "run_finished"},
+    ]  # fmt: skip
+    read = read_timeline(events)
+    assert [(bar.unit, bar.start_s, bar.seconds, bar.outcome) for bar in read.bars] == [
+        ("a", 3, 1, "failed"),
+        ("a", 5, 4, "finished"),
+        ("b", 9, 0, "lost"),
+        ("b", 11, 4, "finished"),
+    ]
+    assert read.resumed_s == (9,)
+    assert read.total_s == 16
+    assert read.stage_s == {"trajectories": 8 + 6}
+    assert read.finished
+
+
+def test_quantities() -> None:
+    assert [bytes_text(n) for n in (0, 1023, 6_970_000_000, 17_720_000)] == ["0 B", "1023 B", "6.49 GiB", "16.90 MiB"]
+    assert [seconds_text(s) for s in (0.0051, 3.067, 42.0, 750, 18_360)] == [
+        "5 ms", "3.07 s", "42.0 s", "12 min 30 s", "5 h 06 min",
+    ]  # fmt: skip
+    assert spread_text(spread([20.0, 22.0])) == "21.00 ± 1.41"
+    assert spread_text(spread([20.0])) == "20.00"
+    assert spread_text(spread([])) == "–"
+    assert fraction_text(14, 16) == "14 of 16 (88 %)"
+
+
+def test_figure_text_is_one_short_line_without_mathematics() -> None:
+    assert figure_text("a\tcat\n for $5", 40) == r"a cat for \$5"
+    assert figure_text("x" * 50, 10) == "x" * 9 + "…"
+    assert figure_text("雪の中を走る狐", 40) == ""
+    assert ticks(10, 40) == list(range(10))
+    assert ticks(60, 30) == list(range(0, 60, 2))
+
+
+def test_no_run_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a run directory"):
+        write_report_of(tmp_path)
+
+
+def test_report_of_an_opened_run(tmp_path: Path, digits_model: Path) -> None:
+    (tmp_path / "calibration.txt").write_text("the digit 1\n")
+    (tmp_path / "held_out.txt").write_text("the digit 2\n")
+    config = RunConfig.model_validate(
+        {
+            "run": tmp_path / "run",
+            "model": digits_model,
+            "prompts": {
+                "calibration": tmp_path / "calibration.txt",
+                "num_calibration": 1,
+                "held_out": tmp_path / "held_out.txt",
+                "num_held_out": 1,
+            },
+        }
+    )
+    context = build_context(config, weights=False)
+    directory = RunDirectory.open_or_create(config.run, config.identity(), {})
+    report = write_report(Run(context, directory, Manifest(directory)))
+    assert report == directory.report
+    assert digits_model.name in _Page(report.read_text(encoding="utf-8")).text

@@ -1,0 +1,189 @@
+"""The whole job with real Ray, Zarr and diffusers: what comes out, and that no kill, damage or worker count changes a byte."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from pipeline.event_log import read_events
+from storage.manifest import Manifest
+from storage.run_directory import RunDirectory
+from tests.pipeline.small_run import ROOT, call, command, files, small_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def copy_of(finished: Path, folder: Path) -> Path:
+    """The finished run at another place; its configuration file names the new run directory."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump({**config, "run": str(folder / "run")}))
+    return folder / "run.yaml"
+
+
+def count(run: Path, stage: str) -> dict[str, int]:
+    """How often each unit of a stage was finished, over all drivers."""
+    finished = [e["unit"] for e in read_events(run / "logs") if e["event"] == "unit_finished" and e["stage"] == stage]
+    return {unit: finished.count(unit) for unit in finished}
+
+
+def test_everything_is_there(finished_run: Path) -> None:
+    run = finished_run / "run"
+    manifest = Manifest(run)
+    units = {
+        stage: [record.unit for record in manifest.records(stage)]
+        for stage in ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
+    }
+    assert {stage: len(names) for stage, names in units.items()} == {
+        "trajectories": 2, "selection": 1, "activations": 3, "distillation": 4, "assembly": 1, "evaluation": 2,
+    }  # fmt: skip
+    result = manifest.records("assembly")[0].result
+    assert result["bits"] == "W4A6"
+    assert result["compression"] > 3.2
+    scores = manifest.records("selection")[0].result["scores"]
+    assert all(len(rows) == 2 and len(rows[0]) == 3 for rows in scores.values())
+    fidelity = next(r.result for r in manifest.records("evaluation") if r.unit.startswith("s2q"))
+    assert 5 < fidelity["psnr_db"] < 60
+    assert "<html" in (run / "report.html").read_text()
+
+
+def test_the_checkpoint_loads_in_a_fresh_process_and_saves_again(finished_run: Path, tmp_path: Path) -> None:
+    program = f"""
+import torch, reelquant
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({str(finished_run / "run" / "checkpoint")!r})
+frames = pipeline("the digit 4 moving left", height=48, width=64, num_frames=9, num_inference_steps=2,
+                  generator=torch.Generator().manual_seed(0), output_type="pt").frames
+assert frames.shape == (1, 9, 3, 48, 64) and bool(torch.isfinite(frames).all())
+pipeline.save_pretrained({str(tmp_path / "again")!r})
+again = DiffusionPipeline.from_pretrained({str(tmp_path / "again")!r})
+first, second = pipeline.transformer.state_dict(), again.transformer.state_dict()
+assert first.keys() == second.keys()
+assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first)
+print(sum(k.endswith("weight_packed") for k in first), "quantized")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d\d quantized", done.stdout)
+
+
+def test_one_worker_gives_the_bytes_of_two(finished_run: Path, tmp_path: Path) -> None:
+    done = call("run", str(small_run(tmp_path)), "--set", "workers.num_workers=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert files(tmp_path / "run" / "checkpoint") == files(finished_run / "run" / "checkpoint")
+
+
+def wait_for(run: Path, stage: str, alive: Callable[[], bool]) -> None:
+    """Until a unit of the stage is under way (a moment into it)."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and alive():
+        if any(e["event"] == "unit_started" and e["stage"] == stage for e in read_events(run / "logs")):
+            time.sleep(0.3)
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no unit of {stage} was started")
+
+
+def worker_processes(driver: psutil.Process) -> list[psutil.Process]:
+    """Ray's worker processes that hold one of our actors, below a driver."""
+    return [p for p in driver.children(recursive=True) if "UnitActor" in " ".join(p.cmdline())]
+
+
+@pytest.mark.timeout(900)
+def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: Path) -> None:
+    config, run = small_run(tmp_path), tmp_path / "run"
+
+    def start() -> psutil.Popen:
+        return psutil.Popen(command("run", str(config)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    driver = start()
+    for stage in ("trajectories", "distillation"):
+        wait_for(run, stage, lambda: driver.poll() is None)
+        worker_processes(driver)[0].send_signal(signal.SIGKILL)
+    wait_for(run, "assembly", lambda: driver.poll() is None)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    driver = start()
+    wait_for(run, "evaluation", lambda: driver.poll() is None)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    done = call("run", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    failed = [e["stage"] for e in read_events(run / "logs") if e["event"] == "unit_failed"]
+    assert failed.count("trajectories") >= 1, failed
+    assert failed.count("distillation") >= 1, failed
+    for stage in ("trajectories", "selection", "activations", "distillation"):
+        assert set(count(run, stage).values()) == {1}, "what was finished is not done again"
+    assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
+
+
+def test_damage_is_named_and_only_the_damaged_units_are_redone(finished_run: Path, tmp_path: Path) -> None:
+    config, run = copy_of(finished_run, tmp_path), tmp_path / "run"
+    sample = Manifest(run).records("activations")[1].unit
+    arrays = run / "calibration.zarr" / "activations" / sample
+    chunk = max((p for p in arrays.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    artifact = next((run / "blocks" / "s2q").glob("single_transformer_blocks.4*"))
+    artifact.write_bytes(artifact.read_bytes()[:-7])
+    before = {stage: count(run, stage) for stage in ("trajectories", "activations", "distillation", "evaluation")}
+    done = call("run", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"activations/{sample} is redone" in done.stdout
+    assert artifact.name in done.stdout
+    redone = {
+        unit for stage, old in before.items() for unit, num in count(run, stage).items() if num > old.get(unit, 0)
+    }
+    assert redone == {sample, "s2q-segment-002"}
+    assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
+
+
+def test_a_changed_configuration_redoes_only_what_depends_on_it(finished_run: Path, tmp_path: Path) -> None:
+    config, run = copy_of(finished_run, tmp_path), tmp_path / "run"
+    change = ("--set", "bits.exceptions=[{pattern: transformer_blocks.0.ff.*, weight: 8, activation: 8}]")
+    refused = call("run", str(config), *change)
+    assert refused.returncode == 1
+    assert "bits.exceptions" in refused.stdout
+    assert "--update" in refused.stdout
+    before = {stage: count(run, stage) for stage in ("trajectories", "activations", "distillation")}
+    done = call("run", str(config), *change, "--update")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert count(run, "trajectories") == before["trajectories"]
+    assert count(run, "activations") == before["activations"]
+    changed = {u for u, num in count(run, "distillation").items() if num > before["distillation"][u]}
+    assert changed == {"s2q-segment-000"}, "only the segment with the layers that the pattern names"
+    spec = json.loads((run / "checkpoint" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert spec["layers"]["transformer_blocks.0.ff.net.2"]["weight_bits"] == 8
+
+
+def test_a_second_driver_is_refused_with_the_name_of_the_first(finished_run: Path, tmp_path: Path) -> None:
+    config, run = copy_of(finished_run, tmp_path), tmp_path / "run"
+    with RunDirectory(run).lock():
+        refused = call("run", str(config))
+    assert refused.returncode == 1
+    assert f"process {os.getpid()}" in refused.stdout
+    again = call("run", str(config))
+    assert again.returncode == 0
+    assert "0 units done now" in again.stdout
+
+
+def test_a_finished_run_does_nothing_and_needs_no_ray(finished_run: Path, tmp_path: Path) -> None:
+    config = copy_of(finished_run, tmp_path)
+    started = time.monotonic()
+    done = call("run", str(config))
+    assert done.returncode == 0
+    assert "0 units done now" in done.stdout
+    assert time.monotonic() - started < 60
+    assert not torch.cuda.is_initialized()

@@ -1,0 +1,219 @@
+"""Calibration of blocks: what is learned helps, what is stored computes the same, and every failure is named."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+
+from reelquant.calibration.block_distillation import BlockDiverged, Sample, calibrated_copy, learn, prepare_targets
+from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
+from reelquant.checkpoint.layer_packing import pack_layer
+from reelquant.families import hunyuan_video as family
+from reelquant.quantization.linear import replace_linear_layers
+
+NOTHING = Recipe(
+    channel_scale="none", rotation="none", clip="none", rounding="nearest", solve="plain", token_weights=False,
+    weight_layout="per_channel", epochs=0, learning_rate_transform=5e-3, learning_rate_clip=5e-2, lambda_min=0.5,
+    smoothing_alpha=0.5, damping=0.01,
+)  # fmt: skip
+S2Q = replace(
+    NOTHING, channel_scale="learned", rotation="learned", clip="learned", rounding="gptq", token_weights=True, epochs=6
+)
+RECIPES = {
+    "rtn": NOTHING,
+    "smoothquant": replace(NOTHING, channel_scale="smoothquant"),
+    "quarot": replace(NOTHING, rotation="hadamard"),
+    "gptq": replace(NOTHING, rounding="gptq"),
+    "s2q": S2Q,
+    "s2q asymmetric": replace(S2Q, solve="asymmetric"),
+    "s2q two-level": replace(S2Q, weight_layout="two_level"),
+}
+CONFIG = {
+    "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0,
+    "qk_norm": "rms_norm", "rope_axes_dim": (4, 6, 6), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
+}  # fmt: skip
+BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
+LAYOUT = family.token_layout(CONFIG, (4, 2, 8, 10), 5)
+
+
+def outlier_blocks() -> dict[str, nn.Module]:
+    """Two blocks whose weights have a few strong input channels, as real models have."""
+    torch.manual_seed(0)
+    blocks = {}
+    for name in BLOCKS:
+        block = family.build_block(CONFIG, name).eval()
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data[:, ::13] *= 4
+        blocks[name] = block
+    return blocks
+
+
+def make_samples(num: int = 4) -> tuple[list[Sample], Tensor]:
+    """Streams with outlier channels, and the timestep embeddings."""
+    generator = torch.Generator().manual_seed(1)
+    channels = 1 + 6 * (torch.rand(32, generator=generator) > 0.9)
+    rows = torch.randn(num, 32, generator=generator)
+    rotary = family.rotary_embedding(CONFIG, LAYOUT)
+    samples = []
+    for row in rows:
+        stream = torch.randn(LAYOUT.num_tokens, 32, generator=generator) * channels
+        samples.append(Sample(stream, stream, family.Conditioning(row.unsqueeze(0), rotary, LAYOUT.num_text)))
+    return samples, rows
+
+
+def bits_of(name: str, weight: int = 4, activation: int = 6) -> dict[str, LayerBits]:
+    return {
+        layer: LayerBits(weight, 16 if group.stream == "conditioning" else activation)
+        for level in family.group_levels(name)
+        for group in level
+        for layer in group.layers
+    }
+
+
+def run(recipe: Recipe, *, fall_back: bool = False, blocks: dict[str, nn.Module] | None = None) -> list[DistilledBlock]:
+    samples, rows = make_samples()
+    blocks = blocks or outlier_blocks()
+    return list(
+        distill_segment(
+            family, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
+            conditioning_rows=rows, seed_of=lambda name: len(name), fall_back=fall_back, progress=lambda *_: None,
+        )
+    )  # fmt: skip
+
+
+def stored_block(reference: nn.Module, distilled: DistilledBlock) -> nn.Module:
+    """The block as the checkpoint runs it: quantized linears filled from packed tensors."""
+    block, specs, tensors = copy.deepcopy(reference), {}, {}
+    for name, layer in distilled.layers.items():
+        leader = distilled.layers[layer.leader]
+        packed, specs[name] = pack_layer(
+            name, codes=layer.codes, grid=layer.grid, bias=layer.bias, activation_bits=layer.activation_bits,
+            group=layer.leader, group_has_channel_scale=leader.channel_scale is not None,
+            group_rotation=0 if leader.rotation is None else len(leader.rotation),
+            channel_scale=layer.channel_scale, rotation=layer.rotation, activation_clip=layer.activation_clip,
+        )  # fmt: skip
+        tensors.update(packed)
+    replace_linear_layers(block, specs)
+    block.load_state_dict(tensors, strict=False, assign=True)
+    return block
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_stored_block_computes_what_was_calibrated(recipe: Recipe) -> None:
+    references = outlier_blocks()
+    samples, _ = make_samples()
+    distilled = run(recipe, blocks=copy.deepcopy(references))
+    for sample in samples[:2]:
+        for block in distilled:
+            assert set(block.layers) == set(bits_of(block.name))
+        stream = sample.reference
+        for block in distilled:
+            stored = stored_block(references[block.name], block)
+            target = family.call_block(references[block.name], stream, sample.conditioning)
+            with torch.no_grad():
+                out = family.call_block(stored, stream, sample.conditioning)
+            sqnr = 10 * math.log10(float(target.square().sum() / (target - out).square().sum()))
+            assert 8 < sqnr < 80, f"{block.name}: {sqnr:.1f} dB"
+            stream = target
+    if recipe.needs_activations:
+        # The worker's own loss after rounding is that of the stored block on the calibration samples.
+        fresh, _ = make_samples()
+        prepare_targets(family, references[BLOCKS[0]], fresh, recipe)
+        stored = stored_block(references[BLOCKS[0]], distilled[0])
+        with torch.no_grad():
+            errors = [
+                ((family.call_block(stored, s.quantized, s.conditioning) - s.target).square().sum(-1)
+                 * (1.0 if s.weights is None else s.weights)).mean()
+                for s in fresh
+            ]  # fmt: skip
+        stored_loss = float(torch.stack(errors).mean())
+        assert stored_loss == pytest.approx(distilled[0].result.loss_after, rel=2e-2)
+
+
+def test_learning_lowers_the_loss_and_rounding_keeps_it() -> None:
+    learned, plain = run(S2Q), run(RECIPES["gptq"])
+    for ours, theirs in zip(learned, plain, strict=True):
+        assert ours.result.losses[-1] < 0.9 * ours.result.loss_before, ours.result
+        assert len(ours.result.losses) == S2Q.epochs
+    assert learned[0].result.loss_after < 0.8 * plain[0].result.loss_after
+
+
+def test_two_calibrations_give_the_same_integers() -> None:
+    for first, second in zip(run(S2Q), run(S2Q), strict=True):
+        for name, layer in first.layers.items():
+            assert torch.equal(layer.codes, second.layers[name].codes), name
+            assert torch.equal(layer.grid.scale, second.layers[name].grid.scale), name
+
+
+def test_the_quantized_stream_reaches_the_next_block() -> None:
+    """Inside a segment the second block sees the first one's error; alone it does not, and comes out otherwise."""
+    together = run(RECIPES["gptq"])[1]
+    alone = run(RECIPES["gptq"], blocks={BLOCKS[1]: outlier_blocks()[BLOCKS[1]]})[0]
+    same = [torch.equal(layer.codes, alone.layers[name].codes) for name, layer in together.layers.items()]
+    assert not all(same)
+
+
+def test_a_block_that_diverges_stops_with_its_name_and_step_or_falls_back() -> None:
+    """A real divergence: steps so long that the channel scales overflow."""
+    recipe = replace(S2Q, learning_rate_transform=1e4)
+    with pytest.raises(BlockDiverged, match=r"transformer_blocks\.0 diverged: loss (inf|nan) at step [1-9]"):
+        run(recipe)
+    for block in run(recipe, fall_back=True):
+        assert "diverged" in str(block.result.fell_back)
+        assert block.result.losses == []
+        assert math.isfinite(block.result.loss_after or math.nan)
+
+
+def test_token_weights_are_those_of_the_full_precision_attention() -> None:
+    samples, _ = make_samples(1)
+    prepare_targets(family, outlier_blocks()[BLOCKS[0]], samples, S2Q)
+    weights = samples[0].weights
+    assert weights is not None
+    assert weights.shape == (LAYOUT.num_tokens,)
+    assert float(weights.min()) == pytest.approx(0.5)
+    assert float(weights.max()) == pytest.approx(1.0)
+    prepare_targets(family, outlier_blocks()[BLOCKS[0]], samples, NOTHING)
+
+
+def test_layers_of_one_group_need_the_same_activation_bits() -> None:
+    name = BLOCKS[0]
+    bits = {**bits_of(name), "attn.to_k": LayerBits(4, 8)}
+    with pytest.raises(ValueError, match=r"attn\.to_k.*same activation bits"):
+        calibrated_copy(
+            outlier_blocks()[name], family.group_levels(name), bits=bits, recipe=NOTHING, activation_amax={}
+        )
+
+
+def test_only_what_is_to_be_learned_changes() -> None:
+    recipe = replace(S2Q, rotation="hadamard", clip="none", epochs=2)
+    samples, _ = make_samples()
+    reference = outlier_blocks()[BLOCKS[0]].requires_grad_(False)
+    prepare_targets(family, reference, samples, recipe)
+    block, groups = calibrated_copy(
+        reference, family.group_levels(BLOCKS[0]), bits=bits_of(BLOCKS[0]), recipe=recipe, activation_amax={}
+    )
+    learn(family, BLOCKS[0], block, groups=groups, samples=samples, recipe=recipe, seed=0, progress=lambda *_: None)
+    for group in (group for level in groups for group in level):
+        if group.transform.skew is not None:
+            assert not bool(group.transform.skew.any())
+        if group.transform.log_scale is not None:
+            assert bool(group.transform.log_scale.any())
+        assert group.transform.clip() == 1.0
+
+
+def test_the_library_takes_the_real_model() -> None:
+    """Names of blocks and layers fit diffusers' class: every linear of a block is in exactly one group."""
+    with torch.device("meta"):
+        model: Any = HunyuanVideoTransformer3DModel(num_layers=1, num_single_layers=1)
+    for name in family.block_names(model.config):
+        grouped = [layer for level in family.group_levels(name) for group in level for layer in group.layers]
+        assert len(set(grouped)) == len(grouped)
+        linears = {n for n, m in model.get_submodule(name).named_modules() if isinstance(m, nn.Linear)}
+        assert set(grouped) == linears

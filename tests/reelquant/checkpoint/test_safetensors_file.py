@@ -1,0 +1,80 @@
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reelquant.checkpoint.safetensors_file import MemoryTensor, read_header, write_file
+
+TENSORS = {
+    "b": torch.arange(3, dtype=torch.uint8),
+    "a": torch.randn(5, 3).bfloat16(),
+    "c": torch.randn(7),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.empty(0, 4),
+    "mask": torch.tensor([True, False, True]),
+    "strided": torch.randn(4, 6).T,
+}
+
+
+def write(path: Path) -> Path:
+    write_file(path, {name: MemoryTensor(tensor) for name, tensor in TENSORS.items()}, {"format": "pt"})
+    return path
+
+
+def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
+    loaded = load_file(write(tmp_path / "x.safetensors"))
+    assert set(loaded) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, path, metadata={"format": "pt"})
+    tensors, metadata = read_header(path)
+    assert metadata == {"format": "pt"}
+    for name, tensor in TENSORS.items():
+        assert torch.equal(tensors[name].read(), tensor), name
+        assert tensors[name].info == MemoryTensor(tensor).info
+
+
+def test_same_tensors_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
+    first = write(tmp_path / "1.safetensors").read_bytes()
+    backwards = {name: MemoryTensor(TENSORS[name]) for name in reversed(TENSORS)}
+    write_file(tmp_path / "2.safetensors", backwards, {"format": "pt"})
+    assert (tmp_path / "2.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("length", [0, 5, 8, 60, -1])
+def test_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
+    path = write(tmp_path / "x.safetensors")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"x\.safetensors: cut off"):
+        read_header(path)
+
+
+def test_trailing_bytes_and_garbage_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors")
+    path.write_bytes(path.read_bytes() + b"0")
+    with pytest.raises(ValueError, match="too long: its header promises"):
+        read_header(path)
+    for header in (b"{nonsense", b"[1, 2]  ", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'):
+        path.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+        with pytest.raises(ValueError, match="its header is not that of a safetensors file"):
+            read_header(path)
+
+
+def test_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors")
+    tensors, _ = read_header(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="bytes before the tensor at offset"):
+        tensors["mask"].read()
+
+
+def test_dtype_that_safetensors_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype torch\.complex128 cannot be stored"):
+        write_file(tmp_path / "x", {"x": MemoryTensor(torch.zeros(2, dtype=torch.complex128))}, {})

@@ -1,0 +1,186 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reelquant.checkpoint.schema import LayerSpec, TensorInfo, layer_digest
+from reelquant.checkpoint.verify import verify_checkpoint
+
+BLOCK = "transformer_blocks.0"
+WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
+
+
+def edit_tensors(checkpoint: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(checkpoint / WEIGHTS).items()}
+    edit(tensors)
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(checkpoint: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    path = checkpoint / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+
+
+def test_sound_checkpoint(tiny_checkpoint: Path) -> None:
+    report = verify_checkpoint(tiny_checkpoint)
+    assert report.problems == []
+    assert report.ok
+    assert report.bits == "W4A6"
+    tensors = load_file(tiny_checkpoint / WEIGHTS)
+    assert report.total_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert len(report.layers) == 14
+    # 96 outputs, 24 inputs of 5 bits, a float32 and a uint8 scale each, and the leader's clip and the bfloat16 bias.
+    layer = report.layers[f"{BLOCK}.ff.net.0.proj"]
+    assert (layer.weight_bits, layer.activation_bits, layer.num_weights) == (5, 4, 96 * 24)
+    assert layer.stored_bytes == 96 * (24 * 5 // 8 + 4 + 1 + 2) + 4
+    assert layer.bits_per_weight == pytest.approx(8 * layer.stored_bytes / (96 * 24))
+
+
+def test_source_bytes_are_those_of_16_bit_tensors(tiny_source: Path, tiny_checkpoint: Path) -> None:
+    report = verify_checkpoint(tiny_checkpoint)
+    source = [load_file(path) for path in (tiny_source / "transformer").glob("*.safetensors")]
+    numbers = sum(tensor.numel() for shard in source for tensor in shard.values())
+    assert report.source_bytes == 2 * numbers
+    assert report.compression == pytest.approx(2 * numbers / report.total_bytes)
+
+
+def test_names_every_tensor_that_is_missing_extra_or_wrong(own_checkpoint: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{BLOCK}.attn.to_q.rotation"]
+        del tensors["x_embedder.proj.bias"]
+        tensors[f"{BLOCK}.attn.to_k.rotation"] = torch.ones(8, 8)
+        tensors["unknown.weight"] = torch.ones(2)
+        tensors[f"{BLOCK}.attn.to_v.weight_packed"] = tensors[f"{BLOCK}.attn.to_v.weight_packed"][:, 1:].contiguous()
+        tensors[f"{BLOCK}.ff.net.2.weight_scale"] = tensors[f"{BLOCK}.ff.net.2.weight_scale"].bfloat16()
+        tensors["proj_out.bias"] = torch.ones(4, dtype=torch.int32)
+        plain = f"{BLOCK}.norm1.linear"
+        del tensors[f"{plain}.weight_packed"]
+        tensors[f"{plain}.weight"] = torch.ones(144, 24)
+
+    edit_tensors(own_checkpoint, damage)
+    report = verify_checkpoint(own_checkpoint)
+    assert not report.ok
+    assert sorted(report.problems) == sorted(
+        [
+            f"layer {BLOCK}.norm1.linear: is declared as quantized, but {BLOCK}.norm1.linear.weight is stored, "
+            "not quantized",
+            f"tensor {BLOCK}.attn.to_k.rotation: is not a part of the model",
+            f"tensor {BLOCK}.attn.to_q.rotation: is missing",
+            f"tensor {BLOCK}.attn.to_v.weight_packed: has the shape [24, 11], not [24, 12]",
+            f"tensor {BLOCK}.ff.net.2.weight_scale: has the dtype BF16, not F32",
+            f"tensor {BLOCK}.norm1.linear.weight: is not a part of the model",
+            f"tensor {BLOCK}.norm1.linear.weight_packed: is missing",
+            "tensor proj_out.bias: has the dtype I32, which is not floating",
+            "tensor unknown.weight: is not a part of the model",
+            "tensor x_embedder.proj.bias: is missing",
+        ]
+    )
+
+
+def test_finds_changed_and_impossible_numbers(own_checkpoint: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{BLOCK}.attn.to_q.weight_packed"][3, 4] ^= 1
+        tensors[f"{BLOCK}.attn.to_k.weight_scale"][2] = torch.nan
+        tensors[f"{BLOCK}.attn.to_k.bias"][:2] = torch.inf
+        tensors["single_transformer_blocks.0.proj_mlp.activation_clip"][0] = -1
+        tensors["proj_out.weight"][0, 0] = torch.nan
+
+    edit_tensors(own_checkpoint, damage)
+    problems = "; ".join(verify_checkpoint(own_checkpoint).problems)
+    for part in (
+        f"layer {BLOCK}.attn.to_q: its tensors have the digest",
+        f"layer {BLOCK}.attn.to_k: its tensors have the digest",
+        "layer single_transformer_blocks.0.proj_mlp: its tensors have the digest",
+        f"tensor {BLOCK}.attn.to_k.weight_scale: weight_scale has 1 values that are not finite",
+        f"tensor {BLOCK}.attn.to_k.bias: bias has 2 values that are not finite",
+        "proj_mlp.activation_clip: activation_clip has 1 values that are not positive",
+        "tensor proj_out.weight: proj_out.weight has 1 values that are not finite",
+    ):
+        assert part in problems
+
+
+def test_finds_codes_and_group_scales_beyond_the_grid_though_the_digest_is_right(own_checkpoint: Path) -> None:
+    name = f"{BLOCK}.attn.to_v"
+    config = json.loads((own_checkpoint / "transformer" / "config.json").read_text())
+    spec = LayerSpec.from_dict(config["quantization_config"]["layers"][name])
+    packed = torch.full((24, 12), 0x88, dtype=torch.uint8)
+    scale, group_scale = torch.ones(24), torch.full((24, 1), 19, dtype=torch.uint8)
+    edit_tensors(
+        own_checkpoint,
+        lambda tensors: tensors.update(
+            {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale, f"{name}.group_scale": group_scale}
+        ),
+    )
+    digest = layer_digest(
+        [
+            ("weight_packed", TensorInfo("U8", (24, 12)), packed.numpy().tobytes()),
+            ("weight_scale", TensorInfo("F32", (24,)), scale.numpy().tobytes()),
+            ("group_scale", TensorInfo("U8", (24, 1)), group_scale.numpy().tobytes()),
+        ]
+    )
+    assert digest != spec.digest
+    edit_config(own_checkpoint, lambda c: c["quantization_config"]["layers"][name].update(digest=digest))
+    assert verify_checkpoint(own_checkpoint).problems == [
+        f"layer {name}: has codes beyond 7",
+        f"layer {name}: has group scales beyond 18: with codes they exceed INT8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["quantization_config"].update(format_version=2), "format_version 2 is newer than 1"),
+        (lambda c: c.pop("quantization_config"), "its quantization_config is not one of reelquant"),
+        (lambda c: c.update(_class_name="NoSuchModel"), "has no model 'NoSuchModel'"),
+        (
+            lambda c: c["quantization_config"]["layers"].update(
+                {"gone.q": {**c["quantization_config"]["layers"][f"{BLOCK}.norm1.linear"], "group": "gone.q"}}
+            ),
+            "gone.q: does not exist in HunyuanVideoTransformer3DModel",
+        ),
+    ],
+)
+def test_reports_a_description_that_cannot_be_used(
+    own_checkpoint: Path, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    edit_config(own_checkpoint, edit)
+    problems = verify_checkpoint(own_checkpoint).problems
+    assert len(problems) == 1
+    assert message in problems[0]
+
+
+def test_reports_damaged_files(own_checkpoint: Path, tmp_path: Path) -> None:
+    path = own_checkpoint / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    problems = verify_checkpoint(own_checkpoint).problems
+    assert "diffusion_pytorch_model.safetensors: cut off" in problems[0]
+    path.unlink()
+    assert "has neither diffusion_pytorch_model.safetensors nor" in verify_checkpoint(own_checkpoint).problems[0]
+    assert "config.json does not exist" in verify_checkpoint(tmp_path / "nothing").problems[0]
+
+
+def test_reports_an_index_that_does_not_fit_its_files(own_checkpoint: Path) -> None:
+    folder = own_checkpoint / "transformer"
+    (own_checkpoint / WEIGHTS).rename(folder / "a.safetensors")
+    names = sorted(load_file(folder / "a.safetensors"))
+    index = {
+        "weight_map": {**dict.fromkeys(names[1:], "a.safetensors"), "ghost": "a.safetensors", "far": "b.safetensors"}
+    }
+    save_file({"stray": torch.ones(1)}, folder / "c.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    problems = verify_checkpoint(own_checkpoint).problems
+    assert problems == [
+        "tensor ghost: the index promises it in a.safetensors",
+        f"tensor {names[0]}: lies in a.safetensors, but the index does not say so",
+        "file b.safetensors does not exist",
+        "file c.safetensors: is no part of the model",
+    ]
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
+    assert "is no index of safetensors files" in verify_checkpoint(own_checkpoint).problems[0]

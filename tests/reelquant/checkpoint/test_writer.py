@@ -1,0 +1,202 @@
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
+from reelquant.checkpoint.reader import read_weights
+from reelquant.checkpoint.verify import verify_checkpoint
+from reelquant.checkpoint.writer import write_checkpoint
+
+
+def write(source: Path, output: Path, artifacts: list[Path], *, max_shard_bytes: int = 10**9) -> Path:
+    write_checkpoint(
+        source,
+        output,
+        artifacts=artifacts,
+        bits="W4A6",
+        method="test",
+        calibration={"prompts": ["seven"]},
+        max_shard_bytes=max_shard_bytes,
+    )
+    return output
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    stored, problems = read_weights(folder / "transformer")
+    assert problems == []
+    return {name: tensor.read() for name, tensor in stored.items()}
+
+
+def test_holds_the_sources_and_the_artifacts_tensors(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path
+) -> None:
+    found, source = tensors(tiny_checkpoint), tensors(tiny_source)
+    packed, layers = {}, {}
+    for path in tiny_artifacts:
+        more = read_block_artifact(path)
+        packed.update(more[0])
+        layers.update(more[1])
+    kept = {name: tensor for name, tensor in source.items() if name.removesuffix(".weight") not in layers}
+    assert len(kept) < len(source)
+    assert set(found) == set(packed) | set(kept)
+    for name, tensor in {**packed, **kept}.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    config = json.loads((tiny_checkpoint / "transformer" / "config.json").read_text())
+    plain = json.loads((tiny_source / "transformer" / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config == plain
+    assert quantization["bits"] == "W4A6"
+    assert quantization["calibration"] == {"prompts": ["seven"]}
+    assert quantization["layers"] == {name: spec.to_dict() for name, spec in layers.items()}
+
+
+def test_copies_the_rest_of_the_pipeline(tiny_source: Path, tiny_checkpoint: Path) -> None:
+    assert set(files(tiny_checkpoint)) == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    }
+    name = "model_index.json"
+    assert (tiny_checkpoint / name).read_bytes() == (tiny_source / name).read_bytes()
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 10_000])
+def test_sharded_equals_unsharded(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path, max_shard_bytes: int
+) -> None:
+    output = write(tiny_source, tmp_path / "sharded", tiny_artifacts, max_shard_bytes=max_shard_bytes)
+    shards = list((output / "transformer").glob("*.safetensors"))
+    assert len(shards) > 5
+    expected, found = tensors(tiny_checkpoint), tensors(output)
+    for shard in shards:
+        loaded = load_file(shard)
+        assert len(loaded) == 1 or sum(t.numel() * t.element_size() for t in loaded.values()) <= max_shard_bytes
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert verify_checkpoint(output).problems == []
+    index = json.loads((output / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
+
+
+def test_two_writes_give_the_same_bytes(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
+    first = write(tiny_source, tmp_path / "first", tiny_artifacts, max_shard_bytes=20_000)
+    second = write(tiny_source, tmp_path / "second", tiny_artifacts[::-1], max_shard_bytes=20_000)
+    assert files(first) == files(second)
+
+
+def test_replaces_an_older_checkpoint_and_what_a_killed_writer_left(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    output = write(tiny_source, tmp_path / "out", tiny_artifacts, max_shard_bytes=1)
+    (tmp_path / ".out.partial" / "transformer").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "transformer" / "stale.safetensors").write_text("x")
+    (tmp_path / ".out.replaced").mkdir()
+    write(tiny_source, output, tiny_artifacts)
+    assert files(output) == files(tiny_checkpoint)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_failed_write_leaves_the_older_checkpoint(
+    tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = write(tiny_source, tmp_path / "out", tiny_artifacts)
+    before = files(output)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reelquant.checkpoint.writer.write_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tiny_source, output, tiny_artifacts)
+    assert files(output) == before
+
+
+def test_folders_that_cannot_be_used_are_refused(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").mkdir()
+    for source, output, message in (
+        (tmp_path, tmp_path / "out", "is no diffusers pipeline folder: it has no model_index.json"),
+        (tiny_source, tiny_source, "cannot be written over or into its source"),
+        (tiny_source, tiny_source / "transformer" / "new", "cannot be written over or into its source"),
+        (tiny_source, tmp_path / "precious", "exists and is no checkpoint of reelquant"),
+        (tiny_checkpoint, tmp_path / "out", "its transformer is quantized already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(source, output, tiny_artifacts)
+    with pytest.raises(ValueError, match="max_shard_bytes is 0"):
+        write(tiny_source, tmp_path / "out", tiny_artifacts, max_shard_bytes=0)
+    assert os.listdir(tmp_path) == ["precious"]
+
+
+def test_everything_that_does_not_fit_is_named(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    stored = tensors(source)
+    for path in (source / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    del stored["single_transformer_blocks.0.proj_mlp.weight"]
+    stored["transformer_blocks.0.attn.to_q.weight"] = torch.randn(24, 32)
+    stored["transformer_blocks.0.ff.net.2.weight"] = torch.randn(4)
+    save_file(stored, source / "transformer" / "diffusion_pytorch_model.safetensors")
+    packed, layers = read_block_artifact(tiny_artifacts[0])
+    packed["transformer_blocks.0.ff.net.0.proj.bias"] = torch.randn(3)
+    odd = tmp_path / "odd.safetensors"
+    write_block_artifact(odd, packed, layers)
+    with pytest.raises(ValueError, match="give no checkpoint") as caught:
+        write(source, tmp_path / "out", [odd, tiny_artifacts[1]])
+    text = str(caught.value)
+    for part in (
+        "layer single_transformer_blocks.0.proj_mlp: the source has no such weight",
+        "tensor transformer_blocks.0.attn.to_q.weight_packed: is U8[24, 12], not U8[24, 16]",
+        "tensor transformer_blocks.0.attn.to_q.channel_scale: is F32[24], not F32[32]",
+        "layer transformer_blocks.0.ff.net.2: the source has the weight F32[4], which is no matrix",
+        "tensor transformer_blocks.0.ff.net.0.proj.bias: is F32[3], the source has BF16[96]",
+    ):
+        assert part in text, part
+    with pytest.raises(ValueError, match=r"attn\.to_q: is in .*0\.safetensors and in .*0\.safetensors"):
+        write(tiny_source, tmp_path / "out", [*tiny_artifacts, tiny_artifacts[0]])
+    with pytest.raises(ValueError, match="the artifacts hold no layer"):
+        write(tiny_source, tmp_path / "out", [])
+    with pytest.raises(ValueError, match=r"one\.safetensors.*two\.safetensors"):
+        write(tiny_source, tmp_path / "out", [tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
+
+
+def test_artifacts_bias_replaces_the_sources(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
+    packed, layers = read_block_artifact(tiny_artifacts[0])
+    bias = torch.randn(96)
+    packed["transformer_blocks.0.ff.net.0.proj.bias"] = bias
+    write_block_artifact(tmp_path / "odd.safetensors", packed, layers)
+    output = write(tiny_source, tmp_path / "out", [tmp_path / "odd.safetensors", tiny_artifacts[1]])
+    assert torch.equal(tensors(output)["transformer_blocks.0.ff.net.0.proj.bias"], bias)
+    assert verify_checkpoint(output).problems == []
+
+
+def test_unusable_source_weights_are_refused(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    shards = sorted((source / "transformer").glob("*.safetensors"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-3])
+    shards[1].unlink()
+    with pytest.raises(ValueError, match="give no checkpoint") as caught:
+        write(source, tmp_path / "out", tiny_artifacts)
+    assert f"{shards[0].name}: cut off" in str(caught.value)
+    assert f"file {shards[1].name} does not exist" in str(caught.value)
+    for path in (source / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="has neither diffusion_pytorch_model"):
+        write(source, tmp_path / "out", tiny_artifacts)

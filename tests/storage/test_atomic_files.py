@@ -1,0 +1,95 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from storage.atomic_files import (
+    create_directory,
+    partial_path,
+    sha256_file,
+    sweep_partial_files,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+
+
+def test_bytes_arrive_and_replace(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_bytes_atomic(path, b"old")
+    write_bytes_atomic(path, b"\x00new")
+    assert path.read_bytes() == b"\x00new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_exclusive_keeps_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_bytes_atomic(path, b"first", exclusive=True)
+    with pytest.raises(FileExistsError):
+        write_bytes_atomic(path, b"second", exclusive=True)
+    assert path.read_bytes() == b"first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_equal_json_gives_equal_bytes_and_nan_is_refused(tmp_path: Path) -> None:
+    write_json_atomic(tmp_path / "a.json", {"b": [1, 2.5], "a": "ü"})
+    write_json_atomic(tmp_path / "b.json", {"a": "ü", "b": [1, 2.5]})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"a": "ü", "b": [1, 2.5]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json_atomic(tmp_path / "c.json", {"psnr": float("inf")})
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_sha256_of_a_known_file(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_failed_write_leaves_nothing_and_names_path_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.bin").write_bytes(b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device, writing 5 bytes; \d+ bytes are free") as caught:
+        write_bytes_atomic(tmp_path / "a.bin", b"newer")
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "a.bin")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+def test_directories_are_created_with_their_parents(tmp_path: Path) -> None:
+    create_directory(tmp_path / "a" / "b" / "c")
+    create_directory(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        create_directory(tmp_path / "file")
+
+
+def test_sweep_removes_partial_files_and_folders_only(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ".x.1.partial").write_bytes(b"not ours")
+    root = tmp_path / "run"
+    (root / "deep").mkdir(parents=True)
+    folder = partial_path(root / "deep" / "array")
+    folder.mkdir()
+    (folder / "c.0").write_bytes(b"half")
+    file = partial_path(root / "config.json")
+    file.write_bytes(b"{")
+    (root / "keep.partial").write_bytes(b"a name of the user's")
+    (root / "link").symlink_to(outside)
+    (root / ".link.1.partial").symlink_to(outside)
+
+    removed = sweep_partial_files(root)
+
+    assert removed == tuple(sorted((".link.1.partial", file.name, f"deep/{folder.name}")))
+    assert sorted(entry.name for entry in root.iterdir()) == ["deep", "keep.partial", "link"]
+    assert (outside / ".x.1.partial").exists()
+    assert sweep_partial_files(root) == ()
+    assert sweep_partial_files(tmp_path / "absent") == ()

@@ -1,0 +1,256 @@
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from storage import zarr_layout
+from storage.calibration_store import CalibrationStore, DamagedArray
+from storage.zarr_layout import ArrayLayout
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SHAPES = ((), (1,), (7, 3), (2, 3, 5, 1), (1021, 17), (0, 3), (4, 0), (100, 3, 2))
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CalibrationStore:
+    """A store whose inner chunks are 1 KiB: small tensors take all paths."""
+    monkeypatch.setattr(zarr_layout, "INNER_CHUNK_BYTES", 1024)
+    return CalibrationStore(tmp_path / "calibration.zarr")
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype)
+    low, high = (0, 2) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).to(dtype)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def stored_values(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS + INTEGERS, ids=str)
+def test_exact_here_and_in_zarr_python(store: CalibrationStore, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = make(shape, dtype)
+    store.write("a/b", tensor)
+
+    back = store.read("a/b")
+    assert (back.shape, back.dtype) == (tensor.shape, dtype)
+    assert bits(back) == bits(tensor)
+
+    array = zarr.open_array(store.root / "a/b", mode="r")
+    assert array.shape == shape
+    assert array.attrs["logical_dtype"] == str(dtype).removeprefix("torch.")
+    assert np.array_equal(array[...], stored_values(tensor))
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.float32, torch.int64], ids=str)
+def test_what_zarr_python_writes_is_read(store: CalibrationStore, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    store.write("a", torch.zeros(shape, dtype=dtype))
+    tensor = make(shape, dtype, seed=1)
+    array = zarr.open_array(store.root / "a", mode="r+", config={"write_empty_chunks": True})
+    array[...] = stored_values(tensor)
+    assert bits(store.read("a")) == bits(tensor)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (1021, 17), (100, 3, 2)], ids=str)
+def test_bytes_are_those_of_zarr_python(store: CalibrationStore, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """The same layout asked of zarr-python gives the same data file and, but for our checksum, the same metadata."""
+    tensor = make(shape, torch.bfloat16)
+    store.write("a", tensor)
+    layout = ArrayLayout.of(shape, torch.bfloat16)
+    chunks = (layout.chunk_rows, *shape[1:])
+    theirs = zarr.create_array(
+        tmp_path / "theirs",
+        shape=shape,
+        dtype="uint16",
+        chunks=chunks,
+        shards=(layout.chunk_rows * layout.num_chunks, *shape[1:]) if layout.sharded else None,
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        attributes=dict(zarr.open_array(store.root / "a", mode="r").attrs),
+        config={"write_empty_chunks": True},
+    )
+    theirs[...] = stored_values(tensor)
+    for file in (layout.data_file, "zarr.json"):
+        assert (store.root / "a" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+
+
+def test_store_is_a_zarr_group_that_lists_its_arrays(store: CalibrationStore) -> None:
+    store.write("latents/prompt-0", torch.ones(2))
+    store.write("latents/prompt-1", torch.ones(3))
+    store.write("salience", torch.ones(4))
+    group = zarr.open_group(store.root, mode="r")
+    names = sorted(name for name, member in group.members(max_depth=None) if isinstance(member, zarr.Array))
+    assert names == ["latents/prompt-0", "latents/prompt-1", "salience"]
+
+
+def test_every_bf16_value_survives(store: CalibrationStore) -> None:
+    """All finite bit patterns, denormals and both zeros included."""
+    codes = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = codes[torch.isfinite(codes)]
+    assert len(finite) == 2 * 0x7F80
+    store.write("a", finite)
+    assert bits(store.read("a")) == bits(finite)
+
+
+def test_outputs_describe_the_files_from_the_run_directory(store: CalibrationStore) -> None:
+    outputs = store.write("x/y", make((1021, 17), torch.bfloat16))
+    assert [output.path for output in outputs] == ["calibration.zarr/x/y/c.0.0", "calibration.zarr/x/y/zarr.json"]
+    for output in outputs:
+        raw = (store.root.parent / output.path).read_bytes()
+        assert (output.num_bytes, output.checksum) == (len(raw), hashlib.sha256(raw).hexdigest())
+
+
+def test_two_writes_give_the_same_bytes(store: CalibrationStore) -> None:
+    tensor = make((1021, 17), torch.bfloat16)
+    first, again, elsewhere = store.write("a", tensor), store.write("a", tensor), store.write("b", tensor.clone())
+    assert first == again
+    assert [output.checksum for output in first] == [output.checksum for output in elsewhere]
+    assert list(store.root.glob("**/.*")) == []
+
+
+def test_rewriting_replaces_shape_and_dtype(store: CalibrationStore) -> None:
+    store.write("a", make((1021, 17), torch.bfloat16))
+    store.write("a", make((), torch.int64))
+    assert store.read("a").shape == ()
+    assert sorted(file.name for file in (store.root / "a").iterdir()) == ["c", "zarr.json"]
+
+
+def test_odd_tensors_are_written_as_their_values(store: CalibrationStore) -> None:
+    base = make((40, 50), torch.float32)
+    for tensor in (base.T, base[::3, 1::2], base.clone().requires_grad_(), base[0].expand(30, 50)):
+        store.write("a", tensor)
+        assert torch.equal(store.read("a"), tensor.detach())
+
+
+def test_result_owns_its_memory(store: CalibrationStore) -> None:
+    store.write("a", torch.zeros(100, 3))
+    store.read("a").add_(1)
+    assert store.read("a").sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(0, 1021), (0, 1), (29, 31), (30, 60), (1020, 1021), (17, 1000), (-5, None), (None, -1000), (8, 8), (9, 3)],
+)
+def test_row_windows(store: CalibrationStore, start: int | None, stop: int | None) -> None:
+    tensor = make((1021, 17), torch.bfloat16)
+    store.write("a", tensor)
+    assert ArrayLayout.of((1021, 17), torch.bfloat16).chunk_rows == 30
+    window = store.read("a", rows=slice(start, stop))
+    assert bits(window) == bits(tensor[start:stop])
+    assert window.shape == tensor[start:stop].shape
+
+
+def test_bad_windows_say_what_the_rows_are(store: CalibrationStore) -> None:
+    store.write("a", torch.zeros(10, 2))
+    store.write("scalar", torch.zeros(()))
+    with pytest.raises(ValueError, match=r"rows 5:11 of 'a' are outside its 10 rows"):
+        store.read("a", rows=slice(5, 11))
+    with pytest.raises(ValueError, match=r"must be slice\(start, stop\)"):
+        store.read("a", rows=slice(0, 10, 2))
+    with pytest.raises(ValueError, match=r"must be slice\(start, stop\)"):
+        store.read("scalar", rows=slice(0, 1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("value", [1, -1, float("inf"), -float("inf")], ids=("nan", "-nan", "inf", "-inf"))
+def test_non_finite_is_refused_with_count_and_place(store: CalibrationStore, dtype: torch.dtype, value: float) -> None:
+    before = make((1021, 17), dtype)
+    store.write("a", before)
+    tensor = before.clone()
+    if np.isfinite(value):
+        tensor[800, 3] = tensor[1000, 16] = torch.copysign(torch.tensor(float("nan")), torch.tensor(value))
+    else:
+        tensor[800, 3] = tensor[1000, 16] = value
+    with pytest.raises(ValueError, match=r"'a' is not written: 2 of 17357 values are NaN or infinite, .* \[800, 3\]"):
+        store.write("a", tensor)
+    assert bits(store.read("a")) == bits(before)
+    assert list(store.root.glob("**/.*")) == []
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_largest_finite_values_are_no_infinity(store: CalibrationStore, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    tensor = torch.tensor([info.max, info.min, info.tiny, -0.0], dtype=dtype)
+    store.write("a", tensor)
+    assert bits(store.read("a")) == bits(tensor)
+
+
+def test_dtype_that_cannot_be_stored(store: CalibrationStore) -> None:
+    with pytest.raises(ValueError, match="complex64 cannot be stored"):
+        store.write("a", torch.zeros(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../x", "/etc/x", "a/../b", "", ".", "a//b", "a/", ".hidden", "a/.x.partial", "__meta", "zarr.json"),
+        *("a\\b", "a b", "a:b", "a\0", "a\n", "é", "x" * 129),
+    ],
+)
+def test_names_that_could_leave_or_confuse_the_store_are_refused(store: CalibrationStore, name: str) -> None:
+    with pytest.raises(ValueError, match="must be a relative path inside the store"):
+        store.write(name, torch.ones(1))
+    with pytest.raises(ValueError, match="must be a relative path inside the store"):
+        store.read(name)
+    assert not store.root.exists()
+
+
+def test_symbolic_links_are_not_followed(store: CalibrationStore, tmp_path: Path) -> None:
+    store.write("a", torch.ones(3))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (store.root / "link").symlink_to(outside)
+    for name in ("link", "link/x"):
+        with pytest.raises(ValueError, match=r"leads through a symbolic link to .*outside"):
+            store.write(name, torch.ones(1))
+        with pytest.raises(ValueError, match="leads through a symbolic link"):
+            store.read(name)
+    assert list(outside.iterdir()) == []
+    data = store.root / "a" / "c.0"
+    data.rename(outside / "c.0")
+    data.symlink_to(outside / "c.0")
+    with pytest.raises(DamagedArray, match="symbolic links"):
+        store.read("a")
+
+
+def test_store_below_a_symbolic_link_works(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    store = CalibrationStore(tmp_path / "link" / "calibration.zarr")
+    store.write("a/b", torch.ones(3))
+    assert store.read("a/b").sum() == 3
+
+
+def test_arrays_and_groups_do_not_swallow_each_other(store: CalibrationStore) -> None:
+    store.write("a/b", torch.ones(3))
+    with pytest.raises(ValueError, match="'a' is a group of arrays"):
+        store.write("a", torch.ones(1))
+    with pytest.raises(ValueError, match=r"'a/b/c' would lie inside .*b, which is not a group"):
+        store.write("a/b/c", torch.ones(1))
+    assert store.read("a/b").sum() == 3
+    with pytest.raises(DamagedArray, match=r"zarr\.json"):
+        store.read("a")
+
+
+def test_damaged_array_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(DamagedArray("a", "short")))  # noqa: S301  Ray pickles what workers raise
+    assert (error.name, error.reason) == ("a", "short")
+    assert str(error) == "calibration array 'a': short; redo the unit that wrote it"

@@ -1,0 +1,158 @@
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from storage.run_directory import (
+    FORMAT_VERSION,
+    RunConfigMismatch,
+    RunDirectory,
+    RunFormatTooNew,
+    RunLocked,
+)
+
+CONFIG = {"model": "tiny", "quantization": {"weight_bits": 4, "clip": None}, "prompts": ["a", "b"]}
+
+
+def test_created_once_and_opened_again(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path / "deep" / "run", CONFIG, {"torch": "2.13"})
+    again = RunDirectory.open_or_create(tmp_path / "deep" / "run", dict(reversed(CONFIG.items())), {"torch": "2.14"})
+    assert again.config == CONFIG
+    assert again.provenance == {"torch": "2.13"}
+    assert RunDirectory.open(run).path == run.path
+    document = json.loads((run.path / "config.json").read_bytes())
+    assert document["format_version"] == FORMAT_VERSION
+    assert Path(run) == run.path == tmp_path / "deep" / "run"
+
+
+def test_parts_lie_where_the_design_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory.open_or_create("run", CONFIG, {})
+    assert run.path.is_absolute()
+    base = tmp_path / "run"
+    assert run.calibration_store.root == base / "calibration.zarr"
+    assert run.manifest.root == base / "manifest"
+    assert run.checkpoint() == base / "checkpoint"
+    assert run.checkpoint("gptq") == base / "checkpoints" / "gptq"
+    assert run.blocks("gptq") == base / "blocks" / "gptq"
+    assert (run.evaluation, run.logs, run.report) == (base / "evaluation", base / "logs", base / "report.html")
+    for bad in ("../x", "a/b", "", "."):
+        with pytest.raises(ValueError, match="method name"):
+            run.blocks(bad)
+        with pytest.raises(ValueError, match="method name"):
+            run.checkpoint(bad)
+
+
+def test_different_config_lists_every_difference_and_the_ways_out(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    other = {"model": "tiny", "quantization": {"weight_bits": 6, "clip": 0.9}, "prompts": ["a"], "new": {}}
+    with pytest.raises(RunConfigMismatch) as caught:
+        RunDirectory.open_or_create(tmp_path, other, {})
+    text = str(caught.value)
+    for line in (
+        "quantization.weight_bits: 4 -> 6",
+        "quantization.clip: null -> 0.9",
+        'prompts: ["a", "b"] -> ["a"]',
+        "new: absent -> {}",
+    ):
+        assert f"\n  {line}\n" in text
+    assert "--update" in text
+    assert "another run directory" in text
+    assert "model" not in text
+    assert run.config == CONFIG
+
+
+def test_update_takes_the_new_config(tmp_path: Path) -> None:
+    RunDirectory.open_or_create(tmp_path, CONFIG, {"commit": "1"})
+    run = RunDirectory.open_or_create(tmp_path, CONFIG | {"model": "small"}, {"commit": "2"}, update=True)
+    assert run.config["model"] == "small"
+    assert run.provenance == {"commit": "2"}
+    with pytest.raises(RunConfigMismatch, match='model: "small" -> "tiny"'):
+        RunDirectory.open_or_create(tmp_path, CONFIG, {})
+
+
+def test_update_waits_for_no_driver(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    with run.lock(), pytest.raises(RunLocked):
+        RunDirectory.open_or_create(tmp_path, CONFIG | {"model": "small"}, {}, update=True)
+    assert run.config == CONFIG
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    file = run.path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"format_version": FORMAT_VERSION + 1}))
+    for attempt in (RunDirectory.open, lambda path: RunDirectory.open_or_create(path, CONFIG, {}, update=True)):
+        with pytest.raises(RunFormatTooNew, match="has format 2, this program knows up to 1"):
+            attempt(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format_version": 1}'])
+def test_unreadable_config_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        RunDirectory.open_or_create(tmp_path, CONFIG, {}, update=True)
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_places_that_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"not empty and not a run \(holds thesis\.txt\)"):
+        RunDirectory.open_or_create(tmp_path / "home", CONFIG, {})
+    with pytest.raises(ValueError, match="is not a run directory"):
+        RunDirectory.open(tmp_path / "home")
+    with pytest.raises(ValueError, match="is a file"):
+        RunDirectory.open_or_create(tmp_path / "home" / "thesis.txt", CONFIG, {})
+    with pytest.raises(ValueError, match=r"s3://bucket/run is a URL"):
+        RunDirectory.open_or_create("s3://bucket/run", CONFIG, {})
+
+
+def test_what_a_kill_during_creation_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.12ab.partial").write_bytes(b"{")
+    (tmp_path / "run.lock").write_bytes(b"")
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    with run.lock():
+        assert run.sweep_partial_files() == (".config.json.12ab.partial",)
+
+
+def test_lock_excludes_and_frees(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    with run.lock():
+        with pytest.raises(RunLocked, match=rf"in use by process {os.getpid()} on host"), run.lock():
+            pass
+        with pytest.raises(RunLocked), RunDirectory.open(tmp_path).lock():
+            pass
+    with pytest.raises(KeyError), run.lock():
+        raise KeyError("the body's own error passes")
+    with run.lock():
+        pass
+
+
+def test_holder_that_has_not_written_its_name_yet(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    with run.lock():
+        (tmp_path / "run.lock").write_bytes(b"{")
+        with pytest.raises(RunLocked, match="another process that has not yet written its name"), run.lock():
+            pass
+
+
+def _create(path: str, number: int) -> str:
+    try:
+        RunDirectory.open_or_create(path, {"number": number}, {})
+    except RunConfigMismatch:
+        return "refused"
+    return "created"
+
+
+def test_drivers_that_create_one_run_with_different_configs(tmp_path: Path) -> None:
+    """All but one are refused: the file of the first is never replaced."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["storage.run_directory"])
+    with context.Pool(4) as pool:
+        for attempt in range(5):
+            path = str(tmp_path / f"run-{attempt}")
+            answers = pool.starmap(_create, [(path, number) for number in range(4)], chunksize=1)
+            assert sorted(answers) == ["created", "refused", "refused", "refused"]

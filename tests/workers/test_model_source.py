@@ -1,0 +1,66 @@
+"""What is wrong with a model folder is found before any work, all of it at once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from workers.model_source import load_block, model_problems, open_pipeline
+
+
+@pytest.fixture
+def model(digits_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(digits_model, tmp_path / "model"))
+
+
+def weights(model: Path) -> Path:
+    return model / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def test_the_shipped_model_is_sound(digits_model: Path) -> None:
+    assert model_problems(digits_model) == []
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    assert "not a folder" in model_problems(tmp_path / "nowhere")[0]
+    assert "model_index.json" in model_problems(tmp_path)[0]
+
+
+def test_missing_parts_are_named_together(model: Path) -> None:
+    shutil.rmtree(model / "tokenizer_2")
+    (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    problems = "\n".join(model_problems(model))
+    assert "tokenizer_2" in problems
+    assert "vae" in problems
+
+
+def test_another_architecture_and_a_quantized_model_are_refused(model: Path) -> None:
+    path = model / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "_class_name": "WanTransformer3DModel"}))
+    assert "'WanTransformer3DModel' is not supported" in "\n".join(model_problems(model))
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "reelquant"}}))
+    assert "quantized already" in "\n".join(model_problems(model))
+
+
+def test_a_truncated_file_and_nan_weights_are_named(model: Path) -> None:
+    tensors = load_file(weights(model))
+    name = "single_transformer_blocks.2.proj_out.weight"
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, weights(model))
+    assert name in "\n".join(model_problems(model))
+    weights(model).write_bytes(weights(model).read_bytes()[:-1000])
+    assert "truncated or damaged" in "\n".join(model_problems(model))
+
+
+def test_a_block_is_loaded_without_the_model(digits_model: Path) -> None:
+    pipeline = open_pipeline(digits_model, device=torch.device("cpu"), dtype=torch.float32)
+    for name in ("transformer_blocks.2", "single_transformer_blocks.5"):
+        block = load_block(digits_model, name, device=torch.device("cpu"), dtype=torch.float32)
+        inside = pipeline.transformer.get_submodule(name).state_dict()
+        assert inside.keys() == block.state_dict().keys()
+        for key, value in block.state_dict().items():
+            assert torch.equal(value, inside[key]), key

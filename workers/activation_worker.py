@@ -1,0 +1,85 @@
+"""Runs the full-precision model on one chosen sample and stores the stream at every segment boundary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from storage.manifest import OutputFile
+from storage.run_directory import RunDirectory
+from workers.messages import ActivationSettings, Progress, SampleUnit, UnitOutput
+from workers.model_source import family_of_model, open_pipeline
+from workers.process import device_name, peak_memory_bytes, prepare_process
+
+
+class _LastBoundary(Exception):
+    """Everything that is stored has been seen; the rest of the forward pass need not run."""
+
+
+class ActivationWorker:
+    """Holds the full-precision model; its unit is one sample. Writes `activations/<sample>/<block>` `[L, d]` bfloat16 and
+    `activations/<sample>/temb` `[d]` float32."""
+
+    def __init__(self, settings: ActivationSettings) -> None:
+        self._settings = settings
+        self._device, self._dtype = prepare_process(settings.source.numerics)
+        self._family = family_of_model(settings.source.model)
+        self._pipeline = open_pipeline(settings.source.model, device=self._device, dtype=self._dtype)
+        self._store = RunDirectory(settings.source.run).calibration_store
+
+    def run(self, unit: SampleUnit, progress: Progress) -> UnitOutput:
+        """One forward pass, at most up to the last boundary."""
+        inputs = self._inputs(unit)
+        outputs: list[OutputFile] = []
+        transformer = self._pipeline.transformer
+        boundaries = self._settings.boundaries
+        handles = [transformer.time_text_embed.register_forward_hook(self._keep_temb(unit, outputs))]
+
+        def store(name: str, args: tuple[Tensor, ...]) -> None:
+            stream = torch.cat([args[0][0], args[1][0]]).to(torch.bfloat16).cpu()
+            outputs.extend(self._store.write(f"activations/{unit.name}/{name}", stream))
+            progress(boundaries.index(name) + 1, len(boundaries))
+            if name == boundaries[-1]:
+                raise _LastBoundary
+
+        for name in boundaries:
+            block: nn.Module = transformer.get_submodule(name)
+            handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: store(name, args)))  # type: ignore[misc]
+        try:
+            with torch.inference_mode():
+                transformer(**inputs)
+        except _LastBoundary:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return UnitOutput(
+            tuple(outputs),
+            {"prompt": unit.prompt_name, "step": unit.step},
+            device_name(self._device),
+            peak_memory_bytes(self._device),
+        )
+
+    def _keep_temb(self, unit: SampleUnit, outputs: list[OutputFile]) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
+            outputs.extend(self._store.write(f"activations/{unit.name}/temb", output[0][0].float().cpu()))
+
+        return keep
+
+    def _inputs(self, unit: SampleUnit) -> dict[str, Any]:
+        def read(name: str) -> Tensor:
+            return self._store.read(f"trajectories/{unit.prompt_name}/{name}").to(self._device)
+
+        text = read("prompt_embeds").to(self._dtype).unsqueeze(0)
+        guidance = torch.tensor([self._settings.generation.guidance_scale], device=self._device, dtype=self._dtype)
+        return {
+            "hidden_states": read("latents")[unit.step].to(self._dtype).unsqueeze(0),
+            "timestep": read("timesteps")[unit.step].reshape(1),
+            "encoder_hidden_states": text,
+            "encoder_attention_mask": torch.ones(text.shape[:2], device=self._device, dtype=self._dtype),
+            "pooled_projections": read("pooled_embeds").to(self._dtype).unsqueeze(0),
+            "guidance": guidance * 1000.0,
+            "return_dict": False,
+        }

@@ -1,0 +1,138 @@
+"""Calibrates one segment of one method: reads its entry activations, loads only its blocks, writes their integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelquant.calibration.block_distillation import Sample
+from reelquant.calibration.block_rounding import RoundedLayer
+from reelquant.calibration.calibrated_layers import best_clip
+from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
+from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
+from reelquant.checkpoint.schema import LayerSpec
+from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
+from storage.atomic_files import create_directory
+from storage.manifest import OutputFile
+from storage.run_directory import RunDirectory
+from workers.messages import DistillationSettings, MethodPlan, Progress, SampleUnit, SegmentUnit, UnitOutput
+from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
+from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
+
+
+class DistillationWorker:
+    """Holds no model; its unit is one segment of one method. Writes `blocks/<method>/<block>.safetensors`."""
+
+    def __init__(self, settings: DistillationSettings) -> None:
+        self._settings = settings
+        self._device, self._dtype = prepare_process(settings.source.numerics)
+        self._family = family_of_model(settings.source.model)
+        self._config = transformer_config(settings.source.model)
+        self._run = RunDirectory(settings.source.run)
+        self._store = self._run.calibration_store
+
+    def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
+        """Calibrates and writes the segment's blocks, or rounds the linears outside the blocks if it has none."""
+        outputs: list[OutputFile] = []
+        result: dict[str, Any] = {"method": unit.method.name, "blocks": {}}
+        if unit.blocks:
+            for distilled in self._distill(unit, progress):
+                outputs.append(self._write(unit.method, distilled.name, distilled.name, distilled.layers))
+                result["blocks"][distilled.name] = block_summary(distilled)
+        else:
+            outputs.append(self._write(unit.method, "auxiliary", "", self._auxiliary_layers(unit.method)))
+        return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+
+    def _distill(self, unit: SegmentUnit, progress: Progress) -> Any:
+        method, source = unit.method, self._settings.source
+        blocks = {name: load_block(source.model, name, device=self._device, dtype=self._dtype) for name in unit.blocks}
+        bits = {name: _bits_inside(method, name) for name in blocks}
+        needed = method.recipe.needs_activations
+        samples = [self._sample(sample, unit.blocks[0]) for sample in self._settings.samples] if needed else []
+        rows = [self._store.read(f"trajectories/{prompt.name}/temb") for prompt in self._settings.prompts]
+        return distill_segment(
+            self._family,
+            blocks,
+            samples,
+            bits=bits,
+            recipe=method.recipe,
+            conditioning_rows=torch.cat(rows).to(self._device, self._dtype),
+            seed_of=lambda block: unit_seed(source.seed, "distillation", block),
+            fall_back=self._settings.fall_back,
+            progress=progress,
+        )
+
+    def _sample(self, sample: SampleUnit, entry: str) -> Sample:
+        stream = self._store.read(f"activations/{sample.name}/{entry}").to(self._device, self._dtype)
+        temb = self._store.read(f"activations/{sample.name}/temb").unsqueeze(0)
+        latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
+        num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]
+        layout = self._family.token_layout(self._config, latents, num_text)
+        rotary = self._family.rotary_embedding(self._config, layout)
+        conditioning = self._family.Conditioning(temb, rotary, num_text).to(self._device, self._dtype)
+        return Sample(stream, stream, conditioning)
+
+    def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
+        layers: dict[str, RoundedLayer] = {}
+        for name, bits in method.bits.items():
+            if self._family.auxiliary_kind(name) is None:
+                continue
+            tensors = load_tensors(self._settings.source.model / "transformer", name)
+            weight = tensors["weight"].to(self._device).float()
+            layout = method.recipe.weight_layout
+            clip = best_clip(weight, bits.weight, layout) if method.recipe.clip == "learned" else 1.0
+            grid = (fit_two_level if layout == "two_level" else fit_per_channel)(weight, bits.weight, clip)
+            layers[name] = RoundedLayer(
+                grid.round(weight), grid, tensors.get("bias"), bits.weight, bits.activation, layout, name,
+                activation_clip=torch.ones(1) if bits.activation < 16 else None,
+            )  # fmt: skip
+        return layers
+
+    def _write(self, method: MethodPlan, artifact: str, prefix: str, layers: Mapping[str, RoundedLayer]) -> OutputFile:
+        tensors: dict[str, Tensor] = {}
+        specs: dict[str, LayerSpec] = {}
+        for name, layer in layers.items():
+            full, leader = _full(prefix, name), layers[layer.leader]
+            packed, spec = pack_layer(
+                full,
+                codes=layer.codes,
+                grid=layer.grid,
+                bias=None,
+                activation_bits=layer.activation_bits,
+                group=_full(prefix, layer.leader),
+                group_has_channel_scale=leader.channel_scale is not None,
+                group_rotation=0 if leader.rotation is None else len(leader.rotation),
+                channel_scale=layer.channel_scale,
+                rotation=layer.rotation,
+                activation_clip=layer.activation_clip,
+            )
+            tensors.update({key: value.cpu().contiguous() for key, value in packed.items()})
+            specs[full] = spec
+        path = self._run.blocks(method.name) / f"{artifact}.safetensors"
+        create_directory(path.parent)
+        write_block_artifact(path, tensors, specs)
+        return OutputFile.describe(path, run=self._run.path)
+
+
+def block_summary(distilled: DistilledBlock) -> dict[str, Any]:
+    """What the report shows of a block."""
+    result = distilled.result
+    return {
+        "losses": result.losses,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+        "layer_sqnr_db": result.layer_sqnr_db,
+        "fell_back": result.fell_back,
+    }
+
+
+def _bits_inside(method: MethodPlan, block: str) -> dict[str, Any]:
+    prefix = f"{block}."
+    return {name.removeprefix(prefix): bits for name, bits in method.bits.items() if name.startswith(prefix)}
+
+
+def _full(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,185 @@
+"""What driver and workers say to each other: frozen, small, and free of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reelquant.calibration.recipe import LayerBits, Recipe
+from storage.manifest import OutputFile
+
+Progress = Callable[[int, int], None]
+"""Called by a worker with (done, total) while it works on a unit."""
+
+
+@dataclass(frozen=True)
+class UnitOutput:
+    """What a finished unit hands to the driver, which writes it into the manifest."""
+
+    outputs: tuple[OutputFile, ...]
+    result: Mapping[str, Any]
+    """Small and JSON-serializable."""
+    device: str
+    peak_memory_bytes: int
+    """Of the worker process (resident set), or of the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What decides the bytes of a result besides its inputs."""
+
+    dtype: str
+    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    threads: int
+    """CPU threads of one worker. The number of workers changes no result; this one may."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Arguments of the diffusers pipeline's call."""
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """Where a worker reads and writes, and which model it is about."""
+
+    run: Path
+    model: Path
+    seed: int
+    numerics: Numerics
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """Of every trajectory worker."""
+
+    source: RunSource
+    generation: Generation
+    weight_bits: int
+    """At which the feature `weight_error` rounds the weights."""
+    salience_tokens: int
+    """Tokens per layer from which `weight_error` is estimated, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class PromptUnit:
+    """One prompt; its name is the unit's."""
+
+    name: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """Of the selection."""
+
+    source: RunSource
+    strategy: str
+    quantization_feature: str
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class SelectionUnit:
+    """All trajectories, in order."""
+
+    name: str
+    prompts: tuple[PromptUnit, ...]
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """Of every activation worker."""
+
+    source: RunSource
+    generation: Generation
+    boundaries: tuple[str, ...]
+    """Blocks in front of which the stream is stored: the first block of every segment."""
+
+
+@dataclass(frozen=True)
+class SampleUnit:
+    """One chosen candidate."""
+
+    name: str
+    prompt_name: str
+    step: int
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """One calibration method and the bits of all its layers."""
+
+    name: str
+    recipe: Recipe
+    bits: Mapping[str, LayerBits]
+    """By full layer name; a linear without an entry stays in 16 bits."""
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Of every distillation worker."""
+
+    source: RunSource
+    samples: tuple[SampleUnit, ...]
+    prompts: tuple[PromptUnit, ...]
+    fall_back: bool
+
+
+@dataclass(frozen=True)
+class SegmentUnit:
+    """One segment of one method: consecutive blocks. Without blocks: the linears outside the blocks."""
+
+    name: str
+    method: MethodPlan
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AssemblySettings:
+    """Of the assembly."""
+
+    source: RunSource
+    max_shard_bytes: int
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """Provenance, written into the checkpoint's config."""
+
+
+@dataclass(frozen=True)
+class AssemblyUnit:
+    """One method's checkpoint."""
+
+    name: str
+    method: MethodPlan
+    bits_label: str
+    artifacts: tuple[str, ...]
+    """Paths in the run directory."""
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Of every evaluation worker."""
+
+    source: RunSource
+    generation: Generation
+    recognizer: Path | None
+
+
+@dataclass(frozen=True)
+class EvaluationUnit:
+    """One held-out prompt with one model."""
+
+    name: str
+    prompt: PromptUnit
+    checkpoint: str | None
+    """Path in the run directory; None is the full-precision model."""

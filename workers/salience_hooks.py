@@ -1,0 +1,98 @@
+"""Salience of every candidate, taken by hooks in the same forward passes that generate the trajectory (method §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.calibration.salience import quantization_salience, spectral_norm_gram
+from reelquant.quantization.quantizer import fake_quantize
+
+
+class SalienceHooks:
+    """Collects, for every forward pass of a transformer (= one denoising step of one prompt), the features of `C_quant`."""
+
+    def __init__(self, family: ModuleType, transformer: nn.Module, *, weight_bits: int, max_tokens: int) -> None:
+        self._family, self._transformer = family, transformer
+        self._weight_bits, self._max_tokens = weight_bits, max_tokens
+        self._num_text = 0
+        self._weight_error = torch.zeros(())
+        self._block_row: list[Tensor] = []
+        self.latent: list[Tensor] = []
+        """Per step: the paper's feature, of the patchified latent tokens."""
+        self.block_input: list[Tensor] = []
+        """Per step `[blocks]`: spectral norm of `X^T X` of every block's input."""
+        self.weight_error: list[Tensor] = []
+        """Per step: sum over the blocks' linears of `||X (Q(W) - W)^T||^2 / ||X W^T||^2`."""
+        self.temb: list[Tensor] = []
+        """Per step `[d]`: the timestep embedding that the modulation layers read."""
+        self.conditions: dict[str, Tensor] = {}
+        """Inputs of the transformer that stay the same in all steps, without padding."""
+        self.timesteps: list[float] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are on the model while this is open."""
+        config: Any = self._transformer.config
+        blocks = [self._transformer.get_submodule(name) for name in self._family.block_names(config)]
+        handles = [self._transformer.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        handles.append(self._transformer.register_forward_hook(self._end))
+        handles.append(self._transformer.get_submodule("time_text_embed").register_forward_hook(self._keep_temb))
+        for block in blocks:
+            handles.append(block.register_forward_pre_hook(self._see_block))
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear):
+                    handles.append(layer.register_forward_hook(self._see_layer))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs["encoder_attention_mask"][0].bool()
+        self._num_text = int(mask.sum())
+        if not self.conditions:
+            self.conditions = {
+                "prompt_embeds": kwargs["encoder_hidden_states"][0][mask].cpu(),
+                "pooled_embeds": kwargs["pooled_projections"][0].cpu(),
+            }
+        self.timesteps.append(float(kwargs["timestep"][0]))
+        self.latent.append(quantization_salience(self._patches(kwargs["hidden_states"][0].float())).cpu())
+        self._weight_error = torch.zeros((), device=kwargs["hidden_states"].device)
+        self._block_row = []
+
+    def _end(self, *_: Any) -> None:
+        self.block_input.append(torch.stack(self._block_row).cpu())
+        self.weight_error.append(self._weight_error.cpu())
+
+    def _keep_temb(self, _module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
+        self.temb.append(output[0][0].float().cpu())
+
+    def _see_block(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        video, text = inputs[0][0], inputs[1][0, : self._num_text]
+        self._block_row.append(spectral_norm_gram(torch.cat([video, text]).float()))
+
+    def _see_layer(self, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows = inputs[0].reshape(-1, layer.in_features)
+        stride = max(1, len(rows) // self._max_tokens)
+        rows = rows[::stride].float()
+        exact = output.reshape(-1, layer.out_features)[::stride].float()
+        if layer.bias is not None:
+            exact = exact - layer.bias.float()
+        weight = layer.weight.float()
+        error = rows @ (fake_quantize(weight, self._weight_bits, 1) - weight).T
+        self._weight_error = self._weight_error + error.square().sum() / exact.square().sum().clamp_min(1e-30)
+
+    def _patches(self, latents: Tensor) -> Tensor:
+        """`[C, F, H, W] -> [tokens, C * patch volume]`."""
+        config: Any = self._transformer.config
+        p, pt = config.patch_size, config.patch_size_t
+        channels, frames, height, width = latents.shape
+        tiles = latents.reshape(channels, frames // pt, pt, height // p, p, width // p, p)
+        return tiles.permute(1, 3, 5, 0, 2, 4, 6).reshape(-1, channels * pt * p * p)

@@ -1,0 +1,94 @@
+"""Chooses the calibration samples among all candidates (method §2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reelquant.calibration.salience import minmax, select_salient
+from storage.run_directory import RunDirectory
+from workers.messages import Progress, SelectionSettings, SelectionUnit, UnitOutput
+from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
+
+STRATEGIES = ("salience", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random")
+FEATURES = ("latent", "block_input", "weight_error")
+
+
+class SelectionWorker:
+    """Its one unit reads the salience of all trajectories; the result lists the choice and every candidate's scores."""
+
+    def __init__(self, settings: SelectionSettings) -> None:
+        self._settings = settings
+        self._device, _ = prepare_process(settings.source.numerics)
+        self._store = RunDirectory(settings.source.run).calibration_store
+
+    def run(self, unit: SelectionUnit, progress: Progress) -> UnitOutput:
+        """Scores all candidates and chooses."""
+        columns: dict[str, list[Tensor]] = {name: [] for name in ("diffusion", *FEATURES)}
+        for index, prompt in enumerate(unit.prompts):
+            for name, column in columns.items():
+                column.append(self._store.read(f"trajectories/{prompt.name}/{name}"))
+            progress(index + 1, len(unit.prompts))
+        num_steps = len(columns["diffusion"][0])
+        scores = {name: pooled(name, torch.cat(column)) for name, column in columns.items()}
+        generator = torch.Generator().manual_seed(unit_seed(self._settings.source.seed, "selection"))
+        chosen = choose(
+            self._settings.strategy,
+            scores["diffusion"],
+            scores[self._settings.quantization_feature],
+            num_steps=num_steps,
+            num_samples=self._settings.num_samples,
+            generator=generator,
+        )
+        names = [prompt.name for prompt in unit.prompts]
+        result = {
+            "strategy": self._settings.strategy,
+            "quantization_feature": self._settings.quantization_feature,
+            "num_steps": num_steps,
+            "prompts": [{"name": prompt.name, "prompt": prompt.prompt} for prompt in unit.prompts],
+            "scores": {name: column.reshape(len(names), num_steps).tolist() for name, column in scores.items()},
+            "chosen": [{"prompt": names[i // num_steps], "step": i % num_steps} for i in chosen],
+        }
+        return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
+
+
+def pooled(name: str, scores: Tensor) -> Tensor:
+    """One number per candidate; blocks are min-max normalized over the whole pool, then averaged."""
+    if name != "block_input":
+        return scores.double()
+    return torch.stack([minmax(column) for column in scores.T]).mean(dim=0).double()
+
+
+def choose(
+    strategy: str,
+    diffusion: Tensor,
+    quantization: Tensor,
+    *,
+    num_steps: int,
+    num_samples: int,
+    generator: torch.Generator,
+) -> list[int]:
+    """Indices of the chosen candidates; candidate `p * num_steps + t` is step `t` of prompt `p`.
+
+    `salience`: the product score, best first. `one_prompt` and `five_prompts`: all timesteps of the first one or five
+    prompts, evenly thinned to `num_samples`. `random_timesteps`: random timesteps of the first five prompts. `uniform`: evenly
+    spaced over all candidates. `random`: any candidates.
+
+    Raises:
+        ValueError: fewer candidates than samples asked for, or an unknown strategy.
+    """
+    num_prompts = len(diffusion) // num_steps
+    pool = {"one_prompt": 1, "five_prompts": 5, "random_timesteps": 5}.get(strategy, num_prompts)
+    candidates = min(pool, num_prompts) * num_steps
+    if num_samples > candidates:
+        raise ValueError(
+            f"selection.num_samples is {num_samples}, but strategy {strategy!r} has {candidates} candidates "
+            f"({min(pool, num_prompts)} prompts x {num_steps} steps): more prompts, more steps, or fewer samples"
+        )
+    if strategy == "salience":
+        return [int(i) for i in select_salient(diffusion.float(), quantization.float(), num_samples)]
+    if strategy in ("one_prompt", "five_prompts", "uniform"):
+        return [(2 * i + 1) * candidates // (2 * num_samples) for i in range(num_samples)]
+    if strategy in ("random", "random_timesteps"):
+        return sorted(torch.randperm(candidates, generator=generator)[:num_samples].tolist())
+    raise ValueError(f"selection.strategy {strategy!r} is unknown: one of {', '.join(STRATEGIES)}")

@@ -1,0 +1,66 @@
+"""Generates one prompt's diffusion trajectory with the full-precision model."""
+
+from __future__ import annotations
+
+import torch
+
+from reelquant.calibration.salience import diffusion_salience
+from storage.run_directory import RunDirectory
+from workers.generation import generate
+from workers.messages import Progress, PromptUnit, TrajectorySettings, UnitOutput
+from workers.model_source import family_of_model, open_pipeline
+from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
+from workers.salience_hooks import SalienceHooks
+
+
+class TrajectoryWorker:
+    """Holds the full-precision pipeline; its unit is one prompt.
+
+    Writes under `trajectories/<unit>/`: `latents [T+1, C, F, H, W]`, `prompt_embeds [tokens, D]`, `pooled_embeds [D]`,
+    `temb [T, d]`, `video [F, H, W, 3]` uint8, and the salience of each of the T candidates: `diffusion [T]`,
+    `latent [T]`, `block_input [T, blocks]`, `weight_error [T]`.
+    """
+
+    def __init__(self, settings: TrajectorySettings) -> None:
+        self._settings = settings
+        source = settings.source
+        self._device, dtype = prepare_process(source.numerics)
+        self._family = family_of_model(source.model)
+        self._pipeline = open_pipeline(source.model, device=self._device, dtype=dtype)
+        self._store = RunDirectory(source.run).calibration_store
+
+    def run(self, unit: PromptUnit, progress: Progress) -> UnitOutput:
+        """Generates and stores."""
+        settings = self._settings
+        hooks = SalienceHooks(
+            self._family,
+            self._pipeline.transformer,
+            weight_bits=settings.weight_bits,
+            max_tokens=settings.salience_tokens,
+        )
+        seed = unit_seed(settings.source.seed, "trajectories", unit.name)
+        with hooks.watching():
+            generated = generate(self._pipeline, unit.prompt, settings.generation, seed=seed, progress=progress)
+        latents = torch.stack(generated.latents)
+        arrays = {
+            "latents": latents,
+            **hooks.conditions,
+            "temb": torch.stack(hooks.temb),
+            "timesteps": torch.tensor(hooks.timesteps),
+            "video": generated.video,
+            "diffusion": diffusion_salience(latents),
+            "latent": torch.stack(hooks.latent),
+            "block_input": torch.stack(hooks.block_input),
+            "weight_error": torch.stack(hooks.weight_error),
+        }
+        outputs = [file for name, value in arrays.items() for file in self._write(unit, name, value)]
+        steps = sorted(generated.step_seconds)
+        return UnitOutput(
+            tuple(outputs),
+            {"prompt": unit.prompt, "seconds_per_step": steps[len(steps) // 2], "num_steps": len(steps)},
+            device_name(self._device),
+            peak_memory_bytes(self._device),
+        )
+
+    def _write(self, unit: PromptUnit, name: str, value: torch.Tensor) -> tuple:  # type: ignore[type-arg]
+        return self._store.write(f"trajectories/{unit.name}/{name}", value.contiguous())
