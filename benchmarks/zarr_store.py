@@ -12,8 +12,11 @@ Eight samples of [8192, 3072] and one of [57600, 3072], bf16, are written and re
 Write rates are to disk (fsync on all sides). Reads are warm (page cache) and, as root, cold (page cache dropped before
 every round). One round warms up, five count; the order within a round rotates. MB are 10^6 bytes.
 
-Predicted, then measured on 2 virtual CPUs and a virtio disk of about 1.4 GB/s (the JSON beside this has every round).
-Share of the plain file's rate: PREDICTION_TABLE
+Predicted for two free cores and a disk of about 1.4 GB/s, as shares of the plain file's rate: write 90 % (SHA-256, 1.3
+GB/s on one core, is the slowest part; checks, crc32c and the disk run beside it), cold read 80-85 % (verification runs
+beside the disk), warm read 55 % (crc32c and the NaN check cost as much as the copy). Both threads need a core of their
+own: ``mean_cpus_busy_elsewhere`` in the result says whether they had it. Write shares fall to about 45 % where other
+work takes more than half of two cores.
 """
 
 import argparse

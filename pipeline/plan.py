@@ -51,6 +51,8 @@ class Plan:
     """Every reason known beforehand why the run would fail; empty if none is."""
     notes: list[str]
     """What does not stop it."""
+    lacking: list[str]
+    """What only this machine lacks, where the plan is for another one."""
 
     @property
     def disk_bytes(self) -> int:
@@ -113,13 +115,11 @@ def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, costs=costs)
     disk = disk_of(config.run)
     machine = [*worker_problems(config), *disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)]
-    notes = [*counts.notes, *worker_notes(config)]
-    if shapes_only:
-        notes += [f"here it would not run: {problem}" for problem in machine]
-        machine = []
+    lacking, machine = (machine, []) if shapes_only else ([], machine)
+    notes = [*counts.notes, *worker_notes(config), *(f"here it would not run: {problem}" for problem in lacking)]
     if on_gpu and torch.cuda.is_available():
         notes += _memory_notes(stages, torch.cuda.get_device_properties(0).total_memory)
-    return Plan(context, counts, dtype, stages, checkpoints, disk, [*counts.problems, *machine], notes)
+    return Plan(context, counts, dtype, stages, checkpoints, disk, [*counts.problems, *machine], notes, lacking)
 
 
 def _stages(

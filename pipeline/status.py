@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.planning.plan_tables import new_table
+from pipeline.planning.plan_tables import new_table, print_sentence
 from pipeline.run_state import RunStatus, read_status
 
 _SHOWN_FAILURES = 8
@@ -27,9 +27,9 @@ def show_status(path: Path, console: Console) -> None:
     console.line()
     console.print(_table(status))
     for style, word, text in _details(status):
-        console.print(f"[{style}]{word}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+        print_sentence(console, f"[{style}]{word}[/]  {escape(text)}")
     console.line()
-    console.print(_resume_text(status), highlight=False, soft_wrap=True)
+    print_sentence(console, _resume_text(status))
 
 
 def _details(status: RunStatus) -> Iterator[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.planning.plan_tables import human_bytes, new_table
+from pipeline.planning.plan_tables import human_bytes, new_table, print_sentence
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
 
@@ -42,7 +42,7 @@ def show_verification(checkpoint: Path, console: Console) -> bool:
             soft_wrap=True,
         )
     for problem in report.problems[:_SHOWN_PROBLEMS]:
-        console.print(f"[bold red]problem:[/] [red]{escape(problem)}[/]", highlight=False, soft_wrap=True)
+        print_sentence(console, f"[bold red]problem:[/] [red]{escape(problem)}[/]")
     if (more := len(report.problems) - _SHOWN_PROBLEMS) > 0:
         console.print(f"[bold red]problem:[/] [red]and {more} more[/]", highlight=False)
     if report.problems and (inside := _checkpoints_inside(checkpoint)):

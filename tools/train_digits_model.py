@@ -109,7 +109,8 @@ class Run:
         if "trainer" not in self.held:
             self.held["trainer"] = Trainer.fresh(self.settings)
             self.held["trainer"].resume(self.run / "transformer.pt")
-        return self.held["trainer"]
+        trainer: Trainer = self.held["trainer"]
+        return trainer
 
     def evaluate(self) -> None:
         """Held-out prompts with the averaged weights, on the training device."""
@@ -175,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda; on a CPU everything is float32")
     for name, kind in (("vae-budget-s", float), ("budget-s", float), ("horizon-s", float), ("num-clips", int),
                        ("batch", int), ("steps", int), ("lr", float), ("eval-prompts", int), ("eval-batch", int),
-                       ("eval-steps", int)):  # fmt: skip
+                       ("eval-steps", int), ("call-steps", int)):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--channels-last", action="store_true", default=None)
     parser.add_argument("--cudnn-attention", action="store_true", default=None)

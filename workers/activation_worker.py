@@ -46,7 +46,7 @@ class ActivationWorker:
 
         for name in boundaries:
             block: nn.Module = transformer.get_submodule(name)
-            handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: store(name, args)))  # type: ignore[misc]
+            handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: store(name, args)))
         try:
             with torch.inference_mode():
                 transformer(**inputs)

@@ -66,13 +66,13 @@ class DistillationWorker:
         )
 
     def _sample(self, sample: SampleUnit, entry: str) -> Sample:
-        stream = self._store.read(f"activations/{sample.name}/{entry}").to(self._device, self._dtype)
+        stream = self._store.read(f"activations/{sample.name}/{entry}").to(self._dtype)
         temb = self._store.read(f"activations/{sample.name}/temb").unsqueeze(0)
         latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
         num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]
         layout = self._family.token_layout(self._config, latents, num_text)
         rotary = self._family.rotary_embedding(self._config, layout)
-        conditioning = self._family.Conditioning(temb, rotary, num_text).to(self._device, self._dtype)
+        conditioning = self._family.Conditioning(temb, rotary, num_text).to("cpu", self._dtype)
         return Sample(stream, stream, conditioning)
 
     def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -57,7 +58,7 @@ class EvaluationWorker:
         frames = reference.permute(0, 3, 1, 2), video.permute(0, 3, 1, 2)
         measured = {
             "psnr_db": min(float(psnr_db(reference, video)), EXACT_DB),
-            "ssim": float(structural_similarity_index_measure(frames[1], frames[0], data_range=1.0)),
+            "ssim": float(torch.as_tensor(structural_similarity_index_measure(frames[1], frames[0], data_range=1.0))),
         }
         if isinstance(self._lpips, PerceptualDistance):
             measured["lpips"] = self._lpips(*frames)

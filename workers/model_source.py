@@ -18,9 +18,7 @@ from reelquant.families.family import family_of
 
 def open_pipeline(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The pipeline in `folder`, on `device`, silent, from local safetensors only."""
-    pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

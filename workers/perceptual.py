@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ class PerceptualDistance:
     def available() -> PerceptualDistance | str:
         """The metric, or in words why it cannot be had here."""
         try:
-            import torchvision  # noqa: F401
+            import_module("torchvision")
         except (ImportError, RuntimeError) as error:
             return f"LPIPS needs torchvision: {error}"
         weights = Path(torch.hub.get_dir()) / "checkpoints"

@@ -9,6 +9,7 @@ when two are.
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,14 +35,15 @@ class DigitClassifier(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         channels = (1, width, 2 * width, 4 * width)
-        for num_in, num_out in zip(channels, channels[1:], strict=False):
+        for num_in, num_out in pairwise(channels):
             layers += [nn.Conv2d(num_in, num_out, 3, padding=1), nn.BatchNorm2d(num_out), nn.ReLU(), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(channels[-1] * (CROP_PX // 8) ** 2, NO_DIGIT + 1))
 
     def forward(self, crops: Tensor) -> Tensor:
         """[N, 1, 32, 32] -> [N, 11]."""
-        return self.head(self.features(crops).flatten(1))
+        logits: Tensor = self.head(self.features(crops).flatten(1))
+        return logits
 
 
 def brightness(video: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ def choose(
     """Indices of the chosen candidates; candidate `p * num_steps + t` is step `t` of prompt `p`.
 
     `salience`: the product score, best first. `one_prompt` and `five_prompts`: all timesteps of the first one or five
-    prompts, evenly thinned to `num_samples`. `random_timesteps`: random timesteps of the first five prompts. `uniform`: evenly
-    spaced over all candidates. `random`: any candidates.
+    prompts, evenly thinned to `num_samples`. `random_timesteps`: random timesteps of the first five prompts. `uniform`:
+    timesteps evenly spaced over the schedule, the prompts in turn. `random`: any candidates.
 
     Raises:
         ValueError: fewer candidates than samples asked for, or an unknown strategy.
@@ -87,8 +87,21 @@ def choose(
         )
     if strategy == "salience":
         return [int(i) for i in select_salient(diffusion.float(), quantization.float(), num_samples)]
-    if strategy in ("one_prompt", "five_prompts", "uniform"):
+    if strategy in ("one_prompt", "five_prompts"):
         return [(2 * i + 1) * candidates // (2 * num_samples) for i in range(num_samples)]
+    if strategy == "uniform":
+        return _uniform(num_prompts, num_steps, num_samples)
     if strategy in ("random", "random_timesteps"):
         return sorted(torch.randperm(candidates, generator=generator)[:num_samples].tolist())
     raise ValueError(f"selection.strategy {strategy!r} is unknown: one of {', '.join(STRATEGIES)}")
+
+
+def _uniform(num_prompts: int, num_steps: int, num_samples: int) -> list[int]:
+    """Sample i is of prompt `i mod num_prompts`, at the i-th of `num_samples` evenly spaced places of the schedule; where
+    that candidate is taken already, at the next free step of the same prompt."""
+    chosen: list[int] = []
+    for i in range(num_samples):
+        step = (2 * i + 1) * num_steps // (2 * num_samples)
+        places = [i % num_prompts * num_steps + (step + k) % num_steps for k in range(num_steps)]
+        chosen.append(next(place for place in places if place not in chosen))
+    return chosen

@@ -37,6 +37,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 `s2q`: S²Q-VDiT, everything learned, GPTQ at the end."""
 
 
+_RESERVED = ("full_precision",)
+
+
 class MethodConfig(BaseModel):
     """A preset and its changes; a field left out takes the preset's value."""
 
@@ -89,6 +92,8 @@ class MethodConfig(BaseModel):
     def _check(self) -> MethodConfig:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(f"method name {self.name!r}: lower-case letters, digits, - and _ only (it names a folder)")
+        if self.name in _RESERVED:
+            raise ValueError(f"method name {self.name!r} is taken: the evaluation calls the 16-bit model so")
         learned = [f for f in ("channel_scale", "rotation", "clip") if getattr(self, f) == "learned"]
         if learned and self.epochs == 0:
             raise ValueError(

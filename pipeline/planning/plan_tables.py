@@ -55,11 +55,17 @@ def show_plan(plan: Plan, console: Console) -> None:
             soft_wrap=True,
         )
     for note in plan.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+        print_sentence(console, f"[yellow]note:[/] {escape(note)}")
     for problem in plan.problems:
-        console.print(f"[bold red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+        print_sentence(console, f"[bold red]problem:[/] {escape(problem)}")
     if not plan.problems:
-        console.print("[green]Nothing known beforehand is in the way.[/]", highlight=False)
+        where = "Elsewhere nothing" if plan.lacking else "Nothing"
+        console.print(f"[green]{where} known beforehand is in the way.[/]", highlight=False)
+
+
+def print_sentence(console: Console, text: str) -> None:
+    """Prints a long line: wrapped between words in a terminal, left whole in a file, where it can be searched."""
+    console.print(text, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def human_bytes(num: float) -> str:

@@ -5,9 +5,10 @@ forward pass of the transformer and decoding of one video, the VAE's weights apa
 `8 L d + 12 max(n d)` bytes for the salience hooks (float32 copies of a block's input and of a layer's weight).
 Activations: the weights and one forward pass.
 
-Distillation: the segment's blocks; three streams `[L, d]` of every sample (full precision, quantized, target; two in a
-segment of one block) and its rotary tables `8 L_video d_head`; plus the larger of one learning step of the largest block
-(forward, loss, backward) and its rounding, `8 L d_in + 16 d_in^2` bytes (weighted inputs and Hessian, both float32).
+Distillation: the segment's blocks; three streams `[L, d]` (full precision, quantized, target; two in a segment of one
+block) and the rotary tables `8 L_video d_head`, of all samples on a CPU, of the one in use on a GPU (the others wait in
+host memory); plus the larger of one learning step of the largest block (forward, loss, backward) and its rounding,
+`8 L d_in + 16 d_in^2` bytes (weighted inputs and Hessian, both float32).
 
 On a GPU that is what the allocator holds; the CUDA context and fragmentation come on top. On a CPU the process itself
 comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted.
@@ -150,7 +151,8 @@ class CostModel:
         longest = max(len(segment) for segment in self._context.segments)
         stream = self._counts.longest_stream * hidden_size(self._context) * self._dtype.itemsize
         rotary = 8 * self._counts.layout.num_video * int(model.config["attention_head_dim"])
-        held = samples * ((2 if longest == 1 else 3) * stream + rotary)
+        at_once = min(samples, 1) if self._context.config.workers.num_gpus > 0 else samples
+        held = at_once * ((2 if longest == 1 else 3) * stream + rotary)
         peak = max(segments) + held + max(extra for _, extra, _ in costs.values())
         return StageCost(peak, sum((operations for *_, operations in costs.values()), start=Operations()))
 

@@ -61,20 +61,15 @@ def read_salience(run: RunData) -> Salience | None:
         return None
     result = record.result
     names = [prompt["name"] for prompt in result["prompts"]]
-    maps, constant = {}, []
-    for name, scores in result["scores"].items():
-        raw = torch.tensor(scores, dtype=torch.float64)
-        maps[name] = minmax(raw).double().numpy()
-        if bool((raw == raw.flatten()[0]).all()):
-            constant.append(name)
     feature = result["quantization_feature"]
-    ordered = {name: maps.pop(name) for name in ("diffusion", feature)} | dict(sorted(maps.items()))
+    order = sorted(result["scores"], key=lambda name: (name != "diffusion", name != feature, name))
+    raw = {name: torch.tensor(result["scores"][name], dtype=torch.float64) for name in order}
     return Salience(
         result["strategy"],
         feature,
         tuple(prompt["prompt"] for prompt in result["prompts"]),
-        ordered,
-        tuple(constant),
+        {name: minmax(scores).double().numpy() for name, scores in raw.items()},
+        tuple(name for name, scores in raw.items() if bool((scores == scores.flatten()[0]).all())),
         tuple((names.index(chosen["prompt"]), chosen["step"]) for chosen in result["chosen"]),
     )
 

@@ -35,7 +35,7 @@ def salience_map(salience: Salience) -> Picture:
     num_prompts, num_steps = salience.product.shape
     with figure(11, max(2.0, 0.9 + 0.3 * num_prompts)) as drawn:
         axes = drawn.subplots()
-        heat_map(axes, salience.product, low=0, high=1, label="score, 0–1")
+        heat_map(axes, salience.product, low=0, high=float(salience.product.max()), label="product of two scores")
         limit = 34 if num_prompts <= 40 else 0
         labels = [
             f"{figure_text(prompt, limit)}  {i}" if limit else f"{i}" for i, prompt in enumerate(salience.prompts)

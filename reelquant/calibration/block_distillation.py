@@ -7,6 +7,7 @@ full-precision block gives for the full-precision input: loss `1/L sum_j lambda_
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,10 @@ class BlockDiverged(RuntimeError):
 
 @dataclass
 class Sample:
-    """One calibration sample on its way through the blocks of a segment."""
+    """One calibration sample on its way through the blocks of a segment.
+
+    Its tensors may lie in host memory: a block takes one sample at a time to its own device.
+    """
 
     reference: Tensor
     """`[L, d]`: the full-precision stream."""
@@ -52,6 +56,22 @@ class Sample:
     """`[L, d]`: what the full-precision block makes of `reference`."""
     weights: Tensor | None = None
     """`[L]`: token weights, None for all ones."""
+
+    def at(self, block: nn.Module) -> Sample:
+        """The sample where `block` is; the same tensors if it is there already."""
+        device = next(itertools.chain(block.parameters(), block.buffers())).device
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        conditioning = self.conditioning.to(device, self.conditioning.temb.dtype)
+        return Sample(
+            self.reference.to(device),
+            self.quantized.to(device),
+            conditioning,
+            moved(self.target),
+            moved(self.weights),
+        )
 
 
 @dataclass
@@ -77,13 +97,15 @@ def prepare_targets(family: ModuleType, block: nn.Module, samples: Sequence[Samp
         def observe(query: Tensor, key: Tensor, into: list[Tensor] = sums) -> None:
             into.append(attention_column_sums(query.float(), key.float()))
 
+        here, home = sample.at(block), sample.reference.device
         with torch.no_grad():
             if recipe.token_weights and recipe.needs_activations:
-                with family.watch_query_key(block, sample.conditioning, observe):
-                    sample.target = family.call_block(block, sample.reference, sample.conditioning)
-                sample.weights = token_weights(sums[0], recipe.lambda_min, 1.0)
+                with family.watch_query_key(block, here.conditioning, observe):
+                    target = family.call_block(block, here.reference, here.conditioning)
+                sample.weights = token_weights(sums[0], recipe.lambda_min, 1.0).to(home)
             else:
-                sample.target = family.call_block(block, sample.reference, sample.conditioning)
+                target = family.call_block(block, here.reference, here.conditioning)
+        sample.target = target.to(home)
 
 
 def calibrated_copy(
@@ -109,7 +131,7 @@ def calibrated_copy(
             names = [name for name in group.layers if name in bits]
             if not names:
                 continue
-            linears = {name: block.get_submodule(name) for name in names}
+            linears = {name: _linear(block, name) for name in names}
             activation_bits = {bits[name].activation for name in names}
             if len(activation_bits) > 1:
                 raise ValueError(f"layers {names} read one tensor and must have the same activation bits: {bits}")
@@ -130,6 +152,12 @@ def calibrated_copy(
     return block, calibrated
 
 
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
+    return linear
+
+
 def weighted_error(output: Tensor, sample: Sample) -> Tensor:
     """`1/L sum_j lambda_j ||target_j - output_j||^2`, float32 (S²Q-VDiT eq. 12)."""
     assert sample.target is not None
@@ -140,7 +168,8 @@ def weighted_error(output: Tensor, sample: Sample) -> Tensor:
 def mean_loss(family: ModuleType, block: nn.Module, samples: Sequence[Sample]) -> float:
     """Mean of the block loss over the samples, without gradients."""
     with torch.no_grad():
-        losses = [weighted_error(family.call_block(block, s.quantized, s.conditioning), s) for s in samples]
+        moved = (sample.at(block) for sample in samples)
+        losses = [weighted_error(family.call_block(block, s.quantized, s.conditioning), s) for s in moved]
     return float(torch.stack(losses).mean())
 
 
@@ -169,13 +198,13 @@ def learn(
         epoch_losses = []
         for position, index in enumerate(torch.randperm(len(samples), generator=order).tolist()):
             step = epoch * len(samples) + position
-            sample = samples[index]
+            sample = samples[index].at(block)
             loss = weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise BlockDiverged(name, step, value)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             epoch_losses.append(value)

@@ -78,14 +78,14 @@ def layer_sqnr(
     family: ModuleType, reference: nn.Module, block: nn.Module, layers: Sequence[str], samples: Sequence[Sample]
 ) -> dict[str, float]:
     """Signal to quantization noise of every layer's output in dB, on the first sample, each block on its own stream."""
-    sample = samples[0]
+    sample = samples[0].at(block)
     outputs: list[dict[str, Tensor]] = [{}, {}]
     streams = (sample.reference, sample.quantized)
     with torch.no_grad():
         for into, module, stream in zip(outputs, (reference, block), streams, strict=True):
             handles = [
                 module.get_submodule(name).register_forward_hook(
-                    lambda _m, _i, out, name=name, into=into: into.__setitem__(name, out)  # type: ignore[misc]
+                    lambda _m, _i, out, name=name, into=into: into.__setitem__(name, out)
                 )
                 for name in layers
             ]
@@ -133,7 +133,7 @@ def _inputs_of(block: nn.Module, leaders: Sequence[str]) -> Iterator[dict[str, T
             raise _Reached
 
     handles = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _m, inputs, name=name: keep(name, inputs[0]))  # type: ignore[misc]
+        block.get_submodule(name).register_forward_pre_hook(lambda _m, inputs, name=name: keep(name, inputs[0]))
         for name in leaders
     ]
     try:
@@ -176,7 +176,7 @@ def _moments(
         return moments
     leaders = {group.name: next(iter(group.layers)) for group in streamed}
     asymmetric = recipe.solve == "asymmetric"
-    for sample in samples:
+    for sample in (stored.at(block) for stored in samples):
         found = group_inputs(family, block, list(leaders.values()), sample.quantized, sample.conditioning)
         exact = (
             group_inputs(family, reference, list(leaders.values()), sample.reference, sample.conditioning)

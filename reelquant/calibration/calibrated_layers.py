@@ -29,6 +29,9 @@ class GroupTransform(nn.Module):
     After `freeze` the transform is exactly what the checkpoint stores: scale and clip float32, rotation bfloat16.
     """
 
+    start: Tensor | None
+    """`[b, b]`: the Hadamard matrix from which the rotation starts."""
+
     def __init__(self, num_inputs: int, activation_bits: int, recipe: Recipe, *, initial_scale: Tensor | None) -> None:
         super().__init__()
         quantized = activation_bits < 16
@@ -55,7 +58,7 @@ class GroupTransform(nn.Module):
         if self._frozen is not None:
             return self._frozen
         scale = None if self.log_scale is None else self.log_scale.exp()
-        rotation = None if self.skew is None else self.start @ cayley(self.skew)
+        rotation = None if self.skew is None or self.start is None else self.start @ cayley(self.skew)
         return scale, rotation
 
     def clip(self) -> Tensor | float:
@@ -95,6 +98,9 @@ class GroupTransform(nn.Module):
 
 class CalibratedLinear(nn.Module):
     """A linear layer whose weight is fake-quantized while it is learned, and fixed on its grid after `fix`."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, transform: GroupTransform, bits: LayerBits, recipe: Recipe) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ def distill_segment(
     Args:
         blocks: full-precision blocks by name, in model order.
         samples: the segment's entry: `reference` and `quantized` both hold the stored stream. Consumed: both streams are
-            advanced block by block.
+            advanced block by block. They stay on the device on which they are given: host memory holds more.
         bits: by block, then by layer inside the block.
         conditioning_rows: `[M, d]`, the timestep embeddings of all candidates.
         fall_back: round a block that diverges without learning instead of raising.
@@ -73,8 +73,10 @@ def distill_segment(
         )  # fmt: skip
         quantized, distilled = learned
         for sample in samples:
+            here = sample.at(quantized)
             with torch.no_grad():
-                sample.quantized = family.call_block(quantized, sample.quantized, sample.conditioning)
+                out = family.call_block(quantized, here.quantized, here.conditioning)
+            sample.quantized = out.to(sample.quantized.device)
             assert sample.target is not None
             sample.reference = sample.target
         advance(1, 1)
@@ -128,7 +130,7 @@ def _activation_amax(
     for level in levels:
         groups = [group for group in level if group.stream != "conditioning"]  # type: ignore[attr-defined]
         leaders = {group.name: group.layers[0] for group in groups}  # type: ignore[attr-defined]
-        for sample in samples if leaders else ():
+        for sample in (stored.at(block) for stored in samples) if leaders else ():
             seen = group_inputs(family, block, list(leaders.values()), sample.reference, sample.conditioning)
             for group, leader in leaders.items():
                 found = seen[leader].float().abs().amax(dim=0)

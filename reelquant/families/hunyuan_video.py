@@ -95,12 +95,13 @@ def build_block(config: Mapping[str, Any], name: str) -> nn.Module:
             "use the text-to-video model, whose image_condition_type is null"
         )
     block_class = HunyuanVideoTransformerBlock if name.startswith(f"{_DOUBLE}.") else HunyuanVideoSingleTransformerBlock
-    return block_class(
+    block: nn.Module = block_class(
         config["num_attention_heads"],
         config["attention_head_dim"],
         mlp_ratio=config["mlp_ratio"],
         qk_norm=config["qk_norm"],
     )
+    return block
 
 
 def group_levels(name: str) -> tuple[tuple[InputGroup, ...], ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config.schema import RunConfig
@@ -273,7 +274,7 @@ def test_frames_are_those_of_the_store_and_their_difference(complete: Path) -> N
     unit = re.search(r"prompt-\d+", worst.title)
     assert unit is not None
     videos = [data.store.read(f"evaluation/{m}-{unit[0]}/video").numpy() for m in ("full_precision", "s2q")]
-    _, height, width, _ = videos[0].shape
+    width = videos[0].shape[2]
     for strip, video in zip(worst.strips[:2], videos, strict=True):
         film = _decode(strip.picture.uri)
         for index, number in enumerate(worst.frame_numbers):
@@ -282,7 +283,7 @@ def test_frames_are_those_of_the_store_and_their_difference(complete: Path) -> N
     assert worst.strips[2].detail == f"mean {mean:.1f} of 255"
 
 
-def _decode(uri: str) -> np.ndarray:  # type: ignore[type-arg]
+def _decode(uri: str) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
 
 
@@ -318,7 +319,7 @@ def test_large_run_stays_small_and_readable(tmp_path: Path) -> None:
 
 
 def test_timeline_with_a_killed_driver_and_a_failed_attempt() -> None:
-    events = [
+    events: list[dict[str, object]] = [
         {"time": "2026-01-01T00:00:00+00:00", "event": "run_started"},
         {"time": "2026-01-01T00:00:01+00:00", "event": "stage", "stage": "trajectories", "total": 2, "pending": 2},
         {"time": "2026-01-01T00:00:03+00:00", "event": "unit_started", "stage": "trajectories", "unit": "a", "worker": "w"},

@@ -61,6 +61,7 @@ def write_units(connection: Connection, path: Path) -> None:
             unit = f"unit-{number % 7}"
             outputs = run.calibration_store.write(f"x/{unit}", torch.full((300, 300), float(number)))
             run.manifest.write(UnitRecord("s", unit, "0" * 32, outputs, {"n": number}, 0.1, "h", "cpu", 0, 1, "w"))
+            connection.send(unit)
 
 
 def drive_with_a_forked_child(connection: Connection, path: Path) -> None:
@@ -115,7 +116,8 @@ def test_killed_driver_leaves_records_whose_outputs_are_whole_and_a_free_lock(tm
     for attempt in range(NUM_KILLS):
         victim = Victim(write_units, tmp_path / "run")
         victim.receive()
-        time.sleep(0.05 + 0.0017 * attempt)
+        assert victim.receive() == "unit-0"
+        time.sleep(0.0037 * attempt)
         victim.kill()
         run = RunDirectory.open(tmp_path / "run")
         with run.lock():

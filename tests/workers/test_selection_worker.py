@@ -41,7 +41,10 @@ def test_the_pools_of_the_other_strategies() -> None:
     assert chosen("one_prompt", STEPS) == list(range(STEPS)), "all timesteps of one prompt"
     assert {i // STEPS for i in chosen("five_prompts", 5 * STEPS)} == {0, 1, 2, 3, 4}
     assert max(chosen("random_timesteps", 25)) < 5 * STEPS
-    assert {i // STEPS for i in chosen("uniform", 21)} == set(range(PROMPTS))
+    uniform = chosen("uniform", 12)
+    assert {i // STEPS for i in uniform} == set(range(PROMPTS)), "all prompts"
+    assert sorted(i % STEPS for i in uniform) == sorted([*range(STEPS), *range(STEPS)]), "every step equally often"
+    assert sorted(chosen("uniform", PROMPTS * STEPS)) == list(range(PROMPTS * STEPS))
     assert chosen("random", 5) != chosen("random", 5, seed=1)
 
 

@@ -32,7 +32,8 @@ def _forward_with_concatenated_padding(self: HunyuanVideoCausalConv3d, hidden_st
         x = torch.cat([x[:, :, :, :1]] * height + [x] + [x[:, :, :, -1:]] * height, dim=3)
     if width:
         x = torch.cat([x[..., :1]] * width + [x] + [x[..., -1:]] * width, dim=4)
-    return self.conv(x)
+    out: Tensor = self.conv(x)
+    return out
 
 
 @contextmanager
@@ -48,7 +49,8 @@ def fast_padding() -> Iterator[None]:
 
 def training_table(settings: Settings) -> tuple[Tensor, Tensor]:
     """Caption tables (one-digit, two-digit) of the training combinations on the run's device."""
-    return tuple(caption_table(split_captions(n)[0], settings.device) for n in (1, 2))
+    one, two = (caption_table(split_captions(n)[0], settings.device) for n in (1, 2))
+    return one, two
 
 
 def sample_rows(tables: tuple[Tensor, Tensor], num: int, num_one: int, generator: torch.Generator) -> Tensor:
@@ -197,7 +199,7 @@ def measure_psnr(vae: AutoencoderKLHunyuanVideo, settings: Settings, bank: Digit
 def encode_clips(settings: Settings, vae: AutoencoderKLHunyuanVideo, bank: DigitBank, run: Path) -> dict[str, Tensor]:
     """Encodes `num_clips` fresh clips once: {"latents" [N, C, F, H, W] bfloat16, "rows" [N, 4]}, one-digit first."""
     path = run / "latents.pt"
-    done = load_if_present(path, settings.device)
+    done: dict[str, Tensor] | None = load_if_present(path, settings.device)
     if done is not None:
         return done
     generator = torch.Generator(settings.device).manual_seed(settings.seed + 6)

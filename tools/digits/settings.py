@@ -1,7 +1,7 @@
-"""Settings of the small digits model: one frozen dataclass, two presets.
+"""Settings of the small digits model: one frozen dataclass, and its presets.
 
 Every stage of `tools/train_digits_model.py` reads its sizes, seeds and budgets from here, so that a run is described
-by one preset and the time budgets given on the command line.
+by presets and the time budgets given on the command line.
 """
 
 from dataclasses import dataclass, replace
@@ -65,6 +65,8 @@ class Settings:
     """Seconds of transformer training, over all calls, after which the cosine schedule has reached its floor."""
     budget_s: float = 300.0
     """Seconds of transformer training in this call."""
+    call_steps: int = 1_000_000
+    """Steps of transformer training in this call."""
     one_digit_frac: float = 0.25
     ema_decay: float = 0.999
     report_every: int = 200
@@ -76,7 +78,7 @@ class Settings:
 
 
 def full() -> Settings:
-    """The settings that made the shipped asset; meant for one data-centre GPU."""
+    """First phase of the shipped asset, from nothing; meant for one data-centre GPU."""
     return Settings(device="cuda", dtype=torch.bfloat16, compile_blocks=True)
 
 
@@ -130,4 +132,9 @@ def smoke() -> Settings:
     )
 
 
-PRESETS = {"full": full, "narrow": narrow, "smoke": smoke}
+def narrow_smoke() -> Settings:
+    """The second phase at the size of `smoke`."""
+    return replace(smoke(), refine=True, num_instances=5, lattice_px=4.0, digit_px=(11.0, 11.0))
+
+
+PRESETS = {"full": full, "narrow": narrow, "smoke": smoke, "narrow-smoke": narrow_smoke}

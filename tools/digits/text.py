@@ -110,10 +110,8 @@ def _labels(captions: list[Caption]) -> Tensor:
     rows = []
     for c in captions:
         two = len(c.digits) == 2
-        rows.append(
-            [c.digits[0], c.directions[0], c.digits[1] if two else NONE_DIGIT]
-            + [c.directions[1] if two else NONE_DIRECTION]
-        )
+        second = (c.digits[1], c.directions[1]) if two else (NONE_DIGIT, NONE_DIRECTION)
+        rows.append([c.digits[0], c.directions[0], *second])
     return torch.tensor(rows)
 
 
@@ -183,9 +181,9 @@ def train_text_encoder(settings: Settings, tokenizer: PreTrainedTokenizerFast) -
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        accuracy = 0.95 * accuracy + 0.05 * float(right) if step else float(right)
+        accuracy = 0.95 * accuracy + 0.05 * float(right.detach()) if step else float(right.detach())
         if step % 100 == 0:
-            print(f"text encoder step {step} loss {float(loss):.4f} right {accuracy:.4f}", flush=True)
+            print(f"text encoder step {step} loss {float(loss.detach()):.4f} right {accuracy:.4f}", flush=True)
     return model.eval(), accuracy
 
 
@@ -205,7 +203,7 @@ def train_text_encoder_2(settings: Settings, tokenizer: PreTrainedTokenizerFast)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        accuracy = 0.95 * accuracy + 0.05 * float(right) if step else float(right)
+        accuracy = 0.95 * accuracy + 0.05 * float(right.detach()) if step else float(right.detach())
         if step % 200 == 0:
-            print(f"text encoder 2 step {step} loss {float(loss):.4f} right {accuracy:.4f}", flush=True)
+            print(f"text encoder 2 step {step} loss {float(loss.detach()):.4f} right {accuracy:.4f}", flush=True)
     return model.eval(), accuracy

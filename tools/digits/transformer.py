@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tools.digits.captions import all_captions
 from tools.digits.checkpoints import cosine_lr_factor, load_if_present, save_atomically
@@ -31,8 +31,18 @@ GUIDANCE = 6000.0
 class UnmaskedProcessor(HunyuanVideoAttnProcessor2_0):
     """The model's own processor, for sequences without padding: drops the all-true mask."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):  # type: ignore[no-untyped-def]
-        return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        pair: tuple[Tensor, Tensor] = super().__call__(
+            attn, hidden_states, encoder_hidden_states, None, image_rotary_emb
+        )
+        return pair
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ def embed_prompts(pipe: HunyuanVideoPipeline, settings: Settings) -> tuple[Promp
         if lengths.unique().numel() != 1:
             raise ValueError(f"prompts with {num_digits} digits have several lengths: {lengths.unique().tolist()}")
         length = int(lengths[0])
-        result.append(PromptTable(torch.cat(tokens)[:, :length].to(settings.dtype), torch.cat(pooled).to(settings.dtype)))
+        trimmed = torch.cat(tokens)[:, :length]
+        result.append(PromptTable(trimmed.to(settings.dtype), torch.cat(pooled).to(settings.dtype)))
     return result[0], result[1]
 
 
@@ -133,7 +144,7 @@ class Trainer:
         """One AdamW step on the master weights with gradients of `loss`."""
         loss.backward()
         params = list(self.model.parameters())
-        torch._foreach_copy_([m.grad for m in self.master], [p.grad for p in params])
+        torch._foreach_copy_([m.grad for m in self.master if m.grad is not None], [p.grad for p in params])
         for p in params:
             p.grad = None
         torch.nn.utils.clip_grad_norm_(self.master, 1.0, foreach=True)
@@ -205,23 +216,28 @@ def compile_blocks(model: HunyuanVideoTransformer3DModel) -> None:
 def train_transformer(
     settings: Settings, pipe: HunyuanVideoPipeline, data: dict[str, Tensor], run: Path, *, folder: Path | None = None
 ) -> Trainer:
-    """Trains for `budget_s` seconds, or to the end of the schedule, from the checkpoint in `run` if there is one.
+    """Trains for `budget_s` seconds or `call_steps` steps, or to the end of the schedule.
 
-    Without one it begins from the trained pipeline in `folder`, if given.
+    It goes on from the checkpoint in `run`; without one it begins from the trained pipeline in `folder`, if given.
     """
     path = run / "transformer.pt"
     trainer = Trainer.fresh(settings, folder)
     trainer.resume(path)
     tables = embed_prompts(pipe, settings)
-    data = {**data, "num_one": int((data["rows"][:, 2] < 0).sum()), "scaling_factor": float(data["scaling_factor"])}
+    known: dict[str, Any] = {
+        **data,
+        "num_one": int((data["rows"][:, 2] < 0).sum()),
+        "scaling_factor": float(data["scaling_factor"]),
+    }
     if settings.compile_blocks:
         compile_blocks(trainer.model)
     torch.backends.cuda.enable_flash_sdp(not settings.cudnn_attention)
     torch.backends.cuda.enable_mem_efficient_sdp(not settings.cudnn_attention)
     before_s, start, first = trainer.elapsed_s, time.monotonic(), trainer.step
     running = torch.zeros((), device=settings.device)
-    while trainer.progress() < 1 and time.monotonic() - start < settings.budget_s:
-        x0, tokens, pooled, generator = _batch(trainer.step, data, tables, settings)
+    last = first + settings.call_steps
+    while trainer.progress() < 1 and trainer.step < last and time.monotonic() - start < settings.budget_s:
+        x0, tokens, pooled, generator = _batch(trainer.step, known, tables, settings)
         loss = flow_loss(trainer.model, x0, tokens, pooled, settings, generator)
         trainer.update(loss)
         running += loss.detach()
@@ -239,4 +255,3 @@ def train_transformer(
     print(f"transformer: step {trainer.step}, {trainer.step * settings.batch} samples, "
           f"{trainer.elapsed_s:.0f} s of training", flush=True)  # fmt: skip
     return trainer
-

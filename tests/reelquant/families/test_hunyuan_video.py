@@ -86,10 +86,15 @@ def test_layers_of_a_group_read_the_same_tensor(model: Any, inputs: dict[str, An
         seen: dict[str, Tensor] = {}
         groups = [group for level in family.group_levels(name) for group in level]
         order: list[str] = []
+
+        def see(
+            layer: str, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen, order: list[str] = order
+        ) -> None:
+            seen[layer] = inputs[0]
+            order.append(layer)
+
         handles = [
-            block.get_submodule(layer).register_forward_pre_hook(
-                lambda _m, i, layer=layer: (seen.update({layer: i[0]}), order.append(layer))[1]
-            )
+            block.get_submodule(layer).register_forward_pre_hook(lambda _m, i, layer=layer, see=see: see(layer, i))
             for group in groups
             for layer in group.layers
         ]
@@ -118,7 +123,8 @@ def test_watched_queries_and_keys_are_what_attention_sees(
 
     def dispatch(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         dispatched.append((query, key))
-        return original(query, key, value, **kwargs)
+        out: Tensor = original(query, key, value, **kwargs)
+        return out
 
     monkeypatch.setattr(source, "dispatch_attention_fn", dispatch)
     observed: list[tuple[Tensor, Tensor]] = []

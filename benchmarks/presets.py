@@ -1,0 +1,111 @@
+"""How much each preset loses: PSNR, SSIM and recognition on held-out prompts against full precision, over several seeds.
+
+    python -m benchmarks.presets configs/presets.yaml --seeds 0 1 2 --output benchmarks/results/presets.json
+
+A seed decides everything that is random: the noise of calibration and evaluation videos, and the order of the samples. Each
+seed is a run of its own (`<run>-seed-<n>`), resumable; means and deviations over seeds are of the seeds' means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.config.loading import load_config
+from pipeline.context import Run, build_context
+from pipeline.runner import open_run, provenance, run_stages
+from pipeline.stages.evaluation import REFERENCE
+
+METRICS = ("psnr_db", "ssim", "recognized")
+
+
+def run_seed(config: Path, seed: int, overrides: list[str], console: Console) -> Run:
+    """The whole run with one seed."""
+    base = load_config(config, overrides)
+    loaded = load_config(config, [*overrides, f"seed={seed}", f"run={base.run}-seed-{seed}"])
+    run = open_run(build_context(loaded), update=False)
+    run_stages(run, console)
+    return run
+
+
+def measured(run: Run) -> dict[str, dict[str, Any]]:
+    """By model: every prompt's metrics, and the size of the checkpoint."""
+    prompts = [prompt.name for prompt in run.context.held_out_prompts]
+    found: dict[str, dict[str, Any]] = {}
+    for model in (REFERENCE, *(method.name for method in run.context.methods)):
+        results = [run.manifest.read("evaluation", f"{model}-{prompt}") for prompt in prompts]
+        values = [record.result for record in results if record is not None]
+        found[model] = {metric: [v[metric] for v in values] for metric in METRICS if metric in values[0]}
+        assembled = run.manifest.read("assembly", model)
+        if assembled is not None:
+            found[model]["transformer_bytes"] = assembled.result["transformer_bytes"]
+            found[model]["compression"] = assembled.result["compression"]
+    return found
+
+
+def summary(seeds: dict[int, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """By model: mean and standard deviation over the seeds' means, and the worst video."""
+    by_model: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    worst: dict[str, list[float]] = defaultdict(list)
+    for models in seeds.values():
+        for model, values in models.items():
+            for metric in METRICS:
+                if metric in values:
+                    by_model[model][metric].append(statistics.fmean(float(v) for v in values[metric]))
+            worst[model] += values.get("psnr_db", [])
+    rows: dict[str, dict[str, float]] = {}
+    for model, metrics in by_model.items():
+        rows[model] = {}
+        for metric, means in metrics.items():
+            rows[model][f"{metric}_mean"] = statistics.fmean(means)
+            rows[model][f"{metric}_sd"] = statistics.stdev(means) if len(means) > 1 else 0.0
+        if worst[model]:
+            rows[model]["psnr_db_worst"] = min(worst[model])
+    return rows
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown, best first."""
+    lines = ["| model | PSNR, dB | worst video, dB | SSIM | recognized |", "|---|---|---|---|---|"]
+    for model, row in sorted(rows.items(), key=lambda item: -item[1].get("psnr_db_mean", 1e9)):
+        psnr = f"{row['psnr_db_mean']:.2f} ± {row['psnr_db_sd']:.2f}" if "psnr_db_mean" in row else "-"
+        worst = f"{row['psnr_db_worst']:.2f}" if "psnr_db_worst" in row else "-"
+        ssim = f"{row['ssim_mean']:.4f}" if "ssim_mean" in row else "-"
+        lines.append(f"| {model} | {psnr} | {worst} | {ssim} | {100 * row.get('recognized_mean', 0):.1f} % |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    console = Console()
+    seeds: dict[int, dict[str, dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        run = run_seed(arguments.config, seed, arguments.overrides, console)
+        seeds[seed] = measured(run)
+        document = {
+            "config": run.context.config.identity(),
+            "provenance": provenance(),
+            "hardware": {"machine": platform.machine(), "device": run.manifest.records("evaluation")[0].device},
+            "seeds": seeds,
+            "summary": summary(seeds),
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    console.print(table(summary(seeds)))
+
+
+if __name__ == "__main__":
+    main()

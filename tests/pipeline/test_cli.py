@@ -1,0 +1,112 @@
+"""The command line: help of every command, mistakes without a traceback, and every shipped configuration planned."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline.cli import app
+from tests.pipeline.small_run import ROOT, call, small_run
+
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.yaml"))
+WITHOUT_WEIGHTS = {"configs/hunyuanvideo-13b.yaml": "configs/models/hunyuanvideo-13b"}
+"""Configurations whose model does not ship, and the folder of its shapes."""
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Shipped configurations have paths relative to the checkout; the root logger is put back."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "100")
+    handlers = list(logging.root.handlers)
+    yield
+    logging.root.handlers[:] = handlers
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def fails(*arguments: str) -> str:
+    """The output of a command that fails with a message and no traceback."""
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.mark.parametrize("name", ["run", "plan", "status", "report", "verify"])
+def test_help_of_every_command(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+    assert name in invoke("--help").output
+
+
+def test_every_command_is_tested_above() -> None:
+    assert {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} >= {
+        "run", "plan", "status", "report", "verify",
+    }  # fmt: skip
+
+
+def test_configurations_ship() -> None:
+    assert {"configs/demo.yaml", "configs/hunyuanvideo-13b.yaml"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_shipped_configuration_is_planned(config: str, tmp_path: Path) -> None:
+    arguments = ["plan", config, "--set", f"run={tmp_path / 'run'}"]
+    if config in WITHOUT_WEIGHTS:
+        arguments += ["--shapes-only", "--set", f"model={WITHOUT_WEIGHTS[config]}"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "othing known beforehand is in the way." in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_that_is_not_there_yet() -> None:
+    assert "models/HunyuanVideo is not a folder" in fails("plan", "configs/hunyuanvideo-13b.yaml")
+
+
+def test_wrong_values_of_every_command(tmp_path: Path) -> None:
+    config = str(small_run(tmp_path))
+    for command in ("plan", "run"):
+        output = fails(command, config, "--set", "bits.weight=1", "--set", "sed=3")
+        assert "bits.weight: Input should be greater than or equal to 2 (it is 1)" in output
+        assert "sed: unknown key" in output
+        assert "cannot be read as YAML" in fails(command, str(tmp_path / "nowhere.yaml"))
+        assert "brackets [like these]" in fails(command, config, "--set", "selection.strategy=brackets [like these]")
+    for command in ("status", "report"):
+        assert "is not a run directory" in fails(command, str(tmp_path))
+    assert "problem: " in fails("verify", str(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_infeasible_run_is_refused_before_it_begins(tmp_path: Path) -> None:
+    config = str(small_run(tmp_path))
+    for command in ("plan", "run"):
+        output = fails(command, config, "--set", "generation.max_sequence_length=500", "--set", "workers.num_workers=0")
+        assert "max_sequence_length is 500" in output
+        assert "num_workers is 0" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_command_and_missing_argument() -> None:
+    assert invoke("compress").exit_code == 2
+    assert invoke("plan").exit_code == 2
+
+
+def test_piped_output_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, as a user's shell starts it: no escape sequences, no warnings, nothing cut."""
+    monkeypatch.delenv("COLUMNS")
+    done = call(
+        "plan", "configs/hunyuanvideo-13b.yaml", "--set", "model=configs/models/hunyuanvideo-13b", "--shapes-only"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert "…" not in done.stdout
+    assert "3.91x" in done.stdout

@@ -1,0 +1,184 @@
+"""Loading a configuration: every mistake is named with its value and the ways out, all of them at once, without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts
+from pipeline.config.method import PRESETS, MethodConfig
+from pipeline.config.schema import RunConfig
+
+LEAST: dict[str, Any] = {"run": "r", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, **changes}))
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, overrides)
+    assert str(raised.value) == "\n".join(raised.value.problems)
+    return raised.value.problems
+
+
+def test_least_configuration_has_the_papers_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    assert (config.prompts.num_calibration, config.selection.num_samples, config.method.epochs) == (10, 40, 15)
+    assert config.bits.label == "W4A6"
+    assert config.methods == (config.method,)
+
+
+def test_configuration_survives_its_json(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, compare=["rtn", {"preset": "gptq", "solve": "asymmetric"}]))
+    again = RunConfig.model_validate({**config.identity(), "run": "r"})
+    assert again == config
+    assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"generaton": {}}, "generaton: unknown key"),
+        ({"selection": {"num_sample": 3}}, "selection.num_sample: unknown key"),
+        ({"compare": ["rtn", {"preset": "s2q", "epoch": 3}]}, "compare.1.epoch: unknown key"),
+        ({"bits": {"weight": 1}}, "bits.weight: Input should be greater than or equal to 2 (it is 1)"),
+        ({"bits": {"weight": 9}}, "bits.weight: Input should be less than or equal to 8 (it is 9)"),
+        ({"bits": {"weight": 16}}, "bits.weight: Input should be less than or equal to 8 (it is 16)"),
+        ({"bits": {"activation": 3}}, "bits: activation bits are 3; 4 to 8, or 16"),
+        ({"bits": {"modulation": {"activation": 12}}}, "bits.modulation: activation bits are 12; 4 to 8, or 16"),
+        ({"generation": {"height": 100}}, "generation: generation.height is 100; it must be divisible by 16"),
+        ({"generation": {"num_frames": 60}}, "generation.num_frames is 60; it must be 4 k + 1, such as 29 or 61"),
+        ({"distillation": {"segment_length": 0}}, "distillation.segment_length is 0; 1 or more, or all"),
+        ({"selection": {"strategy": "best"}}, "(it is 'best')"),
+        ({"method": "s3q"}, "method preset 's3q' is unknown: one of rtn, smoothquant, quarot, gptq, s2q"),
+        ({"method": {"preset": "s2q", "epochs": 0}}, "channel_scale, rotation, clip is learned, but epochs is 0; set"),
+        ({"method": {"preset": "rtn", "solve": "asymmetric"}}, "solve asymmetric needs rounding gptq, but rounding is"),
+        ({"method": {"preset": "rtn", "name": "../x"}}, "method name '../x': lower-case letters"),
+        (
+            {"compare": ["s2q"]},
+            "method and compare have the names ['s2q', 's2q']: each must be there once (set `name`)",
+        ),
+        ({"prompts": None}, "prompts: "),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0 (it is -1)"),
+    ],
+)
+def test_mistake_is_named_with_its_value(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    [problem] = problems_of(write(tmp_path, **changes))
+    assert problem.startswith(f"{tmp_path / 'run.yaml'}: ")
+    assert expected in problem
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, bits={"weight": 1, "refiner": {"weight": 99}}, seed="many", unknown=1)
+    problems = problems_of(path, "workers.max_attempts=0")
+    assert [problem.split(": ")[1] for problem in problems] == [
+        "seed", "bits.weight", "bits.refiner.weight.constrained-int", "bits.refiner.weight.literal[16]",
+        "workers.max_attempts", "unknown",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_fills_what_is_left_out(preset: str) -> None:
+    method = MethodConfig.model_validate(preset)
+    assert method.name == preset
+    assert {key: getattr(method, key) for key in PRESETS[preset]} == PRESETS[preset]
+    changed = MethodConfig.model_validate({"preset": preset, "damping": 0.5, "name": "mine"})
+    assert (changed.damping, changed.name, changed.rotation) == (0.5, "mine", method.rotation)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, method="gptq"),
+        [
+            "generation.height=320",
+            "selection={num_samples: 7}",
+            "distillation.segment_length=all",
+            "method.weight_layout=two_level",
+            "compare=[rtn]",
+            "evaluation.recognizer=null",
+            "workers.num_gpus=0.5",
+        ],
+    )
+    assert config.generation.height == 320
+    assert config.selection.num_samples == 7
+    assert config.distillation.segment_length == "all"
+    # A preset's name gives way to a mapping, and stays the preset.
+    assert (config.method.preset, config.method.rounding, config.method.weight_layout) == ("gptq", "gptq", "two_level")
+    assert [method.name for method in config.methods] == ["gptq", "rtn"]
+    assert config.workers.num_gpus == 0.5
+
+
+def test_later_override_wins(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path), ["seed=1", "seed=2"]).seed == 2
+
+
+def test_preset_of_another_name_by_override(tmp_path: Path) -> None:
+    method = load_config(write(tmp_path, method={"preset": "s2q", "epochs": 3}), ["method=rtn"]).method
+    assert (method.name, method.epochs) == ("rtn", 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed", "--set 'seed': write key.path=value, such as --set selection.num_samples=20"),
+        ("=3", "--set '=3': write key.path=value"),
+        ("seed=[1", "--set 'seed=[1': the value is not YAML"),
+        ("run.folder=x", "--set 'run.folder=x': run is 'r', which has no keys inside"),
+        ("selection.number=3", "selection.number: unknown key"),
+    ],
+)
+def test_wrong_override(tmp_path: Path, override: str, expected: str) -> None:
+    [problem] = problems_of(write(tmp_path), override)
+    assert expected in problem
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"- 1\n- 2\n", b"", b"\xff\xfe\x00", b"just words"])
+def test_unreadable_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    [problem] = problems_of(path)
+    assert str(path) in problem
+    assert "YAML" in problem or "not a mapping" in problem
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    [problem] = problems_of(tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml: cannot be read as YAML" in problem
+
+
+def test_where_stands_in_front() -> None:
+    with pytest.raises(ConfigError, match=r"^here: run: Field required"):
+        parse_config({key: value for key, value in LEAST.items() if key != "run"}, "here")
+
+
+def test_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n  first \n\nzweitens: Blüten\r\nthird\n", encoding="utf-8")
+    assert read_prompts(path, 2, "held_out") == ["first", "zweitens: Blüten"]
+    with pytest.raises(ConfigError, match=r"holds 3 prompts, but prompts.num_held_out is 4: add prompts or lower it"):
+        read_prompts(path, 4, "held_out")
+    with pytest.raises(ConfigError, match=r"prompts.calibration: .*gone.txt cannot be read"):
+        read_prompts(tmp_path / "gone.txt", 1, "calibration")
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        read_prompts(path, 1, "calibration")
+    path.write_text(" \n\n")
+    with pytest.raises(ConfigError, match="holds no prompt; write one a line"):
+        read_prompts(path, 1, "calibration")
+
+
+def test_configuration_needs_no_torch() -> None:
+    code = (
+        "import sys; import pipeline.config.loading, pipeline.config.schema, pipeline.config.method; "
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'ray', 'numpy') if name in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
