@@ -26,7 +26,7 @@ from ray.exceptions import RayError
 from cluster.session import Session, active_session
 from cluster.unit_actor import Location, Outcome, Pulse, Worker
 from cluster.units import PoolEvents, Unit, UnitFailure, UnitsFailed, WorkersFailed
-from cluster.worker_slot import SlotState, Ticket, WorkerRecipe, WorkerSlot, end_actors
+from cluster.worker_slot import SlotState, Ticket, WorkerRecipe, WorkerSlot, end_actors, end_unfit_actors
 
 __all__ = ["PoolEvents", "Unit", "UnitFailure", "UnitsFailed", "WorkersFailed", "run_units"]
 
@@ -43,6 +43,7 @@ class _Limits:
     startup_timeout_s: float
     placement_timeout_s: float
     progress_interval_s: float
+    keep_workers: bool
 
 
 def run_units(
@@ -58,6 +59,7 @@ def run_units(
     startup_timeout_s: float = 1800.0,
     placement_timeout_s: float = 600.0,
     progress_interval_s: float = 0.5,
+    keep_workers: bool = False,
     events: PoolEvents | None = None,
 ) -> dict[str, Any]:
     """Do all units on workers `worker_class(settings)` in the open session; return the results by unit name.
@@ -73,6 +75,7 @@ def run_units(
         startup_timeout_s: longest construction of a worker: loading a model, for example.
         placement_timeout_s: longest wait for the first node with room, while no worker is placed at all.
         progress_interval_s: how often a busy worker is asked how far it is.
+        keep_workers: leave idle CPU processes to the next call in this session, which saves it their imports.
 
     Raises:
         ValueError: two units of one name, a limit out of range, or a worker that no machine of a local session can hold.
@@ -83,8 +86,11 @@ def run_units(
     _check_arguments(units, num_workers, num_cpus, num_gpus)
     _check_limits(max_attempts, stall_timeout_s, startup_timeout_s, placement_timeout_s, progress_interval_s)
     recipe = WorkerRecipe(worker_class, settings, num_cpus, num_gpus)
-    limits = _Limits(max_attempts, stall_timeout_s, startup_timeout_s, placement_timeout_s, progress_interval_s)
+    limits = _Limits(
+        max_attempts, stall_timeout_s, startup_timeout_s, placement_timeout_s, progress_interval_s, keep_workers
+    )
     num_slots = min(num_workers, len(units), _room(session, recipe))
+    end_unfit_actors(session, recipe)
     slots = [WorkerSlot(f"worker-{index}", recipe, session) for index in range(num_slots)]
     return _Pool(slots, units, limits, events or PoolEvents()).run()
 
@@ -108,6 +114,9 @@ class _Pool:
                 self._hand_out()
                 self._collect()
                 checked_at = self._check_clocks(checked_at)
+            if self._limits.keep_workers:
+                for slot in self._slots:
+                    slot.park()
         finally:
             end_actors(self._slots)
         ordered = {name: self._results[name] for name in self._order if name in self._results}

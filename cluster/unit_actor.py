@@ -8,6 +8,7 @@
 `pulse` answering proves that the process lives; only a changed count proves that the work goes on.
 """
 
+import gc
 import os
 import sys
 import threading
@@ -78,9 +79,11 @@ class UnitActor:
         return Location(node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
 
     def load(self, worker_class: type[Worker], settings: Any) -> Outcome:
-        """Construct the worker."""
+        """Construct the worker, in place of the one before."""
 
         def construct() -> None:
+            self._worker = None
+            gc.collect()
             self._worker = worker_class(settings)
 
         return self._call(-1, construct)

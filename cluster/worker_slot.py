@@ -63,6 +63,15 @@ class Ticket:
     """Attempts begun."""
 
 
+@dataclass(frozen=True)
+class ParkedActor:
+    """An actor between two pools: its process has imported what workers need, which takes longer than most units."""
+
+    actor: Any
+    location: Location
+    num_cpus: float
+
+
 class WorkerSlot:
     """A slot makes actors, one after another, and talks to the present one; what to do about errors the pool decides."""
 
@@ -90,7 +99,12 @@ class WorkerSlot:
         self._next_pulse_at = 0.0
 
     def start(self) -> None:
-        """Make an actor and ask it where it is."""
+        """Take over a parked actor; where there is none, make one and ask it where it is."""
+        if self._session.parked:
+            parked: ParkedActor = self._session.parked.pop()
+            self._actor = parked.actor
+            self.load(parked.location)
+            return
         options = _REMOTE_ACTOR.options(num_cpus=self._recipe.num_cpus, num_gpus=self._recipe.num_gpus)
         self._actor = options.remote()
         self._enter(SlotState.PLACING, self._actor.locate.remote())
@@ -160,6 +174,12 @@ class WorkerSlot:
             except ProcessLookupError:
                 _logger.debug("%s ended by itself", self.name)
 
+    def park(self) -> None:
+        """Leave an idle actor to the next pool. One with a GPU is not kept: its memory is wanted by others."""
+        if self.state is SlotState.IDLE and self._recipe.num_gpus == 0 and self._location is not None:
+            self._session.parked.append(ParkedActor(self._actor, self._location, self._recipe.num_cpus))
+            self.clear()
+
     def clear(self) -> None:
         """Forget the actor."""
         self._actor = self._location = self._birth = self._pulse = self.pulse_call = None
@@ -180,6 +200,15 @@ class WorkerSlot:
         self.state = state
         self.call = call
         self.changed_at = time.monotonic()
+
+
+def end_unfit_actors(session: Session, recipe: WorkerRecipe) -> None:
+    """End the parked actors that a worker of `recipe` cannot be put into."""
+    fit = [parked for parked in session.parked if recipe.num_gpus == 0 and parked.num_cpus == recipe.num_cpus]
+    for parked in session.parked:
+        if parked not in fit:
+            ray.kill(parked.actor, no_restart=True)
+    session.parked[:] = fit
 
 
 def end_actors(slots: Sequence[WorkerSlot]) -> None:

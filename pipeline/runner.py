@@ -208,6 +208,7 @@ def _run_wave(
             num_gpus=config.workers.num_gpus,
             max_attempts=config.workers.max_attempts,
             stall_timeout_s=config.workers.stall_timeout_s,
+            keep_workers=True,
             events=_Recorder(run, stage, pending, display, log),
         )
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import resource
-import sys
+from pathlib import Path
 
 import torch
 
 from workers.messages import Numerics
 
+_STATUS = Path("/proc/self/status")
+
 
 def prepare_process(numerics: Numerics) -> tuple[torch.device, torch.dtype]:
     """Fixes threads and determinism; returns the device and the dtype of the model's weights and activations."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _reset_peak_memory()
     torch.set_num_threads(numerics.threads)
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,8 +40,18 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest GPU memory allocated so far, or largest resident set of this process on a CPU."""
+    """Largest GPU memory allocated since `prepare_process`, or largest resident set of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reset_peak_memory() -> None:
+    """A process serves several stages: each has its own peak. Where Linux forbids the reset, peaks add up."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -73,6 +73,8 @@ class MethodConfig(BaseModel):
     """Smallest token weight."""
     smoothing_alpha: float = Field(default=0.5, ge=0, le=1)
     """SmoothQuant's exponent."""
+    rotation_block: Literal[16, 32, 64, 128] = 128
+    """Largest side of the rotation's blocks. 128 takes 0.1 % of a large model's bytes; models of a few MB want 64 or less."""
     damping: float = Field(default=0.01, gt=0)
     """Of GPTQ, relative to the mean of the Hessian's diagonal."""
 

@@ -81,7 +81,7 @@ def planned_layers(model: ModelFacts, method: MethodPlan) -> dict[str, LayerSpec
         for name in names:
             bits = method.bits[name]
             quantized = bits.activation < 16
-            block = block_size(model.linears[name][1])
+            block = block_size(model.linears[name][1], method.recipe.rotation_block)
             specs[name] = LayerSpec(
                 weight_bits=bits.weight,
                 activation_bits=bits.activation,

@@ -42,7 +42,7 @@ class GroupTransform(nn.Module):
         self.clip_logit: nn.Parameter | None = None
         if quantized and recipe.channel_scale != "none":
             self.log_scale = nn.Parameter(scale.log(), requires_grad=recipe.channel_scale == "learned")
-        block = block_size(num_inputs)
+        block = block_size(num_inputs, recipe.rotation_block)
         self.register_buffer("start", None)
         if quantized and recipe.rotation != "none" and block > 1:
             self.start = hadamard(block)

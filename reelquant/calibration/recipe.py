@@ -38,6 +38,8 @@ class Recipe:
     """Of clip thresholds (both papers: 5e-2)."""
     lambda_min: float
     smoothing_alpha: float
+    rotation_block: int
+    """Largest side of the rotation's blocks, a power of two; 128 costs nothing beside the weights of a large model."""
     damping: float
     """Of GPTQ, relative to the mean of the Hessian's diagonal."""
 

@@ -25,7 +25,7 @@ def small_run(folder: Path, **changes: Any) -> Path:
             "held_out": str(folder / "held_out.txt"), "num_held_out": 1,
         },
         "selection": {"num_samples": 3},
-        "method": {"preset": "s2q", "epochs": 2},
+        "method": {"preset": "s2q", "rotation_block": 64, "epochs": 2},
         "distillation": {"segment_length": 3},
         "workers": {"num_workers": 2},
         **changes,

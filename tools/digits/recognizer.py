@@ -63,8 +63,8 @@ def no_digit_frames(patches: Tensor, num: int, generator: torch.Generator) -> Te
     """[num, 80, 80]: white and smooth noise, blanks, blobs, and overlaid digits, in equal parts."""
     each = num // 4
     white = torch.rand(each, FRAME_PX, FRAME_PX, generator=generator)
-    strength = 0.7 + 2 * float(torch.rand((), generator=generator))
-    smooth = _blur(torch.randn(each, FRAME_PX, FRAME_PX, generator=generator), strength)
+    noise = torch.randn(each, FRAME_PX, FRAME_PX, generator=generator)
+    smooth = _blur(noise, 0.7 + 2 * float(torch.rand((), generator=generator)))
     smooth = (smooth / smooth.flatten(1).std(1)[:, None, None] * 0.3).clamp(0, 1)
     coarse = torch.rand(each, 1, 5, 5, generator=generator)
     blobs = F.interpolate(F.pad((coarse - 0.4).clamp(min=0), (4, 4, 4, 4)), size=(FRAME_PX, FRAME_PX), mode="bicubic")

@@ -27,7 +27,7 @@ from reelquant.quantization.linear import replace_linear_layers
 NOTHING = Recipe(
     channel_scale="none", rotation="none", clip="none", rounding="nearest", solve="plain", token_weights=False,
     weight_layout="per_channel", epochs=0, learning_rate_transform=5e-3, learning_rate_clip=5e-2, lambda_min=0.5,
-    smoothing_alpha=0.5, damping=0.01,
+    smoothing_alpha=0.5, rotation_block=128, damping=0.01,
 )  # fmt: skip
 S2Q = replace(
     NOTHING, channel_scale="learned", rotation="learned", clip="learned", rounding="gptq", token_weights=True, epochs=6
