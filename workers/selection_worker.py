@@ -10,7 +10,7 @@ from storage.run_directory import RunDirectory
 from workers.messages import Progress, SelectionSettings, SelectionUnit, UnitOutput
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 
-STRATEGIES = ("salience", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random")
+STRATEGIES = ("salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random")
 FEATURES = ("latent", "block_input", "weight_error")
 
 
@@ -70,7 +70,8 @@ def choose(
 ) -> list[int]:
     """Indices of the chosen candidates; candidate `p * num_steps + t` is step `t` of prompt `p`.
 
-    `salience`: the product score, best first. `one_prompt` and `five_prompts`: all timesteps of the first one or five
+    `salience`: the product score, best first. `stratified`: timesteps evenly spaced over the schedule, and at each the
+    prompts with the highest product scores. `one_prompt` and `five_prompts`: all timesteps of the first one or five
     prompts, evenly thinned to `num_samples`. `random_timesteps`: random timesteps of the first five prompts. `uniform`:
     timesteps evenly spaced over the schedule, the prompts in turn. `random`: any candidates.
 
@@ -87,6 +88,9 @@ def choose(
         )
     if strategy == "salience":
         return [int(i) for i in select_salient(diffusion.float(), quantization.float(), num_samples)]
+    if strategy == "stratified":
+        ranked = [int(i) for i in select_salient(diffusion.float(), quantization.float(), len(diffusion))]
+        return _stratified(ranked, num_steps, num_samples)
     if strategy in ("one_prompt", "five_prompts"):
         return [(2 * i + 1) * candidates // (2 * num_samples) for i in range(num_samples)]
     if strategy == "uniform":
@@ -104,4 +108,16 @@ def _uniform(num_prompts: int, num_steps: int, num_samples: int) -> list[int]:
         step = (2 * i + 1) * num_steps // (2 * num_samples)
         places = [i % num_prompts * num_steps + (step + k) % num_steps for k in range(num_steps)]
         chosen.append(next(place for place in places if place not in chosen))
+    return chosen
+
+
+def _stratified(ranked: list[int], num_steps: int, num_samples: int) -> list[int]:
+    """For each of `num_samples` evenly spaced places of the schedule, the best candidate left of that step (of the next
+    step that has one)."""
+    left = [[i for i in ranked if i % num_steps == step] for step in range(num_steps)]
+    chosen: list[int] = []
+    for i in range(num_samples):
+        step = (2 * i + 1) * num_steps // (2 * num_samples)
+        places = (left[(step + k) % num_steps] for k in range(num_steps))
+        chosen.append(next(place for place in places if place).pop(0))
     return chosen

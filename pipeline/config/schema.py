@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.config.method import MethodConfig
 
+Strategy = Literal["salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"]
 WeightBits = Annotated[int, Field(ge=2, le=8)]
 
 
@@ -118,8 +119,11 @@ class PromptsConfig(Section):
 class SelectionConfig(Section):
     """Salient data selection (S²Q-VDiT §3.2) and what it is compared with."""
 
-    strategy: Literal["salience", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"] = "salience"
-    """`salience` keeps the highest product scores; the others ignore the scores."""
+    strategy: Literal[
+        "salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"
+    ] = "salience"
+    """`salience` keeps the highest product scores (the paper), `stratified` the highest at every step of an even schedule;
+    the others ignore the scores."""
     quantization_feature: Literal["latent", "block_input", "weight_error"] = "latent"
     """Which `C_quant`; all three are computed and stored in any case."""
     num_samples: int = Field(default=40, ge=1)

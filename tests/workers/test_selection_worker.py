@@ -36,6 +36,14 @@ def test_salience_keeps_the_largest_products_best_first() -> None:
     assert chosen("salience", 4) == best
 
 
+def test_stratified_covers_the_schedule_with_the_best_of_every_step() -> None:
+    diffusion, quantization = scores(1), scores(2)
+    normal = [(c - c.min()) / (c.max() - c.min()) for c in (diffusion, quantization)]
+    product = (normal[0] * normal[1]).reshape(PROMPTS, STEPS)
+    assert chosen("stratified", STEPS) == [int(product[:, step].argmax()) * STEPS + step for step in range(STEPS)]
+    assert sorted(chosen("stratified", PROMPTS * STEPS)) == list(range(PROMPTS * STEPS))
+
+
 def test_the_pools_of_the_other_strategies() -> None:
     assert {i // STEPS for i in chosen("one_prompt", STEPS)} == {0}
     assert chosen("one_prompt", STEPS) == list(range(STEPS)), "all timesteps of one prompt"
