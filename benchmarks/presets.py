@@ -1,6 +1,7 @@
 """How much each preset loses: PSNR, SSIM and recognition on held-out prompts against full precision, over several seeds.
 
     python -m benchmarks.presets configs/presets.yaml --seeds 0 1 2 --output benchmarks/results/presets.json
+    python -m benchmarks.presets --page docs/results.md --output benchmarks/results/presets.json    # the table, from the JSON
 
 A seed decides everything that is random: the noise of calibration and evaluation videos, and the order of the samples. Each
 seed is a run of its own (`<run>-seed-<n>`), resumable; means and deviations over seeds are of the seeds' means.
@@ -23,6 +24,7 @@ from pipeline.context import Run, build_context
 from pipeline.runner import open_run, provenance, run_stages
 from pipeline.stages.evaluation import REFERENCE
 
+MARKERS = ("<!-- presets -->", "<!-- /presets -->")
 METRICS = ("psnr_db", "ssim", "recognized")
 
 
@@ -50,7 +52,7 @@ def measured(run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
-def summary(seeds: dict[int, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+def summary(seeds: dict[Any, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """By model: mean and standard deviation over the seeds' means, and the worst video."""
     by_model: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     worst: dict[str, list[float]] = defaultdict(list)
@@ -68,28 +70,47 @@ def summary(seeds: dict[int, dict[str, dict[str, Any]]]) -> dict[str, dict[str, 
             rows[model][f"{metric}_sd"] = statistics.stdev(means) if len(means) > 1 else 0.0
         if worst[model]:
             rows[model]["psnr_db_worst"] = min(worst[model])
+        sizes = [models[model]["compression"] for models in seeds.values() if "compression" in models[model]]
+        if sizes:
+            rows[model]["compression"] = sizes[0]
     return rows
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown, best first."""
-    lines = ["| model | PSNR, dB | worst video, dB | SSIM | recognized |", "|---|---|---|---|---|"]
+    lines = ["| model | PSNR, dB | worst video, dB | SSIM | recognized | `transformer/` |", "|---|---|---|---|---|---|"]
     for model, row in sorted(rows.items(), key=lambda item: -item[1].get("psnr_db_mean", 1e9)):
         psnr = f"{row['psnr_db_mean']:.2f} ± {row['psnr_db_sd']:.2f}" if "psnr_db_mean" in row else "-"
         worst = f"{row['psnr_db_worst']:.2f}" if "psnr_db_worst" in row else "-"
         ssim = f"{row['ssim_mean']:.4f}" if "ssim_mean" in row else "-"
-        lines.append(f"| {model} | {psnr} | {worst} | {ssim} | {100 * row.get('recognized_mean', 0):.1f} % |")
+        read = f"{100 * row['recognized_mean']:.1f} %" if "recognized_mean" in row else "-"
+        size = f"{row['compression']:.2f}× smaller" if "compression" in row else "16 bits"
+        lines.append(f"| {model} | {psnr} | {worst} | {ssim} | {read} | {size} |")
     return "\n".join(lines)
+
+
+def write_table(page: Path, document: dict[str, Any]) -> None:
+    """Puts the table of a recorded result between the page's two markers."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not end:
+        raise ValueError(f"{page} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
+    text = f"{before}{MARKERS[0]}\n{table(summary(document['seeds']))}\n{MARKERS[1]}{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="?", default=Path("configs/presets.yaml"))
+    parser.add_argument("--page", type=Path, help="run nothing: write the recorded table into this page")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.page is not None:
+        write_table(arguments.page, json.loads(arguments.output.read_text(encoding="utf-8")))
+        return
     console = Console()
     seeds: dict[int, dict[str, dict[str, Any]]] = {}
     for seed in arguments.seeds:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from imageio.v3 import imread
 
 from pipeline.event_log import read_events
 from storage.manifest import Manifest
@@ -55,6 +56,9 @@ def test_everything_is_there(finished_run: Path) -> None:
     assert all(len(rows) == 2 and len(rows[0]) == 3 for rows in scores.values())
     fidelity = next(r.result for r in manifest.records("evaluation") if r.unit.startswith("s2q"))
     assert 5 < fidelity["psnr_db"] < 60
+    films = sorted((run / "evaluation").glob("*.mp4"))
+    assert [film.stem for film in films] == ["full_precision-prompt-000", "s2q-prompt-000"]
+    assert imread(films[1], plugin="pyav").shape == (9, 48, 64, 3)
     assert "<html" in (run / "report.html").read_text()
 
 

@@ -254,3 +254,11 @@ def test_damaged_array_travels_between_processes() -> None:
     error = pickle.loads(pickle.dumps(DamagedArray("a", "short")))  # noqa: S301  Ray pickles what workers raise
     assert (error.name, error.reason) == ("a", "short")
     assert str(error) == "calibration array 'a': short; redo the unit that wrote it"
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5, 2)])
+def test_shapes_are_read_without_the_data(store: CalibrationStore, shape: tuple[int, ...]) -> None:
+    store.write("x/a", torch.zeros(shape, dtype=torch.bfloat16))
+    assert store.shape("x/a") == shape
+    with pytest.raises(DamagedArray, match="x/b"):
+        store.shape("x/b")
