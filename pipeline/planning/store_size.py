@@ -45,7 +45,8 @@ def activation_bytes(context: RunContext, counts: TokenCounts) -> int:
 
 
 def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
-    """The videos of the held-out prompts, of the full-precision model and of every method."""
+    """The videos of the held-out prompts, of the full-precision model and of every method. Their films (`.mp4`), whose size
+    nobody knows beforehand, are not counted: a few hundredths of it."""
     num = len(context.held_out_prompts) * (1 + len(context.methods))
     return num * array_bytes(counts.video_shape, torch.uint8)
 
