@@ -2,6 +2,7 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -58,6 +59,10 @@ with ray_session(SessionSettings(num_cpus=1, base_directory=Path(sys.argv[1]))):
 """
 
 
+JOB_AGENT_PORT = 52365
+"""Ray's fixed port of job submission on every node."""
+
+
 @pytest.fixture
 def short_path() -> Iterator[Path]:
     """A folder whose path leaves room for Unix sockets."""
@@ -103,14 +108,22 @@ def answer_without_token(port: int) -> tuple[int, bytes] | None:
             return None
 
 
+def is_taken_by_others(port: int, ours: set[tuple[str, int]]) -> bool:
+    """Whether another Ray session on this machine has the port: then ours goes without job submission."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0 and all(port != own for _, own in ours)
+
+
 def test_every_listener_is_on_loopback_and_wants_the_token(session: Session) -> None:
     answers: list[tuple[int, bytes]] = []
-    deadline = time.monotonic() + 60  # Ray's agents begin to listen some time after the session is open
-    while [status for status, _ in answers].count(401) < 2 and time.monotonic() < deadline:
+    refusals, wanted, deadline = 0, 2, time.monotonic() + 60  # Ray's agents begin to listen after the session is open
+    while refusals < wanted and time.monotonic() < deadline:
         found = listeners()
         assert {host.removeprefix("::ffff:") for host, _ in found} == {"127.0.0.1"}
         answers = [answer for _, port in found if (answer := answer_without_token(port)) is not None]
-    assert [status for status, _ in answers].count(401) >= 2, "job submission and runtime environments"
+        refusals = [status for status, _ in answers].count(401)
+        wanted = 1 if is_taken_by_others(JOB_AGENT_PORT, found) else 2
+    assert refusals >= wanted, "job submission and runtime environments"
     for status, body in answers:
         assert status in (401, 405) or body.startswith(b"# HELP"), "open to all are only the figures for Prometheus"
 
