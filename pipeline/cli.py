@@ -78,6 +78,30 @@ def plan(
 
 
 @app.command()
+def study(
+    study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")],
+    overrides: SetOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say how many runs and units it is, and every problem.")
+    ] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Take changed configurations; redo only what depends on the change.")
+    ] = False,
+) -> None:
+    """Compare settings over several seeds: everything they have in common is done once. Also how a study is resumed."""
+    console = Console()
+    with _errors(console, resumable=not plan):
+        from pipeline.study.command import do_study, plan_study
+
+        if not (
+            plan_study(study_file, overrides or (), console)
+            if plan
+            else do_study(study_file, overrides or (), console, update=update)
+        ):
+            raise typer.Exit(1)
+
+
+@app.command()
 def status(run_directory: RunArgument) -> None:
     """What of a run is done, whether it is running, and what failed."""
     console = Console()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +13,13 @@ from pipeline.config.loading import ConfigError, read_prompts
 from pipeline.config.method import MethodConfig
 from pipeline.config.schema import RunConfig
 from pipeline.layer_bits import group_conflicts, layer_kinds, resolve_bits
-from reelquant.calibration.recipe import Recipe
+from reelquant.attention.sparse_spec import ResidualSpec
+from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
+from reelquant.checkpoint.inference_specs import StepProtection
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
-from workers.messages import Generation, MethodPlan, Numerics, PromptUnit, RunSource
+from workers.messages import Generation, InferencePlan, MethodPlan, Numerics, PromptUnit, RunSource
 from workers.model_source import family_of_model, linear_shapes, model_problems, transformer_config
 
 
@@ -129,6 +131,7 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         model = model_facts(config.model)
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
+        problems += [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
     except (ConfigError, ValueError) as error:
         problems += error.problems if isinstance(error, ConfigError) else [str(error)]
     if problems:
@@ -138,14 +141,44 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         model,
         prompts["calibration"],
         prompts["held_out"],
-        tuple(MethodPlan(method.name, recipe_of(method), bits) for method in config.methods),
+        tuple(method_plan(method, model, bits) for method in config.methods),
         folder_fingerprint(config.model) if weights else "",
     )
 
 
-def recipe_of(method: MethodConfig) -> Recipe:
-    """The library's recipe for a configured method."""
-    return Recipe(**method.model_dump(exclude={"preset", "name"}))
+def method_plan(method: MethodConfig, model: ModelFacts, bits: Mapping[str, LayerBits]) -> MethodPlan:
+    """What the workers are told of a configured method."""
+    attention = method.attention
+    protection = (
+        StepProtection(method.protected_steps, method.protected_activation_bits) if method.protected_steps else None
+    )
+    inference = InferencePlan(
+        online_head_kinds=attention.head_kinds == "online",
+        dense_steps=attention.dense_steps,
+        interval=attention.interval,
+        residual=ResidualSpec(**attention.residual.model_dump()),
+        protection=protection,
+    )
+    return MethodPlan(
+        method.name,
+        recipe_of(method, model.blocks),
+        bits,
+        inference,
+        drift_repair=method.drift_repair,
+        velocity_correction=method.velocity_correction,
+    )
+
+
+def recipe_of(method: MethodConfig, blocks: tuple[str, ...]) -> Recipe:
+    """The library's recipe for a configured method on a model with these blocks."""
+    attention = method.attention
+    sparse = (
+        SparseCalibration(attention.density, blocks[: attention.dense_layers], attention.calibrate)
+        if attention.density < 1
+        else None
+    )
+    names = {f.name for f in fields(Recipe)} - {"sparse"}
+    return Recipe(**method.model_dump(include=names), sparse=sparse)
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -158,6 +191,31 @@ def folder_fingerprint(folder: Path) -> str:
 
 def _prompt_units(prompts: list[str]) -> tuple[PromptUnit, ...]:
     return tuple(PromptUnit(f"prompt-{index:03d}", prompt) for index, prompt in enumerate(prompts))
+
+
+def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig) -> list[str]:
+    """Settings of the generation that the model or its schedule cannot have."""
+    attention, steps = method.attention, config.generation.num_inference_steps
+    problems = []
+    if method.protected_steps > steps:
+        problems.append(f"protected_steps is {method.protected_steps}, but a generation has {steps} steps")
+    if attention.density < 1:
+        if not hasattr(model.family, "set_attention_core"):
+            return [
+                f"method {method.name}: attention.density is {attention.density}, but {model.family.ARCHITECTURE} has no "
+                "sparse attention here (its family module has no token layout for it); set attention.density: 1"
+            ]
+        _, head_dim = model.family.num_heads(model.config)
+        problems += ResidualSpec(**attention.residual.model_dump()).problems(head_dim)
+        if attention.dense_steps >= steps:
+            problems.append(
+                f"attention.dense_steps is {attention.dense_steps}: all {steps} steps would be dense; set fewer"
+            )
+        if attention.dense_layers >= len(model.blocks):
+            problems.append(
+                f"attention.dense_layers is {attention.dense_layers}: all {len(model.blocks)} blocks would be"
+            )
+    return [f"method {method.name}: {problem}" for problem in problems]
 
 
 def _too_few_candidates(config: RunConfig) -> list[str]:

@@ -12,11 +12,11 @@ from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.context import RunContext, build_context
 from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes, worker_problems
-from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, source_tensors
+from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_tables import show_plan
 from pipeline.planning.stage_cost import PROCESS_BYTES, CostModel, StageCost
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, reads_activations, trajectory_bytes
-from pipeline.planning.token_counts import TokenCounts, count_tokens
+from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
     checkpoints = tuple(
         checkpoint_size(model, method, tensors=tensors, component_bytes=copied) for method in context.methods
     )
+    if not counts.problems:
+        counts.problems += band_problems(context, counts)
     # Shapes that cannot run cannot be counted either.
     costs = {} if counts.problems else CostModel(context, counts, dtype).stages()
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, costs=costs)
@@ -138,6 +140,7 @@ def _stages(
         "selection": 1,
         "activations": config.selection.num_samples if reads_activations(context) else 0,
         "distillation": num_methods * (len(context.segments) + 1),
+        "refinement": sum(method.is_refined for method in context.methods),
         "assembly": num_methods,
         "evaluation": len(context.held_out_prompts) * (1 + num_methods),
     }
@@ -145,6 +148,7 @@ def _stages(
         "trajectories": trajectory_bytes(context, counts, dtype),
         "activations": activation_bytes(context, counts),
         "distillation": sum(size.artifact_bytes for size in checkpoints),
+        "refinement": sum(repaired_bytes(context.model, m) for m in context.methods if m.drift_repair),
         "assembly": sum(size.folder_bytes for size in checkpoints),
         "evaluation": evaluation_bytes(context, counts),
     }

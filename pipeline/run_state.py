@@ -17,7 +17,7 @@ from pipeline.event_log import read_events
 from storage.manifest import DamagedRecord, UnitRecord
 from storage.run_directory import RunDirectory
 
-STAGES = ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
+STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
 
 
 @dataclass
@@ -174,6 +174,7 @@ def _expected_units(
     known: dict[str, set[str]] = {
         "trajectories": set(calibration),
         "selection": {"selection"},
+        "refinement": {m.name for m in config.methods if m.drift_repair or m.velocity_correction},
         "assembly": set(methods),
         "evaluation": {f"{model}-{prompt}" for model in ("full_precision", *methods) for prompt in held_out},
     }
@@ -189,7 +190,7 @@ def _reads_activations(config: RunConfig, events: Sequence[Mapping[str, Any]]) -
         return "activations" in begun
     from pipeline.context import recipe_of  # takes seconds: brings the models' libraries along
 
-    return any(recipe_of(method).needs_activations for method in config.methods)
+    return any(method.drift_repair or recipe_of(method, ()).needs_activations for method in config.methods)
 
 
 def _read_timeline(

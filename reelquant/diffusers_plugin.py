@@ -25,6 +25,7 @@ from reelquant.checkpoint.reader import disagreements, quantized_layers
 from reelquant.checkpoint.safetensors_file import read_header
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, TensorInfo
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
+from reelquant.runtime.attach import attach_runtime
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +144,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
                     problems.append(f"tensor {name}.{suffix}: was not loaded")
         _refuse(problems)
         self._layers = {}
+        attach_runtime(model, self.quantization_config.spec)
         return model
 
     def get_state_dict_and_metadata(

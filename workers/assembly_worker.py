@@ -28,6 +28,9 @@ class AssemblyWorker:
             bits=unit.bits_label,
             method=unit.method.name,
             calibration=dict(self._settings.calibration),
+            sparse_attention=unit.sparse_attention,
+            step_protection=unit.method.inference.protection,
+            velocity_correction=unit.velocity_correction,
             max_shard_bytes=self._settings.max_shard_bytes,
         )
         progress(1, 2)

@@ -72,7 +72,7 @@ class DistillationWorker:
         num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]
         layout = self._family.token_layout(self._config, latents, num_text)
         rotary = self._family.rotary_embedding(self._config, layout)
-        conditioning = self._family.Conditioning(temb, rotary, num_text).to("cpu", self._dtype)
+        conditioning = self._family.Conditioning(temb, rotary, layout).to("cpu", self._dtype)
         return Sample(stream, stream, conditioning)
 
     def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
@@ -126,6 +126,9 @@ def block_summary(distilled: DistilledBlock) -> dict[str, Any]:
         "loss_after": result.loss_after,
         "layer_sqnr_db": result.layer_sqnr_db,
         "fell_back": result.fell_back,
+        "attention_losses": result.attention_losses,
+        "head_kinds": result.head_kinds,
+        "band_errors": result.band_errors,
     }
 
 

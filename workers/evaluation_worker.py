@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from imageio.v3 import imwrite
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 import reelquant  # noqa: F401  (registers the checkpoint format with diffusers)
-from reelquant.calibration.block_rounding import EXACT_DB
-from reelquant.metrics import psnr_db
+from reelquant.attention.sparse_attention import Visited
 from storage.atomic_files import create_directory, write_bytes_atomic
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
+from workers.fidelity import fidelity
 from workers.generation import generate
 from workers.messages import EvaluationSettings, EvaluationUnit, Progress, UnitOutput
 from workers.model_source import open_pipeline
@@ -25,13 +25,16 @@ from workers.recognition import DigitRecognizer
 
 FRAMES_PER_SECOND = 15
 """Of the films; the models say nothing about it."""
+OTHER_ATTENTION = "_native_math"
+"""diffusers' name of the attention backend of the noise floor: plain matrix products and softmax. It holds the scores of all
+pairs of tokens, so it is for models and videos whose tokens number some thousands."""
 
 
 class EvaluationWorker:
-    """Holds the pipeline it used last; its unit is one prompt with one model.
+    """Holds the pipeline it used last; its unit is one prompt with one model, or the noise floor of one prompt.
 
     Writes the array `evaluation/<unit>/video` `[F, H, W, 3]` uint8, from which metrics are taken, and
-    `evaluation/<unit>.mp4` for people. Metrics are those of 8-bit frames.
+    `evaluation/<unit>.mp4` for people, if the settings have films. Metrics are those of 8-bit frames.
     """
 
     def __init__(self, settings: EvaluationSettings) -> None:
@@ -39,30 +42,58 @@ class EvaluationWorker:
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
-        self._opened: tuple[Path, Any] | None = None
+        self._opened: tuple[Path, torch.dtype, Any] | None = None
         self._recognizer = DigitRecognizer(settings.recognizer) if settings.recognizer else None
         self._lpips = PerceptualDistance.available()
 
     def run(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
         """Generates, stores, measures."""
+        if unit.noise_floor:
+            return self._noise_floor(unit, progress)
         folder = self._settings.source.model if unit.checkpoint is None else self._run.path / unit.checkpoint
         seed = unit_seed(self._settings.source.seed, "evaluation", unit.prompt.name)
-        generated = generate(
-            self._pipeline(folder), unit.prompt.prompt, self._settings.generation, seed=seed, progress=progress
-        )
+        pipeline = self._pipeline(folder, self._dtype)
+        sparse = getattr(pipeline.transformer, "sparse_attention", None)
+        if sparse is not None:
+            sparse.visited = Visited()
+        generated = generate(pipeline, unit.prompt.prompt, self._settings.generation, seed=seed, progress=progress)
         outputs = (
             *self._store.write(f"evaluation/{unit.name}/video", generated.video),
-            self._film(unit, generated.video),
+            *([self._film(unit, generated.video)] if self._settings.films else []),
         )
         video = generated.video.float() / 255
         steps = sorted(generated.step_seconds)
         result: dict[str, Any] = {"prompt": unit.prompt.prompt, "seconds_per_step": steps[len(steps) // 2]}
+        if sparse is not None:
+            result["effective_density"] = sparse.visited.density
         if self._recognizer is not None:
             result["recognized"] = self._recognizer.recognized(video, unit.prompt.prompt)
         if unit.checkpoint is not None:
             reference = self._store.read(f"evaluation/full_precision-{unit.prompt.name}/video").float() / 255
-            result.update(self._fidelity(reference, video))
+            result.update(fidelity(reference, video, self._lpips))
         return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+
+    def _noise_floor(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
+        """Full precision in bfloat16 with the default attention and with another one, from the same noise; no files."""
+        pipeline = self._pipeline(self._settings.source.model, torch.bfloat16)
+        seed = unit_seed(self._settings.source.seed, "evaluation", unit.prompt.name)
+
+        def video(begun: int) -> Tensor:
+            generated = generate(
+                pipeline,
+                unit.prompt.prompt,
+                self._settings.generation,
+                seed=seed,
+                progress=lambda done, total: progress(begun * total + done, 2 * total),
+            )
+            return generated.video.float() / 255
+
+        default = video(0)
+        # Not `set_attention_backend`: what that sets stays set for every later pipeline of the process.
+        with attention_backend(OTHER_ATTENTION):
+            other = video(1)
+        result: dict[str, Any] = {"prompt": unit.prompt.prompt, **fidelity(default, other, self._lpips)}
+        return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _film(self, unit: EvaluationUnit, video: Tensor) -> OutputFile:
         path = self._run.evaluation / f"{unit.name}.mp4"
@@ -74,18 +105,8 @@ class EvaluationWorker:
         write_bytes_atomic(path, film)
         return OutputFile.describe(path, run=self._run.path)
 
-    def _fidelity(self, reference: Tensor, video: Tensor) -> dict[str, float]:
-        frames = reference.permute(0, 3, 1, 2), video.permute(0, 3, 1, 2)
-        measured = {
-            "psnr_db": min(float(psnr_db(reference, video)), EXACT_DB),
-            "ssim": float(torch.as_tensor(structural_similarity_index_measure(frames[1], frames[0], data_range=1.0))),
-        }
-        if isinstance(self._lpips, PerceptualDistance):
-            measured["lpips"] = self._lpips(*frames)
-        return measured
-
-    def _pipeline(self, folder: Path) -> Any:
-        if self._opened is None or self._opened[0] != folder:
+    def _pipeline(self, folder: Path, dtype: torch.dtype) -> Any:
+        if self._opened is None or self._opened[:2] != (folder, dtype):
             self._opened = None
-            self._opened = (folder, open_pipeline(folder, device=self._device, dtype=self._dtype))
-        return self._opened[1]
+            self._opened = (folder, dtype, open_pipeline(folder, device=self._device, dtype=dtype))
+        return self._opened[2]

@@ -44,7 +44,8 @@ def generate(pipeline: Any, prompt: str, generation: Generation, *, seed: int, p
         progress(step + 1, generation.num_inference_steps)
         return state
 
-    with torch.inference_mode():
+    # No inference mode: layers that read one tensor share its transform by the tensor's version, which it has not.
+    with torch.no_grad():
         frames = pipeline(
             prompt,
             height=generation.height,

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from storage.manifest import OutputFile
 
 Progress = Callable[[int, int], None]
@@ -116,6 +118,17 @@ class SampleUnit:
 
 
 @dataclass(frozen=True)
+class InferencePlan:
+    """What a method decides of the generation, besides what its blocks are calibrated for."""
+
+    online_head_kinds: bool = False
+    dense_steps: int = 0
+    interval: int = 5
+    residual: ResidualSpec = field(default_factory=ResidualSpec)
+    protection: StepProtection | None = None
+
+
+@dataclass(frozen=True)
 class MethodPlan:
     """One calibration method and the bits of all its layers."""
 
@@ -123,6 +136,19 @@ class MethodPlan:
     recipe: Recipe
     bits: Mapping[str, LayerBits]
     """By full layer name; a linear without an entry stays in 16 bits."""
+    inference: InferencePlan = InferencePlan()
+    drift_repair: bool = False
+    velocity_correction: bool = False
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether it has a unit in the stage refinement."""
+        return self.drift_repair or self.velocity_correction
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether the streams of the chosen samples are read."""
+        return self.recipe.needs_activations or self.drift_repair
 
 
 @dataclass(frozen=True)
@@ -145,6 +171,27 @@ class SegmentUnit:
 
 
 @dataclass(frozen=True)
+class RefinementSettings:
+    """Of every refinement worker."""
+
+    source: RunSource
+    generation: Generation
+    samples: tuple[SampleUnit, ...]
+    prompts: tuple[PromptUnit, ...]
+
+
+@dataclass(frozen=True)
+class RefinementUnit:
+    """One method whose blocks are all calibrated."""
+
+    name: str
+    method: MethodPlan
+    artifacts: tuple[str, ...]
+    """Paths in the run directory."""
+    sparse_attention: SparseAttentionSpec | None = None
+
+
+@dataclass(frozen=True)
 class AssemblySettings:
     """Of the assembly."""
 
@@ -164,6 +211,8 @@ class AssemblyUnit:
     artifacts: tuple[str, ...]
     """Paths in the run directory."""
     checkpoint: str
+    sparse_attention: SparseAttentionSpec | None = None
+    velocity_correction: VelocityCorrection | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +222,7 @@ class EvaluationSettings:
     source: RunSource
     generation: Generation
     recognizer: Path | None
+    films: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,3 +233,5 @@ class EvaluationUnit:
     prompt: PromptUnit
     checkpoint: str | None
     """Path in the run directory; None is the full-precision model."""
+    noise_floor: bool = False
+    """Compare the full-precision model in bfloat16 with itself under another attention backend, and store no video."""

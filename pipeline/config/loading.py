@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,61 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: unreadable file, unknown key, impossible value; all of them at once.
     """
+    values = read_values(path)
+    for override in overrides:
+        set_value(values, *parse_override(override), where=f"--set {override!r}")
+    return parse_config(values, str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file, not yet checked.
+
+    Raises:
+        ConfigError: unreadable, or not a mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: holds {type(values).__name__}, not a mapping of configuration keys"])
-    for override in overrides:
-        _apply(values, override)
-    return parse_config(values, str(path))
+    return values
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """`(key.path, value)` of `key.path=value`.
+
+    Raises:
+        ConfigError: no key, or a value that is not YAML.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError([f"--set {override!r}: write key.path=value, such as --set selection.num_samples=20"])
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--set {override!r}: the value is not YAML: {error}"]) from error
+
+
+def set_value(values: dict[str, Any], key: str, value: Any, *, where: str) -> None:
+    """Puts a copy of `value` at the dotted `key`; a method given by its preset's name alone becomes a mapping first.
+
+    Args:
+        where: what asked for it, in front of every message.
+
+    Raises:
+        ConfigError: the path leads through something that has no keys.
+    """
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        inner = target.setdefault(parent, {})
+        if isinstance(inner, str) and parent == "method":
+            inner = target[parent] = {"preset": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError([f"{where}: {parent} is {inner!r}, which has no keys inside"])
+        target = inner
+    target[last] = copy.deepcopy(value)
 
 
 def parse_config(values: dict[str, Any], where: str) -> RunConfig:
@@ -44,7 +91,7 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([f"{where}: {_describe(item)}" for item in error.errors()]) from error
+        raise ConfigError([f"{where}: {describe(item)}" for item in error.errors()]) from error
 
 
 def read_prompts(path: Path, num: int, key: str) -> list[str]:
@@ -71,27 +118,8 @@ def read_prompts(path: Path, num: int, key: str) -> list[str]:
     return prompts[:num]
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError([f"--set {override!r}: write key.path=value, such as --set selection.num_samples=20"])
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"--set {override!r}: the value is not YAML: {error}"]) from error
-    *parents, last = key.split(".")
-    target = values
-    for parent in parents:
-        inner = target.setdefault(parent, {})
-        if isinstance(inner, str) and parent == "method":
-            inner = target[parent] = {"preset": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError([f"--set {override!r}: {parent} is {inner!r}, which has no keys inside"])
-        target = inner
-    target[last] = value
-
-
-def _describe(item: Any) -> str:
+def describe(item: Any) -> str:
+    """One of pydantic's errors (`ValidationError.errors()`) in one line: where, what, and the value."""
     location = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
         return f"{location}: unknown key"

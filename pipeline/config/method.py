@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Preset = Literal["rtn", "smoothquant", "quarot", "gptq", "s2q"]
+Preset = Literal["rtn", "smoothquant", "quarot", "gptq", "s2q", "quantsparse", "s2q_quantsparse"]
 
 _NOTHING: dict[str, Any] = {
     "channel_scale": "none",
@@ -18,26 +18,85 @@ _NOTHING: dict[str, Any] = {
     "token_weights": False,
     "epochs": 0,
 }
+_S2Q: dict[str, Any] = {
+    "channel_scale": "learned",
+    "rotation": "learned",
+    "clip": "learned",
+    "rounding": "gptq",
+    "solve": "plain",
+    "token_weights": True,
+    "epochs": 15,
+}
+_QUANTSPARSE: dict[str, Any] = {"attention_distillation": "both", "attention": {"density": 0.25}}
+_EARLY_DENSE: dict[str, Any] = {
+    "attention_distillation": "both",
+    "attention": {
+        "density": 0.25,
+        "dense_steps": 5,
+        "calibrate": "dense",
+        "residual": {"extrapolation": "linear"},
+    },
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": _NOTHING,
     "smoothquant": {**_NOTHING, "channel_scale": "smoothquant"},
     "quarot": {**_NOTHING, "rotation": "hadamard"},
     "gptq": {**_NOTHING, "rounding": "gptq"},
-    "s2q": {
-        "channel_scale": "learned",
-        "rotation": "learned",
-        "clip": "learned",
-        "rounding": "gptq",
-        "solve": "plain",
-        "token_weights": True,
-        "epochs": 15,
-    },
+    "s2q": _S2Q,
+    "quantsparse": {**_S2Q, "rounding": "nearest", "token_weights": False, **_QUANTSPARSE},
+    "s2q_quantsparse": {**_S2Q, **_EARLY_DENSE},
 }
 """`rtn`: round to nearest. `smoothquant`: its channel scale. `quarot`: Hadamard rotation. `gptq`: error feedback.
-`s2q`: S²Q-VDiT, everything learned, GPTQ at the end."""
+`s2q`: S²Q-VDiT, everything learned, GPTQ at the end. `quantsparse`: QuantSparse, everything learned with attention
+distillation, sparse attention with its residual cache. `s2q_quantsparse`: both papers together, with what won in
+docs/results.md: the first five steps dense, the residual's change extrapolated, calibration against dense attention."""
 
 
-_RESERVED = ("full_precision",)
+_RESERVED = ("full_precision", "noise_floor")
+
+
+class Part(BaseModel):
+    """A part of a method: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ResidualConfig(Part):
+    """Residual cache of sparse attention (SSAR, QuantSparse §3.3)."""
+
+    order: Literal[0, 1, 2] = 2
+    """0 for none; 1 adds what the band missed at the last refresh, 2 also how that changed since the refresh before."""
+    rank: int | None = Field(default=16, ge=1)
+    """Of the projection (QuantSparse: 16); null for none."""
+    extrapolation: Literal["constant", "linear"] = "constant"
+    """`linear` scales the change with the steps since the refresh."""
+    storage: Literal["full", "low_rank"] = "low_rank"
+    """`full` keeps whole residuals and projects the change only, as the paper's formula says; `low_rank` keeps factors."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ResidualConfig:
+        if self.storage == "low_rank" and self.rank is None and self.order > 0:
+            raise ValueError("residual.storage low_rank needs residual.rank; give a rank, or set storage: full")
+        return self
+
+
+class AttentionConfig(Part):
+    """Sparse attention (method §6)."""
+
+    density: float = Field(default=1.0, gt=0, le=1)
+    """Share of the attention map that a sparse step visits; 1 is dense."""
+    head_kinds: Literal["offline", "online"] = "offline"
+    """Spatial and temporal heads: found once from the calibration samples, or anew while generating."""
+    dense_steps: int = Field(default=0, ge=0)
+    """First steps that run dense."""
+    dense_layers: int = Field(default=0, ge=0)
+    """First blocks that always run dense."""
+    interval: int = Field(default=5, ge=1)
+    """Steps from one refresh to the next (QuantSparse: 5); a refresh runs dense."""
+    residual: ResidualConfig = ResidualConfig()
+    calibrate: Literal["sparse", "corrected", "dense"] = "sparse"
+    """What distillation sees: the band alone; the band and what it misses of the full-precision attention, as right after
+    a refresh; or dense attention."""
 
 
 class MethodConfig(BaseModel):
@@ -78,6 +137,26 @@ class MethodConfig(BaseModel):
     damping: float = Field(default=0.01, gt=0)
     """Of GPTQ, relative to the mean of the Hessian's diagonal."""
 
+    attention_distillation: Literal["none", "global", "local", "both"] = "none"
+    """Attention terms of the block loss (MSAD, QuantSparse §3.2)."""
+    lambda_global: float | Literal["auto"] = "auto"
+    """Weight of the pooled term; `auto`: as large as the block's error at the first step."""
+    lambda_local: float | Literal["auto"] = "auto"
+    """Weight of the salient queries' term."""
+    pool_size: int = Field(default=128, ge=1)
+    """Consecutive tokens averaged for the global term."""
+    num_salient_tokens: int = Field(default=256, ge=1)
+    """Queries of the local term."""
+    attention: AttentionConfig = AttentionConfig()
+    protected_steps: int = Field(default=0, ge=0)
+    """First steps with finer activations (method §9.3)."""
+    protected_activation_bits: int = 8
+    """Activation bits of the protected steps; 8 cost nothing where fewer run in INT8 containers."""
+    drift_repair: bool = False
+    """A last, sequential pass: gain and bias of every block's output layers against the drift of all blocks before."""
+    velocity_correction: bool = False
+    """Gain and bias of the model's output per step and latent channel (method §9.4)."""
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
@@ -85,10 +164,20 @@ class MethodConfig(BaseModel):
             values = {"preset": values}
         if not isinstance(values, dict):
             return values
-        preset = values.get("preset", "s2q")
+        attention = values.get("attention") or {}
+        if not isinstance(attention, dict):
+            raise ValueError(f"method attention is {attention!r}; give a section such as {{density: 0.25}}")
+        density = attention.get("density", 1.0)
+        sparse = isinstance(density, int | float) and density < 1
+        preset = values.get("preset", "s2q_quantsparse" if sparse else "s2q")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"method preset {preset!r} is unknown: one of {', '.join(PRESETS)}")
-        return {"name": preset, **PRESETS[preset], **values}
+        start = PRESETS[preset]
+        merged = {**start.get("attention", {}), **attention}
+        residual = [section.get("residual", {}) for section in (start.get("attention", {}), attention)]
+        if all(isinstance(part, dict) for part in residual):
+            merged["residual"] = {**residual[0], **residual[1]}
+        return {"name": preset, "preset": preset, **start, **values, "attention": merged}
 
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
@@ -101,6 +190,18 @@ class MethodConfig(BaseModel):
             raise ValueError(
                 f"method {self.name}: {', '.join(learned)} is learned, but epochs is 0; set epochs to 1 or more"
             )
+        if self.attention_distillation != "none" and not learned:
+            raise ValueError(
+                f"method {self.name}: attention_distillation {self.attention_distillation} needs something to learn; set "
+                "channel_scale, rotation or clip to learned, or attention_distillation to none"
+            )
+        bits = self.protected_activation_bits
+        if not (4 <= bits <= 8 or bits == 16):
+            raise ValueError(f"method {self.name}: protected_activation_bits is {bits}; 4 to 8, or 16")
+        for name in ("lambda_global", "lambda_local"):
+            value = getattr(self, name)
+            if value != "auto" and not value > 0:
+                raise ValueError(f"method {self.name}: {name} is {value}; above 0, or auto")
         if self.solve == "asymmetric" and self.rounding != "gptq":
             raise ValueError(
                 f"method {self.name}: solve asymmetric needs rounding gptq, but rounding is {self.rounding}"

@@ -159,6 +159,11 @@ class EvaluationConfig(Section):
 
     recognizer: Path | None = None
     """Folder of the digit recognizer; only models that draw digits have a recognition rate."""
+    films: bool = True
+    """Write an `.mp4` of every video; the metrics do not need it."""
+    noise_floor: bool = False
+    """Also compare the full-precision model in bfloat16 with itself under another attention backend: two right answers lie
+    that far apart, and no method's distance below it means anything."""
 
 
 class NumericsConfig(Section):

@@ -132,6 +132,19 @@ def checkpoint_size(
     )
 
 
+def repaired_bytes(model: ModelFacts, method: MethodPlan) -> int:
+    """Tensors of the artifacts of all blocks with new biases in their output layers: at most what drift repair writes, as a
+    block that it does not improve has no second artifact."""
+    total = 0
+    outputs = {f"{b}.{o.layer}" for b in model.blocks for level in model.family.output_layers(b) for o in level}
+    for name, spec in planned_layers(model, method).items():
+        if model.kinds[name] in ("block", "modulation"):
+            out, inputs = model.linears[name]
+            total += sum(map(tensor_bytes, layer_tensors(name, spec, in_features=inputs, out_features=out).values()))
+            total += _SOURCE_BYTES * out * (name in outputs)
+    return total
+
+
 def tensor_bytes(info: TensorInfo) -> int:
     """Bytes of a stored tensor."""
     return math.prod(info.shape) * _ITEM_BYTES.get(info.dtype, 8)

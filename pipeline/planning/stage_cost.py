@@ -10,13 +10,17 @@ block) and the rotary tables `8 L_video d_head`, of all samples on a CPU, of the
 host memory); plus the larger of one learning step of the largest block (forward, loss, backward) and its rounding,
 `8 L d_in + 16 d_in^2` bytes (weighted inputs and Hessian, both float32).
 
+Refinement: one block of both models and one forward pass of it, with four streams as in the distillation and five
+`[L, d]` in float32 for the sums; or, for the velocity, the transformer's weights and one forward pass.
+
 On a GPU that is what the allocator holds; the CUDA context and fragmentation come on top. On a CPU the process itself
 comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -96,6 +100,7 @@ class CostModel:
             "trajectories": self.trajectories(),
             "activations": self.activations(),
             "distillation": self.distillation(),
+            "refinement": self.refinement(),
             "evaluation": self.evaluation(),
         }
 
@@ -155,6 +160,42 @@ class CostModel:
         held = at_once * ((2 if longest == 1 else 3) * stream + rotary)
         peak = max(segments) + held + max(extra for _, extra, _ in costs.values())
         return StageCost(peak, sum((operations for *_, operations in costs.values()), start=Operations()))
+
+    def refinement(self) -> StageCost:
+        """Drift repair: 2.75 passes of a block over all samples, and two for every level of its output layers. Velocity:
+        every step of every trajectory with both models."""
+        context, costs = self._context, [StageCost(0, Operations())]
+        repaired = sum(method.drift_repair for method in context.methods)
+        corrected = sum(method.velocity_correction for method in context.methods)
+        if repaired:
+            costs.append(self._drift_repair(repaired))
+        if corrected:
+            steps = len(context.calibration_prompts) * context.config.generation.num_inference_steps
+            costs.append(StageCost(self._forward.peak_bytes, Operations.of(self._forward) * (2 * steps * corrected)))
+        return StageCost(
+            max(cost.peak_bytes for cost in costs), sum((cost.operations for cost in costs), start=Operations())
+        )
+
+    def _drift_repair(self, num_methods: int) -> StageCost:
+        family, names = self._context.model.family, self._context.model.blocks
+        num, sample = self._context.config.selection.num_samples, self._sample()
+        runs: dict[Any, tuple[int, MetaRun]] = {}
+        operations = Operations()
+        for name in names:
+            levels = family.output_layers(name)
+            if levels not in runs:
+                block = self._block(name)
+                forward = partial(family.call_block, block, sample.quantized, sample.conditioning)
+                run = run_on_meta(forward, holding=tensors_of(block))
+                runs[levels] = (_bytes_of(block), run)
+            passes = 2.75 + 2 * len(levels)
+            operations += Operations.of(runs[levels][1]) * (passes * num * num_methods)
+        stream = sample.quantized.nbytes
+        at_once = 1 if self._context.config.workers.num_gpus > 0 else num
+        rotary = 8 * self._counts.layout.num_video * int(self._context.model.config["attention_head_dim"])
+        peak = max(weights + run.peak_bytes for weights, run in runs.values())
+        sums = 20 * sample.quantized.numel()
+        return StageCost(peak + sums + at_once * (4 * stream + rotary), operations)
 
     def _block_cost(self, name: str, method: MethodPlan) -> tuple[int, int, Operations]:
         """Bytes of the block, bytes that calibrating it takes beside, operations of calibrating it on all samples."""
@@ -218,7 +259,9 @@ class CostModel:
         stream = torch.empty(length, width, dtype=self._dtype, device=META)
         table = torch.empty(layout.num_video, int(model.config["attention_head_dim"]), device=META)
         temb = torch.empty(1, width, dtype=self._dtype, device=META)
-        conditioning = model.family.Conditioning(temb, (table, table), length - layout.num_video)
+        conditioning = model.family.Conditioning(
+            temb, (table, table), replace(layout, num_text=length - layout.num_video)
+        )
         return Sample(stream, stream, conditioning, target=stream, weights=torch.empty(length, device=META))
 
     def _count_forward(self, transformer: nn.Module) -> MetaRun:

@@ -53,7 +53,7 @@ def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
 
 def reads_activations(context: RunContext) -> bool:
     """Whether any method reads calibration data."""
-    return any(method.recipe.needs_activations for method in context.methods)
+    return any(method.needs_activations for method in context.methods)
 
 
 def hidden_size(context: RunContext) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
 from pipeline.context import RunContext
+from reelquant.attention.band_mask import band_width
 from reelquant.families.family import TokenLayout
 
 _CROP = int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
@@ -69,6 +70,19 @@ def count_tokens(context: RunContext) -> TokenCounts:
         )
     _count_text(context, counts)
     return counts
+
+
+def band_problems(context: RunContext, counts: TokenCounts) -> list[str]:
+    """Methods whose density is narrower than one token at this run's shapes."""
+    layout = replace(counts.layout, num_text=max(counts.text.values(), default=0))
+    problems = []
+    for method in context.methods:
+        if method.recipe.sparse is not None:
+            try:
+                band_width(layout, method.recipe.sparse.density)
+            except ValueError as error:
+                problems.append(f"method {method.name}: attention.density: {error}")
+    return problems
 
 
 def _vae_config(model: Path, counts: TokenCounts) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,28 @@ class CalibratedBlock:
     """Why it was rounded without learning."""
 
 
+@dataclass(frozen=True)
+class RepairedBlock:
+    """One block of a method's drift repair; errors are relative, of the stream after the block, on held-back samples."""
+
+    name: str
+    without: float
+    """With no block repaired."""
+    after: float
+    """With this block and those before it repaired, as far as that helped."""
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What was fitted on a method's whole model."""
+
+    blocks: tuple[RepairedBlock, ...]
+    """In model order; empty without drift repair."""
+    velocity: Mapping[str, Any] | None
+    """`RefinementWorker`'s account of the velocity correction."""
+
+
 def read_salience(run: RunData) -> Salience | None:
     """None before the selection."""
     record = run.record("selection", "selection")
@@ -94,6 +117,26 @@ def read_blocks(run: RunData) -> dict[str, tuple[CalibratedBlock, ...]]:
                 )
             )
     return {name: tuple(blocks) for name, blocks in found.items()}
+
+
+def read_refined(run: RunData) -> dict[str, Refined]:
+    """By method; a method without refinement, or not yet refined, is not there."""
+    found = {}
+    for record in run.stages["refinement"].records:
+        drift = record.result["drift"]
+        # JSON objects are stored with sorted keys.
+        order = sorted(drift, key=lambda name: (name.startswith("single"), _natural(name)))
+        blocks = tuple(
+            RepairedBlock(
+                name,
+                drift[name]["without"],
+                drift[name]["after" if drift[name]["accepted"] else "before"],
+                drift[name]["accepted"],
+            )
+            for name in order
+        )
+        found[record.result["method"]] = Refined(blocks, record.result["velocity"])
+    return found
 
 
 def layer_kinds(blocks: tuple[CalibratedBlock, ...]) -> list[str]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.context import Run
 from pipeline.report import plots, run_plots
-from pipeline.report.calibration import CalibratedBlock, read_blocks, read_salience
+from pipeline.report.calibration import CalibratedBlock, Refined, read_blocks, read_refined, read_salience
 from pipeline.report.frames import compare_frames
 from pipeline.report.measurements import (
     COLUMNS,
@@ -91,7 +91,7 @@ def render(run: RunData) -> str:
 
 def _view(run: RunData) -> dict[str, Any]:
     models, read = measure(run), read_timeline(run.events)
-    blocks, salience = read_blocks(run), read_salience(run)
+    blocks, salience, refined = read_blocks(run), read_salience(run), read_refined(run)
     bits = run.config["bits"]
     return {
         "model": Path(run.config["model"]).name,
@@ -120,6 +120,8 @@ def _view(run: RunData) -> dict[str, Any]:
         "learning": [name for name, found in blocks.items() if any(block.losses for block in found)],
         "sqnr": {name: plots.sqnr(found, name, plots.sqnr_limits(blocks)) for name, found in blocks.items()},
         "sqnr_by_block": plots.sqnr_by_block(blocks),
+        "drift": {name: plots.drift(found.blocks, name) for name, found in refined.items()},
+        "refined": {name: _refined_text(found) for name, found in refined.items()},
         "weakest": {name: _weakest_layers(found) for name, found in blocks.items()},
         "without_data": [method["name"] for method in run.methods if not reads_activations(method)],
         "stages": [_stage_row(run, read, stage) for stage in STAGES],
@@ -152,6 +154,27 @@ def _units_text(run: RunData, stage: str) -> str:
 
 def _fell_back(blocks: Mapping[str, Sequence[CalibratedBlock]]) -> list[tuple[str, str, str]]:
     return [(method, b.name, b.fell_back) for method, found in blocks.items() for b in found if b.fell_back is not None]
+
+
+def _refined_text(found: Refined) -> list[str]:
+    """Sentences about one method's refinement."""
+    said = []
+    if found.blocks:
+        last, num = found.blocks[-1], sum(block.accepted for block in found.blocks)
+        said.append(
+            f"Drift repair: {num} of {len(found.blocks)} blocks changed; error after the last block "
+            f"{last.without:.3g} without repair, {last.after:.3g} with it."
+        )
+    velocity = found.velocity
+    if velocity is not None and "note" in velocity:
+        said.append(f"Velocity correction: {velocity['note']}.")
+    elif velocity is not None:
+        chosen = "no correction is best" if velocity["ridge"] is None else f"ridge {velocity['ridge']:g}"
+        said.append(
+            f"Velocity correction: {chosen}; error of the velocity on prompts left out {velocity['error_before']:.3g} "
+            f"without it, {velocity['error_after']:.3g} with it."
+        )
+    return said
 
 
 def _tiles(run: RunData, models: Sequence[ModelMeasurements]) -> list[Tile]:

@@ -12,7 +12,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from pipeline.report.calibration import CalibratedBlock, Salience, layer_kinds, short_name, sqnr_map
+from pipeline.report.calibration import (
+    CalibratedBlock,
+    RepairedBlock,
+    Salience,
+    layer_kinds,
+    short_name,
+    sqnr_map,
+)
 from pipeline.report.figure import ACCENT, MAP, MUTED, Picture, figure, figure_text, heat_map, ticks, to_picture
 from reelquant.calibration.block_rounding import EXACT_DB
 
@@ -139,6 +146,24 @@ def sqnr_by_block(blocks: Mapping[str, Sequence[CalibratedBlock]]) -> Picture | 
         return to_picture(drawn, f"Median SQNR by block: {', '.join(found)}")
 
 
+def drift(blocks: Sequence[RepairedBlock], method: str) -> Picture | None:
+    """Error of the stream after every block, without and with the repair; None if nothing was repaired."""
+    if not blocks:
+        return None
+    with figure(11, 2.8) as drawn:
+        axes = drawn.subplots()
+        position = np.arange(len(blocks))
+        without, after = _column([b.without for b in blocks]), _column([b.after for b in blocks])
+        axes.plot(position, without, "o-", mfc="white", mec=MUTED, color=MUTED, lw=1.2, ms=4, label="without repair")
+        axes.plot(position, after, "o-", color=ACCENT, lw=1.6, ms=4, label="repaired")
+        _log_axis(axes, [*without, *after])
+        _block_axis(axes, blocks)
+        axes.set_ylabel("relative squared error of the stream")
+        axes.grid(axis="y")
+        axes.legend(frameon=False, fontsize=8)
+        return to_picture(drawn, f"Drift after {len(blocks)} blocks, method {method}")
+
+
 def _step_axis(axes: Axes, num_steps: int, most: int) -> None:
     shown = ticks(num_steps, most)
     axes.set_xticks([i + 0.5 for i in shown], [str(i) for i in shown])
@@ -201,7 +226,9 @@ def _log_axis(axes: Axes, values: Sequence[float | None]) -> None:
         axes.text(0.5, 0.5, "every loss is exactly 0", transform=axes.transAxes, ha="center", color=MUTED)
 
 
-def _block_axis(axes: Axes, blocks: Sequence[CalibratedBlock], *, offset: float = 0, most: int = 30) -> None:
+def _block_axis(
+    axes: Axes, blocks: Sequence[CalibratedBlock | RepairedBlock], *, offset: float = 0, most: int = 30
+) -> None:
     shown = ticks(len(blocks), most)
     axes.set_xticks([i + offset for i in shown], [short_name(blocks[i].name) for i in shown])
     both = any(short_name(block.name).startswith("S") for block in blocks)

@@ -13,7 +13,7 @@ from storage.calibration_store import CalibrationStore
 from storage.manifest import DamagedRecord, Manifest, UnitRecord
 from storage.run_directory import RunDirectory
 
-STAGES = ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
+STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
 REFERENCE = "full_precision"
 """Name of the 16-bit model among the models of the evaluation."""
 
@@ -122,10 +122,11 @@ def _expected_units(
         "selection": ["selection"],
         "activations": [],
         "distillation": None,
+        "refinement": [m["name"] for m in methods_of(config) if m.get("drift_repair") or m.get("velocity_correction")],
         "assembly": methods,
         "evaluation": [f"{model}-{prompt}" for model in (REFERENCE, *methods) for prompt in held_out],
     }
-    if any(reads_activations(method) for method in methods_of(config)):
+    if any(reads_activations(method) or method.get("drift_repair") for method in methods_of(config)):
         selection = found["selection"].get("selection")
         chosen = selection.result.get("chosen", []) if selection else None
         expected["activations"] = None if chosen is None else [f"{c['prompt']}-step-{c['step']:03d}" for c in chosen]

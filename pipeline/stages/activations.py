@@ -22,7 +22,7 @@ class Activations:
 
     def waves(self, run: Run) -> list[list[StageUnit]]:
         """All samples at once."""
-        if not any(method.recipe.needs_activations for method in run.context.methods):
+        if not any(method.needs_activations for method in run.context.methods):
             return []
         settings = self.settings(run)
         return [

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import PurePosixPath
+
 from pipeline.context import Run
 from pipeline.stages.distillation import parts
 from pipeline.stages.stage import StageUnit, require, unit
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.inference_specs import VelocityCorrection
+from storage.manifest import UnitRecord
 from workers.assembly_worker import AssemblyWorker
 from workers.messages import AssemblySettings, AssemblyUnit, MethodPlan
 
@@ -38,7 +45,15 @@ class Assembly:
         records = [require(run, "distillation", f"{method.name}-{name}") for name, _ in parts(run)]
         label = run.context.config.bits.label
         artifacts = tuple(output.path for record in records for output in record.outputs)
-        payload = AssemblyUnit(method.name, method, label, artifacts, checkpoint_path(run, method.name))
+        sparse, velocity, refined = sparse_attention(method, records), None, None
+        if method.is_refined:
+            refined = require(run, "refinement", method.name)
+            artifacts = with_repaired(artifacts, refined)
+            values = refined.result["velocity_correction"]
+            velocity = None if values is None else VelocityCorrection.from_dict(values)
+        payload = AssemblyUnit(
+            method.name, method, label, artifacts, checkpoint_path(run, method.name), sparse, velocity
+        )
         depends = {
             "model": run.context.model_fingerprint,
             "blocks": [record.fingerprint for record in records],
@@ -46,8 +61,34 @@ class Assembly:
             "max_shard_bytes": run.context.config.assembly.max_shard_bytes,
             "checkpoint": payload.checkpoint,
             "calibration": dict(self.settings(run).calibration),
+            "inference": asdict(method.inference),
+            "refinement": None if refined is None else refined.fingerprint,
         }
         return unit(self.name, method.name, payload, depends)
+
+
+def with_repaired(artifacts: tuple[str, ...], refined: UnitRecord) -> tuple[str, ...]:
+    """The artifacts, those of repaired blocks in place of the others of the same name."""
+    repaired = {PurePosixPath(output.path).name: output.path for output in refined.outputs}
+    return tuple(repaired.get(PurePosixPath(path).name, path) for path in artifacts)
+
+
+def sparse_attention(method: MethodPlan, distilled: Sequence[UnitRecord]) -> SparseAttentionSpec | None:
+    """What the checkpoint says of its attention, with the head kinds that the distillation found; None for dense."""
+    sparse, inference = method.recipe.sparse, method.inference
+    if sparse is None:
+        return None
+    blocks = {name: block for record in distilled for name, block in record.result["blocks"].items()}
+    kinds = {name: block["head_kinds"] for name, block in blocks.items() if name not in sparse.dense_blocks}
+    return SparseAttentionSpec(
+        density=sparse.density,
+        head_kinds={} if inference.online_head_kinds else kinds,
+        online=inference.online_head_kinds,
+        dense_steps=inference.dense_steps,
+        dense_blocks=sparse.dense_blocks,
+        interval=inference.interval,
+        residual=inference.residual,
+    )
 
 
 def checkpoint_path(run: Run, method: str) -> str:

@@ -1,4 +1,4 @@
-"""Held-out prompts: the full-precision model, then every checkpoint, same seeds."""
+"""Held-out prompts: the full-precision model (and, if asked for, the noise floor), then every checkpoint, same seeds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pipeline.context import Run
 from pipeline.stages.assembly import checkpoint_path
 from pipeline.stages.stage import StageUnit, require, unit
 from storage.manifest import fingerprint
-from workers.evaluation_worker import EvaluationWorker
+from workers.evaluation_worker import OTHER_ATTENTION, EvaluationWorker
 from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit
 
 REFERENCE = "full_precision"
+NOISE_FLOOR = "noise_floor"
+"""Full precision in bfloat16 against itself with another attention backend."""
 
 
 class Evaluation:
@@ -25,7 +27,10 @@ class Evaluation:
         context = run.context
         recognizer = context.config.evaluation.recognizer
         return EvaluationSettings(
-            context.source, context.generation, None if recognizer is None else recognizer.resolve()
+            context.source,
+            context.generation,
+            None if recognizer is None else recognizer.resolve(),
+            context.config.evaluation.films,
         )
 
     def waves(self, run: Run) -> list[list[StageUnit]]:
@@ -38,7 +43,10 @@ class Evaluation:
             for prompt in prompts:
                 upstream = fingerprint({"assembly": assembled, "reference": references[prompt.name].fingerprint})
                 compared.append(self._unit(run, prompt, method.name, checkpoint_path(run, method.name), upstream))
-        return [list(references.values()), compared]
+        floors = (
+            [self._noise_floor(run, prompt) for prompt in prompts] if run.context.config.evaluation.noise_floor else []
+        )
+        return [[*references.values(), *floors], compared]
 
     def _unit(self, run: Run, prompt: PromptUnit, model: str, checkpoint: str | None, upstream: str) -> StageUnit:
         settings = self.settings(run)
@@ -47,7 +55,18 @@ class Evaluation:
             **run.context.base_fingerprint(),
             "generation": asdict(settings.generation),
             "recognizer": str(settings.recognizer.name) if settings.recognizer else None,
+            "films": settings.films,
             "prompt": prompt.prompt,
             "upstream": upstream,
         }
         return unit(self.name, name, EvaluationUnit(name, prompt, checkpoint), depends)
+
+    def _noise_floor(self, run: Run, prompt: PromptUnit) -> StageUnit:
+        name = f"{NOISE_FLOOR}-{prompt.name}"
+        depends = {
+            **run.context.base_fingerprint(),
+            "generation": asdict(self.settings(run).generation),
+            "prompt": prompt.prompt,
+            "other_attention": OTHER_ATTENTION,
+        }
+        return unit(self.name, name, EvaluationUnit(name, prompt, None, noise_floor=True), depends)

@@ -13,6 +13,7 @@ STAGE_VERSIONS = {
     "selection": 1,
     "activations": 1,
     "distillation": 1,
+    "refinement": 1,
     "assembly": 1,
     "evaluation": 1,
 }

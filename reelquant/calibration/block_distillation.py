@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.attention.column_sums import attention_column_sums
+from reelquant.calibration.attention_distillation import AttentionTargets, attention_targets, salient_tokens
+from reelquant.calibration.attention_terms import AttentionTerms
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear, GroupTransform
 from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.calibration.sparse_block import sample_band_errors
 from reelquant.calibration.token_weights import token_weights
 from reelquant.quantization.smoothing import smoothing_scale
 
@@ -56,6 +60,8 @@ class Sample:
     """`[L, d]`: what the full-precision block makes of `reference`."""
     weights: Tensor | None = None
     """`[L]`: token weights, None for all ones."""
+    attention: AttentionTargets | None = None
+    """Of the full-precision block's attention, for the attention terms of the loss."""
 
     def at(self, block: nn.Module) -> Sample:
         """The sample where `block` is; the same tensors if it is there already."""
@@ -71,6 +77,7 @@ class Sample:
             conditioning,
             moved(self.target),
             moved(self.weights),
+            None if self.attention is None else self.attention.to(device),
         )
 
 
@@ -87,25 +94,45 @@ class BlockResult:
     layer_sqnr_db: dict[str, float] = field(default_factory=dict)
     fell_back: str | None = None
     """Why the block was rounded without learning, if it was."""
+    attention_losses: dict[str, list[float]] = field(default_factory=dict)
+    """Attention terms of the loss, weighted: mean of every epoch by `global` and `local`."""
+    head_kinds: str | None = None
+    """One letter a head, for sparse attention."""
+    band_errors: list[list[float]] | None = None
+    """`[H][2]`: relative error of each head under a spatial and a temporal band, mean over the samples."""
 
 
-def prepare_targets(family: ModuleType, block: nn.Module, samples: Sequence[Sample], recipe: Recipe) -> None:
-    """Runs the full-precision block on every sample: fills `target`, and `weights` where the recipe has them."""
+def prepare_targets(family: ModuleType, block: nn.Module, samples: Sequence[Sample], recipe: Recipe) -> Tensor | None:
+    """Runs the full-precision block on every sample: fills `target`, and `weights` and `attention` where the recipe has them.
+
+    Returns: for sparse attention float32 `[H, 2]`, the mean `band_errors` of the samples.
+    """
+    errors: list[Tensor] = []
     for sample in samples:
-        sums: list[Tensor] = []
-
-        def observe(query: Tensor, key: Tensor, into: list[Tensor] = sums) -> None:
-            into.append(attention_column_sums(query.float(), key.float()))
-
         here, home = sample.at(block), sample.reference.device
-        with torch.no_grad():
-            if recipe.token_weights and recipe.needs_activations:
-                with family.watch_query_key(block, here.conditioning, observe):
-                    target = family.call_block(block, here.reference, here.conditioning)
-                sample.weights = token_weights(sums[0], recipe.lambda_min, 1.0).to(home)
-            else:
-                target = family.call_block(block, here.reference, here.conditioning)
-        sample.target = target.to(home)
+
+        def observe(q: Tensor, k: Tensor, v: Tensor, *, here: Sample = here, sample: Sample = sample) -> None:
+            device = sample.reference.device
+            terms = recipe.attention_distillation if recipe.distills_attention else "none"
+            local = terms in ("local", "both")
+            sums = attention_column_sums(q, k) if local or recipe.token_weights else None
+            if sums is not None and recipe.token_weights:
+                sample.weights = token_weights(sums, recipe.lambda_min, 1.0).to(device)
+            if recipe.distills_attention:
+                sample.attention = attention_targets(
+                    q,
+                    k,
+                    stride=recipe.pool_size if terms in ("global", "both") else None,
+                    indices=salient_tokens(sums, recipe.num_salient_tokens) if local and sums is not None else None,
+                ).to(device)
+            if recipe.sparse is not None:
+                errors.append(sample_band_errors(here.conditioning.layout, recipe.sparse.density, (q, k, v)))
+
+        observed = recipe.sparse is not None or (recipe.needs_activations and recipe.token_weights)
+        watching = family.watch_attention(block, observe) if observed or recipe.distills_attention else nullcontext()
+        with torch.no_grad(), watching:
+            sample.target = family.call_block(block, here.reference, here.conditioning).to(home)
+    return torch.stack(errors).mean(dim=0) if errors else None
 
 
 def calibrated_copy(
@@ -183,8 +210,10 @@ def learn(
     recipe: Recipe,
     seed: int,
     progress: Callable[[int, int], None],
-) -> list[float]:
-    """Learns channel scales, rotations and clips of `block` in place; returns the mean loss of every epoch.
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Learns channel scales, rotations and clips of `block` in place.
+
+    Returns: the mean block error of every epoch, and by name the mean weighted attention terms.
 
     Raises:
         BlockDiverged: the loss is not finite.
@@ -193,13 +222,16 @@ def learn(
     total = recipe.epochs * len(samples)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     order = torch.Generator().manual_seed(seed)
+    terms = AttentionTerms(family, block, recipe)
     losses: list[float] = []
     for epoch in range(recipe.epochs):
         epoch_losses = []
         for position, index in enumerate(torch.randperm(len(samples), generator=order).tolist()):
             step = epoch * len(samples) + position
             sample = samples[index].at(block)
-            loss = weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
+            with terms.watching():
+                error = weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
+            loss = error if sample.attention is None else error + terms.weighted(sample.attention, error)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise BlockDiverged(name, step, value)
@@ -207,10 +239,11 @@ def learn(
             loss.backward()
             optimizer.step()
             schedule.step()
-            epoch_losses.append(value)
+            epoch_losses.append(float(error.detach()))
             progress(step + 1, total)
         losses.append(sum(epoch_losses) / len(epoch_losses))
-    return losses
+        terms.end_epoch()
+    return losses, terms.history
 
 
 def without_learning(recipe: Recipe) -> Recipe:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 WeightLayout = Literal["per_channel", "two_level"]
+AttentionTerms = Literal["none", "global", "local", "both"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,20 @@ class LayerBits:
     """2-8."""
     activation: int
     """4-8, or 16 for activations that are not quantized."""
+
+
+@dataclass(frozen=True)
+class SparseCalibration:
+    """The sparse attention that a block is calibrated for."""
+
+    density: float
+    """In (0, 1)."""
+    dense_blocks: tuple[str, ...]
+    """Blocks that stay dense."""
+    attention: Literal["sparse", "corrected", "dense"]
+    """What the quantized block computes while it is calibrated: the band alone; the band and what it misses of the
+    full-precision block's attention (a residual cache just refreshed, the only one that is defined for a single sample); or
+    dense attention, as if calibrated without sparsity."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,18 @@ class Recipe:
     """Largest side of the rotation's blocks, a power of two; 128 costs nothing beside the weights of a large model."""
     damping: float
     """Of GPTQ, relative to the mean of the Hessian's diagonal."""
+    attention_distillation: AttentionTerms = "none"
+    """Attention terms of the block loss (MSAD, QuantSparse §3.2)."""
+    lambda_global: float | Literal["auto"] = "auto"
+    """Weight of the pooled term; `auto`: equal to the block's error at the first step."""
+    lambda_local: float | Literal["auto"] = "auto"
+    """Weight of the salient queries' term."""
+    pool_size: int = 128
+    """Consecutive tokens that are averaged for the global term (QuantSparse: 128)."""
+    num_salient_tokens: int = 256
+    """Queries of the local term (QuantSparse: 256)."""
+    sparse: SparseCalibration | None = None
+    """None for dense attention."""
 
     @property
     def learns(self) -> bool:
@@ -51,4 +78,10 @@ class Recipe:
     @property
     def needs_activations(self) -> bool:
         """Whether calibration data is read at all."""
-        return self.learns or self.rounding == "gptq" or self.channel_scale == "smoothquant"
+        reads = self.learns or self.rounding == "gptq" or self.channel_scale == "smoothquant"
+        return reads or self.sparse is not None
+
+    @property
+    def distills_attention(self) -> bool:
+        """Whether the block loss has attention terms."""
+        return self.learns and self.attention_distillation != "none"

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from reelquant.attention.head_kind import kinds_of
 from reelquant.calibration.block_distillation import (
     BlockDiverged,
     BlockResult,
@@ -21,6 +22,8 @@ from reelquant.calibration.block_distillation import (
 )
 from reelquant.calibration.block_rounding import RoundedLayer, group_inputs, layer_sqnr, round_block
 from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.calibration.sparse_block import CalibrationCore, drop_missed_attention, keep_missed_attention
+from reelquant.ops.band_attention.op import dense_attention
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,15 @@ def distill_segment(
             progress(index * steps + done * steps // total, len(blocks) * steps)
 
         reference.requires_grad_(False)
-        prepare_targets(family, reference, samples, recipe)
-        learned = _distill_block(
+        errors = prepare_targets(family, reference, samples, recipe)
+        core = _calibration_core(family, name, reference, samples, recipe=recipe, errors=errors)
+        quantized, distilled = _distill_block(
             family, name, reference, samples, bits=bits[name], recipe=recipe, rows=rows, seed=seed_of(name),
-            fall_back=fall_back, progress=advance,
+            fall_back=fall_back, progress=advance, core=core,
         )  # fmt: skip
-        quantized, distilled = learned
+        if errors is not None:
+            distilled.result.head_kinds = kinds_of(errors)
+            distilled.result.band_errors = errors.tolist()
         for sample in samples:
             here = sample.at(quantized)
             with torch.no_grad():
@@ -79,6 +85,7 @@ def distill_segment(
             sample.quantized = out.to(sample.quantized.device)
             assert sample.target is not None
             sample.reference = sample.target
+        drop_missed_attention(samples)
         advance(1, 1)
         yield distilled
 
@@ -95,16 +102,18 @@ def _distill_block(
     seed: int,
     fall_back: bool,
     progress: Callable[[int, int], None],
+    core: CalibrationCore | None,
 ) -> tuple[nn.Module, DistilledBlock]:
     levels = family.group_levels(name)
     amax = _activation_amax(family, reference, levels, samples) if recipe.channel_scale == "smoothquant" else {}
     block, groups = calibrated_copy(reference, levels, bits=bits, recipe=recipe, activation_amax=amax)
+    _set_core(family, block, core)
     result = BlockResult()
     if recipe.needs_activations:
         result.loss_before = mean_loss(family, block, samples)
     if recipe.learns:
         try:
-            result.losses = learn(
+            result.losses, result.attention_losses = learn(
                 family, name, block, groups=groups, samples=samples, recipe=recipe, seed=seed, progress=progress
             )
         except BlockDiverged as error:
@@ -112,6 +121,7 @@ def _distill_block(
                 raise
             recipe = without_learning(replace(recipe, rounding="gptq"))
             block, groups = calibrated_copy(reference, levels, bits=bits, recipe=recipe, activation_amax={})
+            _set_core(family, block, core)
             result.fell_back = str(error)
     layers = round_block(
         family, reference, block, groups=groups, samples=samples, conditioning_rows=rows, recipe=recipe
@@ -120,6 +130,30 @@ def _distill_block(
         result.loss_after = mean_loss(family, block, samples)
         result.layer_sqnr_db = layer_sqnr(family, reference, block, list(layers), samples)
     return block, DistilledBlock(name, layers, result)
+
+
+def _calibration_core(
+    family: ModuleType,
+    name: str,
+    reference: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    recipe: Recipe,
+    errors: Tensor | None,
+) -> CalibrationCore | None:
+    """Attention of the block under calibration, None where it is the model's own; the samples get what it needs."""
+    sparse = recipe.sparse
+    if sparse is None or errors is None or sparse.attention == "dense" or name in sparse.dense_blocks:
+        return None
+    kinds = kinds_of(errors)
+    if sparse.attention == "corrected":
+        keep_missed_attention(family, reference, samples, kinds=kinds, sparse=sparse)
+    return CalibrationCore(kinds, sparse.density)
+
+
+def _set_core(family: ModuleType, block: nn.Module, core: CalibrationCore | None) -> None:
+    """Dense blocks too: with a core of ours, layers that read one tensor share its transform."""
+    family.set_attention_core(block, core or (lambda _item, q, k, v: dense_attention(q, k, v)))
 
 
 def _activation_amax(

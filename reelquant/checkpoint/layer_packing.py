@@ -1,7 +1,7 @@
 """What calibration hands to the checkpoint's assembly: packed layers, and the file with those of one transformer block.
 
 A block artifact is a safetensors file of the tensors of `reelquant.checkpoint.schema`, with the metadata
-`{"reelquant": '{"format_version": 1, "layers": {name: LayerSpec}}'}`. Every group is complete in one file.
+`{"reelquant": '{"format_version": 2, "layers": {name: LayerSpec}}'}`. Every group is complete in one file.
 """
 
 from __future__ import annotations

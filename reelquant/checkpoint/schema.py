@@ -1,4 +1,4 @@
-"""The checkpoint format, version 1: what is stored for a quantized layer, and the description in `config.json`.
+"""The checkpoint format, version 2: what is stored for a quantized layer, and the description in `config.json`.
 
 Tensors of a quantized layer, named `<layer>.<suffix>` relative to the transformer (n outputs, d inputs, b the block of
 the rotation):
@@ -14,6 +14,9 @@ the rotation):
 | `activation_clip` | float32 | `[1]` | leader of a group with quantized activations; factor on the input's range |
 
 Layers that read the same tensor form a group; its first layer, the leader, holds what the group shares.
+
+Version 2 added `sparse_attention`, `step_protection` and `velocity_correction`, all optional: a file of version 1 is one of
+version 2 without them.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.quantization.weight_grid import GROUP_SIZE, WEIGHT_LAYOUTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "reelquant"
 LAYER_SUFFIXES = ("weight_packed", "weight_scale", "group_scale", "channel_scale", "rotation", "activation_clip")
 """Every suffix but `bias`, which is an ordinary tensor of the model: these keep their dtype whatever the model's is."""
@@ -135,8 +140,12 @@ class QuantizationSpec:
     """By name relative to the transformer; every other layer is stored as in the source."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """Where the checkpoint comes from (JSON values)."""
-    sparse_attention: None = None
-    """Format version 1 has no sparse attention."""
+    sparse_attention: SparseAttentionSpec | None = None
+    """None for dense attention."""
+    step_protection: StepProtection | None = None
+    """None where all steps are alike."""
+    velocity_correction: VelocityCorrection | None = None
+    """None for the transformer's own output."""
     format_version: int = FORMAT_VERSION
     """Version of the format."""
 
@@ -149,8 +158,15 @@ class QuantizationSpec:
             "bits": self.bits,
             "method": self.method,
             "calibration": self.calibration,
-            "sparse_attention": self.sparse_attention,
+            **{name: None if part is None else part.to_dict() for name, part in self._parts().items()},
             "layers": layers,
+        }
+
+    def _parts(self) -> dict[str, SparseAttentionSpec | StepProtection | VelocityCorrection | None]:
+        return {
+            "sparse_attention": self.sparse_attention,
+            "step_protection": self.step_protection,
+            "velocity_correction": self.velocity_correction,
         }
 
     @classmethod
@@ -168,12 +184,23 @@ class QuantizationSpec:
         values = {key: value for key, value in values.items() if key != "quant_method"}
         required = ("bits", "method", "layers", "format_version")
         _check_keys("quantization_config", values, required=required, optional=[f.name for f in fields(cls)])
-        if values.get("sparse_attention") is not None:
-            raise ValueError(
-                f"quantization_config: sparse_attention is {values['sparse_attention']!r}, "
-                f"but format version {FORMAT_VERSION} has none; a newer reelquant may load it"
-            )
-        return cls(**{**values, "layers": layers_from_dict(values["layers"], "quantization_config")})
+        parts = {}
+        for name, kind in _PARTS.items():
+            part = values.get(name)
+            if part is not None and not isinstance(part, Mapping):
+                raise ValueError(f"quantization_config: {name} is {part!r}, not an object")
+            try:
+                parts[name] = None if part is None else kind.from_dict(part)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"quantization_config: {error}") from None
+        return cls(**{**values, **parts, "layers": layers_from_dict(values["layers"], "quantization_config")})
+
+
+_PARTS: dict[str, Any] = {
+    "sparse_attention": SparseAttentionSpec,
+    "step_protection": StepProtection,
+    "velocity_correction": VelocityCorrection,
+}
 
 
 def layers_from_dict(layers: object, where: str) -> dict[str, LayerSpec]:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import open_block_artifact, sync_folder
 from reelquant.checkpoint.reader import (
     INDEX_NAME,
@@ -38,6 +40,9 @@ def write_checkpoint(
     bits: str,
     method: str,
     calibration: Mapping[str, Any] | None = None,
+    sparse_attention: SparseAttentionSpec | None = None,
+    step_protection: StepProtection | None = None,
+    velocity_correction: VelocityCorrection | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> QuantizationSpec:
     """Writes the pipeline folder `output` from the pipeline folder `source` and the quantized layers of `artifacts`.
@@ -49,6 +54,7 @@ def write_checkpoint(
         bits: label such as `W4A6`.
         method: name of the calibration method.
         calibration: JSON values: where the layers come from.
+        sparse_attention, step_protection, velocity_correction: of the generation, None for none.
         max_shard_bytes: size of the weight files; a larger tensor has a file of its own.
 
     Returns:
@@ -71,7 +77,15 @@ def write_checkpoint(
         problems = group_problems(layers) + _fit_problems(weights, replacements, layers)
     if problems:
         raise ValueError(f"{source} and its block artifacts give no checkpoint: " + "; ".join(problems))
-    spec = QuantizationSpec(bits=bits, method=method, layers=layers, calibration=dict(calibration or {}))
+    spec = QuantizationSpec(
+        bits=bits,
+        method=method,
+        layers=layers,
+        calibration=dict(calibration or {}),
+        sparse_attention=sparse_attention,
+        step_protection=step_protection,
+        velocity_correction=velocity_correction,
+    )
     # A layer's weight gives way; its bias stays, unless the artifact has one.
     kept = {name: tensor for name, tensor in weights.items() if name not in {f"{layer}.weight" for layer in layers}}
     partial = output.with_name(f".{output.name}.partial")

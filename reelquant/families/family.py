@@ -26,6 +26,18 @@ class InputGroup:
 
 
 @dataclass(frozen=True)
+class OutputLayer:
+    """A linear layer of a block whose output is added to the stream, times a gate that is the same for all tokens."""
+
+    layer: str
+    """Name inside the block."""
+    stream: StreamName
+    """Which tokens it is added to: the video's, the text's, or both."""
+    gate: tuple[str, int]
+    """Module inside the block whose output, a tuple, has the gate `[1, d]` at this place."""
+
+
+@dataclass(frozen=True)
 class TokenLayout:
     """Grid of the video tokens (frame-major) and the number of text tokens after them."""
 
@@ -52,11 +64,21 @@ def family_of(transformer_config: Path) -> ModuleType:
         ValueError: no family knows the architecture that the file names.
     """
     architecture = json.loads(transformer_config.read_text(encoding="utf-8")).get("_class_name")
+    try:
+        return family_of_architecture(architecture)
+    except ValueError as error:
+        raise ValueError(f"{transformer_config}: {error}") from None
+
+
+def family_of_architecture(architecture: object) -> ModuleType:
+    """The family module for a transformer class of diffusers by its name.
+
+    Raises:
+        ValueError: no family knows it.
+    """
     families = {module.ARCHITECTURE: module for module in map(load_family, FAMILIES)}
-    if architecture not in families:
-        raise ValueError(
-            f"{transformer_config}: architecture {architecture!r} is not supported; supported are {sorted(families)}"
-        )
+    if not isinstance(architecture, str) or architecture not in families:
+        raise ValueError(f"architecture {architecture!r} is not supported; supported are {sorted(families)}")
     return families[architecture]
 
 

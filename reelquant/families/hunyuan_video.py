@@ -1,7 +1,8 @@
 """HunyuanVideo: which blocks there are, which linears share an input, how tokens are laid out, how one block is called.
 
 Every family module has the same names: `ARCHITECTURE`, `block_names`, `build_block`, `group_levels`, `auxiliary_kind`,
-`token_layout`, `rotary_embedding`, `Conditioning`, `call_block`, `conditioning_input`, `watch_query_key`.
+`token_layout`, `rotary_embedding`, `Conditioning`, `call_block`, `conditioning_input`, `watch_attention`,
+`set_attention_core`, `num_heads`, `output_layers`.
 
 A stream is one tensor `[L, d]` of one sample: the video tokens in frame-major order, then the text tokens without padding.
 Padding is masked as a key everywhere in the model, so dropping it changes no real token.
@@ -9,13 +10,11 @@ Padding is masked as a key everywhere in the model, so dropping it changes no re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoRotaryPosEmbed,
     HunyuanVideoSingleTransformerBlock,
@@ -23,7 +22,25 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from reelquant.families.family import InputGroup, TokenLayout
+from reelquant.families.family import InputGroup, OutputLayer, TokenLayout
+from reelquant.families.hunyuan_video_attention import prepare_core, set_attention_core, watch_attention
+
+__all__ = [
+    "ARCHITECTURE",
+    "Conditioning",
+    "auxiliary_kind",
+    "block_names",
+    "build_block",
+    "call_block",
+    "conditioning_input",
+    "group_levels",
+    "num_heads",
+    "output_layers",
+    "rotary_embedding",
+    "set_attention_core",
+    "token_layout",
+    "watch_attention",
+]
 
 ARCHITECTURE = "HunyuanVideoTransformer3DModel"
 
@@ -55,19 +72,33 @@ _SINGLE_LEVELS = (
     (InputGroup("block_out", "joint", ("proj_out",)),),
 )
 
+_DOUBLE_OUTPUTS = (
+    (OutputLayer("attn.to_out.0", "video", ("norm1", 1)), OutputLayer("attn.to_add_out", "text", ("norm1_context", 1))),
+    (OutputLayer("ff.net.2", "video", ("norm1", 4)), OutputLayer("ff_context.net.2", "text", ("norm1_context", 4))),
+)
+_SINGLE_OUTPUTS = ((OutputLayer("proj_out", "joint", ("norm", 1)),),)
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a block reads besides its stream: `temb [1, d]`, the rotary tables `[L_video, head_dim]` and the text length."""
+    """What a block reads besides its stream: `temb [1, d]`, the rotary tables `[L_video, head_dim]` and the token grid."""
 
     temb: Tensor
     rotary: tuple[Tensor, Tensor]
-    num_text: int
+    layout: TokenLayout
+    attention_residual: Tensor | None = None
+    """`[H, L, D]`: what a calibration core adds to its sparse attention."""
+
+    @property
+    def num_text(self) -> int:
+        """Number of text tokens."""
+        return self.layout.num_text
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """The same on `device`; the rotary tables stay float32."""
         cos, sin = self.rotary
-        return Conditioning(self.temb.to(device, dtype), (cos.to(device), sin.to(device)), self.num_text)
+        residual = None if self.attention_residual is None else self.attention_residual.to(device, dtype)
+        return Conditioning(self.temb.to(device, dtype), (cos.to(device), sin.to(device)), self.layout, residual)
 
 
 def block_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -75,6 +106,11 @@ def block_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     double = (f"{_DOUBLE}.{i}" for i in range(config["num_layers"]))
     single = (f"{_SINGLE}.{i}" for i in range(config["num_single_layers"]))
     return (*double, *single)
+
+
+def num_heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Number and size of the attention heads."""
+    return config["num_attention_heads"], config["attention_head_dim"]
 
 
 def build_block(config: Mapping[str, Any], name: str) -> nn.Module:
@@ -109,6 +145,12 @@ def group_levels(name: str) -> tuple[tuple[InputGroup, ...], ...]:
     return _DOUBLE_LEVELS if name.startswith(f"{_DOUBLE}.") else _SINGLE_LEVELS
 
 
+def output_layers(name: str) -> tuple[tuple[OutputLayer, ...], ...]:
+    """Layers of block `name` that are added to the stream, in the order in which they are: what they add up to is the
+    block's output less its input. Those of one level do not depend on each other."""
+    return _DOUBLE_OUTPUTS if name.startswith(f"{_DOUBLE}.") else _SINGLE_OUTPUTS
+
+
 def auxiliary_kind(layer: str) -> str | None:
     """`"refiner"` or `"embedder"` for a linear outside the blocks, None for one that stays in 16 bits (output projection)."""
     if ".refiner_blocks." in layer:
@@ -134,6 +176,7 @@ def rotary_embedding(config: Mapping[str, Any], layout: TokenLayout) -> tuple[Te
 
 def call_block(block: nn.Module, hidden: Tensor, conditioning: Conditioning) -> Tensor:
     """Runs one block on one stream: `[L, d] -> [L, d]`, without the rest of the model."""
+    prepare_core(block, conditioning)
     video, text = hidden[: -conditioning.num_text].unsqueeze(0), hidden[-conditioning.num_text :].unsqueeze(0)
     video, text = block(video, text, conditioning.temb, None, conditioning.rotary)
     return torch.cat([video[0], text[0]])
@@ -142,33 +185,3 @@ def call_block(block: nn.Module, hidden: Tensor, conditioning: Conditioning) -> 
 def conditioning_input(temb: Tensor) -> Tensor:
     """What the modulation layers read, for `temb [M, d]`."""
     return nn.functional.silu(temb)
-
-
-@contextmanager
-def watch_query_key(
-    block: nn.Module, conditioning: Conditioning, observe: Callable[[Tensor, Tensor], None]
-) -> Iterator[None]:
-    """While open, every call of `block` hands `observe` its queries and keys `[H, L, D]`, after norm and rotation."""
-    attention = block.get_submodule("attn")
-    parts: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, _inputs, output: parts.__setitem__(name, output)
-
-    def joint(name: str) -> Tensor:
-        heads = parts[f"norm_{name}"]
-        if f"norm_added_{name}" in parts:
-            video, text = heads, parts[f"norm_added_{name}"]
-        else:
-            video, text = heads[:, : -conditioning.num_text], heads[:, -conditioning.num_text :]
-        video = apply_rotary_emb(video, conditioning.rotary, sequence_dim=1)
-        return torch.cat([video, text], dim=1)[0].transpose(0, 1)
-
-    names = [n for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if getattr(attention, n, None) is not None]
-    handles = [attention.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    handles.append(attention.register_forward_hook(lambda *_: observe(joint("q"), joint("k"))))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -33,7 +33,19 @@ class InputTransform:
 
     def __init__(self, activation_bits: int) -> None:
         self.activation_bits = activation_bits
+        self._raised_bits: int | None = None
         self._memo: _Memo | None = None
+
+    @property
+    def current_bits(self) -> int:
+        """Bits of the activations at this moment."""
+        return self.activation_bits if self._raised_bits is None else max(self.activation_bits, self._raised_bits)
+
+    def raise_bits(self, bits: int | None) -> None:
+        """From now on at least `bits` for the activations, unclipped where that is more than their own; None for their own."""
+        if bits != self._raised_bits:
+            self._raised_bits = bits
+            self.forget()
 
     def __call__(
         self, x: Tensor, *, channel_scale: Tensor | None, rotation: Tensor | None, activation_clip: Tensor | None
@@ -54,9 +66,11 @@ class InputTransform:
         self, x: Tensor, channel_scale: Tensor | None, rotation: Tensor | None, activation_clip: Tensor | None
     ) -> QuantizedInput:
         values = transform_input(x.float(), channel_scale, None if rotation is None else rotation.float())
-        if self.activation_bits == 16:
+        bits = self.current_bits
+        if bits == 16:
             return QuantizedInput(values, None)
-        codes, scale = quantize(values, self.activation_bits, -1, 1.0 if activation_clip is None else activation_clip)
+        clip = 1.0 if activation_clip is None or bits > self.activation_bits else activation_clip
+        codes, scale = quantize(values, bits, -1, clip)
         return QuantizedInput(codes, scale)
 
     def forget(self, of: weakref.ref[Tensor] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Loading a configuration: every mistake is named with its value and the ways out, all of them at once, without torch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts
 from pipeline.config.method import PRESETS, MethodConfig
@@ -88,7 +90,9 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 def test_preset_fills_what_is_left_out(preset: str) -> None:
     method = MethodConfig.model_validate(preset)
     assert method.name == preset
-    assert {key: getattr(method, key) for key in PRESETS[preset]} == PRESETS[preset]
+    start = {key: value for key, value in PRESETS[preset].items() if key != "attention"}
+    assert {key: getattr(method, key) for key in start} == start
+    assert method.attention.density == PRESETS[preset].get("attention", {"density": 1.0})["density"]
     changed = MethodConfig.model_validate({"preset": preset, "damping": 0.5, "name": "mine"})
     assert (changed.damping, changed.name, changed.rotation) == (0.5, "mine", method.rotation)
 
@@ -182,3 +186,39 @@ def test_configuration_needs_no_torch() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_sparse_attention_brings_both_papers_unless_a_preset_is_named() -> None:
+    assert MethodConfig.model_validate({}).preset == "s2q"
+    assert MethodConfig.model_validate({"attention": {"density": 1.0}}).preset == "s2q"
+    sparse = MethodConfig.model_validate({"attention": {"density": 0.15}})
+    assert (sparse.preset, sparse.name, sparse.attention.density) == ("s2q_quantsparse", "s2q_quantsparse", 0.15)
+    assert (
+        MethodConfig.model_validate({"preset": "gptq", "attention": {"density": 0.15}}).attention_distillation == "none"
+    )
+    # A section that says one thing keeps the preset's others, also one level down.
+    ranked = MethodConfig.model_validate({"preset": "s2q_quantsparse", "attention": {"residual": {"rank": 8}}})
+    assert (ranked.attention.residual.rank, ranked.attention.residual.extrapolation) == (8, "linear")
+    assert (ranked.attention.dense_steps, ranked.attention.calibrate) == (5, "dense")
+    assert (
+        MethodConfig.model_validate({"preset": "quantsparse", "attention": {"interval": 3}}).attention.density == 0.25
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"attention": {"density": 0.0}}, r"attention.density.*greater than 0"),
+        ({"attention": {"density": 1.2}}, r"attention.density.*less than or equal to 1"),
+        ({"attention": {"density": 0.2, "interval": 0}}, r"attention.interval.*greater than or equal to 1"),
+        ({"attention": {"density": 0.2, "residual": {"order": 3}}}, r"residual.order.*0, 1 or 2"),
+        ({"attention": {"density": 0.2, "residual": {"rank": None}}}, r"low_rank needs residual.rank"),
+        ({"attention": 0.2}, r"method attention is 0.2"),
+        ({"preset": "gptq", "attention_distillation": "both"}, r"needs something to learn"),
+        ({"lambda_local": -1}, r"lambda_local is -1.*above 0, or auto"),
+        ({"protected_activation_bits": 3}, r"protected_activation_bits is 3"),
+    ],
+)
+def test_impossible_sparse_settings_are_refused(method: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=re.compile(words, re.DOTALL)):
+        MethodConfig.model_validate(method)

@@ -97,7 +97,8 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     plan = plan_config(large(), shapes_only=True)
     stages = {stage.name: stage for stage in plan.stages}
     assert {name: stage.units for name, stage in stages.items()} == {
-        "trajectories": 10, "selection": 1, "activations": 40, "distillation": 16, "assembly": 1, "evaluation": 32,
+        "trajectories": 10, "selection": 1, "activations": 40, "distillation": 16, "refinement": 0,
+        "assembly": 1, "evaluation": 32,
     }  # fmt: skip
     assert plan.problems == []
     assert plan.counts.layout.num_video == 57_600
@@ -202,7 +203,7 @@ def test_finished_run_took_what_the_plan_says(finished_run: Path) -> None:
         assert stage.units == len(records), stage.name
         outputs = [output for record in records for output in record.outputs if not output.path.endswith(".mp4")]
         written = sum(output.num_bytes for output in outputs)
-        if stage.name in ("trajectories", "activations", "evaluation", "selection"):
+        if stage.name in ("trajectories", "activations", "evaluation", "selection", "refinement"):
             assert stage.disk_bytes == written, stage.name
         else:  # headers of safetensors files and JSON are not counted
             assert stage.disk_bytes < written < stage.disk_bytes * 1.1, stage.name

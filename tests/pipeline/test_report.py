@@ -220,6 +220,7 @@ def test_records_of_an_older_configuration_are_left_out(tmp_path: Path) -> None:
         "selection": (1, 1),
         "activations": (4, 4),
         "distillation": (4, 4),
+        "refinement": (0, 0),
         "assembly": (1, 1),
         "evaluation": (4, 4),
     }

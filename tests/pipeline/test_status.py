@@ -185,7 +185,7 @@ def test_nothing_is_cut_or_wrapped(run: RunDirectory, width: int) -> None:
     text = shown(run.path, width)
     assert "…" not in text
     table = [line for line in text.splitlines() if line[:1].isupper() and "/" in line]
-    assert len(table) == 6
+    assert len(table) == 7
     assert max(map(len, table)) <= 80
 
 
@@ -199,12 +199,12 @@ def test_finished_run(finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run / "run", tmp_path / "run"))
     status = read_status(run)
     assert {name: (stage.done, stage.total) for name, stage in status.stages.items()} == {
-        "trajectories": (2, 2), "selection": (1, 1), "activations": (3, 3), "distillation": (4, 4), "assembly": (1, 1),
-        "evaluation": (2, 2),
+        "trajectories": (2, 2), "selection": (1, 1), "activations": (3, 3), "distillation": (4, 4), "refinement": (0, 0),
+        "assembly": (1, 1), "evaluation": (2, 2),
     }  # fmt: skip
     assert status.to_do == {}
     for stage in status.stages.values():
-        assert stage.work_s > 0
+        assert (stage.work_s > 0) == (stage.name != "refinement")
         assert stage.running == []
     text = shown(run)
     assert "finished" in text

@@ -10,6 +10,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
+from reelquant.calibration.attention_distillation import global_attention_loss
 from reelquant.calibration.block_distillation import (
     BlockDiverged,
     Sample,
@@ -18,7 +19,7 @@ from reelquant.calibration.block_distillation import (
     mean_loss,
     prepare_targets,
 )
-from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer
 from reelquant.families import hunyuan_video as family
@@ -40,7 +41,9 @@ RECIPES = {
     "s2q": S2Q,
     "s2q asymmetric": replace(S2Q, solve="asymmetric"),
     "s2q two-level": replace(S2Q, weight_layout="two_level"),
+    "s2q with attention terms": replace(S2Q, attention_distillation="both", pool_size=8, num_salient_tokens=6),
 }
+SPARSE = SparseCalibration(density=0.5, dense_blocks=(), attention="sparse")
 CONFIG = {
     "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0,
     "qk_norm": "rms_norm", "rope_axes_dim": (4, 6, 6), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
@@ -71,7 +74,7 @@ def make_samples(num: int = 4) -> tuple[list[Sample], Tensor]:
     samples = []
     for row in rows:
         stream = torch.randn(LAYOUT.num_tokens, 32, generator=generator) * channels
-        samples.append(Sample(stream, stream, family.Conditioning(row.unsqueeze(0), rotary, LAYOUT.num_text)))
+        samples.append(Sample(stream, stream, family.Conditioning(row.unsqueeze(0), rotary, LAYOUT)))
     return samples, rows
 
 
@@ -184,6 +187,70 @@ def test_token_weights_are_those_of_the_full_precision_attention() -> None:
     assert float(weights.min()) == pytest.approx(0.5)
     assert float(weights.max()) == pytest.approx(1.0)
     prepare_targets(family, outlier_blocks()[BLOCKS[0]], samples, NOTHING)
+
+
+@pytest.mark.parametrize("terms", ["global", "local", "both"])
+def test_attention_terms_start_as_large_as_the_error_and_fall(terms: str) -> None:
+    recipe = replace(S2Q, attention_distillation=terms, pool_size=8, num_salient_tokens=6, epochs=8)  # type: ignore[arg-type]
+    for block in run(recipe):
+        history = block.result.attention_losses
+        assert set(history) == ({"global", "local"} if terms == "both" else {terms})
+        for values in history.values():
+            assert len(values) == recipe.epochs
+            assert 0.1 < values[0] / block.result.losses[0] < 10
+            assert values[-1] < 0.9 * values[0], values
+
+
+def test_attention_terms_bring_the_attention_nearer() -> None:
+    """On the block itself, by the loss of the distillation: unweighted, on the stored block."""
+
+    def shift(recipe: Recipe) -> float:
+        distilled = run(recipe, blocks={BLOCKS[0]: outlier_blocks()[BLOCKS[0]]})[0]
+        block, reference = stored_block(outlier_blocks()[BLOCKS[0]], distilled), outlier_blocks()[BLOCKS[0]]
+        found: list[tuple[Tensor, Tensor]] = []
+        total = 0.0
+        for sample in make_samples()[0]:
+            for module in (reference, block):
+                with torch.no_grad(), family.watch_attention(module, lambda q, k, _v: found.append((q, k))):
+                    family.call_block(module, sample.reference, sample.conditioning)
+            total += float(global_attention_loss(*found[-2], *found[-1], 1))
+        return total
+
+    strong = replace(S2Q, attention_distillation="both", pool_size=4, num_salient_tokens=16, epochs=10)
+    assert shift(strong) < shift(replace(S2Q, epochs=10))
+
+
+def test_auto_weights_can_be_replaced_by_fixed_ones() -> None:
+    auto = replace(S2Q, attention_distillation="both", pool_size=8, num_salient_tokens=6)
+    fixed = replace(auto, lambda_global=1e-9, lambda_local=1e-9)
+    plain, almost, ours = run(S2Q), run(fixed), run(auto)
+    assert almost[0].result.losses == pytest.approx(plain[0].result.losses, rel=1e-3)
+    assert ours[0].result.losses != pytest.approx(plain[0].result.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sparse", "corrected", "dense"])
+def test_a_block_is_calibrated_with_the_attention_it_will_run_with(attention: str) -> None:
+    recipe = replace(S2Q, sparse=replace(SPARSE, attention=attention), epochs=2)  # type: ignore[arg-type]
+    references = outlier_blocks()
+    for block in run(recipe, blocks=copy.deepcopy(references)):
+        assert block.result.head_kinds is not None
+        assert set(block.result.head_kinds) <= {"s", "t"}
+        assert len(block.result.head_kinds) == 2
+        assert block.result.band_errors is not None
+        chosen = ["st"[errors[1] < errors[0]] for errors in block.result.band_errors]
+        assert "".join(chosen) == block.result.head_kinds
+    # The loss before learning is that of the attention under test: dense, missing what the band misses, or corrected.
+    before = {}
+    for kind in ("sparse", "corrected", "dense"):
+        one = replace(RECIPES["gptq"], sparse=replace(SPARSE, attention=kind))
+        before[kind] = run(one, blocks={BLOCKS[0]: references[BLOCKS[0]]})[0].result.loss_before or math.nan
+    assert before["dense"] < before["corrected"] < before["sparse"], before
+
+
+def test_dense_blocks_of_a_sparse_method_are_calibrated_dense() -> None:
+    some = replace(RECIPES["gptq"], sparse=replace(SPARSE, dense_blocks=(BLOCKS[0],)))
+    assert run(some)[0].result.loss_before == run(RECIPES["gptq"])[0].result.loss_before
+    assert run(some)[1].result.loss_before != run(RECIPES["gptq"])[1].result.loss_before
 
 
 def test_layers_of_one_group_need_the_same_activation_bits() -> None:

@@ -170,7 +170,7 @@ def test_files_that_are_no_artifacts_are_refused(
         ({"format": "pt"}, "is no block artifact"),
         ({"reelquant": "{"}, "its metadata is no JSON"),
         ({"reelquant": "7"}, "its metadata is 7, not an object"),
-        ({"reelquant": json.dumps({"format_version": 2, "layers": layers})}, "format_version 2 is newer than 1"),
+        ({"reelquant": json.dumps({"format_version": 99, "layers": layers})}, "format_version 99 is newer"),
         ({"reelquant": json.dumps({"format_version": 1})}, "layers is None"),
     ):
         save_file(tensors, path, metadata=metadata)

@@ -49,13 +49,13 @@ def test_survives_json() -> None:
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99])
 def test_newer_format_is_refused_before_anything_else(version: int) -> None:
-    with pytest.raises(ValueError, match=f"format_version {version} is newer than 1.*upgrade reelquant"):
+    with pytest.raises(ValueError, match=f"format_version {version} is newer than {FORMAT_VERSION}.*upgrade reelquant"):
         QuantizationSpec.from_dict({"format_version": version, "whatever": 1})
 
 
 @pytest.mark.parametrize("version", [None, 0, "1", True])
 def test_impossible_format_version_is_refused(version: object) -> None:
-    with pytest.raises(ValueError, match="must be an integer from 1 to 1"):
+    with pytest.raises(ValueError, match=f"must be an integer from 1 to {FORMAT_VERSION}"):
         QuantizationSpec.from_dict(spec_dict(format_version=version))
 
 
@@ -64,7 +64,10 @@ def test_impossible_format_version_is_refused(version: object) -> None:
     [
         ({"surprise": 1}, "unknown keys ['surprise']"),
         ({"quant_method": "bnb"}, "quant_method is 'bnb'"),
-        ({"sparse_attention": {"density": 0.2}}, "format version 1 has none"),
+        ({"sparse_attention": {"density": 0.0}}, "density is 0.0"),
+        ({"sparse_attention": 0.2}, "sparse_attention is 0.2, not an object"),
+        ({"step_protection": {"num_steps": 0}}, "num_steps is 0"),
+        ({"velocity_correction": {"timesteps": [1.0], "gain": [[1.0]], "bias": []}}, "all must agree"),
         ({"layers": []}, "not an object of layer specifications"),
     ],
 )

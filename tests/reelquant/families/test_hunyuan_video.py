@@ -62,7 +62,7 @@ def recorded(
 def conditioning_of(model: Any, temb: Tensor, latents: Tensor) -> family.Conditioning:
     layout = family.token_layout(model.config, tuple(latents.shape), NUM_TEXT)
     assert layout.num_tokens == 3 * 3 * 5 + NUM_TEXT
-    return family.Conditioning(temb, family.rotary_embedding(model.config, layout), NUM_TEXT)
+    return family.Conditioning(temb, family.rotary_embedding(model.config, layout), layout)
 
 
 def test_a_block_called_alone_without_padding_is_the_block_inside_the_model(model: Any, inputs: dict[str, Any]) -> None:
@@ -111,29 +111,29 @@ def test_layers_of_a_group_read_the_same_tensor(model: Any, inputs: dict[str, An
 
 
 @pytest.mark.parametrize("name", ["transformer_blocks.1", "single_transformer_blocks.1"])
-def test_watched_queries_and_keys_are_what_attention_sees(
+def test_watched_attention_is_what_diffusers_computes_with(
     model: Any, inputs: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import diffusers.models.transformers.transformer_hunyuan_video as source
 
     with recorded(model, (name,)) as (entry, _, temb):
         model(**inputs)
-    dispatched: list[tuple[Tensor, Tensor]] = []
+    dispatched: list[tuple[Tensor, ...]] = []
     original = source.dispatch_attention_fn
 
     def dispatch(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        dispatched.append((query, key))
+        dispatched.append((query, key, value))
         out: Tensor = original(query, key, value, **kwargs)
         return out
 
     monkeypatch.setattr(source, "dispatch_attention_fn", dispatch)
-    observed: list[tuple[Tensor, Tensor]] = []
+    observed: list[tuple[Tensor, ...]] = []
     conditioning = conditioning_of(model, temb[0], inputs["hidden_states"])
     block = model.get_submodule(name)
-    with family.watch_query_key(block, conditioning, lambda q, k: observed.append((q, k))):
-        family.call_block(block, entry[name], conditioning)
-    family.call_block(block, entry[name], conditioning)
-    assert len(observed) == 1, "hooks are gone after the context"
+    with family.watch_attention(block, lambda q, k, v: observed.append((q, k, v))):
+        watched = family.call_block(block, entry[name], conditioning)
+    assert torch.equal(family.call_block(block, entry[name], conditioning), watched)
+    assert len(observed) == 1, "nobody watches after the context"
     for seen, used in zip(observed[0], dispatched[0], strict=True):
         assert torch.equal(seen, used[0].transpose(0, 1))
 

@@ -1,0 +1,168 @@
+"""Memory and time of what calibration computes on attention maps, beside dense attention itself, in one run.
+
+    python -m benchmarks.attention_memory --output benchmarks/results/attention_memory.json
+
+At the tokens of HunyuanVideo at 720 x 1280 (57,856), 24 heads of size 128, bf16, on a CUDA GPU:
+
+- ``column sums``: `attention_column_sums`, once per sample and block,
+- ``global loss``, ``local loss``: forward and backward from stored targets, once per step; stride 128, 256 salient tokens,
+- ``targets``: the full-precision side of both, once per sample and block,
+- ``dense forward``, ``dense forward and backward``: torch's scaled_dot_product_attention, for comparison.
+
+Peak memory is the allocator's, above what is allocated before the call (q and k of both sides, v and the targets), so that
+gradients count. On a CPU it is left out (null in the JSON) and the figures only show that the script works. One call
+warms up, `--repeats` count. Of the packages that reelquant needs, torch alone must be there.
+
+Predicted for the size above: column sums below 0.2 GiB (a tile of 64 MiB, one head's q and k in float32), local loss about
+1.1 GiB (the gradient of k twice and of q once, 0.33 GiB each; three tiles), global loss about 0.7 GiB (two gradients).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def import_without_diffusers() -> None:
+    """Where diffusers is missing, makes the library's modules importable without what `import reelquant` does for diffusers."""
+    try:
+        import reelquant  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "diffusers":
+            raise
+        package = ModuleType("reelquant")
+        package.__path__ = [str(ROOT / "reelquant")]
+        sys.modules["reelquant"] = package
+
+
+def cases(q: Tensor, k: Tensor, *, stride: int, num_salient: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and call of everything that is measured; what a call needs beside q and k is made here, before it is measured."""
+    from reelquant.attention.column_sums import attention_column_sums
+    from reelquant.calibration.attention_distillation import attention_targets, global_loss, local_loss, salient_tokens
+
+    yield "column sums", lambda: attention_column_sums(q, k)
+    # Which tokens are salient changes neither time nor memory: spread ones.
+    indices = salient_tokens(torch.rand(q.shape[1], device=q.device), num_salient)
+    yield "targets", lambda: attention_targets(q, k, stride=stride, indices=indices)
+    targets = attention_targets(q, k, stride=stride, indices=indices)
+    near_q, near_k = ((x + 0.05 * torch.randn_like(x)).requires_grad_() for x in (q, k))
+    yield "global loss", lambda: torch.autograd.grad(global_loss(targets, near_q, near_k), (near_q, near_k))
+    yield "local loss", lambda: torch.autograd.grad(local_loss(targets, near_q, near_k), (near_q, near_k))
+    v = torch.randn_like(q).requires_grad_()
+    yield "dense forward", lambda: dense(q, k, v.detach())
+    yield "dense forward and backward", lambda: torch.autograd.grad(dense(near_q, near_k, v).sum(), (near_q, near_k, v))
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[H, L, D], by whatever torch takes for these tensors."""
+    return scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
+
+
+def measure(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, Any]:
+    """Seconds of every run, and the peak of all in bytes above what was allocated before (None without CUDA)."""
+    cuda = device.type == "cuda"
+    call()
+    seconds, peaks = [], []
+    for _ in range(repeats):
+        if cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        begin = time.perf_counter()
+        result = call()
+        if cuda:
+            torch.cuda.synchronize(device)
+            peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        seconds.append(time.perf_counter() - begin)
+        del result
+    return {
+        "peak_bytes": max(peaks) if cuda else None,
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "all_s": seconds,
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown, as measured."""
+    lines = ["| computation | peak above its inputs, GiB | seconds |", "|---|---|---|"]
+    for name, row in results.items():
+        peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
+        lines.append(f"| {name} | {peak} | {row['median_s']:.4f} ({row['min_s']:.4f}-{row['max_s']:.4f}) |")
+    return "\n".join(lines)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    cuda = device.type == "cuda"
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit or None,
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"cpu {platform.machine()}, threads: {torch.get_num_threads()}",
+        "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=57_856)
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--stride", type=int, default=128)
+    parser.add_argument("--salient", type=int, default=256, help="salient tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
+    options = parser.parse_args(arguments)
+    if min(options.tokens, options.heads, options.head_dim, options.repeats) < 1:
+        parser.error("--tokens, --heads, --head-dim and --repeats must all be at least 1")
+
+    import_without_diffusers()
+    device = torch.device(options.device)
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (options.heads, options.tokens, options.head_dim)
+    q, k = (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
+    results = {}
+    for name, call in cases(q, k, stride=options.stride, num_salient=options.salient):
+        results[name] = measure(call, device, options.repeats)
+        print(f"{name}: {results[name]['median_s']:.4f} s", file=sys.stderr)
+    print(table(results))
+    if device.type != "cuda":
+        print("memory is measured on CUDA alone")
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "device")}
+    document = {"environment": environment(device), "settings": settings | {"dtype": "bfloat16"}, "results": results}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

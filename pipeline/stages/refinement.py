@@ -1,0 +1,51 @@
+"""What is fitted on a method's whole quantized model: repair of its drift and correction of its velocity (method §9)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.context import Run
+from pipeline.stages.assembly import sparse_attention
+from pipeline.stages.distillation import parts
+from pipeline.stages.selection import selected_samples
+from pipeline.stages.stage import StageUnit, require, unit
+from workers.messages import MethodPlan, RefinementSettings, RefinementUnit
+from workers.refinement_worker import RefinementWorker
+
+
+class Refinement:
+    """One unit a method that asks for it; none if no method does."""
+
+    name, title = "refinement", "Refinement"
+    worker_class = RefinementWorker
+
+    def settings(self, run: Run) -> RefinementSettings:
+        """Of every worker."""
+        context = run.context
+        return RefinementSettings(
+            context.source, context.generation, selected_samples(run), context.calibration_prompts
+        )
+
+    def waves(self, run: Run) -> list[list[StageUnit]]:
+        """All such methods at once."""
+        methods = [method for method in run.context.methods if method.is_refined]
+        return [[self._unit(run, method) for method in methods]] if methods else []
+
+    def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
+        settings = self.settings(run)
+        records = [require(run, "distillation", f"{method.name}-{name}") for name, _ in parts(run)]
+        artifacts = tuple(output.path for record in records for output in record.outputs)
+        sparse = sparse_attention(method, records)
+        depends: dict[str, Any] = {
+            **run.context.base_fingerprint(),
+            "blocks": [record.fingerprint for record in records],
+            "inference": asdict(method.inference),
+            "drift": [require(run, "activations", sample.name).fingerprint for sample in settings.samples]
+            if method.drift_repair
+            else None,
+            "velocity": [require(run, "trajectories", prompt.name).fingerprint for prompt in settings.prompts]
+            if method.velocity_correction
+            else None,
+        }
+        return unit(self.name, method.name, RefinementUnit(method.name, method, artifacts, sparse), depends)

@@ -1,0 +1,54 @@
+"""`study`: from the file to the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.study.driver import run_study
+from pipeline.study.expansion import load_study
+from pipeline.study.page import write_results
+from pipeline.study.preparation import prepare_study
+from pipeline.study.results import collect_results
+from pipeline.study.tables import show_results
+
+
+def plan_study(path: Path, overrides: Sequence[str], console: Console) -> bool:
+    """Says what the study in `path` is; whether nothing is in its way. Writes nothing."""
+    prepared = prepare_study(load_study(path, overrides))
+    prepared.show(console)
+    return not prepared.problems
+
+
+def do_study(path: Path, overrides: Sequence[str], console: Console, *, update: bool) -> bool:
+    """Does what is left of the study in `path`, writes and shows its results; whether no setting failed.
+
+    Raises:
+        ValueError: the file, a setting, the model or the study's directory is not right.
+        WorkersFailed: no worker could be started.
+    """
+    prepared = prepare_study(load_study(path, overrides))
+    prepared.require_feasible()
+    outcome = run_study(prepared, console, update=update)
+    results = collect_results(prepared.study, outcome)
+    page = write_results(results)
+    console.line()
+    show_results(results, console)
+    console.line()
+    console.print(
+        f"{outcome.done} units done now, {outcome.adopted} adopted from other runs, {outcome.kept} were done before"
+    )
+    console.print(f"results: {page.with_name('results.csv')}", soft_wrap=True, highlight=False)
+    console.print(f"report:  {page}", soft_wrap=True, highlight=False)
+    if outcome.failures:
+        names = dict.fromkeys(run.setting.name for run in prepared.study.runs if run.label in outcome.failures)
+        console.print(
+            f"[bold red]error:[/] {len(outcome.failures)} of {len(prepared.study.runs)} runs failed, of the settings "
+            f"{escape(', '.join(names))}. What is done is kept: the same command goes on from here.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return not outcome.failures

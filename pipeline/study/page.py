@@ -1,0 +1,90 @@
+"""`study.html`, `results.json` and `results.csv` of a study; the page needs neither network nor script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import pipeline.report
+from pipeline.report.quantities import NOTHING
+from pipeline.runner import provenance
+from pipeline.study import plots
+from pipeline.study.results import Row, StudyResults
+from pipeline.study.tables import cells, columns
+from storage.atomic_files import write_bytes_atomic, write_json_atomic
+
+_STYLE = Path(pipeline.report.__path__[0])
+_TEXT_COLUMNS = ("Setting", "failed")
+
+
+def write_results(results: StudyResults) -> Path:
+    """Writes all three files into the study's directory; returns the page's path.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder = results.study.path.absolute()
+    write_json_atomic(folder / "results.json", results.document())
+    write_bytes_atomic(folder / "results.csv", results.csv().encode())
+    page = folder / "study.html"
+    write_bytes_atomic(page, render(results).encode())
+    return page
+
+
+def render(results: StudyResults) -> str:
+    """The page."""
+    environment = Environment(
+        loader=FileSystemLoader([Path(__file__).parent, _STYLE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = results.rows()
+    found = provenance()
+    names = columns(results, rows)
+    return environment.get_template("study.html.j2").render(
+        {
+            "name": results.study.path.name,
+            "settings": results.study.settings,
+            "seeds": results.study.written.seeds,
+            "reference": results.study.written.reference,
+            "provenance": {"commit": found["commit"] or "not in a git checkout", "python": found["python"]}
+            | found["packages"],
+            "devices": results.devices,
+            "failed": [(row.name, failure) for row in rows for failure in row.failures],
+            "columns": names,
+            "text_columns": _TEXT_COLUMNS,
+            "rows": [(row.name == results.study.written.reference, cells(results, row, rows)) for row in rows],
+            "fidelity": plots.fidelity(results, rows),
+            "along_axes": plots.along_axes(results, rows),
+            "prompts": _prompt_rows(results, rows),
+            "overrides": [
+                (setting.name, [(key, str(value)) for key, value in setting.overrides.items()])
+                for setting in results.study.settings
+            ],
+        }
+    )
+
+
+def _prompt_rows(results: StudyResults, rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """PSNR of every video, `seed 0, prompt-003`, one column a setting."""
+    by_setting: list[Mapping[tuple[int, str], Any]] = [
+        {
+            (seed, prompt): values.get("psnr_db")
+            for seed, found in results.settings[setting.name].items()
+            for prompt, values in found.prompts.items()
+        }
+        for setting in results.study.settings
+    ]
+    videos = sorted({video for found in by_setting for video in found})
+    return [
+        (
+            f"seed {seed}, {prompt}",
+            [NOTHING if found.get((seed, prompt)) is None else f"{found[seed, prompt]:.2f}" for found in by_setting],
+        )
+        for seed, prompt in videos
+    ]

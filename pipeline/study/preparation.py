@@ -1,0 +1,265 @@
+"""A study's runs checked as far as can be known beforehand, and how many units are left once common ones are done once.
+
+What a unit depends on is known before its stage begins, but for the samples that a selection chooses. Until then the count
+takes the samples of every selection for different ones, so that from there on it is an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.config.loading import ConfigError
+from pipeline.context import Run, RunContext, build_context, folder_fingerprint
+from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes, worker_problems
+from pipeline.planning.model_size import checkpoint_size, copied_bytes, source_tensors
+from pipeline.planning.plan_tables import human_bytes, new_table, print_sentence
+from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
+from pipeline.planning.token_counts import TokenCounts, count_tokens
+from pipeline.runner import STAGES
+from pipeline.study.expansion import Study, StudyRun
+from storage.manifest import Manifest, UnitRecord
+from storage.run_directory import RunDirectory
+from workers.model_source import model_problems
+
+
+@dataclass
+class StageCount:
+    """Units of one stage over all runs."""
+
+    name: str
+    separate: int = 0
+    """If every run did its own."""
+    shared: int = 0
+    """With common ones done once."""
+    done: int = 0
+    """Of those, done already."""
+    at_most: bool = False
+    """Whether `shared` may turn out smaller."""
+    unknown_runs: int = 0
+    """Runs whose units cannot be known before an earlier stage is done; they are not in the numbers."""
+    disk_bytes: float = 0.0
+    """What the shared ones write."""
+
+
+@dataclass
+class PreparedStudy:
+    """A study, its contexts by run label, and what is in its way."""
+
+    study: Study
+    contexts: Mapping[str, RunContext]
+    counts: tuple[StageCount, ...]
+    disk: Disk
+    problems: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def require_feasible(self) -> None:
+        """Stops a study that would fail.
+
+        Raises:
+            ConfigError: lists all problems.
+        """
+        if self.problems:
+            raise ConfigError(self.problems)
+
+    def show(self, console: Console) -> None:
+        """Prints numbers of runs and units, notes and problems."""
+        num_seeds = len(self.study.written.seeds)
+        settings = len(self.study.settings)
+        console.print(f"[bold]study[/]  {escape(str(self.study.path))}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold]runs[/]   {len(self.study.runs)}: {settings} setting{'s' * (settings > 1)} x {num_seeds} "
+            f"seed{'s' * (num_seeds > 1)}",
+            highlight=False,
+        )
+        console.line()
+        table = new_table("Stage", "Separately", "Shared", "Done", "Disk")
+        for count in self.counts:
+            table.add_row(
+                count.name.capitalize(),
+                f"{count.separate:,}",
+                f"{'at most ' if count.at_most else ''}{count.shared:,}{' + ?' if count.unknown_runs else ''}",
+                f"{count.done:,}" if count.done else "-",
+                human_bytes(count.disk_bytes) if count.disk_bytes else "-",
+            )
+        console.print(table)
+        for note in self.notes:
+            print_sentence(console, f"[yellow]note:[/] {escape(note)}")
+        for problem in self.problems:
+            print_sentence(console, f"[bold red]problem:[/] {escape(problem)}")
+        if not self.problems:
+            console.print("[green]Nothing known beforehand is in the way.[/]", highlight=False)
+
+
+def prepare_study(study: Study) -> PreparedStudy:
+    """Reads models and prompts once, and checks every setting.
+
+    Raises:
+        ConfigError: prompts or model are not usable enough to count units; everything else that is wrong is listed too.
+    """
+    fingerprints, problems = _models(study)
+    by_setting: dict[str, RunContext] = {}
+    for run in study.runs:
+        if run.setting.slug in by_setting:
+            continue
+        try:
+            context = build_context(run.config, weights=False)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        by_setting[run.setting.slug] = replace(context, model_fingerprint=fingerprints[run.config.model])
+        problems += count_tokens(context).problems
+    first = study.runs[0].config
+    problems += worker_problems(first)
+    if len(by_setting) < len(study.settings):
+        raise ConfigError(list(dict.fromkeys(problems)))
+    contexts = {run.label: replace(by_setting[run.setting.slug], config=run.config) for run in study.runs}
+    counts = _Counting(study, contexts).counts()
+    disk = disk_of(study.path)
+    problems += [
+        f"{problem}; or make the study smaller"
+        for problem in disk_problems(study.path, int(sum(count.disk_bytes for count in counts)), disk)
+    ]
+    notes = worker_notes(first)
+    if any(count.at_most for count in counts):
+        notes.append(
+            "which samples the selections choose is not known yet: what they have in common is done once, and settings that "
+            "choose the same samples share more than is counted here"
+        )
+    notes += [
+        f"{count.name}: what {count.unknown_runs} runs do depends on results of earlier stages and is not counted"
+        for count in counts
+        if count.unknown_runs
+    ]
+    return PreparedStudy(study, contexts, counts, disk, list(dict.fromkeys(problems)), notes)
+
+
+def _models(study: Study) -> tuple[dict[Path, str], list[str]]:
+    """Fingerprints of the models by folder; every weight is read once."""
+    fingerprints: dict[Path, str] = {}
+    problems: list[str] = []
+    for run in study.runs:
+        folder = run.config.model
+        if folder not in fingerprints:
+            found = model_problems(folder)
+            problems += found
+            fingerprints[folder] = folder_fingerprint(folder) if not found else ""
+    return fingerprints, problems
+
+
+class PlannedManifest(Manifest):
+    """A run's manifest in which the units that will be done count as done."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run)
+        self.planned: dict[tuple[str, str], UnitRecord] = {}
+        self.guessed = False
+        """Whether the choice of samples was made up."""
+
+    def plan(self, stage: str, unit: str, fingerprint: str, result: Mapping[str, Any]) -> None:
+        """Counts a unit as done."""
+        self.planned[stage, unit] = UnitRecord(stage, unit, fingerprint, (), dict(result), 0.0, "", "", 0, 1, "")
+
+    def read(self, stage: str, unit: str) -> UnitRecord | None:
+        """The planned record."""
+        return self.planned.get((stage, unit))
+
+
+class _Counting:
+    """Goes through the stages as the driver will, writing nothing."""
+
+    def __init__(self, study: Study, contexts: Mapping[str, RunContext]) -> None:
+        self._runs = [(run, contexts[run.label]) for run in study.runs]
+        self._manifests = {run.label: PlannedManifest(run.config.run.absolute()) for run in study.runs}
+        self._sizes: dict[str, dict[str, float]] = {}
+        self._choices: dict[tuple[str, ...], set[str]] = {}
+        """Selections that are not done, by fingerprints of the trajectories that they choose from."""
+
+    def counts(self) -> tuple[StageCount, ...]:
+        return tuple(self._stage(stage) for stage in STAGES)
+
+    def _stage(self, stage: Any) -> StageCount:
+        count = StageCount(stage.name)
+        seen: set[tuple[str, str]] = set()
+        for run, context in self._runs:
+            manifest = self._manifests[run.label]
+            planned = Run(context, RunDirectory(run.config.run.absolute()), manifest)
+            try:
+                units = [unit for wave in stage.waves(planned) for unit in wave]
+            except (
+                AssertionError,
+                LookupError,
+            ):  # it reads a result that is not there yet, or a unit that was not known
+                count.unknown_runs += 1
+                continue
+            for unit in units:
+                count.separate += 1
+                count.at_most |= manifest.guessed
+                real = _real_record(run, stage.name, unit.name, unit.fingerprint)
+                result = {} if real is None else real.result
+                if stage.name == "selection" and real is None:
+                    result = {"chosen": _made_up(manifest, context, unit.fingerprint)}
+                    manifest.guessed = True
+                    trajectories = (manifest.read("trajectories", p.name) for p in context.calibration_prompts)
+                    upstream = tuple(record.fingerprint for record in trajectories if record is not None)
+                    self._choices.setdefault(upstream, set()).add(unit.fingerprint)
+                manifest.plan(stage.name, unit.name, unit.fingerprint, result)
+                if (unit.name, unit.fingerprint) not in seen:
+                    seen.add((unit.name, unit.fingerprint))
+                    count.done += real is not None
+                    count.disk_bytes += self._unit_bytes(run, context).get(stage.name, 0.0)
+        count.shared = len(seen)
+        # Choices from different trajectories have nothing in common, whatever they are.
+        count.at_most &= any(len(chosen) > 1 for chosen in self._choices.values())
+        return count
+
+    def _unit_bytes(self, run: StudyRun, context: RunContext) -> dict[str, float]:
+        """Bytes of one unit of each stage on average; seeds do not matter."""
+        key = run.setting.slug
+        if key not in self._sizes:
+            self._sizes[key] = unit_bytes(context, count_tokens(context))
+        return self._sizes[key]
+
+
+def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
+    """What one unit of each stage writes on average; nothing is known of a model whose shapes cannot run."""
+    if counts.problems:
+        return {}
+    config = context.config
+    auto = torch.bfloat16 if config.workers.num_gpus > 0 else torch.float32
+    dtype = auto if config.numerics.dtype == "auto" else getattr(torch, config.numerics.dtype)
+    size = checkpoint_size(
+        context.model,
+        context.methods[0],
+        tensors=source_tensors(context.model),
+        component_bytes=copied_bytes(context.model.folder),
+    )
+    return {
+        "trajectories": trajectory_bytes(context, counts, dtype) / len(context.calibration_prompts),
+        "activations": activation_bytes(context, counts) / config.selection.num_samples,
+        "distillation": size.artifact_bytes / (len(context.segments) + 1),
+        "assembly": size.folder_bytes,
+        "evaluation": evaluation_bytes(context, counts) / (2 * len(context.held_out_prompts)),
+    }
+
+
+def _real_record(run: StudyRun, stage: str, unit: str, fingerprint: str) -> UnitRecord | None:
+    if not (run.config.run / "config.json").is_file():
+        return None
+    try:
+        record = Manifest(run.config.run.absolute()).read(stage, unit)
+    except ValueError:  # the driver will say what is wrong with it, and do it again
+        return None
+    return record if record is not None and record.fingerprint == fingerprint else None
+
+
+def _made_up(manifest: PlannedManifest, context: RunContext, fingerprint: str) -> list[dict[str, Any]]:
+    """As many samples as will be chosen, different for every selection."""
+    manifest.plan("trajectories", fingerprint, fingerprint, {})
+    return [{"prompt": fingerprint, "step": index} for index in range(context.config.selection.num_samples)]

@@ -1,0 +1,282 @@
+"""What a study measured: every video's values by setting, seed and prompt, and one row of means a setting.
+
+`results.json` holds everything, `results.csv` the rows. A mean and its standard deviation are of the seeds' means; paired
+differences are of the same prompt with the same seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.context import Run
+from pipeline.runner import provenance
+from pipeline.stages.distillation import Distillation
+from pipeline.stages.evaluation import Evaluation
+from pipeline.stages.stage import StageUnit
+from pipeline.study.driver import Failure, StudyOutcome
+from pipeline.study.expansion import Setting, Study, StudyRun
+from pipeline.study.intervals import Interval, mean_interval
+from pipeline.wave import done_record
+from storage.manifest import UnitRecord
+
+FORMAT_VERSION = 1
+FULL_PRECISION = "full precision"
+NOISE_FLOOR = "noise floor (bf16, other attention backend)"
+WORST_FRAC = 0.05
+_COLUMN_METRICS = ("psnr_db", "ssim", "recognized", "seconds_per_step")
+
+Prompts = Mapping[str, Mapping[str, float]]
+"""Everything numeric that the evaluation returned, by prompt name and metric."""
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One run."""
+
+    run: str
+    """Its directory in the study's."""
+    failure: str | None
+    prompts: Prompts = field(default_factory=dict)
+    transformer_bytes: int | None = None
+    compression: float | None = None
+    distillation_seconds: float | None = None
+    """Sum over its segments, whichever run did them; the workers' construction is in it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a setting, full precision, or the noise floor."""
+
+    name: str
+    setting: Setting | None
+    seed_means: Mapping[int, float]
+    """PSNR in dB by seed."""
+    n: int
+    """Videos compared."""
+    psnr_db: float | None = None
+    psnr_db_sd: float | None = None
+    """Over the seeds' means; None for one seed."""
+    difference: Interval | None = None
+    """To the reference in dB, with its 95 % interval."""
+    worst_db: float | None = None
+    """Mean of the worst 5 % of all videos, of one at least."""
+    means: Mapping[str, float] = field(default_factory=dict)
+    """Of all other metrics, over all videos."""
+    transformer_bytes: float | None = None
+    compression: float | None = None
+    distillation_seconds: float | None = None
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All that was measured."""
+
+    study: Study
+    settings: Mapping[str, Mapping[int, SeedResult]]
+    """By name and seed."""
+    full_precision: Mapping[int, Prompts]
+    """By seed; empty if the settings do not share one."""
+    noise_floor: Mapping[int, Prompts]
+    devices: tuple[str, ...]
+    """On which the videos were generated."""
+
+    def rows(self) -> list[Row]:
+        """The settings in the file's order, then full precision and noise floor where they were measured."""
+        reference = self.study.written.reference
+        against = self._values(reference) if reference is not None else {}
+        rows = []
+        for setting in self.study.settings:
+            seeds = self.settings[setting.name]
+            failures = tuple(f"seed {seed}: {found.failure}" for seed, found in seeds.items() if found.failure)
+            prompts = {seed: found.prompts for seed, found in seeds.items() if found.prompts}
+            others = {} if setting.name == reference else against
+            rows.append(_row(setting.name, setting, prompts, others, sizes=list(seeds.values()), failures=failures))
+        for name, found in ((FULL_PRECISION, self.full_precision), (NOISE_FLOOR, self.noise_floor)):
+            if found:
+                rows.append(_row(name, None, found, {}))
+        return rows
+
+    def document(self) -> dict[str, Any]:
+        """`results.json`."""
+        settings = [
+            {
+                "name": setting.name,
+                "slug": setting.slug,
+                "overrides": dict(setting.overrides),
+                "axes": dict(setting.axes),
+                "seeds": {str(seed): asdict(found) for seed, found in self.settings[setting.name].items()},
+            }
+            for setting in self.study.settings
+        ]
+        return {
+            "format_version": FORMAT_VERSION,
+            "study": self.study.written.model_dump(mode="json"),
+            "configurations": {
+                setting.name: self.study.runs_of(setting)[0].config.identity() for setting in self.study.settings
+            },
+            "provenance": provenance(),
+            "devices": list(self.devices),
+            "settings": settings,
+            "full_precision": {str(seed): found for seed, found in self.full_precision.items()},
+            "noise_floor": {str(seed): found for seed, found in self.noise_floor.items()},
+            "table": [flat_row(row) for row in self.rows()],
+        }
+
+    def csv(self) -> str:
+        """`results.csv`: one row a setting, empty where nothing is known."""
+        flat = [flat_row(row) for row in self.rows()]
+        columns = list(dict.fromkeys(key for row in flat for key in row if key != "failed"))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*columns, "failed"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        return text.getvalue()
+
+    def _values(self, name: str) -> dict[tuple[int, str], float]:
+        seeds = {seed: found.prompts for seed, found in self.settings[name].items()}
+        return _by_video(seeds, "psnr_db")
+
+
+def flat_row(row: Row) -> dict[str, Any]:
+    """A row as plain values, for CSV and JSON."""
+    axes = row.setting.axes if row.setting is not None else {}
+    difference = row.difference
+    return {
+        "setting": row.name,
+        **axes,
+        "seeds": len(row.seed_means),
+        "n": row.n,
+        "psnr_db": row.psnr_db,
+        "psnr_db_sd": row.psnr_db_sd,
+        "difference_db": None if difference is None else difference.mean,
+        "difference_db_low": None if difference is None else difference.low,
+        "difference_db_high": None if difference is None else difference.high,
+        "worst_5_percent_db": row.worst_db,
+        "ssim": row.means.get("ssim"),
+        "recognized": row.means.get("recognized"),
+        "compression": row.compression,
+        "transformer_bytes": row.transformer_bytes,
+        "distillation_seconds": row.distillation_seconds,
+        "seconds_per_step": row.means.get("seconds_per_step"),
+        **{key: value for key, value in row.means.items() if key not in _COLUMN_METRICS},
+        "failed": "; ".join(row.failures),
+    }
+
+
+def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
+    """Reads what the runs measured. Of a run that failed before its evaluation nothing is taken: what lies there may be of an
+    older configuration."""
+    settings: dict[str, dict[int, SeedResult]] = {setting.name: {} for setting in study.settings}
+    shared: dict[str, dict[int, dict[str, UnitRecord]]] = {FULL_PRECISION: {}, NOISE_FLOOR: {}}
+    ambiguous, devices = False, []
+    for planned in study.runs:
+        failure = outcome.failures.get(planned.label)
+        result, records = _seed_result(planned, outcome.runs[planned.label], failure)
+        settings[planned.setting.name][planned.seed] = result
+        for kind, found in records.items():
+            devices += [record.device for record in found.values()]
+            known = shared[kind].setdefault(planned.seed, {}) if kind in shared else {}
+            for prompt, record in found.items():
+                ambiguous |= known.setdefault(prompt, record).fingerprint != record.fingerprint and kind in shared
+    full, floor = ({} if ambiguous else _numbers_by_seed(found) for found in shared.values())
+    return StudyResults(study, settings, full, floor, tuple(dict.fromkeys(devices)))
+
+
+def _seed_result(
+    planned: StudyRun, run: Run, failure: Failure | None
+) -> tuple[SeedResult, dict[str, dict[str, UnitRecord]]]:
+    """The result, and the evaluation's records by kind (a setting's own under its name) and prompt."""
+    message = None if failure is None else str(failure)
+    if failure is not None and failure.stage != Evaluation.name:
+        return SeedResult(planned.label, message), {}
+    records: dict[str, dict[str, UnitRecord]] = {}
+    for unit in _units(Evaluation().waves(run)):
+        record = done_record(run, Evaluation.name, unit)
+        if record is not None:
+            model = FULL_PRECISION if unit.payload.checkpoint is None else planned.setting.name
+            kind = NOISE_FLOOR if unit.payload.noise_floor else model
+            records.setdefault(kind, {})[unit.payload.prompt.name] = record
+    assembled = run.manifest.read("assembly", run.context.methods[0].name)
+    size = {} if assembled is None else assembled.result
+    segments = [unit for unit in _units(Distillation().waves(run)) if getattr(unit.payload, "blocks", ())]
+    distilled = [done_record(run, Distillation.name, unit) for unit in segments]
+    own = records.pop(planned.setting.name, {})
+    result = SeedResult(
+        planned.label,
+        message,
+        _numbers(own),
+        size.get("transformer_bytes"),
+        size.get("compression"),
+        round(sum(record.seconds for record in distilled if record is not None), 3),
+    )
+    return result, records
+
+
+def _units(waves: Iterable[Sequence[StageUnit]]) -> list[StageUnit]:
+    return [unit for wave in waves for unit in wave]
+
+
+def _numbers(records: Mapping[str, UnitRecord]) -> dict[str, dict[str, float]]:
+    return {
+        prompt: {key: value for key, value in record.result.items() if isinstance(value, bool | int | float)}
+        for prompt, record in records.items()
+    }
+
+
+def _numbers_by_seed(seeds: Mapping[int, Mapping[str, UnitRecord]]) -> dict[int, Prompts]:
+    return {seed: _numbers(found) for seed, found in seeds.items() if found}
+
+
+def _by_video(seeds: Mapping[int, Prompts], metric: str) -> dict[tuple[int, str], float]:
+    return {
+        (seed, prompt): float(values[metric])
+        for seed, prompts in seeds.items()
+        for prompt, values in prompts.items()
+        if metric in values
+    }
+
+
+def _row(
+    name: str,
+    setting: Setting | None,
+    seeds: Mapping[int, Prompts],
+    reference: Mapping[tuple[int, str], float],
+    *,
+    sizes: Sequence[SeedResult] = (),
+    failures: tuple[str, ...] = (),
+) -> Row:
+    psnr = _by_video(seeds, "psnr_db")
+    seed_means = {
+        seed: statistics.fmean(value for (of, _), value in psnr.items() if of == seed)
+        for seed in dict.fromkeys(seed for seed, _ in psnr)
+    }
+    worst = sorted(psnr.values())[: max(1, int(WORST_FRAC * len(psnr)))]
+    metrics = dict.fromkeys(
+        metric for prompts in seeds.values() for values in prompts.values() for metric in values if metric != "psnr_db"
+    )
+    return Row(
+        name,
+        setting,
+        seed_means,
+        n=len(psnr),
+        psnr_db=_mean(seed_means.values()),
+        psnr_db_sd=statistics.stdev(seed_means.values()) if len(seed_means) > 1 else None,
+        difference=mean_interval([value - reference[video] for video, value in psnr.items() if video in reference]),
+        worst_db=_mean(worst),
+        means={metric: statistics.fmean(_by_video(seeds, metric).values()) for metric in metrics},
+        transformer_bytes=_mean(size.transformer_bytes for size in sizes),
+        compression=_mean(size.compression for size in sizes),
+        distillation_seconds=_mean(size.distillation_seconds for size in sizes),
+        failures=failures,
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None

@@ -1,0 +1,122 @@
+"""A study's rows as tables for people: Markdown for documents, rich for the terminal; the page takes the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from pipeline.planning.plan_tables import new_table, print_sentence
+from pipeline.report.quantities import NOTHING, seconds_text
+from pipeline.study.intervals import Interval
+from pipeline.study.results import FULL_PRECISION, Row, StudyResults
+
+_DISPENSABLE = ("n", "distillation", "recognized", "smaller", "SSIM", "density")
+"""Columns that a narrow terminal does without, the first ones first."""
+_WIDEST = 1000
+
+
+def columns(results: StudyResults, rows: Sequence[Row]) -> list[str]:
+    """Headings; those that no row has anything to say under are left out."""
+    reference = results.study.written.reference
+    found = {
+        "Setting": True,
+        "n": True,
+        "density": any("effective_density" in row.means for row in rows),
+        "PSNR, dB": True,
+        f"to {reference}, dB": reference is not None,
+        "worst 5 %, dB": True,
+        "SSIM": True,
+        "recognized": any("recognized" in row.means for row in rows),
+        "smaller": True,
+        "distillation": True,
+        "failed": any(row.failures for row in rows),
+    }
+    return [name for name, shown in found.items() if shown]
+
+
+def cells(results: StudyResults, row: Row, rows: Sequence[Row]) -> list[str]:
+    """The texts of a row, one a heading of `columns`."""
+    reference = results.study.written.reference
+    full = row.name == FULL_PRECISION and row.setting is None
+    texts = {
+        "Setting": row.name,
+        "n": f"{row.n}" if row.n else NOTHING,
+        "density": f"{100 * row.means['effective_density']:.1f} %" if "effective_density" in row.means else NOTHING,
+        "PSNR, dB": psnr_text(row),
+        f"to {reference}, dB": "reference" if row.name == reference else difference_text(row.difference),
+        "worst 5 %, dB": _number(row.worst_db, 2),
+        "SSIM": _number(row.means.get("ssim"), 4),
+        "recognized": f"{100 * row.means['recognized']:.1f} %" if "recognized" in row.means else NOTHING,
+        "smaller": "16 bits" if full else NOTHING if row.compression is None else f"{row.compression:.2f}×",
+        "distillation": seconds_text(row.distillation_seconds),
+        "failed": "; ".join(row.failures),
+    }
+    return [texts[name] for name in columns(results, rows)]
+
+
+def psnr_text(row: Row) -> str:
+    """Mean ± standard deviation of the seeds' means."""
+    if row.psnr_db is None:
+        return "failed" if row.failures else NOTHING
+    return f"{row.psnr_db:.2f}" if row.psnr_db_sd is None else f"{row.psnr_db:.2f} ± {row.psnr_db_sd:.2f}"
+
+
+def difference_text(difference: Interval | None) -> str:
+    """Such as `+0.42 [+0.11, +0.73]`."""
+    if difference is None:
+        return NOTHING
+    if difference.half_width is None:
+        return f"{difference.mean:+.2f}"
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def markdown_table(results: StudyResults) -> str:
+    """For documents; settings in the file's order."""
+    rows = results.rows()
+    headings = columns(results, rows)
+    lines = [_markdown_line(headings), "|" + "---|" * len(headings)]
+    return "\n".join([*lines, *(_markdown_line(cells(results, row, rows)) for row in rows)])
+
+
+def show_results(results: StudyResults, console: Console) -> None:
+    """For the terminal; failures stand below the table, where they have room. A terminal that is too narrow gets fewer columns,
+    a file gets all."""
+    rows = results.rows()
+    headings = columns(results, rows)
+    texts = [dict(zip(headings, cells(results, row, rows), strict=True)) for row in rows]
+    shown = [name for name in headings if name != "failed"]
+    table = _table(shown, texts)
+    for dispensable in _DISPENSABLE:
+        if not console.is_terminal or _width(table, console) <= console.width:
+            break
+        shown = [name for name in shown if name != dispensable]
+        table = _table(shown, texts)
+    if not console.is_terminal:
+        console.width = max(console.width, _width(table, console))
+    console.print(table)
+    for row in rows:
+        for failure in row.failures:
+            print_sentence(console, f"[red]failed[/]  {escape(row.name)}, {escape(failure)}")
+
+
+def _table(names: Sequence[str], texts: Sequence[Mapping[str, str]]) -> Table:
+    table = new_table(*names)
+    for row in texts:
+        table.add_row(*(escape(row[name]) for name in names))
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+
+
+def _markdown_line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in texts) + " |"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,208 @@
+"""What the sparse attention of a step misses, from the steps at which both were computed (SSAR, QuantSparse §3.3).
+
+    refresh at r:   D = dense - sparse          change = D - D of the refresh before
+    step t > r:     dense is about sparse + D + P_k(change)
+
+`P_k` projects every head on its top k right singular directions. One cache belongs to one attention layer and one generation.
+
+| storage | order 1 keeps | order 2 keeps |
+|---|---|---|
+| `full` | D | D, and the change (in factors of rank k; whole without a rank) |
+| `low_rank` | factors of D | factors of D and of the change |
+
+With `low_rank` the change is taken against what was kept of the refresh before, so it holds what that truncation lost too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reelquant.attention.sparse_spec import ResidualSpec
+from reelquant.ops.residual_factorization.op import factorize
+
+TILE_BYTES = 128 * 2**20
+"""Heads are worked on in groups of about this many bytes of float32, at least one head."""
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A residual of every head: whole `[H, L, D]`, or `rows @ directions^T`."""
+
+    rows: Tensor
+    """[H, L, k] or, whole, [H, L, D]; in the dtype of the attention."""
+    directions: Tensor | None = None
+    """[H, D, k], float32 or wider: it is small."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + (0 if self.directions is None else self.directions.nbytes)
+
+    def added_to(self, x: Tensor, heads: slice, scale: float = 1.0) -> Tensor:
+        """`x + scale * term` for `x` [h, L, D] of these heads, in the dtype of `x`."""
+        rows = self.rows[heads].to(x.dtype)
+        if self.directions is None:
+            return torch.add(x, rows, alpha=scale)
+        return torch.baddbmm(x, rows, self.directions[heads].to(x.dtype).transpose(1, 2), alpha=scale)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """All that stays of a refresh."""
+
+    step: int
+    shape: torch.Size
+    residual: _Term
+    change: _Term | None = None
+    interval: int = 1
+    """Steps between this refresh and the one before."""
+
+
+class ResidualCache:
+    """Corrects sparse attention by what it missed when both were computed.
+
+    Args:
+        order: 0 nothing, 1 `sparse + D`, 2 `sparse + D + P_k(change)`; order 2 is order 1 until the second refresh.
+        rank: k, at most the head size; None for no projection.
+        extrapolation: `constant` adds the change once; `linear` scales it by `(t - r) / (r - r')`, r' the refresh before.
+        storage: `full` keeps D whole and projects the change alone, as the paper's formula does; `low_rank` keeps every
+            term in factors of rank k, as the paper's memory does: `H L k` numbers a term, not `H L D`.
+
+    Raises: ValueError for other values, or `low_rank` without a rank.
+    """
+
+    def __init__(self, order: int, rank: int | None, extrapolation: str, *, storage: str = "full") -> None:
+        self._spec = ResidualSpec(order=order, rank=rank, extrapolation=extrapolation, storage=storage)
+        _raise_problems(self._spec.problems())
+        self._kept: _Kept | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept between steps."""
+        if self._kept is None:
+            return 0
+        return self._kept.residual.nbytes + (0 if self._kept.change is None else self._kept.change.nbytes)
+
+    @torch.no_grad()
+    def refresh(self, step: int, dense: Tensor, sparse: Tensor) -> None:
+        """Keeps what `sparse` misses of `dense`; with order 0, nothing. What was kept stays as it was if this raises.
+
+        Args:
+            step: of the generation, above that of the refresh before.
+            dense, sparse: [H, L, D] floating, the layer's attention both ways; differences in float32 or wider.
+
+        Raises: ValueError for other shapes or steps, a rank above the head size, NaN or inf.
+        """
+        self._check_refresh(step, dense, sparse)
+        if self._spec.order == 0:
+            return
+        before = self._kept
+        groups = _head_groups(sparse)
+        finite = torch.ones((), dtype=torch.bool, device=sparse.device)
+        residuals, changes = [], []
+        for heads in groups:
+            wide = torch.promote_types(sparse.dtype, torch.float32)
+            residual = dense[heads].to(wide) - sparse[heads].to(wide)
+            finite &= torch.stack(residual.aminmax()).isfinite().all()
+            residuals.append(self._term(residual, sparse.dtype, low_rank=self._spec.storage == "low_rank"))
+            if self._spec.order == 2 and before is not None:
+                change = before.residual.added_to(residual, heads, scale=-1.0)
+                changes.append(self._term(change, sparse.dtype, low_rank=self._spec.rank is not None))
+        if not bool(finite):
+            _raise_not_finite(step, dense, sparse)
+        self._kept = _Kept(
+            step,
+            sparse.shape,
+            _joined(residuals),
+            _joined(changes) if changes else None,
+            1 if before is None else step - before.step,
+        )
+
+    def correct(self, step: int, sparse: Tensor) -> Tensor:
+        """`sparse` with what the last refreshes found missing; float32 or wider inside. Differentiable in `sparse`.
+
+        Args:
+            step: of the generation, not before the last refresh.
+            sparse: [H, L, D] floating, of the shape that was refreshed.
+
+        Returns: [H, L, D] in the dtype of `sparse`; with order 0, `sparse` itself.
+        Raises: ValueError before any refresh (order 1 and 2), for another shape or an earlier step.
+        """
+        if self._spec.order == 0:
+            return sparse
+        kept = self._kept
+        if kept is None:
+            raise ValueError(f"step {step}: nothing to correct with before the first refresh; refresh, or use order 0")
+        if sparse.shape != kept.shape or not sparse.is_floating_point():
+            raise ValueError(
+                f"step {step}: sparse is {sparse.dtype} {tuple(sparse.shape)}, the cache was refreshed with "
+                f"{tuple(kept.shape)} at step {kept.step}; refresh, or use one cache a layer and generation"
+            )
+        if step < kept.step:
+            raise ValueError(f"step {step} is before the last refresh at step {kept.step}; use a new cache")
+        scale = (step - kept.step) / kept.interval if self._spec.extrapolation == "linear" else 1.0
+        corrected = torch.empty_like(sparse, memory_format=torch.contiguous_format)
+        for heads in _head_groups(sparse):
+            wide = sparse[heads].to(torch.promote_types(sparse.dtype, torch.float32))
+            wide = kept.residual.added_to(wide, heads)
+            if kept.change is not None and scale != 0:
+                wide = kept.change.added_to(wide, heads, scale)
+            corrected[heads] = wide
+        return corrected
+
+    def _term(self, residual: Tensor, dtype: torch.dtype, *, low_rank: bool) -> _Term:
+        if not low_rank:
+            return _Term(residual.to(dtype))
+        assert self._spec.rank is not None
+        rows, directions = factorize(residual, self._spec.rank)
+        return _Term(rows.to(dtype), directions)
+
+    def _check_refresh(self, step: int, dense: Tensor, sparse: Tensor) -> None:
+        if dense.ndim != 3 or dense.shape != sparse.shape or dense.numel() == 0:
+            raise ValueError(
+                f"refresh at step {step}: dense and sparse must both be [H, L, D], "
+                f"got {tuple(dense.shape)} and {tuple(sparse.shape)}"
+            )
+        if not (dense.is_floating_point() and sparse.is_floating_point()):
+            raise ValueError(f"refresh at step {step}: needs floating tensors, got {dense.dtype} and {sparse.dtype}")
+        _raise_problems(self._spec.problems(sparse.shape[2]))
+        kept = self._kept
+        if kept is None:
+            return
+        if step <= kept.step:
+            raise ValueError(f"refresh at step {step}, but the last one was at step {kept.step}; use a new cache")
+        if sparse.shape != kept.shape:
+            raise ValueError(
+                f"refresh at step {step} with {tuple(sparse.shape)}, but the one at step {kept.step} had "
+                f"{tuple(kept.shape)}; use one cache a layer and generation"
+            )
+
+
+def _head_groups(x: Tensor) -> list[slice]:
+    heads, tokens, d = x.shape
+    size = max(1, TILE_BYTES // (4 * tokens * d))
+    return [slice(start, min(heads, start + size)) for start in range(0, heads, size)]
+
+
+def _joined(terms: list[_Term]) -> _Term:
+    if len(terms) == 1:
+        return terms[0]
+    directions = [term.directions for term in terms if term.directions is not None]
+    return _Term(torch.cat([term.rows for term in terms]), torch.cat(directions) if directions else None)
+
+
+def _raise_problems(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("residual cache: " + "; ".join(problems))
+
+
+def _raise_not_finite(step: int, dense: Tensor, sparse: Tensor) -> None:
+    for name, tensor in (("dense", dense), ("sparse", sparse)):
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise ValueError(f"refresh at step {step}: {name} holds {bad} NaN or infinite values of {tensor.numel()}")
+    raise ValueError(
+        f"refresh at step {step}: dense - sparse overflows {torch.promote_types(sparse.dtype, torch.float32)}"
+    )

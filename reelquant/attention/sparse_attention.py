@@ -1,0 +1,152 @@
+"""The attention of a transformer that was calibrated for sparse attention: dense, refreshed or sparse with its residual.
+
+    step      0        1        2        3        4        5   …
+    runs      refresh  sparse + residual of step 0 …       refresh
+
+A refresh runs both ways and keeps what the band misses (`ResidualCache`); the steps between add it. All that is kept
+belongs to one generation (`runtime.generation`) and one element of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from reelquant.attention.band_mask import band_width, visited_pairs
+from reelquant.attention.head_kind import band_errors, kinds_of, sampled_rows
+from reelquant.attention.residual_cache import ResidualCache
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.families.family import TokenLayout
+from reelquant.ops.band_attention.op import Implementation, band_attention, dense_attention
+from reelquant.runtime.generation import GenerationState, GenerationTracker
+
+
+@dataclass
+class Visited:
+    """Pairs (query, key) of the attention maps since `SparseAttention.visited` was last set anew."""
+
+    pairs: int = 0
+    of: int = 0
+
+    @property
+    def density(self) -> float:
+        """Share of the maps that was visited; a refresh counts as dense, not more. NaN before any pass."""
+        return self.pairs / self.of if self.of else float("nan")
+
+
+class SparseAttention:
+    """What `transformer.sparse_attention` is. `enabled = False` turns the transformer dense, `True` back.
+
+    Attributes:
+        spec: what the checkpoint says.
+        enabled: whether attention runs sparse; change it between generations.
+        implementation: of `band_attention`.
+        visited: counts the pairs that ran, for the effective density.
+    """
+
+    def __init__(
+        self, spec: SparseAttentionSpec, *, family: ModuleType, config: Mapping[str, Any], tracker: GenerationTracker
+    ) -> None:
+        self.spec = spec
+        self.enabled = True
+        self.implementation: Implementation = "auto"
+        self.visited = Visited()
+        self._family, self._config, self._tracker = family, config, tracker
+
+    def check_model(self) -> None:
+        """Whether the stored blocks and heads are the model's.
+
+        Raises:
+            ValueError: names every block that is missing, unknown or has another number of heads; or a rank too high.
+        """
+        blocks, (heads, head_dim) = self._family.block_names(self._config), self._family.num_heads(self._config)
+        problems = self.spec.residual.problems(head_dim)
+        sparse = [name for name in blocks if name not in self.spec.dense_blocks]
+        if not self.spec.online:
+            problems += [f"head_kinds has no block {name}" for name in sparse if name not in self.spec.head_kinds]
+        problems += [
+            f"head_kinds of {name} has {len(kinds)} heads, the model {heads}"
+            for name, kinds in self.spec.head_kinds.items()
+            if len(kinds) != heads
+        ]
+        unknown = sorted((set(self.spec.head_kinds) | set(self.spec.dense_blocks)) - set(blocks))
+        problems += [f"the model has no block {name}" for name in unknown]
+        if problems:
+            raise ValueError("sparse_attention does not fit the model: " + "; ".join(problems))
+
+    def attend(self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of `block` for batch element `item`: `[H, L, D]`, text last and without padding -> `[H, L, D]`.
+
+        Raises:
+            ValueError: the latents are so small that the band is narrower than one token.
+        """
+        state = self._tracker.current
+        assert state is not None, "attention outside of a forward pass of the transformer"
+        tokens = q.shape[1]
+        self.visited.of += tokens**2
+        if not self.enabled:
+            self.visited.pairs += tokens**2
+            return dense_attention(q, k, v)
+        layout = self._layout(state, tokens)
+        width = _width(state, layout, self.spec.density)
+        if self.spec.is_dense(state.step, block):
+            self.visited.pairs += tokens**2
+            dense = dense_attention(q, k, v)
+            if block not in self.spec.dense_blocks and self.spec.is_refresh(state.step):
+                kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=True)
+                self._cache(block, item).refresh(state.step, dense, self._sparse(q, k, v, kinds, layout, width))
+            return dense
+        self.visited.pairs += visited_pairs(layout, width)
+        renew = self.spec.residual.order == 0
+        kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=renew)
+        return self._cache(block, item).correct(state.step, self._sparse(q, k, v, kinds, layout, width))
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, kinds: str, layout: TokenLayout, width: int) -> Tensor:
+        return band_attention(q, k, v, kinds=kinds, layout=layout, width=width, implementation=self.implementation)
+
+    def _kinds(
+        self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, width: int, renew: bool
+    ) -> str:
+        if not self.spec.online:
+            return self.spec.head_kinds[block]
+        memory = self._memory()
+        key = ("kinds", block, item)
+        if renew or key not in memory:
+            rows = sampled_rows(layout, device=q.device)
+            memory[key] = kinds_of(band_errors(q, k, v, layout=layout, width=width, rows=rows))
+        found: str = memory[key]
+        return found
+
+    def _cache(self, block: str, item: int) -> ResidualCache:
+        residual = self.spec.residual
+        cache: ResidualCache = self._memory().setdefault(
+            ("residual", block, item),
+            ResidualCache(residual.order, residual.rank, residual.extrapolation, storage=residual.storage),
+        )
+        return cache
+
+    def _memory(self) -> dict[Any, Any]:
+        assert self._tracker.current is not None
+        return self._tracker.current.memory
+
+    def _layout(self, state: GenerationState, tokens: int) -> TokenLayout:
+        grid = self._family.token_layout(self._config, state.latent_shape, 0)
+        layout: TokenLayout = self._family.token_layout(self._config, state.latent_shape, tokens - grid.num_video)
+        return layout
+
+
+def _width(state: GenerationState, layout: TokenLayout, density: float) -> int:
+    widths: dict[TokenLayout, int] = state.memory.setdefault("widths", {})
+    if layout not in widths:
+        try:
+            widths[layout] = band_width(layout, density)
+        except ValueError as error:
+            raise ValueError(
+                f"latents {list(state.latent_shape)} are too small for sparse attention: {error}; or run dense: "
+                "transformer.sparse_attention.enabled = False"
+            ) from None
+    return widths[layout]

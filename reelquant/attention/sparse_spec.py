@@ -1,0 +1,121 @@
+"""`sparse_attention` of a checkpoint: everything that decides which attention runs at which step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from reelquant.attention.band_mask import mask_density
+from reelquant.families.family import TokenLayout
+
+EXTRAPOLATIONS = ("constant", "linear")
+STORAGES = ("full", "low_rank")
+
+
+@dataclass(frozen=True)
+class ResidualSpec:
+    """The residual cache (SSAR, QuantSparse §3.3)."""
+
+    order: int = 2
+    """0 for none, 1 or 2."""
+    rank: int | None = 16
+    """Of the projection; None for none."""
+    extrapolation: str = "constant"
+    """`constant` or `linear`."""
+    storage: str = "low_rank"
+    """`full` keeps whole residuals, `low_rank` factors of them."""
+
+    def problems(self, head_dim: int | None = None) -> list[str]:
+        """Everything that is impossible."""
+        found = []
+        if self.order not in (0, 1, 2):
+            found.append(f"residual.order is {self.order}; 0 (none), 1 or 2")
+        if self.rank is not None and self.rank < 1:
+            found.append(f"residual.rank is {self.rank}; 1 or more, or none for no projection")
+        if self.rank is not None and head_dim is not None and self.rank > head_dim:
+            found.append(f"residual.rank is {self.rank}, above the head size {head_dim}; at most {head_dim}, or none")
+        if self.extrapolation not in EXTRAPOLATIONS:
+            found.append(f"residual.extrapolation is {self.extrapolation!r}; one of {', '.join(EXTRAPOLATIONS)}")
+        if self.storage not in STORAGES:
+            found.append(f"residual.storage is {self.storage!r}; one of {', '.join(STORAGES)}")
+        if self.storage == "low_rank" and self.rank is None and self.order > 0:
+            found.append("residual.storage low_rank needs a rank; set residual.rank, or storage full")
+        return found
+
+
+@dataclass(frozen=True)
+class SparseAttentionSpec:
+    """Sparse attention of one transformer."""
+
+    density: float
+    """Target share of the `L x L` map that a sparse step visits, in (0, 1]; the widest band that stays below is taken."""
+    head_kinds: dict[str, str] = field(default_factory=dict)
+    """By block: one letter a head, `s` spatial or `t` temporal. Empty where they are found while generating (`online`)."""
+    online: bool = False
+    """Find the head kinds while generating, at every refresh."""
+    dense_steps: int = 0
+    """First steps that run dense."""
+    dense_blocks: tuple[str, ...] = ()
+    """Blocks that always run dense."""
+    interval: int = 5
+    """Steps from one refresh of the residual to the next; refreshes run dense."""
+    residual: ResidualSpec = field(default_factory=ResidualSpec)
+
+    def __post_init__(self) -> None:
+        problems = self.residual.problems()
+        if not 0 < self.density <= 1:
+            problems.append(f"density is {self.density}; above 0 and at most 1")
+        if self.interval < 1:
+            problems.append(f"interval is {self.interval}; at least 1 step (1 is always dense)")
+        if self.dense_steps < 0:
+            problems.append(f"dense_steps is {self.dense_steps}; 0 or more")
+        for block, kinds in self.head_kinds.items():
+            if not kinds or set(kinds) - {"s", "t"}:
+                problems.append(f"head_kinds of {block} are {kinds!r}; one letter a head, s or t")
+        if problems:
+            raise ValueError("sparse_attention: " + "; ".join(problems))
+
+    def is_refresh(self, step: int) -> bool:
+        """Whether `step` runs dense to refresh the residual; the last of the first dense steps does."""
+        if self.residual.order == 0:
+            return False
+        return (step - max(self.dense_steps - 1, 0)) % self.interval == 0
+
+    def is_dense(self, step: int, block: str) -> bool:
+        """Whether `block` runs dense at `step`."""
+        return block in self.dense_blocks or step < self.dense_steps or self.is_refresh(step)
+
+    def effective_density(self, layout: TokenLayout, width: int, *, num_steps: int, blocks: tuple[str, ...]) -> float:
+        """Mean share of the map over all steps and blocks; a dense step counts 1."""
+        sparse = mask_density(layout, width)
+        dense = sum(self.is_dense(step, block) for step in range(num_steps) for block in blocks)
+        total = num_steps * len(blocks)
+        return (dense + (total - dense) * sparse) / total
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "dense_blocks": list(self.dense_blocks)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionSpec:
+        """From the JSON values of `to_dict`.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is not possible.
+        """
+        known, residual_known = {f.name for f in fields(cls)}, {f.name for f in fields(ResidualSpec)}
+        residual = values.get("residual", {})
+        if not isinstance(residual, Mapping) or not isinstance(values.get("head_kinds", {}), Mapping):
+            raise ValueError(f"sparse_attention: residual and head_kinds must be objects, got {values!r}")
+        unknown = sorted(set(values) - known) + sorted(f"residual.{key}" for key in set(residual) - residual_known)
+        if unknown or "density" not in values:
+            raise ValueError(f"sparse_attention: unknown keys {unknown}, or no density")
+        return cls(
+            **{
+                **values,
+                "dense_blocks": tuple(values.get("dense_blocks", ())),
+                "head_kinds": dict(values.get("head_kinds", {})),
+                "residual": ResidualSpec(**residual),
+            }
+        )

@@ -1,0 +1,138 @@
+"""HunyuanVideo's attention with an exchangeable core: projections, norms and rotary embedding as in diffusers' own.
+
+The core sees one sample without its padding, so no mask is ever passed on; the rows of padding tokens come out as zeros
+(no real token sees them, in this model or in diffusers').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from reelquant.ops.band_attention.op import dense_attention
+
+AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens."""
+
+
+class CoreAttentionProcessor:
+    """diffusers attention processor that hands queries, keys and values to `core`."""
+
+    def __init__(self, core: AttentionCore) -> None:
+        self.core = core
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden_states [B, n, d]`, `encoder_hidden_states [B, m, d]`, `attention_mask [B, 1, 1, n + m]` bool."""
+        num_text = encoder_hidden_states.shape[1]
+        separate = attn.add_q_proj is not None
+        joint = hidden_states if separate else _joined(hidden_states, encoder_hidden_states)
+        query, key, value = (_heads(attn, layer(joint)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = _normalized(attn.norm_q, query), _normalized(attn.norm_k, key)
+        query, key = (_rotated(x, image_rotary_emb, num_text=0 if separate else num_text) for x in (query, key))
+        if separate:
+            text = encoder_hidden_states
+            more = [_heads(attn, layer(text)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+            query = torch.cat([query, _normalized(attn.norm_added_q, more[0])], dim=1)
+            key = torch.cat([key, _normalized(attn.norm_added_k, more[1])], dim=1)
+            value = torch.cat([value, more[2]], dim=1)
+        out = self._attend(query, key, value, attention_mask).flatten(2, 3).to(query.dtype)
+        video, text_out = out[:, :-num_text], out[:, -num_text:]
+        if getattr(attn, "to_out", None) is not None:
+            video = attn.to_out[1](attn.to_out[0](video))
+        if getattr(attn, "to_add_out", None) is not None:
+            text_out = attn.to_add_out(text_out)
+        return video, text_out
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """`[B, L, H, D]` three times -> `[B, L, H, D]`."""
+        batch, length = query.shape[:2]
+        lengths = [length] * batch if mask is None else mask.reshape(batch, -1).sum(dim=1).tolist()
+        outputs = []
+        for item, valid in enumerate(lengths):
+            q, k, v = (x[item, :valid].transpose(0, 1) for x in (query, key, value))
+            out = self.core(item, q, k, v).transpose(0, 1)
+            outputs.append(torch.cat([out, out.new_zeros(length - valid, *out.shape[1:])]) if valid < length else out)
+        return torch.stack(outputs)
+
+
+def set_attention_core(block: nn.Module, core: AttentionCore) -> None:
+    """Makes `block` compute its attention with `core` from now on.
+
+    A core with a method `prepare` is given the `Conditioning` before every `call_block`.
+    """
+    block.get_submodule("attn").set_processor(CoreAttentionProcessor(core))  # type: ignore[operator]
+
+
+def prepare_core(block: nn.Module, conditioning: Any) -> None:
+    """Tells the block's core, if it asks for it, which sample comes."""
+    prepare = getattr(getattr(block.get_submodule("attn").processor, "core", None), "prepare", None)
+    if prepare is not None:
+        prepare(conditioning)
+
+
+@contextmanager
+def watch_attention(block: nn.Module, observe: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """While open, every call of `block` hands `observe` its queries, keys and values `[H, L, D]`, after norm and rotation."""
+    attention: Any = block.get_submodule("attn")
+    previous = attention.processor
+    inner = getattr(previous, "core", _dense_core)
+
+    def core(item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        observe(q, k, v)
+        out: Tensor = inner(item, q, k, v)
+        return out
+
+    if hasattr(inner, "prepare"):
+        core.prepare = inner.prepare  # type: ignore[attr-defined]
+    attention.set_processor(CoreAttentionProcessor(core))
+    try:
+        yield
+    finally:
+        attention.set_processor(previous)
+
+
+def _dense_core(_item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dense_attention(q, k, v)
+
+
+def _joined(video: Tensor, text: Tensor) -> Tensor:
+    """Both streams in one tensor: the very one that they are views of, if it is there (its transform is then shared)."""
+    base = video._base
+    if base is not None and base is text._base and base.shape[1] == video.shape[1] + text.shape[1]:
+        starts = video.storage_offset() - base.storage_offset(), text.storage_offset() - base.storage_offset()
+        if starts == (0, video.shape[1] * base.stride(1)):
+            return base
+    return torch.cat([video, text], dim=1)
+
+
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    heads: Tensor = x.unflatten(2, (attn.heads, -1))
+    return heads
+
+
+def _normalized(norm: nn.Module | None, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    out: Tensor = norm(x)
+    return out
+
+
+def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None, *, num_text: int) -> Tensor:
+    if rotary is None:
+        return x
+    if not num_text:
+        rotated: Tensor = apply_rotary_emb(x, rotary, sequence_dim=1)
+        return rotated
+    return torch.cat([apply_rotary_emb(x[:, :-num_text], rotary, sequence_dim=1), x[:, -num_text:]], dim=1)

@@ -1,0 +1,77 @@
+"""Band attention in plain torch, on any device: what defines the result of every other implementation.
+
+Shapes: H heads, L = n + m tokens (n of the video, then m of the text), D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from reelquant.attention.band_mask import place_major_order, place_major_positions
+from reelquant.families.family import TokenLayout
+
+
+def band_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, temporal: Tensor, layout: TokenLayout, width: int, tile_rows: int
+) -> Tensor:
+    """See `op.band_attention`. Walks tiles of `tile_rows` queries, each against one contiguous run of keys and the text:
+    no mask is larger than a tile, and the backward pass keeps no scores."""
+    if width >= layout.num_video:
+        return dense_attention(q, k, v)
+    out = torch.empty_like(q) if not (torch.is_grad_enabled() and q.requires_grad) else None
+    parts: list[tuple[Tensor, Tensor]] = []
+    for heads, is_temporal in ((~temporal, False), (temporal, True)):
+        index = heads.nonzero().flatten()
+        if not len(index):
+            continue
+        selected = tuple(x[index] if len(index) < len(q) else x for x in (q, k, v))
+        result = _one_kind(*selected, is_temporal=is_temporal, layout=layout, width=width, tile_rows=tile_rows)
+        if len(index) == len(q):
+            return result
+        if out is None:
+            parts.append((index, result))
+        else:
+            out[index] = result
+    if out is not None:
+        return out
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return torch.cat([result for _, result in parts])[order]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention `[H, L, D]`."""
+    return scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
+
+
+def _one_kind(
+    q: Tensor, k: Tensor, v: Tensor, *, is_temporal: bool, layout: TokenLayout, width: int, tile_rows: int
+) -> Tensor:
+    n = layout.num_video
+    text_k, text_v = k[:, n:], v[:, n:]
+    video = [x[:, :n] for x in (q, k, v)]
+    if is_temporal:
+        order = place_major_order(layout, q.device)
+        video = [x[:, order] for x in video]
+    video_q, video_k, video_v = video
+    outputs = []
+    for start in range(0, n, tile_rows):
+        stop = min(n, start + tile_rows)
+        low, high = max(0, start - width + 1), min(n, stop + width - 1)
+        keys = torch.cat([video_k[:, low:high], text_k], dim=1)
+        values = torch.cat([video_v[:, low:high], text_v], dim=1)
+        rows = torch.arange(start, stop, device=q.device).unsqueeze(1)
+        near = (rows - torch.arange(low, high, device=q.device)).abs() < width
+        mask = torch.cat([near, near.new_ones(stop - start, layout.num_text)], dim=1)
+        outputs.append(
+            scaled_dot_product_attention(
+                video_q[:, start:stop].unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask
+            )[0]
+        )
+    out = torch.cat(outputs, dim=1)
+    if is_temporal:
+        out = out[:, place_major_positions(layout, q.device)]
+    if not layout.num_text:
+        return out
+    return torch.cat([out, dense_attention(q[:, n:], k, v)], dim=1)

@@ -1,0 +1,43 @@
+"""Gives a loaded transformer what its checkpoint says besides the weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from reelquant.attention.sparse_attention import SparseAttention
+from reelquant.checkpoint.schema import QuantizationSpec
+from reelquant.families.family import family_of_architecture
+from reelquant.runtime.generation import GenerationTracker
+from reelquant.runtime.step_protection import protect_steps
+from reelquant.runtime.velocity_correction import correct_velocity
+
+
+def attach_runtime(transformer: nn.Module, spec: QuantizationSpec) -> GenerationTracker | None:
+    """Installs sparse attention, protected steps and the velocity correction of `spec`, as far as it has them.
+
+    `transformer.sparse_attention` is then the `SparseAttention`; `transformer.sparse_attention.enabled = False` turns it
+    dense.
+
+    Returns: what tells generations apart, None where nothing needs it.
+    Raises: ValueError: no family knows the architecture, or blocks and heads of the model are not those of `spec`.
+    """
+    if spec.sparse_attention is None and spec.step_protection is None and spec.velocity_correction is None:
+        return None
+    tracker = GenerationTracker()
+    if spec.step_protection is not None:
+        protect_steps(transformer, spec.step_protection, tracker)
+    if spec.velocity_correction is not None:
+        # Registered before the tracker's own hook, which ends the pass.
+        correct_velocity(transformer, spec.velocity_correction, tracker)
+    if spec.sparse_attention is not None:
+        family = family_of_architecture(type(transformer).__name__)
+        config = dict(transformer.config)  # type: ignore[arg-type]
+        sparse = SparseAttention(spec.sparse_attention, family=family, config=config, tracker=tracker)
+        sparse.check_model()
+        for name in family.block_names(config):
+            family.set_attention_core(transformer.get_submodule(name), partial(sparse.attend, name))
+        transformer.sparse_attention = sparse  # type: ignore[assignment]
+    tracker.attach(transformer)
+    return tracker

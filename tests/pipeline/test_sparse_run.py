@@ -1,0 +1,72 @@
+"""A whole run with sparse attention: head kinds are found, stored, and run by plain `from_pretrained`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.loading import ConfigError, load_config
+from pipeline.context import build_context
+from pipeline.plan import plan_config
+from tests.pipeline.small_run import call, small_run
+
+METHOD: dict[str, Any] = {
+    "preset": "s2q_quantsparse", "rotation_block": 64, "epochs": 1, "pool_size": 16, "num_salient_tokens": 16,
+    "protected_steps": 1,
+    "attention": {
+        "density": 0.4, "interval": 2, "dense_steps": 0, "dense_layers": 1, "calibrate": "corrected", "residual": {"rank": 8},
+    },
+}  # fmt: skip
+BITS = {"weight": 4, "activation": 6}
+BLOCKS = [f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_blocks.{i}" for i in range(6)]
+
+
+@pytest.mark.ray
+def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_path: Path) -> None:
+    done = call("run", str(small_run(tmp_path, method=METHOD, bits=BITS)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    checkpoint = tmp_path / "run" / "checkpoint"
+    stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
+    assert stored["step_protection"] == {"num_steps": 1, "activation_bits": 8}
+    sparse = stored["sparse_attention"]
+    assert sparse["dense_blocks"] == BLOCKS[:1]
+    assert set(sparse["head_kinds"]) == set(BLOCKS[1:])
+    assert all(len(kinds) == 3 and set(kinds) <= {"s", "t"} for kinds in sparse["head_kinds"].values())
+    assert (sparse["interval"], sparse["residual"]["rank"]) == (2, 8)
+    (record,) = (tmp_path / "run" / "manifest" / "evaluation").glob("s2q_quantsparse-*.json")
+    result = json.loads(record.read_text())["result"]
+    # One block of nine dense; of three steps the first and the third are refreshes.
+    assert result["effective_density"] == pytest.approx((9 + 1 + 8 * 0.4 + 9) / 27, abs=0.01)
+    assert result["psnr_db"] > 15
+    for segment in (tmp_path / "run" / "manifest" / "distillation").glob("s2q_quantsparse-segment-*.json"):
+        for block in json.loads(segment.read_text())["result"]["blocks"].values():
+            assert set(block["attention_losses"]) == {"global", "local"}
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "s2q_quantsparse" in report
+    verified = call("verify", str(checkpoint))
+    assert verified.returncode == 0, verified.stdout
+
+
+def problems(tmp_path: Path, **attention: Any) -> str:
+    path = small_run(tmp_path, method={**METHOD, "attention": {**METHOD["attention"], **attention}}, bits=BITS)
+    with pytest.raises(ConfigError) as error:
+        plan_config(load_config(path)).require_feasible()
+    return "; ".join(error.value.problems)
+
+
+def test_what_the_model_or_the_schedule_cannot_have_is_said_before_the_run(tmp_path: Path) -> None:
+    assert "rank is 65, above the head size 64" in problems(tmp_path, residual={"rank": 65})
+    assert "dense_steps is 3: all 3 steps" in problems(tmp_path, dense_steps=3)
+    assert "dense_layers is 9: all 9 blocks" in problems(tmp_path, dense_layers=9)
+    assert "narrower than one token" in problems(tmp_path, density=0.02)
+
+
+def test_a_family_without_sparse_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reelquant.families import hunyuan_video
+
+    monkeypatch.delattr(hunyuan_video, "set_attention_core")
+    with pytest.raises(ConfigError, match=r"density is 0.4, but HunyuanVideo.* has no sparse attention"):
+        build_context(load_config(small_run(tmp_path, method=METHOD, bits=BITS)))

@@ -1,0 +1,429 @@
+"""Studies: their file and all that can be wrong with it, units that runs take over from each other, and one for real."""
+
+import csv
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.config.loading import ConfigError
+from pipeline.context import Run
+from pipeline.event_log import read_events
+from pipeline.run_state import read_status
+from pipeline.study.adoption import adopt
+from pipeline.study.command import do_study, plan_study
+from pipeline.study.expansion import load_study, slug_of
+from pipeline.study.preparation import prepare_study
+from storage.manifest import Manifest, OutputFile, UnitRecord
+from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
+from tests.pipeline.small_run import ROOT, call, files, small_run
+
+BASE: dict[str, Any] = {"run": "ignored", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
+NAIVE: dict[str, Any] = {"name": "naive", "set": {"method": "quarot"}}
+
+
+def write(folder: Path, base: dict[str, Any] | None = None, **changes: Any) -> Path:
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE if base is None else base))
+    study = {"study": str(folder / "study"), "config": str(folder / "base.yaml"), "settings": [NAIVE], **changes}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as raised:
+        load_study(path, overrides)
+    assert all(problem.startswith(str(path.parent)) for problem in raised.value.problems)
+    return tuple(problem.partition(": ")[2] for problem in raised.value.problems)
+
+
+def test_every_combination_of_the_axes_with_every_seed_is_a_run(tmp_path: Path) -> None:
+    grid = {
+        "name": "samples {selection.num_samples}, segments {distillation.segment_length}",
+        "set": {"method": {"preset": "s2q", "epochs": 3}, "method.damping": 0.5},
+        "axes": {"selection.num_samples": [3, 7], "distillation.segment_length": [1, "all"]},
+    }
+    path = write(
+        tmp_path, set={"method": "rtn", "bits.weight": 6}, settings=[NAIVE, grid], seeds=[0, 5], noise_floor=True
+    )
+    study = load_study(path, ["workers.num_workers=1"])
+    names = [setting.name for setting in study.settings]
+    assert names == [
+        "naive", "samples 3, segments 1", "samples 3, segments all", "samples 7, segments 1", "samples 7, segments all",
+    ]  # fmt: skip
+    assert [run.label for run in study.runs][4:6] == ["seed-0/samples-7-segments-all", "seed-5/naive"]
+    configs = {run.label: run.config for run in study.runs}
+    assert len(configs) == 10
+    last = configs["seed-5/samples-7-segments-all"]
+    assert (last.seed, last.run) == (5, tmp_path / "study" / "seed-5" / "samples-7-segments-all")
+    assert (last.selection.num_samples, last.distillation.segment_length, last.bits.weight) == (7, "all", 6)
+    assert (last.method.preset, last.method.epochs, last.method.damping) == ("s2q", 3, 0.5)
+    assert configs["seed-0/naive"].method.preset == "quarot", "a setting's method replaces the study's"
+    assert all(config.evaluation.noise_floor and config.workers.num_workers == 1 for config in configs.values())
+    assert [setting.group for setting in study.settings] == [0, 1, 1, 1, 1]
+
+
+def test_a_key_inside_a_method_that_is_only_a_name(tmp_path: Path) -> None:
+    setting = {"name": "{method.damping}", "set": {"method": "gptq"}, "axes": {"method.damping": [0.25]}}
+    [run] = load_study(write(tmp_path, base={**BASE, "method": "rtn"}, settings=[setting])).runs
+    assert (run.config.method.preset, run.config.method.damping) == ("gptq", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sets": {}}, "sets: unknown key"),
+        ({"settings": []}, "settings is empty: give one or more"),
+        ({"settings": [{"name": "a", "axis": {}}]}, "settings.0.axis: unknown key"),
+        (
+            {"settings": [{"name": "a", "axes": {"seed": []}}]},
+            "the axis seed has no values; give some, or leave it out",
+        ),
+        (
+            {"settings": [{"name": "{k}", "set": {"k": 1}, "axes": {"k": [1]}}]},
+            "k is in set and in axes; keep one",
+        ),
+        ({"seeds": [1, 1]}, "seeds are [1, 1]: give one or more, each once, 0 or more"),
+        ({"seeds": [-1]}, "seeds are [-1]: give one or more, each once, 0 or more"),
+        ({"seeds": []}, "seeds are []: give one or more, each once, 0 or more"),
+        ({"settings": [NAIVE, NAIVE]}, "2 are named 'naive'; give each its name"),
+        (
+            {"settings": [{"name": "a", "axes": {"bits.weight": [3, 4]}}]},
+            "2 are named 'a'; give each its name (an axis shows in it as {key}, every value once)",
+        ),
+        (
+            {"settings": [{"name": "{bits.weigth}", "axes": {"bits.weight": [3, 4]}}]},
+            "its name uses {bits.weigth}, its axes are: bits.weight",
+        ),
+        (
+            {"settings": [{"name": "A b"}, {"name": "a/b"}]},
+            "'A b' and 'a/b' would share the folder 'a-b'; make their letters and digits differ",
+        ),
+        ({"reference": "best"}, "reference: no setting is named 'best'; there are 'naive'"),
+        ({"set": {"run": "x"}}, "set: run cannot be set in a study: the study gives every run its directory"),
+        (
+            {"settings": [{"name": "{seed}", "axes": {"seed": [1]}}]},
+            "setting '{seed}': seed cannot be set in a study: give all seeds in `seeds`",
+        ),
+        (
+            {"settings": [NAIVE, {"name": "b", "set": {"bits.weight": 1}}]},
+            "setting 'b': bits.weight: Input should be greater than or equal to 2 (it is 1)",
+        ),
+        (
+            {"settings": [NAIVE, {"name": "b", "set": {"method": "nothing"}}]},
+            "setting 'b': method: method preset 'nothing' is unknown",
+        ),
+        (
+            {"settings": [NAIVE, {"name": "b", "set": {"model.x": 1}}]},
+            "setting 'b': model.x=1: model is 'm', which has no keys inside",
+        ),
+        (
+            {"settings": [NAIVE, {"name": "b", "set": {"compare": ["rtn", "gptq"]}}]},
+            "setting 'b': compare holds rtn, gptq, but a setting is one method: put `compare: []` into set",
+        ),
+        (
+            {"settings": [NAIVE, {"name": "b", "set": {"workers.num_workers": 7}}]},
+            "workers differs between settings, but all runs of a study share it",
+        ),
+    ],
+)
+def test_mistake_is_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    [problem] = problems_of(write(tmp_path, **changes))
+    assert expected in problem
+
+
+def test_all_mistakes_at_once_and_common_ones_once(tmp_path: Path) -> None:
+    settings = [
+        NAIVE,
+        {"name": "b", "set": {"selection.strategy": "best"}},
+        {"name": "c{x}", "set": {"method.epochs": -1}},
+        {"name": "d", "set": {"run": 1}},
+    ]
+    path = write(tmp_path, base={**BASE, "unknown": 1}, settings=settings, seeds=[0, 1], reference="nobody")
+    problems = problems_of(path)
+    starts = [
+        "setting 'c{x}': its name uses",
+        "setting 'd': run cannot be set",
+        "reference: no setting is named 'nobody'",
+    ]
+    assert [problem.startswith(start) for problem, start in zip(problems, starts, strict=False)] == [True] * 3
+    rest = problems[3:]
+    assert rest[0] == f"{tmp_path}/base.yaml with the study's overrides: unknown: unknown key"
+    assert rest[1].startswith("setting 'b': selection.strategy: ")
+    assert len(rest) == 2
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    path = write(tmp_path, config=str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read as YAML"):
+        load_study(path)
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read as YAML"):
+        load_study(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("interval 5", "interval-5"), ("../../etc", "etc"), ("a/b\\c", "a-b-c"), (".hidden", "hidden"), ("日本", "setting"),
+        ("W4A6 + gptq=on", "W4A6-+-gptq=on"), ("x" * 300, "x" * 100), ("<b>&", "b"),
+    ],
+)  # fmt: skip
+def test_slug_is_a_safe_folder(name: str, slug: str) -> None:
+    assert slug_of(name) == slug
+
+
+def test_a_study_s_file_needs_no_torch() -> None:
+    code = "import sys, pipeline.study.expansion; print([n for n in ('torch', 'ray', 'diffusers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def make_run(path: Path) -> Run:
+    directory = RunDirectory.open_or_create(path, {}, {})
+    return Run(None, directory, Manifest(directory))  # type: ignore[arg-type]  # adoption reads no configuration
+
+
+def finish(run: Run, unit: str, contents: dict[str, bytes], *, fingerprint: str = "f" * 32) -> UnitRecord:
+    outputs = []
+    for name, content in contents.items():
+        path = run.directory.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        outputs.append(OutputFile.describe(path, run=run.directory.path))
+    record = UnitRecord(
+        stage="assembly", unit=unit, fingerprint=fingerprint, outputs=tuple(outputs), result={"a": 1}, seconds=2.0,
+        host="h", device="cpu", peak_memory_bytes=3, attempt=1, worker="worker-0",
+    )  # fmt: skip
+    run.manifest.write(record)
+    return record
+
+
+CONTENTS = {"checkpoint/x/a.bin": b"1" * 100_001, "checkpoint/b.json": b"{}", "evaluation/film.mp4": b""}
+
+
+def test_adopted_files_are_the_source_s_and_stay_when_it_writes_new_ones(tmp_path: Path) -> None:
+    source, taker = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    record = finish(source, "u", CONTENTS)
+    finish(taker, "u", {"checkpoint/b.json": b"older", "checkpoint/gone.bin": b"older"}, fingerprint="e" * 32)
+    assert adopt(record, source=source, source_label="seed-0/a", taker=taker) == []
+    assert adopt(record, source=source, source_label="seed-0/a", taker=taker) == [], "once more changes nothing"
+    adopted = taker.manifest.read("assembly", "u")
+    assert adopted is not None
+    assert adopted.worker == "adopted from seed-0/a"
+    assert (adopted.fingerprint, adopted.outputs, adopted.seconds) == (record.fingerprint, record.outputs, 2.0)
+    assert taker.manifest.missing_or_damaged(adopted, deep=True) == []
+    for name, content in CONTENTS.items():
+        first, second = (run.directory.path / name for run in (source, taker))
+        assert second.read_bytes() == content
+        assert first.samefile(second)
+    assert not (taker.directory.path / "checkpoint/gone.bin").exists(), "the older configuration's file"
+    assert not list(taker.directory.path.rglob("*.partial"))
+
+
+def test_what_a_run_writes_anew_leaves_the_other_run_s_files(tmp_path: Path) -> None:
+    import torch
+
+    source, taker = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    store = source.directory.calibration_store
+    outputs = store.write("trajectories/p/latents", torch.arange(7.0))
+    record = UnitRecord("trajectories", "p", "f" * 32, outputs, {}, 1.0, "h", "cpu", 1, 1, "w")
+    source.manifest.write(record)
+    assert adopt(record, source=source, source_label="a", taker=taker) == []
+    groups = [taker.directory.path / "calibration.zarr" / name / "zarr.json" for name in ("", "trajectories")]
+    assert all(group.is_file() for group in groups), "other readers find the store"
+    store.write("trajectories/p/latents", torch.zeros(7))
+    assert torch.equal(taker.directory.calibration_store.read("trajectories/p/latents"), torch.arange(7.0))
+    assert taker.manifest.missing_or_damaged(record, deep=True) == []
+
+
+def test_a_damaged_source_is_not_adopted(tmp_path: Path) -> None:
+    source, taker = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    record = finish(source, "u", CONTENTS)
+    (source.directory.path / "checkpoint/x/a.bin").write_bytes(b"1" * 99)
+    [problem] = adopt(record, source=source, source_label="a", taker=taker)
+    assert "99 bytes, 100001 expected" in problem
+    (source.directory.path / "checkpoint/x/a.bin").unlink()
+    [problem] = adopt(record, source=source, source_label="a", taker=taker)
+    assert "missing" in problem
+    assert taker.manifest.read("assembly", "u") is None
+    assert not (taker.directory.path / "checkpoint").exists()
+
+
+def test_files_of_another_device_are_copied_and_checked(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev or not os.access(other, os.W_OK):
+        pytest.skip("needs a second file system at /dev/shm")
+    far = other / f"reelquant-study-{os.getpid()}"
+    try:
+        source, taker = make_run(far), make_run(tmp_path / "b")
+        record = finish(source, "u", CONTENTS)
+        assert adopt(record, source=source, source_label="a", taker=taker) == []
+        assert taker.manifest.missing_or_damaged(record, deep=True) == []
+        taker.manifest.remove("assembly", "u")
+        (taker.directory.path / "checkpoint/x/a.bin").unlink()
+        (far / "checkpoint/x/a.bin").write_bytes(b"2" * 100_001)
+        [problem] = adopt(record, source=source, source_label="a", taker=taker)
+        assert "SHA-256" in problem
+        assert taker.manifest.read("assembly", "u") is None
+    finally:
+        shutil.rmtree(far, ignore_errors=True)
+
+
+def small_study(folder: Path, **changes: Any) -> Path:
+    """Two sound methods and one that diverges, on the small model."""
+    base = small_run(folder)
+    document = {
+        "study": str(folder / "study"),
+        "config": str(base),
+        "set": {"selection": {"strategy": "uniform", "num_samples": 2}, "workers.max_attempts": 1},
+        "seeds": [3, 4],
+        "reference": "naive <b>",
+        "noise_floor": True,
+        "settings": [
+            {"name": "naive <b>", "set": {"method": {"preset": "quarot", "rotation_block": 64}}},
+            {"name": "gptq {method.damping}", "set": {"method": "gptq"}, "axes": {"method.damping": [0.01]}},
+        ],
+        **changes,
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def test_units_are_counted_once_where_runs_share_them(tmp_path: Path) -> None:
+    prepared = prepare_study(load_study(small_study(tmp_path)))
+    counts = {count.name: (count.separate, count.shared, count.at_most) for count in prepared.counts}
+    assert prepared.problems == []
+    assert {name: counts[name] for name in ("trajectories", "selection", "activations")} == {
+        "trajectories": (8, 4, False), "selection": (4, 2, False), "activations": (4, 4, False),
+    }  # fmt: skip
+    assert counts["evaluation"] == (12, 8, False), "full precision and noise floor once a seed"
+    assert not (tmp_path / "study").exists()
+    several = small_study(
+        tmp_path,
+        seeds=[0],
+        reference=None,
+        settings=[
+            {
+                "name": "{selection.strategy}",
+                "set": {"method": "gptq"},
+                "axes": {"selection.strategy": ["uniform", "random"]},
+            }
+        ],
+    )
+    found = {count.name: count for count in prepare_study(load_study(several)).counts}
+    assert (found["activations"].shared, found["activations"].at_most) == (4, True)
+    assert (found["trajectories"].shared, found["trajectories"].at_most) == (2, False)
+
+
+def test_infeasible_study_says_everything_before_any_work(tmp_path: Path) -> None:
+    path = small_study(tmp_path, set={"workers.num_workers": 0, "generation.max_sequence_length": 500})
+    console = Console(file=io.StringIO(), width=500)
+    assert not plan_study(path, (), console)
+    with pytest.raises(ConfigError) as refused:
+        do_study(path, (), console, update=False)
+    for text in (console.file.getvalue(), str(refused.value)):  # type: ignore[attr-defined]
+        assert "max_sequence_length is 500" in text
+        assert "num_workers is 0" in text
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "diary.txt").touch()
+    with pytest.raises(ValueError, match=r"is not empty and not a study \(holds diary.txt\)"):
+        do_study(small_study(tmp_path), (), Console(file=io.StringIO()), update=False)
+
+
+def test_command_line_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])
+    result = CliRunner().invoke(app, ["study", str(write(tmp_path, reference="[best]")), "--plan"])
+    assert result.exit_code == 1
+    assert "no setting is named '[best]'" in result.output
+    assert "Usage:" in CliRunner().invoke(app, ["study", "--help"]).output
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_whole_study(tmp_path: Path) -> None:
+    path, study = small_study(tmp_path, seeds=[3]), tmp_path / "study"
+    diverging = {"preset": "s2q", "rotation_block": 64, "epochs": 1, "learning_rate_transform": 1e30}
+    document = yaml.safe_load(path.read_text())
+    document["set"]["distillation.segment_length"] = "all"
+    document["settings"].insert(0, {"name": "diverges", "set": {"method": diverging}})
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    done = call("study", str(path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 of 3 runs failed, of the settings diverges" in done.stdout
+    runs = {name: study / "seed-3" / name for name in ("diverges", "naive-b", "gptq-0.01")}
+
+    finished = [
+        (event["stage"], event["unit"], name)
+        for name, run in runs.items()
+        for event in read_events(run / "logs")
+        if event["event"] == "unit_finished"
+    ]
+    for stage, expected in (("trajectories", 2), ("selection", 1), ("activations", 2)):
+        assert len([unit for of, unit, _ in finished if of == stage]) == expected, "done once for all runs"
+    shared = [unit for of, unit, _ in finished if of == "evaluation" and not unit.startswith(("quarot", "gptq"))]
+    assert sorted(shared) == ["full_precision-prompt-000", "noise_floor-prompt-000"]
+    latents = [next((run / "calibration.zarr/trajectories/prompt-000/latents").glob("c*")) for run in runs.values()]
+    assert latents[0].samefile(latents[1])
+    assert latents[0].samefile(latents[2])
+    for name in ("naive-b", "gptq-0.01"):
+        assert not read_status(runs[name]).to_do
+        manifest = Manifest(runs[name])
+        record = manifest.read("trajectories", "prompt-001")
+        assert record is not None
+        assert record.worker == "adopted from seed-3/diverges"
+        assert manifest.missing_or_damaged(record, deep=True) == []
+
+    results = json.loads((study / "results.json").read_text())
+    by_name = {setting["name"]: setting["seeds"]["3"] for setting in results["settings"]}
+    assert "distillation/s2q-" in by_name["diverges"]["failure"]
+    assert by_name["diverges"]["prompts"] == {}
+    values = by_name["gptq 0.01"]["prompts"]["prompt-000"]
+    assert 5 < values["psnr_db"] < 60
+    assert by_name["gptq 0.01"]["compression"] > 3
+    assert by_name["gptq 0.01"]["distillation_seconds"] > 0
+    assert 20 < results["noise_floor"]["3"]["prompt-000"]["psnr_db"] < 100
+    lines = (study / "results.csv").read_text().splitlines()
+    rows = {row["setting"]: row for row in csv.DictReader(lines)}
+    assert rows["diverges"]["n"] == "0"
+    assert rows["diverges"]["failed"].startswith("seed 3: distillation/s2q-")
+    difference = values["psnr_db"] - by_name["naive <b>"]["prompts"]["prompt-000"]["psnr_db"]
+    assert float(rows["gptq 0.01"]["difference_db"]) == pytest.approx(difference)
+    page = (study / "study.html").read_text()
+    assert "naive &lt;b&gt;" in page
+    assert "naive <b>" not in page
+
+    # Once more, without the setting that fails; a lost file of one run comes back from another.
+    before = files(runs["gptq-0.01"] / "checkpoint")
+    document["settings"] = document["settings"][1:]
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    lost = next((runs["naive-b"] / "calibration.zarr/trajectories/prompt-000/latents").glob("c*"))
+    lost.unlink()
+    console = Console(file=io.StringIO(), width=500)
+    assert do_study(path, (), console, update=False)
+    again = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "seed-3/naive-b/trajectories/prompt-000 is redone" in again
+    assert "0 units done now, 1 adopted from other runs" in again
+    assert lost.samefile(runs["gptq-0.01"] / lost.relative_to(runs["naive-b"]))
+    assert files(runs["gptq-0.01"] / "checkpoint") == before
+    with RunDirectory(study).lock(), pytest.raises(RunLocked, match=f"process {os.getpid()}"):
+        do_study(path, (), console, update=False)
+    document["settings"][0]["set"]["method"]["preset"] = "rtn"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    with pytest.raises(RunConfigMismatch, match=r"method.preset: \"quarot\" -> \"rtn\""):
+        do_study(path, (), console, update=False)

@@ -1,0 +1,125 @@
+"""A study's numbers from values small enough to check by hand, and the tables that show them."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from scipy import stats
+
+from pipeline.study.expansion import load_study
+from pipeline.study.intervals import mean_interval, t_cdf, t_quantile
+from pipeline.study.page import render
+from pipeline.study.results import FULL_PRECISION, NOISE_FLOOR, SeedResult, StudyResults
+from pipeline.study.tables import markdown_table, show_results
+
+REFERENCE, OTHER, BROKEN = "a | b <i>", "interval 3", "interval 5"
+PSNR = {
+    REFERENCE: {0: [20.0, 30.0], 1: [24.0, 28.0]},
+    OTHER: {0: [21.0, 32.0], 1: [24.0, 31.0]},
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> StudyResults:
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({"model": "m", "prompts": {"calibration": "c", "held_out": "h"}})
+    )
+    settings = [
+        {"name": REFERENCE},
+        {"name": "interval {selection.num_samples}", "axes": {"selection.num_samples": [3, 5]}},
+    ]
+    document = {"study": str(tmp_path / "s"), "config": str(tmp_path / "base.yaml"), "seeds": [0, 1]}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**document, "reference": REFERENCE, "settings": settings}))
+
+    def seed(name: str, number: int) -> SeedResult:
+        prompts = {
+            f"prompt-{index:03d}": {"psnr_db": value, "ssim": 0.5, "recognized": index == 0, "effective_density": 0.25}
+            for index, value in enumerate(PSNR[name][number])
+        }
+        return SeedResult(f"seed-{number}/x", None, prompts, 1000, 3.5, 10.0 + number)
+
+    found = {name: {number: seed(name, number) for number in (0, 1)} for name in PSNR}
+    found[BROKEN] = {number: SeedResult(f"seed-{number}/y", "distillation/u: diverged") for number in (0, 1)}
+    full = {number: {"prompt-000": {"recognized": True, "seconds_per_step": 2.0}} for number in (0, 1)}
+    floor = {number: {"prompt-000": {"psnr_db": 50.0 + number, "ssim": 0.99}} for number in (0, 1)}
+    return StudyResults(load_study(path), found, full, floor, ("cpu",))
+
+
+def test_quantiles_are_scipy_s() -> None:
+    for degrees in (1, 2, 3, 4, 7, 30, 47, 143):
+        for probability in (0.6, 0.975, 0.999):
+            assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-11)
+        assert t_cdf(1.3, degrees) == pytest.approx(stats.t.cdf(1.3, degrees), rel=1e-12)
+    with pytest.raises(ValueError, match="degrees 0"):
+        t_quantile(0.9, 0)
+
+
+def test_interval() -> None:
+    values = [1.0, 2.0, 0.0, 3.0, 7.0]
+    interval = mean_interval(values)
+    assert interval is not None
+    low, high = stats.t.interval(0.95, 4, statistics.fmean(values), statistics.stdev(values) / math.sqrt(5))
+    assert [interval.low, interval.high] == pytest.approx([low, high])
+    assert mean_interval([]) is None
+    single = mean_interval([4.0])
+    assert single is not None
+    assert (single.mean, single.low, single.high) == (4.0, None, None)
+
+
+def test_rows(results: StudyResults) -> None:
+    rows = {row.name: row for row in results.rows()}
+    assert list(rows) == [REFERENCE, OTHER, BROKEN, FULL_PRECISION, NOISE_FLOOR]
+    other = rows[OTHER]
+    assert (other.n, other.psnr_db) == (4, 27.0)
+    assert other.psnr_db_sd == pytest.approx(statistics.stdev([26.5, 27.5]))
+    assert other.worst_db == 21.0
+    assert other.difference is not None
+    assert other.difference.mean == pytest.approx(statistics.fmean([1, 2, 0, 3]))
+    assert other.difference.half_width == pytest.approx(stats.t.ppf(0.975, 3) * statistics.stdev([1, 2, 0, 3]) / 2)
+    assert dict(other.means) == {"ssim": 0.5, "recognized": 0.5, "effective_density": 0.25}
+    assert (other.compression, other.distillation_seconds) == (3.5, 10.5)
+    assert rows[REFERENCE].difference is None
+    assert (rows[BROKEN].n, rows[BROKEN].psnr_db, len(rows[BROKEN].failures)) == (0, None, 2)
+    assert rows[NOISE_FLOOR].psnr_db == 50.5
+
+
+def test_files(results: StudyResults) -> None:
+    rows = {row["setting"]: row for row in csv.DictReader(io.StringIO(results.csv()))}
+    assert rows[OTHER]["selection.num_samples"] == "3"
+    assert rows[OTHER]["effective_density"] == "0.25"
+    assert rows[BROKEN]["failed"] == "seed 0: distillation/u: diverged; seed 1: distillation/u: diverged"
+    assert rows[BROKEN]["psnr_db"] == ""
+    document = json.loads(json.dumps(results.document(), allow_nan=False))
+    assert document["settings"][1]["seeds"]["1"]["prompts"]["prompt-001"]["psnr_db"] == 31.0
+    assert [row["setting"] for row in document["table"]] == list(rows)
+
+
+def test_tables(results: StudyResults) -> None:
+    lines = markdown_table(results).splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert lines[2].startswith("| a \\| b <i> | 4 | 25.50 ± 0.71 | reference | 20.00 |")
+    assert "+1.50 [-0.55, +3.55]" in lines[3]
+    assert "seed 0: distillation/u: diverged" in lines[4]
+    for width, terminal in ((500, False), (60, False), (80, True)):
+        console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+        show_results(results, console)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "+1.50 [-0.55, +3.55]" in text
+        assert ("10.5 s" in text) is (not terminal), "a narrow terminal has fewer columns, a file has all"
+        assert "diverged" in text
+
+
+def test_page(results: StudyResults) -> None:
+    page = render(results)
+    assert "a | b &lt;i&gt;" in page
+    assert "<i>" not in page
+    assert page == render(results), "the same bytes"
+    assert page.count("<figure>") == 1, "an axis of which only one place was measured has no line"
+    assert "2 runs failed and are not in the means" in page

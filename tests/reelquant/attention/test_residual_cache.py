@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reelquant.attention import residual_cache
+from reelquant.attention.residual_cache import ResidualCache
+
+
+def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Dense and sparse attention that differ by a residual of decaying singular values."""
+    heads, length, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    sparse = torch.randn(shape, generator=generator)
+    n = min(length, dim)
+    rows, directions = (torch.randn(heads, size, n, generator=generator) for size in (length, dim))
+    return (sparse + rows * 0.7 ** torch.arange(n) @ directions.mT).to(dtype), sparse.to(dtype)
+
+
+def projected(residual: Tensor, rank: int | None) -> Tensor:
+    """float64 `P_k`, by SVD."""
+    residual = residual.double()
+    if rank is not None:
+        directions = torch.linalg.svd(residual, full_matrices=False).Vh[:, :rank].mT
+        residual = residual @ directions @ directions.mT
+    return residual
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (3, 37, 64), (2, 257, 20)])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("rank", "storage"), [(None, "full"), (1, "full"), (4, "full"), (1, "low_rank"), (4, "low_rank")]
+)
+@pytest.mark.parametrize(("extrapolation", "scale"), [("constant", 1.0), ("linear", 2 / 5)])
+def test_against_the_formula(
+    shape: tuple[int, int, int], order: int, rank: int | None, storage: str, extrapolation: str, scale: float
+) -> None:
+    cache = ResidualCache(order, rank, extrapolation, storage=storage)
+    (dense, sparse), (dense_later, sparse_later), (_, now) = (drawn(seed, *shape) for seed in range(3))
+    first, second = dense.double() - sparse.double(), dense_later.double() - sparse_later.double()
+    kept_rank = rank if storage == "low_rank" else None
+
+    cache.refresh(3, dense, sparse)
+    expected = now.double() + projected(first, kept_rank)
+    assert relative_error(cache.correct(4, now), expected) < 2e-6  # measured: 2e-7
+
+    cache.refresh(8, dense_later, sparse_later)
+    expected = now.double() + projected(second, kept_rank)
+    if order == 2:
+        expected += scale * projected(second - projected(first, kept_rank), rank)
+    corrected = cache.correct(10, now)
+    assert corrected.dtype == torch.float32
+    assert relative_error(corrected, expected) < 2e-6  # measured: 2e-7
+
+
+def test_order_0_changes_and_keeps_nothing() -> None:
+    dense, sparse = drawn(0, 2, 9, 4)
+    cache = ResidualCache(0, None, "constant", storage="low_rank")
+    assert cache.correct(0, sparse) is sparse
+    cache.refresh(0, dense, sparse)
+    assert cache.correct(1, sparse) is sparse
+    assert cache.nbytes == 0
+
+
+def test_at_the_refresh_itself_dense_comes_back() -> None:
+    dense, sparse = drawn(0, 2, 50, 16)
+    for order, extrapolation in ((1, "constant"), (2, "linear")):
+        cache = ResidualCache(order, None, extrapolation)
+        for step in (0, 5):
+            cache.refresh(step, dense, sparse)
+            torch.testing.assert_close(cache.correct(step, sparse), dense)
+    whole_rank = ResidualCache(1, 16, "constant", storage="low_rank")
+    whole_rank.refresh(0, dense, sparse)
+    torch.testing.assert_close(whole_rank.correct(0, sparse), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_change_is_followed() -> None:
+    """A residual of low rank that grows evenly is met exactly by linear extrapolation, not by constant."""
+    _, sparse = drawn(0, 2, 60, 32)
+    generator = torch.Generator().manual_seed(1)
+    residual = torch.randn(2, 60, 3, generator=generator) @ torch.randn(2, 3, 32, generator=generator)
+    errors = {}
+    for extrapolation in ("constant", "linear"):
+        cache = ResidualCache(2, 4, extrapolation, storage="low_rank")
+        for step in (0, 5):
+            cache.refresh(step, sparse + (1 + 0.1 * step) * residual, sparse)
+        errors[extrapolation] = relative_error(cache.correct(8, sparse) - sparse, 1.8 * residual.double())
+    assert errors["linear"] < 1e-4  # measured: 3e-7
+    assert errors["constant"] > 0.1  # 2.0 of 1.8
+
+
+@pytest.mark.parametrize(("order", "storage"), [(1, "full"), (2, "full"), (1, "low_rank"), (2, "low_rank")])
+def test_bf16_is_computed_in_float32(order: int, storage: str) -> None:
+    caches = [ResidualCache(order, 8, "linear", storage=storage) for _ in range(2)]
+    shape = (3, 130, 64)
+    for step in (0, 5):
+        dense, sparse = drawn(step, *shape, dtype=torch.bfloat16)
+        caches[0].refresh(step, dense, sparse)
+        caches[1].refresh(step, dense.float(), sparse.float())
+    sparse = drawn(7, *shape, dtype=torch.bfloat16)[1]
+    narrow, wide = caches[0].correct(6, sparse), caches[1].correct(6, sparse.float())
+    assert narrow.dtype == torch.bfloat16
+    error = relative_error(narrow, wide.double())
+    assert error < 4e-3, error  # measured: 2.3e-3; rounding the result alone gives 1.7e-3
+
+
+def test_bytes() -> None:
+    heads, length, dim, rank = 3, 100, 32, 4
+    whole, factors = heads * length * dim * 2, heads * (length * rank * 2 + dim * rank * 4)
+    expected = {
+        (1, None, "full"): (whole, whole),
+        (1, rank, "full"): (whole, whole),
+        (2, None, "full"): (whole, 2 * whole),
+        (2, rank, "full"): (whole, whole + factors),
+        (1, rank, "low_rank"): (factors, factors),
+        (2, rank, "low_rank"): (factors, 2 * factors),
+    }
+    for (order, kept_rank, storage), sizes in expected.items():
+        cache = ResidualCache(order, kept_rank, "constant", storage=storage)
+        assert cache.nbytes == 0
+        for step in range(3):
+            cache.refresh(step, *drawn(step, heads, length, dim, dtype=torch.bfloat16))
+            assert cache.nbytes == sizes[min(step, 1)]
+
+
+def test_groups_of_heads_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Tensor:
+        cache = ResidualCache(2, 4, "constant", storage="low_rank")
+        for step in (0, 5):
+            cache.refresh(step, *(x.transpose(0, 1).contiguous().transpose(0, 1) for x in drawn(step, 5, 40, 16)))
+        return cache.correct(7, drawn(9, 5, 40, 16)[1].transpose(0, 1).contiguous().transpose(0, 1))
+
+    together = run()
+    monkeypatch.setattr(residual_cache, "TILE_BYTES", 2 * 4 * 40 * 16)
+    torch.testing.assert_close(run(), together)
+    assert together.is_contiguous()
+
+
+def test_gradient_passes_through() -> None:
+    dense, sparse = drawn(0, 2, 20, 8)
+    cache = ResidualCache(1, 4, "constant", storage="low_rank")
+    cache.refresh(0, dense.requires_grad_(), sparse.requires_grad_())
+    corrected = cache.correct(1, sparse)
+    corrected.backward(torch.full_like(corrected, 2.0))
+    assert dense.grad is None
+    assert sparse.grad is not None
+    assert bool(sparse.grad.eq(2.0).all())
+
+
+def test_what_cannot_be_asked_for() -> None:
+    with pytest.raises(ValueError, match="order is 3; 0 "):
+        ResidualCache(3, None, "constant")
+    with pytest.raises(ValueError, match="rank is 0; 1 or more"):
+        ResidualCache(2, 0, "constant")
+    with pytest.raises(ValueError, match="low_rank needs a rank"):
+        ResidualCache(2, None, "constant", storage="low_rank")
+    with pytest.raises(ValueError, match="extrapolation is 'cubic'; one of constant, linear"):
+        ResidualCache(2, None, "cubic")
+    with pytest.raises(ValueError, match="storage is 'disk'; one of full, low_rank"):
+        ResidualCache(2, None, "constant", storage="disk")
+
+
+def test_errors_keep_what_was_kept() -> None:
+    dense, sparse = drawn(0, 2, 9, 4)
+    cache = ResidualCache(2, 2, "linear")
+    with pytest.raises(ValueError, match="step 3: nothing to correct with before the first refresh"):
+        cache.correct(3, sparse)
+    with pytest.raises(ValueError, match="rank is 5, above the head size 4"):
+        ResidualCache(2, 5, "constant").refresh(0, dense, sparse)
+    with pytest.raises(ValueError, match=r"step 0: .* got \(2, 9, 4\) and \(2, 8, 4\)"):
+        cache.refresh(0, dense, sparse[:, :8])
+    with pytest.raises(ValueError, match=r"must both be \[H, L, D\], got \(9, 4\)"):
+        cache.refresh(0, dense[0], sparse[0])
+    with pytest.raises(ValueError, match=r"floating tensors, got torch\.int64"):
+        cache.refresh(0, dense.long(), sparse)
+    cache.refresh(4, dense, sparse)
+    before = cache.correct(4, sparse)
+    for step in (4, 3):
+        with pytest.raises(ValueError, match=f"refresh at step {step}, but the last one was at step 4"):
+            cache.refresh(step, dense, sparse)
+    with pytest.raises(ValueError, match=r"refresh at step 5 with \(2, 8, 4\), but the one at step 4 had \(2, 9, 4\)"):
+        cache.refresh(5, dense[:, :8], sparse[:, :8])
+    with pytest.raises(
+        ValueError, match=r"sparse is torch.float32 \(2, 8, 4\), .* refreshed with \(2, 9, 4\) at step 4"
+    ):
+        cache.correct(5, sparse[:, :8])
+    with pytest.raises(ValueError, match="step 3 is before the last refresh at step 4"):
+        cache.correct(3, sparse)
+    broken = sparse.clone()
+    broken[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="refresh at step 5: sparse holds 1 NaN or infinite values of 72"):
+        cache.refresh(5, dense, broken)
+    broken[1, 2, 3] = torch.inf
+    with pytest.raises(ValueError, match="refresh at step 5: dense holds 1 NaN"):
+        cache.refresh(5, broken, sparse)
+    with pytest.raises(ValueError, match=r"dense - sparse overflows torch\.float32"):
+        cache.refresh(5, torch.full_like(dense, 3e38), torch.full_like(sparse, -3e38))
+    assert torch.equal(cache.correct(4, sparse), before)

@@ -1,0 +1,243 @@
+"""Sparse attention inside a real pipeline: whose state is whose, and what a sparse generation computes."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+import reelquant  # noqa: F401
+from reelquant.attention.sparse_attention import Visited
+from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
+from reelquant.checkpoint.schema import QuantizationSpec
+from reelquant.families import hunyuan_video as family
+from reelquant.runtime.attach import attach_runtime
+from reelquant.runtime.generation import GenerationTracker
+
+MODEL = Path(__file__).parents[3] / "assets" / "hunyuanvideo-digits"
+SHAPE = {"height": 32, "width": 48, "num_frames": 9}
+PROMPTS = ["the digit 3 moving left and the digit 7 moving down", "the digit 5 moving right"]
+BLOCKS = tuple([f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_blocks.{i}" for i in range(6)])
+SPEC = SparseAttentionSpec(
+    density=0.3, head_kinds=dict.fromkeys(BLOCKS, "sts"), interval=3, residual=ResidualSpec(order=2, rank=8)
+)
+
+
+def open_pipeline(spec: SparseAttentionSpec | None) -> Any:
+    pipeline: Any = DiffusionPipeline.from_pretrained(str(MODEL), dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    if spec is not None:
+        pipeline.tracker = attach_runtime(
+            pipeline.transformer, QuantizationSpec(bits="W16A16", method="none", layers={}, sparse_attention=spec)
+        )
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    return open_pipeline(None)
+
+
+@pytest.fixture(scope="module")
+def sparse() -> Any:
+    return open_pipeline(SPEC)
+
+
+def noise(seed: int, num: int = 1, shape: dict[str, int] | None = None) -> Tensor:
+    shape = shape or SHAPE
+    size = (num, 8, (shape["num_frames"] - 1) // 4 + 1, shape["height"] // 4, shape["width"] // 4)
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def latents(pipeline: Any, prompt: Any, seed: int = 0, *, num: int = 1, steps: int = 5, **options: Any) -> Tensor:
+    shape = options.pop("shape", SHAPE)
+    start = options.pop("latents", None)
+    start = noise(seed, num, shape) if start is None else start
+    out: Tensor = pipeline(
+        prompt,
+        **shape,
+        num_inference_steps=steps,
+        max_sequence_length=32,
+        latents=start,
+        output_type="latent",
+        **options,
+    ).frames
+    return out
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def expected(sparse: Any) -> Tensor:
+    return latents(sparse, PROMPTS[0])
+
+
+def test_dense_from_end_to_end_is_the_model_itself(dense: Any) -> None:
+    always = open_pipeline(replace(SPEC, interval=1))
+    whole = open_pipeline(replace(SPEC, density=1.0, residual=ResidualSpec(order=0)))
+    plain = latents(dense, PROMPTS[0])
+    assert error(latents(always, PROMPTS[0]), plain) < 1e-4
+    assert error(latents(whole, PROMPTS[0]), plain) < 1e-4
+
+
+def test_one_line_turns_it_dense_and_back(dense: Any, sparse: Any, expected: Tensor) -> None:
+    sparse.transformer.sparse_attention.enabled = False
+    try:
+        assert error(latents(sparse, PROMPTS[0]), latents(dense, PROMPTS[0])) < 1e-4
+    finally:
+        sparse.transformer.sparse_attention.enabled = True
+    assert torch.equal(latents(sparse, PROMPTS[0]), expected)
+
+
+def test_it_is_sparse_and_near(dense: Any, sparse: Any, expected: Tensor) -> None:
+    plain = latents(dense, PROMPTS[0])
+    naive = latents(open_pipeline(replace(SPEC, residual=ResidualSpec(order=0))), PROMPTS[0])
+    assert 1e-3 < error(expected, plain) < error(naive, plain)
+
+
+def test_the_pairs_that_ran_are_those_of_the_specification(sparse: Any) -> None:
+    attention = sparse.transformer.sparse_attention
+    attention.visited = Visited()
+    latents(sparse, PROMPTS[0], steps=7)
+    config = sparse.transformer.config
+    tokens = len(sparse.encode_prompt(PROMPTS[0], max_sequence_length=32)[2].nonzero())
+    layout = family.token_layout(config, noise(0).shape, tokens)
+    from reelquant.attention.band_mask import band_width
+
+    width = band_width(layout, SPEC.density)
+    stated = SPEC.effective_density(layout, width, num_steps=7, blocks=BLOCKS)
+    assert attention.visited.density == pytest.approx(stated, rel=1e-12)
+    assert stated == pytest.approx((3 + 4 * 0.3) / 7, abs=0.01)
+
+
+def test_a_second_call_begins_anew(sparse: Any, expected: Tensor) -> None:
+    assert torch.equal(latents(sparse, PROMPTS[0]), expected)
+
+
+def test_another_resolution_in_between(sparse: Any, expected: Tensor) -> None:
+    other = {"height": 64, "width": 32, "num_frames": 13}
+    first = latents(sparse, PROMPTS[0], shape=other)
+    assert torch.equal(latents(sparse, PROMPTS[0]), expected)
+    assert torch.equal(latents(sparse, PROMPTS[0], shape=other), first)
+
+
+def test_a_batch_is_its_videos_one_by_one(sparse: Any) -> None:
+    start = noise(7, 2)
+    together = latents(sparse, PROMPTS, latents=start)
+    for item, prompt in enumerate(PROMPTS):
+        alone = latents(sparse, prompt, latents=start[item : item + 1])
+        assert error(together[item : item + 1], alone) < 1e-4
+
+
+def test_several_videos_of_one_prompt(sparse: Any) -> None:
+    start = noise(8, 2)
+    together = latents(sparse, PROMPTS[1], latents=start, num_videos_per_prompt=2)
+    for item in range(2):
+        alone = latents(sparse, PROMPTS[1], latents=start[item : item + 1])
+        assert error(together[item : item + 1], alone) < 1e-4
+
+
+def test_guidance_has_a_cache_for_each_of_its_two_passes(sparse: Any) -> None:
+    guided = latents(sparse, PROMPTS[0], seed=3, negative_prompt=PROMPTS[1], true_cfg_scale=2.5)
+    # The same with a model of its own for each pass.
+    positive, negative = open_pipeline(SPEC), open_pipeline(SPEC)
+    texts = [p.encode_prompt(t, max_sequence_length=32) for p, t in ((positive, PROMPTS[0]), (negative, PROMPTS[1]))]
+    scheduler = positive.scheduler
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 6)[:-1].tolist())
+    state = noise(3)
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            outs = [
+                pipeline.transformer(
+                    hidden_states=state,
+                    timestep=time.reshape(1),
+                    encoder_hidden_states=text[0],
+                    encoder_attention_mask=text[2],
+                    pooled_projections=text[1],
+                    guidance=torch.tensor([6000.0]),
+                    return_dict=False,
+                )[0]
+                for pipeline, text in zip((positive, negative), texts, strict=True)
+            ]
+            state = scheduler.step(outs[1] + 2.5 * (outs[0] - outs[1]), time, state, return_dict=False)[0]
+    assert error(guided, state) < 1e-5
+
+
+def test_a_generation_that_fails_leaves_nothing_behind(sparse: Any, expected: Tensor) -> None:
+    tracker: GenerationTracker = sparse.tracker
+
+    def fail(_pipeline: Any, step: int, _time: Any, _state: Any) -> dict[str, Any]:
+        if step == 3:
+            assert tracker.num_states == 1
+            raise RuntimeError("out of patience")
+        return {}
+
+    with pytest.raises(RuntimeError, match="out of patience"):
+        latents(sparse, PROMPTS[0], seed=5, callback_on_step_end=fail)
+    gc.collect()
+    assert tracker.num_states == 0
+    assert torch.equal(latents(sparse, PROMPTS[0]), expected)
+    gc.collect()
+    assert tracker.num_states == 0
+
+
+def test_head_kinds_found_while_generating(sparse: Any) -> None:
+    online = open_pipeline(replace(SPEC, head_kinds={}, online=True))
+    first = latents(online, PROMPTS[0])
+    assert torch.equal(latents(online, PROMPTS[0]), first)
+
+
+def test_dense_steps_and_blocks_are_dense(dense: Any) -> None:
+    plain = latents(dense, PROMPTS[0])
+    most = replace(SPEC, residual=ResidualSpec(order=0), dense_blocks=BLOCKS)
+    assert error(latents(open_pipeline(most), PROMPTS[0]), plain) < 1e-4
+    steps = replace(SPEC, residual=ResidualSpec(order=0), dense_steps=5)
+    assert error(latents(open_pipeline(steps), PROMPTS[0]), plain) < 1e-4
+
+
+def test_what_does_not_fit_is_refused(sparse: Any) -> None:
+    tiny, small = open_pipeline(SPEC), {"height": 16, "width": 16, "num_frames": 1}
+    with pytest.raises(ValueError, match=r"latents \[1, 8, 1, 4, 4\] are too small.*narrower than one token.*enabled"):
+        latents(tiny, PROMPTS[0], shape=small)
+    with pytest.raises(ValueError, match=r"head_kinds has no block single_transformer_blocks.5"):
+        open_pipeline(replace(SPEC, head_kinds={k: v for k, v in SPEC.head_kinds.items() if k != BLOCKS[-1]}))
+    with pytest.raises(ValueError, match=r"transformer_blocks.0 has 2 heads, the model 3"):
+        open_pipeline(replace(SPEC, head_kinds={**SPEC.head_kinds, BLOCKS[0]: "st"}))
+    with pytest.raises(ValueError, match=r"the model has no block transformer_blocks.7"):
+        open_pipeline(replace(SPEC, dense_blocks=("transformer_blocks.7",)))
+    with pytest.raises(ValueError, match=r"rank is 65, above the head size 64"):
+        open_pipeline(replace(SPEC, residual=ResidualSpec(rank=65)))
+
+
+def test_specification_is_json_and_back() -> None:
+    import json
+
+    spec = replace(SPEC, dense_blocks=(BLOCKS[0],), dense_steps=2)
+    assert SparseAttentionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    for wrong, words in (
+        ({"density": 0}, "density is 0"),
+        ({"density": 0.2, "interval": 0}, "interval is 0"),
+        ({"density": 0.2, "residual": {"order": 3}}, "order is 3"),
+        ({"density": 0.2, "residual": {"rank": 0}}, "rank is 0"),
+        ({"density": 0.2, "residual": {"rank": None}}, "low_rank needs a rank"),
+        ({"density": 0.2, "colour": 1}, "unknown keys .'colour'"),
+        ({"head_kinds": {}}, "no density"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SparseAttentionSpec.from_dict(wrong)
+
+
+def test_refreshes_are_an_interval_apart_and_end_the_dense_steps() -> None:
+    spec = replace(SPEC, interval=4)
+    assert [step for step in range(12) if spec.is_refresh(step)] == [0, 4, 8]
+    late = replace(spec, dense_steps=3)
+    assert [step for step in range(12) if late.is_refresh(step)] == [2, 6, 10]
+    assert [step for step in range(12) if late.is_dense(step, BLOCKS[0])] == [0, 1, 2, 6, 10]

@@ -1,0 +1,155 @@
+"""Band attention against a mask over the whole map, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reelquant.attention.band_mask import (
+    band_width,
+    mask_density,
+    place_major_order,
+    place_major_positions,
+    visited_pairs,
+)
+from reelquant.families.family import TokenLayout
+from reelquant.ops.band_attention.op import band_attention
+from reelquant.ops.band_attention.reference import band_attention_reference
+
+LAYOUTS = [TokenLayout(3, 5, 7, 4), TokenLayout(8, 10, 12, 11), TokenLayout(1, 3, 3, 0), TokenLayout(5, 1, 1, 2)]
+
+
+def whole_mask(layout: TokenLayout, width: int, kind: str) -> Tensor:
+    """`[L, L]` bool, from the definition: every token's place in its head's order."""
+    tokens = []
+    for frame in range(layout.num_frames):
+        for place in range(layout.height * layout.width):
+            frame_major = frame * layout.height * layout.width + place
+            tokens.append(frame_major if kind == "s" else place * layout.num_frames + frame)
+    places, n = torch.tensor(tokens), layout.num_video
+    mask = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    mask[:n, :n] = (places[:, None] - places[None, :]).abs() < width
+    return mask
+
+
+def brute_force(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: TokenLayout, width: int) -> Tensor:
+    scores = q @ k.transpose(1, 2) / q.shape[2] ** 0.5
+    masks = torch.stack([whole_mask(layout, width, kind) for kind in kinds])
+    out: Tensor = scores.masked_fill(~masks, float("-inf")).softmax(2) @ v
+    return out
+
+
+def qkv(layout: TokenLayout, heads: int, head_dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (2 * torch.randn(heads, layout.num_tokens, head_dim, generator=generator).double() for _ in range(3))
+    return q, k, v
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kinds", ["s", "t", "stt", "tss"])
+def test_is_attention_under_the_mask(layout: TokenLayout, kinds: str) -> None:
+    q, k, v = qkv(layout, len(kinds), 12)
+    for width in {1, 2, 7, layout.num_video // 2 + 1, layout.num_video, layout.num_video + 5}:
+        expected = brute_force(q, k, v, kinds=kinds, layout=layout, width=width)
+        for rows in (3, 64, 10_000):
+            temporal = torch.tensor([kind == "t" for kind in kinds])
+            out = band_attention_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
+            assert float((out - expected).norm() / expected.norm()) < 1e-12
+        out = band_attention(q.float(), k.float(), v.float(), kinds=kinds, layout=layout, width=width)
+        assert out.dtype == torch.float32
+        assert float((out - expected).norm() / expected.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("kinds", ["ss", "st", "tt"])
+def test_gradients_are_those_of_the_mask(kinds: str) -> None:
+    layout = TokenLayout(3, 4, 5, 3)
+    inputs = [x.requires_grad_() for x in qkv(layout, 2, 8, seed=3)]
+    weight = torch.randn(2, layout.num_tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    out = band_attention(*inputs, kinds=kinds, layout=layout, width=9)
+    found = torch.autograd.grad((out * weight).sum(), inputs)
+    expected = torch.autograd.grad((brute_force(*inputs, kinds=kinds, layout=layout, width=9) * weight).sum(), inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_density_is_the_share_of_the_mask(layout: TokenLayout) -> None:
+    for width in {1, 2, 7, layout.num_video}:
+        for kind in "st":
+            visited = int(whole_mask(layout, width, kind).sum())
+            assert visited == visited_pairs(layout, width)
+            assert mask_density(layout, width) == visited / layout.num_tokens**2
+
+
+@pytest.mark.parametrize("density", [0.06, 0.1, 0.25, 0.4, 0.999, 1.0])
+def test_the_widest_band_that_is_not_denser(density: float) -> None:
+    layout = TokenLayout(8, 10, 12, 11)
+    width = band_width(layout, density)
+    assert mask_density(layout, width) <= density
+    assert width == layout.num_video or mask_density(layout, width + 1) > density
+
+
+def test_place_major_order_and_its_inverse() -> None:
+    layout = TokenLayout(3, 2, 5, 4)
+    order, positions = place_major_order(layout), place_major_positions(layout)
+    assert torch.equal(order[positions], torch.arange(30))
+    # The first tokens in place-major order are place 0 in every frame.
+    assert order[:3].tolist() == [0, 10, 20]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layout = TokenLayout(2, 3, 4, 2)
+    q, k, v = qkv(layout, 2, 8)
+    with pytest.raises(ValueError, match=r"density is 0.*above 0 and at most 1"):
+        band_width(layout, 0.0)
+    with pytest.raises(ValueError, match=r"density is 1.5"):
+        band_width(layout, 1.5)
+    with pytest.raises(ValueError, match=r"narrower than one token.*raise density"):
+        band_width(layout, 0.01)
+    with pytest.raises(ValueError, match="width is 0"):
+        band_attention(q, k, v, kinds="st", layout=layout, width=0)
+    with pytest.raises(ValueError, match="one of s and t for each of 2 heads, got 'sx'"):
+        band_attention(q, k, v, kinds="sx", layout=layout, width=3)
+    with pytest.raises(ValueError, match="for each of 2 heads, got 'sss'"):
+        band_attention(q, k, v, kinds="sss", layout=layout, width=3)
+    with pytest.raises(ValueError, match=r"26 tokens, the layout .* has 25"):
+        band_attention(q, k, v, kinds="st", layout=TokenLayout(2, 3, 4, 1), width=3)
+    with pytest.raises(ValueError, match="must all be"):
+        band_attention(q, k[:, 1:], v, kinds="st", layout=layout, width=3)
+    with pytest.raises(ValueError, match="needs CUDA"):
+        band_attention(q, k, v, kinds="st", layout=layout, width=3, implementation="flex")
+
+
+@pytest.mark.parametrize("layout", [TokenLayout(3, 9, 17, 11), TokenLayout(4, 16, 16, 128), TokenLayout(2, 16, 24, 0)])
+@pytest.mark.parametrize("width", [1, 100, 129, 300])
+def test_the_blocks_for_flex_attention_are_those_of_the_mask(layout: TokenLayout, width: int) -> None:
+    from reelquant.ops.band_attention.flex import BLOCK, band_block_mask
+
+    width = min(width, layout.num_video - 1)
+    blocks = band_block_mask(layout.num_video, layout.num_tokens, width, "cpu")
+    mask, count = whole_mask(layout, width, "s"), -(-layout.num_tokens // BLOCK)
+    assert blocks.kv_indices is not None
+    assert blocks.full_kv_num_blocks is not None
+    assert blocks.full_kv_indices is not None
+    for row in range(count):
+        partial = set(blocks.kv_indices[0, 0, row, : blocks.kv_num_blocks[0, 0, row]].tolist())
+        full = set(blocks.full_kv_indices[0, 0, row, : blocks.full_kv_num_blocks[0, 0, row]].tolist())
+        assert not partial & full
+        for column in range(count):
+            part = mask[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK]
+            assert (column in partial | full) == bool(part.any())
+            assert column not in full or (bool(part.all()) and part.shape == (BLOCK, BLOCK))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flex_attention_gives_the_reference(dtype: torch.dtype, head_dim: int) -> None:
+    layout = TokenLayout(5, 11, 13, 9)
+    q, k, v = (x.to("cuda", dtype) for x in qkv(layout, 3, head_dim))
+    out = band_attention(q, k, v, kinds="sts", layout=layout, width=77, implementation="flex")
+    expected = brute_force(*(x.double().cpu() for x in (q, k, v)), kinds="sts", layout=layout, width=77)
+    error = float((out.double().cpu() - expected).norm() / expected.norm())
+    assert error < (1e-2 if dtype == torch.bfloat16 else 3e-3), error

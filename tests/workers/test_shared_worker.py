@@ -1,0 +1,47 @@
+"""The worker that serves many runs: it is a new one for new settings only, and errors leave nothing wrong behind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from workers.shared_worker import SharedUnit, SharedWorker
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str
+    numbers: tuple[int, ...]
+
+
+class Plain:
+    """A worker as the stages have them; counts its constructions."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.name == "impossible":
+            raise ValueError("no such model")
+        self._settings = settings
+        Plain.made.append(settings.name)
+
+    def run(self, unit: int, progress: Callable[[int, int], None]) -> Any:
+        progress(1, 1)
+        return self._settings.name, unit + sum(self._settings.numbers)
+
+
+def test_one_worker_as_long_as_the_settings_are_equal() -> None:
+    Plain.made.clear()
+    worker, calls = SharedWorker(Plain), []
+
+    def do(name: str, unit: int) -> Any:
+        return worker.run(SharedUnit(Settings(name, (1, 2)), unit), lambda done, total: calls.append((done, total)))
+
+    assert [do("a", 1), do("a", 2), do("b", 3), do("a", 4)] == [("a", 4), ("a", 5), ("b", 6), ("a", 7)]
+    assert Plain.made == ["a", "b", "a"], "equal settings are the same, whichever object says them"
+    assert calls.count((0, 1)) == 3, "a construction shows as progress"
+    with pytest.raises(ValueError, match="no such model"):
+        do("impossible", 5)
+    assert do("a", 6) == ("a", 9)
+    assert Plain.made == ["a", "b", "a", "a"], "what failed took the place of the one before"

@@ -1,0 +1,211 @@
+"""What can only be fitted on the whole quantized model: repair of its drift, and the correction of its velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.calibration.block_distillation import Sample
+from reelquant.calibration.drift_repair import BlockRepair, RepairSample, repair_block
+from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, fit_velocity
+from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
+from reelquant.checkpoint.safetensors_file import MemoryTensor
+from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec, layer_digest
+from reelquant.quantization.linear import QuantizedLinear
+from storage.atomic_files import create_directory
+from storage.manifest import OutputFile
+from storage.run_directory import RunDirectory
+from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
+from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
+from workers.process import device_name, peak_memory_bytes, prepare_process
+from workers.quantized_model import full_precision_transformer, quantized_block, quantized_transformer
+
+REPAIRED = "repaired"
+"""Folder of the repaired block artifacts, among the method's artifacts."""
+
+
+class RefinementWorker:
+    """Its unit is one method. Writes `blocks/<method>/repaired/<block>.safetensors` of every block that it repairs: the
+    block's artifact with other scales and biases of its output layers."""
+
+    def __init__(self, settings: RefinementSettings) -> None:
+        self._settings = settings
+        self._device, self._dtype = prepare_process(settings.source.numerics)
+        self._model = settings.source.model
+        self._family = family_of_model(self._model)
+        self._config = transformer_config(self._model)
+        self._run = RunDirectory(settings.source.run)
+        self._store = self._run.calibration_store
+
+    def run(self, unit: RefinementUnit, progress: Progress) -> UnitOutput:
+        """Repairs first: the velocity is that of the repaired model."""
+        names = self._family.block_names(self._config) if unit.method.drift_repair else ()
+        steps = self._num_steps() if unit.method.velocity_correction else 0
+        total, done = len(names) + steps, 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress(done, total)
+
+        outputs: list[OutputFile] = []
+        result: dict[str, Any] = {
+            "method": unit.method.name,
+            "drift": {},
+            "velocity_correction": None,
+            "velocity": None,
+        }
+        artifacts = {Path(path).name.removesuffix(".safetensors"): self._run.path / path for path in unit.artifacts}
+        for name, repair in self._repairs(unit, artifacts, names):
+            result["drift"][name] = {
+                "without": repair.without,
+                "before": repair.before,
+                "after": repair.after,
+                "accepted": repair.accepted,
+            }
+            if repair.accepted:
+                artifacts[name] = self._write(unit, artifacts[name], name, repair)
+                outputs.append(OutputFile.describe(artifacts[name], run=self._run.path))
+            advance()
+        if unit.method.velocity_correction:
+            result.update(self._velocity(unit, list(artifacts.values()), advance))
+        return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+
+    def _repairs(
+        self, unit: RefinementUnit, artifacts: Mapping[str, Path], names: tuple[str, ...]
+    ) -> Iterator[tuple[str, BlockRepair]]:
+        """Block by block; one block of each model is on the device at a time."""
+        protection = unit.method.inference.protection
+        samples = [self._sample(sample, names[0], protection) for sample in self._settings.samples] if names else []
+        for name in names:
+            reference = load_block(self._model, name, device=self._device, dtype=self._dtype)
+            quantized = quantized_block(self._model, name, artifacts[name], device=self._device, dtype=self._dtype)
+            # The quantized block's attention is dense: what runs sparse is corrected towards dense by its residual.
+            dtype = self._bias_dtype(name)
+            yield name, repair_block(self._family, name, (reference, quantized), samples, bias_dtype=dtype)
+
+    def _bias_dtype(self, block: str) -> torch.dtype | None:
+        """The source's, in which a checkpoint keeps biases."""
+        layers = (output.layer for level in self._family.output_layers(block) for output in level)
+        tensors = load_tensors(self._model / "transformer", f"{block}.{next(layers)}")
+        return tensors["bias"].dtype if "bias" in tensors else None
+
+    def _sample(self, sample: SampleUnit, entry: str, protection: StepProtection | None) -> RepairSample:
+        stream = self._store.read(f"activations/{sample.name}/{entry}").to(self._dtype)
+        temb = self._store.read(f"activations/{sample.name}/temb").unsqueeze(0)
+        latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
+        num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]
+        layout = self._family.token_layout(self._config, latents, num_text)
+        rotary = self._family.rotary_embedding(self._config, layout)
+        conditioning = self._family.Conditioning(temb, rotary, layout).to("cpu", self._dtype)
+        protected = protection is not None and sample.step < protection.num_steps
+        bits = protection.activation_bits if protection is not None and protected else None
+        return RepairSample(Sample(stream, stream, conditioning), lambda block: raise_bits(block, bits))
+
+    def _write(self, unit: RefinementUnit, artifact: Path, name: str, repair: BlockRepair) -> Path:
+        tensors, specs = read_block_artifact(artifact)
+        dtype = self._bias_dtype(name)
+        for inside, changed in repair.layers.items():
+            layer = f"{name}.{inside}"
+            tensors[f"{layer}.weight_scale"] = changed["weight_scale"].cpu()
+            if "bias" in changed:
+                tensors[f"{layer}.bias"] = changed["bias"].to("cpu", dtype)
+            own = {s: MemoryTensor(tensors[f"{layer}.{s}"]) for s in LAYER_SUFFIXES if f"{layer}.{s}" in tensors}
+            digest = layer_digest((suffix, tensor.info, tensor.read_bytes()) for suffix, tensor in own.items())
+            specs[layer] = replace(specs[layer], digest=digest)
+        path = self._run.blocks(unit.method.name) / REPAIRED / f"{name}.safetensors"
+        create_directory(path.parent)
+        write_block_artifact(path, tensors, specs)
+        return path
+
+    def _velocity(self, unit: RefinementUnit, artifacts: list[Path], advance: Callable[[], None]) -> dict[str, Any]:
+        """Both models on the stored trajectories, one after the other: they need not fit on the device together.
+
+        The full-precision velocities are computed again: in bfloat16 the stored latents are too coarse for the difference
+        of two of them.
+        """
+        prompts, method = self._settings.prompts, unit.method
+        if len(prompts) < LEAST_PROMPTS:
+            said = f"not fitted: {len(prompts)} calibration prompts, {LEAST_PROMPTS} or more are needed"
+            return {"velocity": {"note": said}}
+        exact = full_precision_transformer(self._model, device=self._device, dtype=self._dtype)
+        references = [list(self._velocities(exact, prompt, advance)) for prompt in prompts]
+        del exact
+        spec = QuantizationSpec(
+            bits="",
+            method=method.name,
+            layers={},
+            sparse_attention=unit.sparse_attention,
+            step_protection=method.inference.protection,
+        )
+        quantized = quantized_transformer(self._model, artifacts, device=self._device, dtype=self._dtype, spec=spec)
+        # bfloat16 has steps of 4 near 1000: two steps may have one timestep, and then share their correction.
+        stored = self._timesteps(prompts[0])
+        times = list(dict.fromkeys(stored))
+        moments = VelocityMoments(len(prompts), len(times), len(references[0][0]))
+        for index, prompt in enumerate(prompts):
+            found = self._velocities(quantized, prompt, advance)
+            for time, reference, velocity in zip(stored, references[index], found, strict=True):
+                moments.add(index, times.index(time), reference=reference, quantized=velocity)
+        fit = fit_velocity(moments)
+        correction = VelocityCorrection(tuple(times), _rows(fit.gain), _rows(fit.bias))
+        return {
+            "velocity_correction": None if fit.ridge is None else correction.to_dict(),
+            "velocity": {
+                "ridge": fit.ridge,
+                "error_before": fit.error_before,
+                "error_after": fit.error_after,
+                "num_prompts": len(prompts),
+            },
+        }
+
+    def _velocities(self, transformer: Any, prompt: PromptUnit, advance: Callable[[], None]) -> Iterator[Tensor]:
+        """`[C, F, H, W]` of every step of one prompt, in order, from the stored latents; on the CPU."""
+
+        def read(name: str) -> Tensor:
+            return self._store.read(f"trajectories/{prompt.name}/{name}").to(self._device)
+
+        latents = read("latents")
+        # One tensor for all steps: by it the transformer knows that they belong to one generation.
+        text = read("prompt_embeds").to(self._dtype).unsqueeze(0)
+        guidance = torch.tensor([self._settings.generation.guidance_scale], device=self._device, dtype=self._dtype)
+        same = {
+            "encoder_hidden_states": text,
+            "encoder_attention_mask": torch.ones(text.shape[:2], device=self._device, dtype=self._dtype),
+            "pooled_projections": read("pooled_embeds").to(self._dtype).unsqueeze(0),
+            "guidance": guidance * 1000.0,
+            "return_dict": False,
+        }
+        for step, time in enumerate(self._timesteps(prompt)):
+            timestep = torch.tensor([time], device=self._device)
+            with torch.no_grad():
+                [velocity] = transformer(hidden_states=latents[step].to(self._dtype)[None], timestep=timestep, **same)
+            advance()
+            yield velocity[0].cpu()
+
+    def _timesteps(self, prompt: PromptUnit) -> list[float]:
+        values: list[float] = self._store.read(f"trajectories/{prompt.name}/timesteps").tolist()
+        return values
+
+    def _num_steps(self) -> int:
+        """Forward passes of both models over all trajectories; 0 where they are too few to fit anything."""
+        if len(self._settings.prompts) < LEAST_PROMPTS:
+            return 0
+        return 2 * sum(len(self._timesteps(prompt)) for prompt in self._settings.prompts)
+
+
+def raise_bits(block: nn.Module, bits: int | None) -> None:
+    """Gives the quantized layers of `block` at least `bits` for their activations; None for their own."""
+    for module in block.modules():
+        if isinstance(module, QuantizedLinear) and module.input_transform is not None:
+            module.input_transform.raise_bits(bits)
+
+
+def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in values.float().tolist())
