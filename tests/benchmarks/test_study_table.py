@@ -1,0 +1,48 @@
+"""The table of a recorded study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study_table import main, table
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = {
+    "settings": {
+        "naive": {"0": {"p0": {"psnr_db": 20.0, "ssim": 0.9}, "p1": {"psnr_db": 22.0, "ssim": 0.8}}},
+        "ours-2": {
+            "0": {"p0": {"psnr_db": 30.0, "ssim": 0.99}, "p1": {"psnr_db": 34.0, "ssim": 0.97}},
+            "1": {"p0": {"psnr_db": 36.0, "ssim": 0.99}, "p1": {"psnr_db": 36.0, "ssim": 0.97}},
+        },
+        "full precision": {"0": {"p0": {"recognized": True}, "p1": {"recognized": False}}},
+    }
+}
+
+
+def test_rows_are_best_first_and_paired_where_both_have_the_video() -> None:
+    lines = table(DOCUMENT, "naive").splitlines()[2:]
+    # Pairs differ by 10 and 12: 11 ± 12.706 * 1.4142 / sqrt(2).
+    assert lines[1] == "| ours 2 | 2 | - | 34.00 ± 2.83 | +11.00 ± 12.71 | 30.00 | 0.9800 | - |"
+    assert lines[2] == "| naive | 1 | - | 21.00 | - | 20.00 | 0.8500 | - |"
+    assert lines[0] == "| full precision | 1 | - | - | - | - | - | 50.0 % |"
+    with pytest.raises(ValueError, match=r"no setting 'x': there are full precision, naive, ours-2"):
+        table(DOCUMENT, "x")
+
+
+@pytest.mark.parametrize(("name", "reference"), [("study_joint", "naive"), ("study_residual", "none")])
+def test_the_page_shows_what_was_recorded(name: str, reference: str, tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text((ROOT / "docs" / "results.md").read_text())
+    main([str(ROOT / "benchmarks" / "results" / f"{name}.json"), "--reference", reference, "--page", str(page)])
+    assert page.read_text() == (ROOT / "docs" / "results.md").read_text()
+
+
+def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
+    page, results = tmp_path / "page.md", tmp_path / "study.json"
+    page.write_text("nothing here")
+    results.write_text(json.dumps(DOCUMENT))
+    with pytest.raises(ValueError, match="lacks the markers <!-- study -->"):
+        main([str(results), "--reference", "naive", "--page", str(page)])
