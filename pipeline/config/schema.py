@@ -130,6 +130,8 @@ class SelectionConfig(Section):
     """Samples kept (S²Q-VDiT: 40)."""
     weight_error_tokens: int = Field(default=256, ge=1)
     """Tokens per layer from which `weight_error` is estimated."""
+    weight_error_bits: WeightBits | None = None
+    """At which `weight_error` rounds; null: `bits.weight`. A study over bits sets it, so that all share their trajectories."""
 
 
 class DistillationConfig(Section):

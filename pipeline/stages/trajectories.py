@@ -18,9 +18,12 @@ class Trajectories:
 
     def settings(self, run: Run) -> TrajectorySettings:
         """Of every worker."""
-        context = run.context
+        context, selection = run.context, run.context.config.selection
         return TrajectorySettings(
-            context.source, context.generation, context.config.bits.weight, context.config.selection.weight_error_tokens
+            context.source,
+            context.generation,
+            selection.weight_error_bits or context.config.bits.weight,
+            selection.weight_error_tokens,
         )
 
     def waves(self, run: Run) -> list[list[StageUnit]]:

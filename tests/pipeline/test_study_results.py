@@ -104,7 +104,7 @@ def test_files(results: StudyResults) -> None:
 def test_tables(results: StudyResults) -> None:
     lines = markdown_table(results).splitlines()
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert lines[2].startswith("| a \\| b <i> | 4 | 25.50 ± 0.71 | reference | 20.00 |")
+    assert lines[2].startswith("| a \\| b <i> | 4 | 25.0 % | 25.50 ± 0.71 | reference | 20.00 |")
     assert "+1.50 [-0.55, +3.55]" in lines[3]
     assert "seed 0: distillation/u: diverged" in lines[4]
     for width, terminal in ((500, False), (60, False), (80, True)):
