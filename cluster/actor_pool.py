@@ -15,7 +15,6 @@ run twice, never twice at the same time on one machine: what it writes must be a
 
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,10 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.session import Session, active_session
+from cluster.ticket_queue import Ticket, TicketQueue
 from cluster.unit_actor import Location, Outcome, Pulse, Worker
 from cluster.units import PoolEvents, Unit, UnitFailure, UnitsFailed, WorkersFailed
-from cluster.worker_slot import SlotState, Ticket, WorkerRecipe, WorkerSlot, end_actors, end_unfit_actors
+from cluster.worker_slot import SlotState, WorkerRecipe, WorkerSlot, end_actors, end_unfit_actors
 
 __all__ = ["PoolEvents", "Unit", "UnitFailure", "UnitsFailed", "WorkersFailed", "run_units"]
 
@@ -99,7 +99,9 @@ class _Pool:
     def __init__(self, slots: list[WorkerSlot], units: Sequence[Unit], limits: _Limits, events: PoolEvents) -> None:
         self._slots = slots
         self._order = [unit.name for unit in units]
-        self._pending = deque(Ticket(serial, unit.name, unit.payload) for serial, unit in enumerate(units))
+        self._pending = TicketQueue(
+            Ticket(serial, unit.name, unit.payload, unit.affinity) for serial, unit in enumerate(units)
+        )
         self._limits = limits
         self._events = events
         self._results: dict[str, Any] = {}
@@ -128,7 +130,8 @@ class _Pool:
         for slot in self._in_state(SlotState.IDLE):
             if not self._pending:
                 return
-            ticket = self._pending.popleft()
+            at_work = [busy.ticket.affinity for busy in self._in_state(SlotState.BUSY) if busy.ticket is not None]
+            ticket = self._pending.take(slot.last_affinity, at_work)
             ticket.attempt += 1
             slot.assign(ticket)
             self._events.started(ticket.name, slot.name)

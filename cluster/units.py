@@ -12,6 +12,8 @@ class Unit:
     """Unique among the units of a call."""
     payload: Any
     """What the worker's `run` gets: small and picklable, such as a frozen dataclass; tensors go through files."""
+    affinity: str = ""
+    """Units of one affinity are best done by one worker, which then has open what they need, such as a model."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.session import Session
+from cluster.ticket_queue import Ticket
 from cluster.unit_actor import Location, Pulse, UnitActor, Worker
 
 _logger = logging.getLogger(__name__)
@@ -52,17 +53,6 @@ class WorkerRecipe:
     num_gpus: float
 
 
-@dataclass
-class Ticket:
-    """One unit on its way through the pool."""
-
-    serial: int
-    name: str
-    payload: Any
-    attempt: int = 0
-    """Attempts begun."""
-
-
 @dataclass(frozen=True)
 class ParkedActor:
     """An actor between two pools: its process has imported what workers need, which takes longer than most units."""
@@ -79,6 +69,8 @@ class WorkerSlot:
         self.name = name
         self.state = SlotState.EMPTY
         self.ticket: Ticket | None = None
+        self.last_affinity: str | None = None
+        """Of the last unit of the present actor."""
         self.call: Any = None
         """Reference to the answer being waited for: place, load or run."""
         self.pulse_call: Any = None
@@ -123,7 +115,7 @@ class WorkerSlot:
 
     def assign(self, ticket: Ticket) -> None:
         """Give the idle actor a unit."""
-        self.ticket = ticket
+        self.ticket, self.last_affinity = ticket, ticket.affinity
         self._pulse = None
         self._next_pulse_at = 0.0
         self._enter(SlotState.BUSY, self._actor.run.remote(ticket.serial, ticket.payload))
@@ -183,7 +175,7 @@ class WorkerSlot:
     def clear(self) -> None:
         """Forget the actor."""
         self._actor = self._location = self._birth = self._pulse = self.pulse_call = None
-        self.ticket = None
+        self.ticket = self.last_affinity = None
         self._enter(SlotState.EMPTY, None)
 
     def retire(self) -> None:

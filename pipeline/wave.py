@@ -50,6 +50,11 @@ class Task:
         """Unique in a wave."""
         return self.driven.full_name(self.unit.name)
 
+    @property
+    def affinity(self) -> str:
+        """What one worker should do in a row: units of one run, and in it those that read the same model."""
+        return self.driven.full_name(self.unit.affinity)
+
 
 class LazySession:
     """Starts Ray when the first unit is to be done, not before."""
@@ -171,7 +176,7 @@ def run_tasks(
         try:
             results = run_units(
                 *worker,
-                [Unit(task.name, task.payload) for task in tasks],
+                [Unit(task.name, task.payload, task.affinity) for task in tasks],
                 num_workers=num_workers(config, os.cpu_count() or 1, _num_gpus()),
                 num_cpus=config.numerics.threads,
                 num_gpus=config.workers.num_gpus,

@@ -59,7 +59,7 @@ class Evaluation:
             "prompt": prompt.prompt,
             "upstream": upstream,
         }
-        return unit(self.name, name, EvaluationUnit(name, prompt, checkpoint), depends)
+        return unit(self.name, name, EvaluationUnit(name, prompt, checkpoint), depends, affinity=model)
 
     def _noise_floor(self, run: Run, prompt: PromptUnit) -> StageUnit:
         name = f"{NOISE_FLOOR}-{prompt.name}"
@@ -69,4 +69,6 @@ class Evaluation:
             "prompt": prompt.prompt,
             "other_attention": OTHER_ATTENTION,
         }
-        return unit(self.name, name, EvaluationUnit(name, prompt, None, noise_floor=True), depends)
+        return unit(
+            self.name, name, EvaluationUnit(name, prompt, None, noise_floor=True), depends, affinity=NOISE_FLOOR
+        )

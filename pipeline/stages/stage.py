@@ -28,6 +28,8 @@ class StageUnit:
     payload: Any
     """The worker's message."""
     fingerprint: str
+    affinity: str = ""
+    """Units of one affinity, in one run, read the same model: a worker that has it open goes on with them."""
 
 
 class Stage(Protocol):
@@ -45,9 +47,10 @@ class Stage(Protocol):
         """All units; those of a wave are independent, and a wave begins when the one before is done."""
 
 
-def unit(stage: str, name: str, payload: Any, depends: dict[str, Any]) -> StageUnit:
+def unit(stage: str, name: str, payload: Any, depends: dict[str, Any], *, affinity: str = "") -> StageUnit:
     """A unit whose fingerprint covers `depends` and the stage's version."""
-    return StageUnit(name, payload, fingerprint({"stage": stage, "version": STAGE_VERSIONS[stage], **depends}))
+    covered = fingerprint({"stage": stage, "version": STAGE_VERSIONS[stage], **depends})
+    return StageUnit(name, payload, covered, affinity)
 
 
 def require(run: Run, stage: str, name: str) -> UnitRecord:

@@ -82,6 +82,13 @@ def test_results_of_all_units_in_order_whatever_the_number_of_workers(num_worker
     assert living_workers(tmp_path) == []
 
 
+def test_a_worker_does_units_of_one_affinity_in_a_row(tmp_path: Path) -> None:
+    recorder = Recorder()
+    units = [Unit(f"double-{i}", ("double", f"double-{i}", i), affinity="ab"[i % 2]) for i in range(6)]
+    assert list(run(units, tmp_path, num_workers=1, events=recorder)) == [unit.name for unit in units]
+    assert [name for name, _ in recorder.of("started")] == [f"double-{i}" for i in (0, 2, 4, 1, 3, 5)]
+
+
 def test_no_more_workers_than_units(tmp_path: Path) -> None:
     assert run(doubles(1), tmp_path, num_workers=50) == {"double-0": 0}
     assert attempts(tmp_path, "start") == 1

@@ -1,0 +1,156 @@
+"""Seconds and memory of distilling one block of HunyuanVideo-13B, with and without its attention terms (MSAD), in one run.
+
+    python -m benchmarks.distillation_time --output benchmarks/results/distillation_time.json
+
+Both kinds of block, with random weights, at the tokens of a video of the given size, on whatever device there is. Per sample:
+`targets` (the full-precision block, token weights' column sums, the terms' targets, head kinds), then one step of the
+optimization (forward and backward of the quantized block, loss terms, optimizer). One sample and one step warm up.
+
+The projection is for the whole model: its blocks x (samples x targets + epochs x samples x steps), with rounding, reading and
+loading left out; `attention terms` is what they add to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.attention_memory import environment
+from benchmarks.random_model import fill_randomly, random_stream, transformer_config
+from pipeline.config.method import MethodConfig
+from pipeline.context import recipe_of
+from reelquant.calibration.block_distillation import Sample, calibrated_copy, learn, prepare_targets
+from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.families import hunyuan_video
+from reelquant.families.family import TokenLayout
+from reelquant.ops.band_attention.op import dense_attention
+
+TERMS = ("none", "global", "local", "both")
+KINDS = {"double": "transformer_blocks.0", "single": "single_transformer_blocks.0"}
+
+
+def samples_of(config: dict[str, Any], layout: TokenLayout, num: int) -> list[Sample]:
+    """Samples in host memory, as a worker holds them."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    rotary = hunyuan_video.rotary_embedding(config, layout)
+    found = []
+    for index in range(num):
+        stream = random_stream(layout.num_tokens, width, seed=index, device="cpu")
+        noise = random_stream(layout.num_tokens, width, seed=num + index, device="cpu")
+        temb = torch.randn(1, width, generator=torch.Generator().manual_seed(index)).bfloat16()
+        conditioning = hunyuan_video.Conditioning(temb, rotary, layout).to("cpu", torch.bfloat16)
+        found.append(Sample(stream, stream + 0.02 * noise, conditioning))
+    return found
+
+
+def measure(
+    kind: str, config: dict[str, Any], layout: TokenLayout, recipe: Recipe, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds of the targets of a sample and of a step, and the peak memory of both."""
+    device = torch.device(options.device)
+    block = hunyuan_video.build_block(config, KINDS[kind]).to(device, torch.bfloat16).requires_grad_(False)
+    fill_randomly(block)
+    samples = samples_of(config, layout, options.samples)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    targets = []
+    for sample in samples:
+        begin = time.perf_counter()
+        prepare_targets(hunyuan_video, block, [sample], recipe)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        targets.append(time.perf_counter() - begin)
+    levels = hunyuan_video.group_levels(KINDS[kind])
+    linears = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
+    modulation = {
+        name for level in levels for group in level if group.stream == "conditioning" for name in group.layers
+    }
+    bits = {name: LayerBits(4, 16 if name in modulation else 8) for name in linears}
+    copied, groups = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
+    hunyuan_video.set_attention_core(copied, lambda _item, q, k, v: dense_attention(q, k, v))
+    ends = [time.perf_counter()]
+    learn(
+        hunyuan_video, kind, copied, groups=groups, samples=samples, recipe=recipe, seed=0,
+        progress=lambda *_: ends.append(time.perf_counter()),
+    )  # fmt: skip
+    steps = [after - before for before, after in itertools.pairwise(ends)]
+    return {
+        "targets_s": statistics.median(targets[1:] or targets),
+        "step_s": statistics.median(steps[1:] or steps),
+        "all_targets_s": targets,
+        "all_steps_s": steps,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def projection(rows: dict[str, dict[str, Any]], config: dict[str, Any], *, samples: int, epochs: int) -> float:
+    """GPU-seconds of the distillation of all blocks."""
+    num = {"double": config["num_layers"], "single": config["num_single_layers"]}
+    each = {kind: float(row["targets_s"] + epochs * row["step_s"]) for kind, row in rows.items()}
+    return sum(int(num[kind]) * samples * seconds for kind, seconds in each.items())
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown, as measured."""
+    lines = ["| terms | block | targets, s a sample | step, s | peak, GiB |", "|---|---|---|---|---|"]
+    for terms, rows in document["results"].items():
+        for kind, row in rows.items():
+            peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+            lines.append(f"| {terms} | {kind} | {row['targets_s']:.3f} | {row['step_s']:.3f} | {peak} |")
+    lines += ["", "| terms | whole model, GPU-hours | to none |", "|---|---|---|"]
+    first = document["projected_s"].get("none")
+    for terms, seconds in document["projected_s"].items():
+        more = "-" if first is None or terms == "none" else f"{100 * (seconds / first - 1):+.1f} %"
+        lines.append(f"| {terms} | {seconds / 3600:.2f} | {more} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=16, help="of the latents; 16 for 61 frames")
+    parser.add_argument("--height", type=int, default=45, help="rows of tokens; 45 for 720 pixels")
+    parser.add_argument("--width", type=int, default=80, help="columns of tokens; 80 for 1280 pixels")
+    parser.add_argument("--text", type=int, default=256, help="text tokens")
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--terms", nargs="+", choices=TERMS, default=list(TERMS))
+    parser.add_argument("--project-samples", type=int, default=20)
+    parser.add_argument("--project-epochs", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
+    options = parser.parse_args(arguments)
+    config = transformer_config() | {"num_attention_heads": options.heads}
+    layout = TokenLayout(options.frames, options.height, options.width, options.text)
+    base = recipe_of(MethodConfig(preset="s2q_quantsparse", epochs=options.epochs), ())
+    results: dict[str, dict[str, Any]] = {}
+    for terms in options.terms:
+        recipe = replace(base, attention_distillation=terms)
+        results[terms] = {kind: measure(kind, config, layout, recipe, options) for kind in KINDS}
+    projected = {
+        terms: projection(rows, config, samples=options.project_samples, epochs=options.project_epochs)
+        for terms, rows in results.items()
+    }
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "device")}
+    document = {
+        "environment": environment(torch.device(options.device)),
+        "settings": settings,
+        "results": results,
+        "projected_s": projected,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()

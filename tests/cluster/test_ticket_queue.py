@@ -1,0 +1,43 @@
+"""Which unit a worker gets next."""
+
+import pytest
+
+from cluster.ticket_queue import Ticket, TicketQueue
+
+
+def queue(affinities: str) -> TicketQueue:
+    return TicketQueue(Ticket(serial, f"{serial}{letter}", None, letter) for serial, letter in enumerate(affinities))
+
+
+def taken(waiting: TicketQueue, last: str | None, at_work: str = "") -> str:
+    return waiting.take(last, at_work).name
+
+
+def test_one_affinity_is_first_come_first_served() -> None:
+    waiting = queue("aaa")
+    assert [taken(waiting, None), taken(waiting, "a"), taken(waiting, "b")] == ["0a", "1a", "2a"]
+    assert not waiting
+    with pytest.raises(IndexError, match="no ticket waits"):
+        waiting.take(None, "")
+
+
+def test_a_worker_goes_on_with_what_it_has_at_hand() -> None:
+    waiting = queue("abab")
+    assert [taken(waiting, "b"), taken(waiting, "b"), taken(waiting, "b")] == ["1b", "3b", "0a"]
+    assert len(waiting) == 1
+
+
+def test_workers_spread_over_the_affinities() -> None:
+    waiting = queue("aaabbbccc")
+    assert taken(waiting, None) == "0a"
+    assert taken(waiting, None, "a") == "3b"
+    assert taken(waiting, None, "ab") == "6c"
+    assert taken(waiting, "x", "abcca") == "4b"
+    assert taken(waiting, None, "abc") == "1a"
+
+
+def test_a_ticket_that_comes_back_goes_to_the_end_of_its_own() -> None:
+    waiting = queue("aab")
+    first = waiting.take(None, "")
+    waiting.append(first)
+    assert [taken(waiting, "a"), taken(waiting, "a"), taken(waiting, "a")] == ["1a", "0a", "2b"]
