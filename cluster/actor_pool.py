@@ -75,7 +75,8 @@ def run_units(
         startup_timeout_s: longest construction of a worker: loading a model, for example.
         placement_timeout_s: longest wait for the first node with room, while no worker is placed at all.
         progress_interval_s: how often a busy worker is asked how far it is.
-        keep_workers: leave idle CPU processes to the next call in this session, which saves it their imports.
+        keep_workers: leave idle processes without a whole GPU to the next call in this session, which saves it their
+            imports.
 
     Raises:
         ValueError: two units of one name, a limit out of range, or a worker that no machine of a local session can hold.

@@ -60,6 +60,7 @@ class ParkedActor:
     actor: Any
     location: Location
     num_cpus: float
+    num_gpus: float
 
 
 class WorkerSlot:
@@ -167,9 +168,11 @@ class WorkerSlot:
                 _logger.debug("%s ended by itself", self.name)
 
     def park(self) -> None:
-        """Leave an idle actor to the next pool. One with a GPU is not kept: its memory is wanted by others."""
-        if self.state is SlotState.IDLE and self._recipe.num_gpus == 0 and self._location is not None:
-            self._session.parked.append(ParkedActor(self._actor, self._location, self._recipe.num_cpus))
+        """Leave an idle actor to the next pool. One with a whole GPU is not kept: its memory is wanted by others."""
+        recipe = self._recipe
+        if self.state is SlotState.IDLE and recipe.num_gpus < 1 and self._location is not None:
+            parked = ParkedActor(self._actor, self._location, recipe.num_cpus, recipe.num_gpus)
+            self._session.parked.append(parked)
             self.clear()
 
     def clear(self) -> None:
@@ -196,7 +199,8 @@ class WorkerSlot:
 
 def end_unfit_actors(session: Session, recipe: WorkerRecipe) -> None:
     """End the parked actors that a worker of `recipe` cannot be put into."""
-    fit = [parked for parked in session.parked if recipe.num_gpus == 0 and parked.num_cpus == recipe.num_cpus]
+    wanted = (recipe.num_cpus, recipe.num_gpus)
+    fit = [parked for parked in session.parked if (parked.num_cpus, parked.num_gpus) == wanted]
     for parked in session.parked:
         if parked not in fit:
             ray.kill(parked.actor, no_restart=True)

@@ -141,17 +141,21 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         model,
         prompts["calibration"],
         prompts["held_out"],
-        tuple(method_plan(method, model, bits) for method in config.methods),
+        tuple(
+            method_plan(method, model, bits, num_steps=config.generation.num_inference_steps)
+            for method in config.methods
+        ),
         folder_fingerprint(config.model) if weights else "",
     )
 
 
-def method_plan(method: MethodConfig, model: ModelFacts, bits: Mapping[str, LayerBits]) -> MethodPlan:
-    """What the workers are told of a configured method."""
+def method_plan(
+    method: MethodConfig, model: ModelFacts, bits: Mapping[str, LayerBits], *, num_steps: int
+) -> MethodPlan:
+    """What the workers are told of a configured method, for generations of `num_steps` steps."""
     attention = method.attention
-    protection = (
-        StepProtection(method.protected_steps, method.protected_activation_bits) if method.protected_steps else None
-    )
+    protected = method.num_protected_steps(num_steps)
+    protection = StepProtection(protected, method.protected_activation_bits) if protected else None
     inference = InferencePlan(
         online_head_kinds=attention.head_kinds == "online",
         dense_steps=attention.dense_steps,

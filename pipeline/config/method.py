@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Preset = Literal["rtn", "smoothquant", "quarot", "gptq", "s2q", "quantsparse", "s2q_quantsparse"]
+Preset = Literal["rtn", "smoothquant", "quarot", "gptq", "s2q", "quantsparse", "reelquant", "s2q_quantsparse"]
 
 _NOTHING: dict[str, Any] = {
     "channel_scale": "none",
@@ -37,6 +37,7 @@ _EARLY_DENSE: dict[str, Any] = {
         "residual": {"extrapolation": "linear"},
     },
 }
+_BEYOND: dict[str, Any] = {"weight_layout": "two_level", "protected_steps": 0.25}
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": _NOTHING,
     "smoothquant": {**_NOTHING, "channel_scale": "smoothquant"},
@@ -44,12 +45,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gptq": {**_NOTHING, "rounding": "gptq"},
     "s2q": _S2Q,
     "quantsparse": {**_S2Q, "rounding": "nearest", "token_weights": False, **_QUANTSPARSE},
-    "s2q_quantsparse": {**_S2Q, **_EARLY_DENSE},
+    "reelquant": {**_S2Q, **_BEYOND},
+    "s2q_quantsparse": {**_S2Q, **_BEYOND, **_EARLY_DENSE},
 }
 """`rtn`: round to nearest. `smoothquant`: its channel scale. `quarot`: Hadamard rotation. `gptq`: error feedback.
 `s2q`: S²Q-VDiT, everything learned, GPTQ at the end. `quantsparse`: QuantSparse, everything learned with attention
-distillation, sparse attention with its residual cache. `s2q_quantsparse`: both papers together, with what won in
-docs/results.md: the first five steps dense, the residual's change extrapolated, calibration against dense attention."""
+distillation, sparse attention with its residual cache. Ours, with what won in docs/results.md: `reelquant`, S²Q-VDiT with
+two-level weights and protected first steps; `s2q_quantsparse`, both papers together, these two, the first five steps dense, the
+residual's change extrapolated, calibration against dense attention."""
 
 
 _RESERVED = ("full_precision", "noise_floor")
@@ -104,8 +107,8 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    preset: Preset = "s2q"
-    """Which of the presets to start from."""
+    preset: Preset = "reelquant"
+    """Which of the presets to start from; `s2q_quantsparse` if none is named and the attention is sparse."""
     name: str = ""
     """Of folders and tables; the preset's if empty."""
     channel_scale: Literal["none", "smoothquant", "learned"] = "none"
@@ -148,14 +151,20 @@ class MethodConfig(BaseModel):
     num_salient_tokens: int = Field(default=256, ge=1)
     """Queries of the local term."""
     attention: AttentionConfig = AttentionConfig()
-    protected_steps: int = Field(default=0, ge=0)
-    """First steps with finer activations (method §9.3)."""
+    protected_steps: int | float = Field(default=0, ge=0)
+    """First steps with finer activations (method §9.3); below 1, their share of all steps."""
     protected_activation_bits: int = 8
     """Activation bits of the protected steps; 8 cost nothing where fewer run in INT8 containers."""
     drift_repair: bool = False
     """A last, sequential pass: gain and bias of every block's output layers against the drift of all blocks before."""
     velocity_correction: bool = False
     """Gain and bias of the model's output per step and latent channel (method §9.4)."""
+
+    def num_protected_steps(self, num_steps: int) -> int:
+        """Of a generation with `num_steps`; a share is rounded, and protects one step at least."""
+        if 0 < self.protected_steps < 1:
+            return max(1, round(self.protected_steps * num_steps))
+        return int(self.protected_steps)
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +178,7 @@ class MethodConfig(BaseModel):
             raise ValueError(f"method attention is {attention!r}; give a section such as {{density: 0.25}}")
         density = attention.get("density", 1.0)
         sparse = isinstance(density, int | float) and density < 1
-        preset = values.get("preset", "s2q_quantsparse" if sparse else "s2q")
+        preset = values.get("preset", "s2q_quantsparse" if sparse else "reelquant")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"method preset {preset!r} is unknown: one of {', '.join(PRESETS)}")
         start = PRESETS[preset]
@@ -194,6 +203,10 @@ class MethodConfig(BaseModel):
             raise ValueError(
                 f"method {self.name}: attention_distillation {self.attention_distillation} needs something to learn; set "
                 "channel_scale, rotation or clip to learned, or attention_distillation to none"
+            )
+        if self.protected_steps >= 1 and self.protected_steps != int(self.protected_steps):
+            raise ValueError(
+                f"method {self.name}: protected_steps is {self.protected_steps}; a whole number of steps, or a share below 1"
             )
         bits = self.protected_activation_bits
         if not (4 <= bits <= 8 or bits == 16):

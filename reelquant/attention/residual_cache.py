@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from reelquant.attention.sparse_spec import ResidualSpec
+from reelquant.ops.band_attention.reference import Correction
 from reelquant.ops.residual_factorization.op import factorize
 
 TILE_BYTES = 128 * 2**20
@@ -130,8 +131,44 @@ class ResidualCache:
         Returns: [H, L, D] in the dtype of `sparse`; with order 0, `sparse` itself.
         Raises: ValueError before any refresh (order 1 and 2), for another shape or an earlier step.
         """
-        if self._spec.order == 0:
+        kept = self._checked_kept(step, sparse)
+        if kept is None:
             return sparse
+        scale = self._change_scale(kept, step)
+        corrected = torch.empty_like(sparse, memory_format=torch.contiguous_format)
+        for heads in _head_groups(sparse):
+            wide = sparse[heads].to(torch.promote_types(sparse.dtype, torch.float32))
+            wide = kept.residual.added_to(wide, heads)
+            if kept.change is not None and scale != 0:
+                wide = kept.change.added_to(wide, heads, scale)
+            corrected[heads] = wide
+        return corrected
+
+    def corrections(self, step: int, sparse: Tensor) -> tuple[Correction, ...] | None:
+        """What `correct` adds at `step`, for an attention that adds it itself; None where a term is kept whole.
+
+        Args, Raises: as `correct`; of `sparse` only shape and dtype are read (the queries will do).
+        """
+        kept = self._checked_kept(step, sparse)
+        if kept is None:
+            return ()
+        scaled = [(kept.residual, 1.0)]
+        if kept.change is not None:
+            scaled.append((kept.change, self._change_scale(kept, step)))
+        found = []
+        for term, scale in scaled:
+            if term.directions is None:
+                return None
+            found.append(Correction(term.rows, term.directions, scale))
+        return tuple(found)
+
+    def _change_scale(self, kept: _Kept, step: int) -> float:
+        return (step - kept.step) / kept.interval if self._spec.extrapolation == "linear" else 1.0
+
+    def _checked_kept(self, step: int, sparse: Tensor) -> _Kept | None:
+        """What the last refresh left for `step`; None where nothing is to be added at all."""
+        if self._spec.order == 0:
+            return None
         kept = self._kept
         if kept is None:
             raise ValueError(f"step {step}: nothing to correct with before the first refresh; refresh, or use order 0")
@@ -142,15 +179,7 @@ class ResidualCache:
             )
         if step < kept.step:
             raise ValueError(f"step {step} is before the last refresh at step {kept.step}; use a new cache")
-        scale = (step - kept.step) / kept.interval if self._spec.extrapolation == "linear" else 1.0
-        corrected = torch.empty_like(sparse, memory_format=torch.contiguous_format)
-        for heads in _head_groups(sparse):
-            wide = sparse[heads].to(torch.promote_types(sparse.dtype, torch.float32))
-            wide = kept.residual.added_to(wide, heads)
-            if kept.change is not None and scale != 0:
-                wide = kept.change.added_to(wide, heads, scale)
-            corrected[heads] = wide
-        return corrected
+        return kept
 
     def _term(self, residual: Tensor, dtype: torch.dtype, *, low_rank: bool) -> _Term:
         if not low_rank:

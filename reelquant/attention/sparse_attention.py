@@ -9,7 +9,7 @@ belongs to one generation (`runtime.generation`) and one element of its batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from reelquant.attention.head_kind import band_errors, kinds_of, sampled_rows
 from reelquant.attention.residual_cache import ResidualCache
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.families.family import TokenLayout
-from reelquant.ops.band_attention.op import Implementation, band_attention, dense_attention
+from reelquant.ops.band_attention.op import Correction, Implementation, band_attention, dense_attention
 from reelquant.runtime.generation import GenerationState, GenerationTracker
 
 
@@ -103,10 +103,33 @@ class SparseAttention:
         self.visited.pairs += visited_pairs(layout, width)
         renew = self.spec.residual.order == 0
         kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=renew)
-        return self._cache(block, item).correct(state.step, self._sparse(q, k, v, kinds, layout, width))
+        cache = self._cache(block, item)
+        corrections = cache.corrections(state.step, q) if q.is_cuda else None
+        if corrections is None:
+            return cache.correct(state.step, self._sparse(q, k, v, kinds, layout, width))
+        return self._sparse(q, k, v, kinds, layout, width, corrections=corrections)
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, kinds: str, layout: TokenLayout, width: int) -> Tensor:
-        return band_attention(q, k, v, kinds=kinds, layout=layout, width=width, implementation=self.implementation)
+    def _sparse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kinds: str,
+        layout: TokenLayout,
+        width: int,
+        *,
+        corrections: Sequence[Correction] = (),
+    ) -> Tensor:
+        return band_attention(
+            q,
+            k,
+            v,
+            kinds=kinds,
+            layout=layout,
+            width=width,
+            corrections=corrections,
+            implementation=self.implementation,
+        )
 
     def _kinds(
         self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, width: int, renew: bool

@@ -2,7 +2,8 @@
 
 Every family module has the same names: `ARCHITECTURE`, `block_names`, `build_block`, `group_levels`, `auxiliary_kind`,
 `token_layout`, `rotary_embedding`, `Conditioning`, `call_block`, `conditioning_input`, `watch_attention`,
-`set_attention_core`, `num_heads`, `output_layers`.
+`set_attention_core`, `num_heads`, `output_layers`; where its blocks can run fused, also `fusion_obstacle` and
+`fused_forward`.
 
 A stream is one tensor `[L, d]` of one sample: the video tokens in frame-major order, then the text tokens without padding.
 Padding is masked as a key everywhere in the model, so dropping it changes no real token.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from reelquant.families.family import InputGroup, OutputLayer, TokenLayout
 from reelquant.families.hunyuan_video_attention import prepare_core, set_attention_core, watch_attention
+from reelquant.families.hunyuan_video_fused import fused_forward, fusion_obstacle
 
 __all__ = [
     "ARCHITECTURE",
@@ -33,6 +35,8 @@ __all__ = [
     "build_block",
     "call_block",
     "conditioning_input",
+    "fused_forward",
+    "fusion_obstacle",
     "group_levels",
     "num_heads",
     "output_layers",

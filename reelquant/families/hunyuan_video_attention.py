@@ -37,7 +37,7 @@ class CoreAttentionProcessor:
         """`hidden_states [B, n, d]`, `encoder_hidden_states [B, m, d]`, `attention_mask [B, 1, 1, n + m]` bool."""
         num_text = encoder_hidden_states.shape[1]
         separate = attn.add_q_proj is not None
-        joint = hidden_states if separate else _joined(hidden_states, encoder_hidden_states)
+        joint = hidden_states if separate else joined_streams(hidden_states, encoder_hidden_states)
         query, key, value = (_heads(attn, layer(joint)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = _normalized(attn.norm_q, query), _normalized(attn.norm_k, key)
         query, key = (_rotated(x, image_rotary_emb, num_text=0 if separate else num_text) for x in (query, key))
@@ -107,7 +107,7 @@ def _dense_core(_item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return dense_attention(q, k, v)
 
 
-def _joined(video: Tensor, text: Tensor) -> Tensor:
+def joined_streams(video: Tensor, text: Tensor) -> Tensor:
     """Both streams in one tensor: the very one that they are views of, if it is there (its transform is then shared)."""
     base = video._base
     if base is not None and base is text._base and base.shape[1] == video.shape[1] + text.shape[1]:

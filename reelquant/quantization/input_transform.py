@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from reelquant.ops.input_quantization.op import quantize_input
 from reelquant.quantization.quantizer import quantize
 from reelquant.quantization.rotation import transform_input
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of inputs that the operations of `reelquant.ops` take on a GPU."""
 
 
 class QuantizedInput(NamedTuple):
@@ -65,13 +69,16 @@ class InputTransform:
     def _compute(
         self, x: Tensor, channel_scale: Tensor | None, rotation: Tensor | None, activation_clip: Tensor | None
     ) -> QuantizedInput:
-        values = transform_input(x.float(), channel_scale, None if rotation is None else rotation.float())
         bits = self.current_bits
+        clip = None if bits > self.activation_bits else activation_clip
+        if bits < 16 and x.is_cuda and x.dtype in KERNEL_DTYPES:
+            rows = x.reshape(-1, x.shape[-1])
+            codes, scale = quantize_input(rows, bits=bits, channel_scale=channel_scale, rotation=rotation, clip=clip)
+            return QuantizedInput(codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+        values = transform_input(x.float(), channel_scale, None if rotation is None else rotation.float())
         if bits == 16:
             return QuantizedInput(values, None)
-        clip = 1.0 if activation_clip is None or bits > self.activation_bits else activation_clip
-        codes, scale = quantize(values, bits, -1, clip)
-        return QuantizedInput(codes, scale)
+        return QuantizedInput(*quantize(values, bits, -1, 1.0 if clip is None else clip))
 
     def forget(self, of: weakref.ref[Tensor] | None = None) -> None:
         """Drops what is remembered; with `of`, only what is remembered of that tensor."""

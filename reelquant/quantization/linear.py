@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, LayerSpec, group_problems, layer_tensors
-from reelquant.quantization.input_transform import InputTransform, QuantizedInput
+from reelquant.ops.int8_linear.op import int8_linear
+from reelquant.ops.weight_expansion.op import expand_weight
+from reelquant.quantization.input_transform import KERNEL_DTYPES, InputTransform, QuantizedInput
 from reelquant.quantization.packing import unpack_bits
 from reelquant.quantization.rotation import rotate_blocks
-from reelquant.quantization.weight_grid import WeightGrid
 
 _DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -92,7 +93,7 @@ class QuantizedLinear(nn.Module):
 
     def transformed_input(self, x: Tensor) -> QuantizedInput:
         """`x [..., d]` scaled, rotated and quantized by the group's leader."""
-        leader = self._leading()
+        leader = self.leader
         if leader.input_transform is None:
             raise ValueError(f"{self.name}: the leader {leader.name} of its group has no transform")
         return leader.input_transform(
@@ -106,13 +107,19 @@ class QuantizedLinear(nn.Module):
         """`[n, d]` int8: the stored codes."""
         return unpack_bits(self.weight_packed, self.spec.weight_bits, self.in_features)
 
-    def integer_weight(self) -> Tensor:
-        """`[n, d]` int8: the codes, times their group's integer scale in the layout `two_level`."""
-        return WeightGrid(self.weight_scale[:, None], self.group_scale, self.spec.weight_bits).expand(self.codes())
+    def integer_weight(self, out: Tensor | None = None) -> Tensor:
+        """`[n, d]` int8: the codes, times their group's integer scale in the layout `two_level`; in `out` if it is given."""
+        return expand_weight(
+            self.weight_packed,
+            bits=self.spec.weight_bits,
+            num_inputs=self.in_features,
+            group_scale=self.group_scale,
+            out=out,
+        )
 
     def dequantized_weight(self) -> Tensor:
         """`[n, d]` float32: the weight that acts on the untransformed input, activations not quantized."""
-        leader = self._leading()
+        leader = self.leader
         weight = self.integer_weight().float() * self.weight_scale[:, None]
         if leader.rotation is not None:
             weight = rotate_blocks(weight, leader.rotation.float().T.contiguous())
@@ -122,6 +129,12 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., d] -> [..., n]`, in `x`'s dtype."""
         values, scale = self.transformed_input(x)
+        if scale is not None and x.is_cuda and x.dtype in KERNEL_DTYPES:
+            rows = values.reshape(-1, self.in_features)
+            product = int8_linear(
+                rows, scale.reshape(-1), self.integer_weight(), self.weight_scale, self.bias, out_dtype=x.dtype
+            )
+            return product.reshape(*x.shape[:-1], self.out_features)
         product = _matmul(values.reshape(-1, self.in_features), self.integer_weight(), exact=x.dtype == torch.float32)
         if scale is not None:
             product *= scale.reshape(-1, 1)
@@ -137,7 +150,9 @@ class QuantizedLinear(nn.Module):
             f"weight_bits={self.spec.weight_bits}, activation_bits={self.spec.activation_bits}"
         )
 
-    def _leading(self) -> QuantizedLinear:
+    @property
+    def leader(self) -> QuantizedLinear:
+        """The layer of its group that holds what the group shares; itself if that is this one."""
         if self.input_transform is not None:
             return self
         if not self._leader:

@@ -46,6 +46,10 @@ def unpack_bits(packed: Tensor, bits: int, num: int) -> Tensor:
         raise ValueError(
             f"{num} codes of {bits} bits are uint8 [..., {num_words * bits}], got {packed.dtype} {tuple(packed.shape)}"
         )
+    if bits == 8:
+        return packed.view(torch.int8)[..., :num].contiguous()
+    if bits == 4:
+        return unpack_int4(packed)[..., :num].contiguous()
     in_bytes = packed.unflatten(-1, (num_words, bits))
     stream = torch.zeros(in_bytes.shape[:-1], dtype=torch.int64, device=packed.device)
     for j in range(bits):

@@ -43,7 +43,8 @@ def cayley(a: Tensor) -> Tensor:
     a = a.to(torch.promote_types(a.dtype, torch.float32))
     skew = (a - a.T) / 2
     eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
-    orthogonal: Tensor = torch.linalg.solve(eye + skew, eye - skew)
+    # Never singular, so nothing is asked back from the device.
+    orthogonal: Tensor = torch.linalg.solve_ex(eye + skew, eye - skew).result
     return orthogonal
 
 

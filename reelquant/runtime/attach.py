@@ -9,20 +9,24 @@ from torch import nn
 from reelquant.attention.sparse_attention import SparseAttention
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families.family import family_of_architecture
+from reelquant.runtime.block_fusion import fuse_blocks
 from reelquant.runtime.generation import GenerationTracker
 from reelquant.runtime.step_protection import protect_steps
 from reelquant.runtime.velocity_correction import correct_velocity
 
 
 def attach_runtime(transformer: nn.Module, spec: QuantizationSpec) -> GenerationTracker | None:
-    """Installs sparse attention, protected steps and the velocity correction of `spec`, as far as it has them.
+    """Installs sparse attention, protected steps and the velocity correction of `spec`, as far as it has them, and the
+    fused blocks of a quantized transformer whose family has them.
 
     `transformer.sparse_attention` is then the `SparseAttention`; `transformer.sparse_attention.enabled = False` turns it
-    dense.
+    dense. `transformer.block_fusion` is the `BlockFusion`.
 
     Returns: what tells generations apart, None where nothing needs it.
     Raises: ValueError: no family knows the architecture, or blocks and heads of the model are not those of `spec`.
     """
+    if spec.layers:
+        fuse_blocks(transformer, family_of_architecture(type(transformer).__name__))
     if spec.sparse_attention is None and spec.step_protection is None and spec.velocity_correction is None:
         return None
     tracker = GenerationTracker()

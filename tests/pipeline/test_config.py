@@ -64,8 +64,8 @@ def test_configuration_survives_its_json(tmp_path: Path) -> None:
         ({"method": {"preset": "rtn", "solve": "asymmetric"}}, "solve asymmetric needs rounding gptq, but rounding is"),
         ({"method": {"preset": "rtn", "name": "../x"}}, "method name '../x': lower-case letters"),
         (
-            {"compare": ["s2q"]},
-            "method and compare have the names ['s2q', 's2q']: each must be there once (set `name`)",
+            {"compare": ["reelquant"]},
+            "method and compare have the names ['reelquant', 'reelquant']: each must be there once (set `name`)",
         ),
         ({"prompts": None}, "prompts: "),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0 (it is -1)"),
@@ -95,6 +95,17 @@ def test_preset_fills_what_is_left_out(preset: str) -> None:
     assert method.attention.density == PRESETS[preset].get("attention", {"density": 1.0})["density"]
     changed = MethodConfig.model_validate({"preset": preset, "damping": 0.5, "name": "mine"})
     assert (changed.damping, changed.name, changed.rotation) == (0.5, "mine", method.rotation)
+
+
+def test_protected_steps_are_a_number_or_a_share_of_all() -> None:
+    def protected(value: float) -> list[int]:
+        method = MethodConfig.model_validate({"preset": "rtn", "protected_steps": value})
+        return [method.num_protected_steps(steps) for steps in (2, 16, 50)]
+
+    assert protected(0) == [0, 0, 0]
+    assert protected(4) == [4, 4, 4]
+    assert protected(0.25) == [1, 4, 12]
+    assert protected(0.05) == [1, 1, 2]
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -189,8 +200,8 @@ def test_configuration_needs_no_torch() -> None:
 
 
 def test_sparse_attention_brings_both_papers_unless_a_preset_is_named() -> None:
-    assert MethodConfig.model_validate({}).preset == "s2q"
-    assert MethodConfig.model_validate({"attention": {"density": 1.0}}).preset == "s2q"
+    assert MethodConfig.model_validate({}).preset == "reelquant"
+    assert MethodConfig.model_validate({"attention": {"density": 1.0}}).preset == "reelquant"
     sparse = MethodConfig.model_validate({"attention": {"density": 0.15}})
     assert (sparse.preset, sparse.name, sparse.attention.density) == ("s2q_quantsparse", "s2q_quantsparse", 0.15)
     assert (
@@ -217,6 +228,7 @@ def test_sparse_attention_brings_both_papers_unless_a_preset_is_named() -> None:
         ({"preset": "gptq", "attention_distillation": "both"}, r"needs something to learn"),
         ({"lambda_local": -1}, r"lambda_local is -1.*above 0, or auto"),
         ({"protected_activation_bits": 3}, r"protected_activation_bits is 3"),
+        ({"protected_steps": 2.5}, r"protected_steps is 2.5; a whole number of steps, or a share below 1"),
     ],
 )
 def test_impossible_sparse_settings_are_refused(method: dict[str, Any], words: str) -> None:

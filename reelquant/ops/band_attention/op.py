@@ -4,27 +4,38 @@
 |---|---|---|
 | `reference` | any device | O(L D) and one mask of a tile |
 | `flex` | CUDA, through torch's FlexAttention, compiled once a head size and kind of call | O(L D) |
+| `triton` | CUDA from compute capability 8.0 on, bf16 and fp16, head size 64 or 128, no gradient | the result |
 
-A hand-written kernel becomes another row; callers do not change.
+`auto` takes `triton` where it can, then `flex`, then `reference`; where the band leaves everything, torch's dense attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reelquant.families.family import TokenLayout
-from reelquant.ops.band_attention.reference import band_attention_reference, dense_attention
+from reelquant.ops.band_attention.reference import (
+    Correction,
+    band_attention_reference,
+    corrected,
+    dense_and_band_reference,
+    dense_attention,
+)
+from reelquant.ops.implementation import takes_triton
 
-__all__ = ["Implementation", "band_attention", "dense_attention"]
+__all__ = ["Correction", "Implementation", "band_attention", "dense_and_band_attention", "dense_attention"]
 
-Implementation = Literal["auto", "reference", "flex"]
+Implementation = Literal["auto", "reference", "flex", "triton"]
 
 FLEX_TOKENS = 4096
 """From here on `auto` takes FlexAttention on CUDA: below, its compilation costs more than it saves."""
 _TILE_ROWS = {"cpu": 128, "cuda": 1024}
+_LARGEST_RANK = 128
+_MOST_CORRECTIONS = 2
 
 
 def band_attention(
@@ -35,6 +46,8 @@ def band_attention(
     kinds: str,
     layout: TokenLayout,
     width: int,
+    corrections: Sequence[Correction] = (),
+    out: Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Attention of every head under its band mask (method §6), text tokens dense.
@@ -44,11 +57,79 @@ def band_attention(
         kinds: one letter a head: `s` spatial (band over frame-major order) or `t` temporal (place-major).
         layout: the token grid; `layout.num_tokens` is L.
         width: a token sees `|i - j| < width`; from `num_video` on the mask leaves everything.
-        implementation: `auto` chooses by device and length.
+        corrections: added to the normalized result, e.g. what the residual cache kept.
+        out: receives the result: `[H, L, D]` in the dtype of `q`, any strides, no memory in common with `q`, `k` or `v`.
+        implementation: `auto` chooses by device, dtype, head size and length.
 
-    Returns: `[H, L, D]` in the dtype of `q`. Differentiable.
-    Raises: ValueError for shapes, kinds or widths that do not fit, or `flex` without CUDA.
+    Returns: `[H, L, D]` in the dtype of `q`; `out` if given. Differentiable without `out` and but for `triton`.
+    Raises: ValueError for shapes, kinds or widths that do not fit, or an implementation that cannot take the tensors.
     """
+    _check(q, k, v, kinds=kinds, layout=layout, width=width, implementation=implementation)
+    _check_corrections(q, corrections)
+    if out is not None and (out.shape != q.shape or out.dtype != q.dtype or out.device != q.device):
+        raise ValueError(
+            f"out must be {q.dtype} {tuple(q.shape)} on {q.device}, got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    if out is not None and _needs_gradient(q, k, v, out):
+        raise ValueError("out cannot be given where a gradient is needed: call under torch.no_grad(), or without out")
+    if _takes_triton(q, k, v, implementation, layout=layout, width=width, corrections=corrections, out=out):
+        from reelquant.ops.band_attention.launch import band_attention_triton
+
+        return band_attention_triton(q, k, v, kinds=kinds, layout=layout, width=width, corrections=corrections, out=out)
+    result = corrected(_in_torch(q, k, v, kinds, layout, width, implementation), corrections)
+    return result if out is None else out.copy_(result)
+
+
+def dense_and_band_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kinds: str,
+    layout: TokenLayout,
+    width: int,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`(dense, band)`: attention over all keys, and what `band_attention` gives; for the steps that refresh a residual.
+
+    `triton` does both in one pass: the band and the text, then what is left. `auto` runs one after the other, each as
+    fast as it goes: on an H100 torch's dense attention is expected to win that back.
+
+    Args, Raises: as `band_attention`.
+    Returns: two `[H, L, D]` in the dtype of `q`.
+    """
+    _check(q, k, v, kinds=kinds, layout=layout, width=width, implementation=implementation)
+    if implementation == "triton":
+        takes_triton(implementation, q.device, unsuited=_unsuited(q, k, v, (), None))
+        from reelquant.ops.band_attention.launch import dense_and_band_triton
+
+        return dense_and_band_triton(q, k, v, kinds=kinds, layout=layout, width=width)
+    if implementation == "reference":
+        temporal = torch.tensor([kind == "t" for kind in kinds], device=q.device)
+        rows = _TILE_ROWS.get(q.device.type, 1024)
+        return dense_and_band_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
+    dense = dense_attention(q, k, v)
+    if width >= layout.num_video:
+        return dense, dense
+    return dense, band_attention(q, k, v, kinds=kinds, layout=layout, width=width, implementation=implementation)
+
+
+def _in_torch(
+    q: Tensor, k: Tensor, v: Tensor, kinds: str, layout: TokenLayout, width: int, implementation: Implementation
+) -> Tensor:
+    on_cuda = q.device.type == "cuda"
+    if implementation == "flex" or (implementation == "auto" and on_cuda and layout.num_tokens >= FLEX_TOKENS):
+        from reelquant.ops.band_attention.flex import band_attention_flex
+
+        return band_attention_flex(q, k, v, kinds=kinds, layout=layout, width=width)
+    temporal = torch.tensor([kind == "t" for kind in kinds], device=q.device)
+    rows = _TILE_ROWS.get(q.device.type, 1024)
+    return band_attention_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: TokenLayout, width: int, implementation: Implementation
+) -> None:
     if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f"q, k and v must all be [H, L, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if q.shape[1] != layout.num_tokens:
@@ -59,11 +140,57 @@ def band_attention(
         raise ValueError(f"the band's width is {width}; it must be at least 1 token")
     if implementation == "flex" and q.device.type != "cuda":
         raise ValueError(f"implementation flex needs CUDA tensors, these are on {q.device}; use reference or auto")
-    on_cuda = q.device.type == "cuda"
-    if implementation == "flex" or (implementation == "auto" and on_cuda and layout.num_tokens >= FLEX_TOKENS):
-        from reelquant.ops.band_attention.flex import band_attention_flex
 
-        return band_attention_flex(q, k, v, kinds=kinds, layout=layout, width=width)
-    temporal = torch.tensor([kind == "t" for kind in kinds], device=q.device)
-    rows = _TILE_ROWS.get(q.device.type, 1024)
-    return band_attention_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
+
+def _check_corrections(q: Tensor, corrections: Sequence[Correction]) -> None:
+    heads, tokens, head_dim = q.shape
+    for term in corrections:
+        rank = term.rows.shape[-1]
+        if term.rows.shape != (heads, tokens, rank) or term.directions.shape != (heads, head_dim, rank):
+            raise ValueError(
+                f"a correction needs rows [{heads}, {tokens}, r] and directions [{heads}, {head_dim}, r], "
+                f"got {tuple(term.rows.shape)} and {tuple(term.directions.shape)}"
+            )
+
+
+def _takes_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    implementation: Implementation,
+    *,
+    layout: TokenLayout,
+    width: int,
+    corrections: Sequence[Correction],
+    out: Tensor | None,
+) -> bool:
+    if implementation == "flex" or (implementation == "auto" and width >= layout.num_video):
+        return False
+    return takes_triton(implementation, q.device, unsuited=_unsuited(q, k, v, corrections, out))
+
+
+def _unsuited(q: Tensor, k: Tensor, v: Tensor, corrections: Sequence[Correction], out: Tensor | None) -> str | None:
+    """What about a call the Triton kernel does not take, None where it takes it."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all bfloat16 or all float16"
+    if q.shape[2] not in (64, 128):
+        return f"the head size is {q.shape[2]}, not 64 or 128"
+    terms = [tensor for term in corrections for tensor in (term.rows, term.directions)]
+    if _needs_gradient(q, k, v, *terms):
+        return "a gradient is needed"
+    rows = [term.rows for term in corrections]
+    if any(x.stride(2) != 1 for x in (q, k, v, *rows, *([] if out is None else [out]))):
+        return "the last dimension of q, k, v, out or of rows is not contiguous"
+    if len(corrections) > _MOST_CORRECTIONS:
+        return f"there are {len(corrections)} corrections, more than {_MOST_CORRECTIONS}"
+    for x in rows:
+        rank = x.shape[2]
+        if x.dtype != q.dtype or rank & (rank - 1) or not 16 <= rank <= _LARGEST_RANK:
+            return (
+                f"a correction is {x.dtype} of rank {rank}, not {q.dtype} of a power of two from 16 to {_LARGEST_RANK}"
+            )
+    return None
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

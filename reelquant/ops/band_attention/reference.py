@@ -5,12 +5,26 @@ Shapes: H heads, L = n + m tokens (n of the video, then m of the text), D head s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reelquant.attention.band_mask import place_major_order, place_major_positions
 from reelquant.families.family import TokenLayout
+
+
+@dataclass(frozen=True)
+class Correction:
+    """`scale * rows @ directions^T`, added to the attention of every head after its normalization."""
+
+    rows: Tensor
+    """[H, L, r] floating."""
+    directions: Tensor
+    """[H, D, r] floating."""
+    scale: float = 1.0
 
 
 def band_attention_reference(
@@ -43,6 +57,28 @@ def band_attention_reference(
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full attention `[H, L, D]`."""
     return scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
+
+
+def dense_and_band_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, temporal: Tensor, layout: TokenLayout, width: int, tile_rows: int
+) -> tuple[Tensor, Tensor]:
+    """See `op.dense_and_band_attention`: simply both."""
+    band = band_attention_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=tile_rows)
+    return dense_attention(q, k, v), band
+
+
+def corrected(out: Tensor, corrections: Sequence[Correction]) -> Tensor:
+    """`out` `[H, L, D]` plus the corrections: sums in float32 or wider, result in the dtype of `out`. Differentiable."""
+    if not corrections:
+        return out
+    heads = []
+    for head, plain in enumerate(out):
+        wide = plain.to(torch.promote_types(out.dtype, torch.float32))
+        for term in corrections:
+            rows, directions = term.rows[head].to(wide.dtype), term.directions[head].to(wide.dtype)
+            wide = torch.addmm(wide, rows, directions.T, alpha=term.scale)
+        heads.append(wide.to(out.dtype))
+    return torch.stack(heads)
 
 
 def _one_kind(

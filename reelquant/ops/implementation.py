@@ -1,0 +1,53 @@
+"""Which implementation of an operation runs: its reference in plain torch, or its Triton kernel."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+__all__ = ["Implementation", "takes_triton"]
+
+Implementation = Literal["auto", "reference", "triton"]
+
+AMPERE = (8, 0)
+HOPPER = (9, 0)
+
+
+def takes_triton(
+    implementation: Implementation,
+    device: torch.device,
+    *,
+    unsuited: str | None = None,
+    capability: tuple[int, int] = AMPERE,
+) -> bool:
+    """Whether the Triton kernel runs: `auto` takes it where it can, `triton` must be able to.
+
+    Args:
+        implementation: what the caller asked for.
+        device: where its tensors are.
+        unsuited: what about these arguments the kernel does not take, None where it takes them.
+        capability: the least CUDA compute capability that the kernel runs on.
+
+    Raises: ValueError for an unknown implementation, or for `triton` where the kernel cannot run.
+    """
+    if implementation not in ("auto", "reference", "triton"):
+        raise ValueError(f"no implementation {implementation!r}: there are auto, reference and triton")
+    if implementation == "reference":
+        return False
+    obstacle = _obstacle(device, capability) or unsuited
+    if obstacle is not None and implementation == "triton":
+        raise ValueError(f"implementation triton cannot run: {obstacle}; use reference or auto")
+    return obstacle is None
+
+
+def _obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
+    if device.type != "cuda":
+        return f"it needs CUDA tensors, these are on {device}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    found = torch.cuda.get_device_capability(device)
+    if found < capability:
+        return f"it needs compute capability {capability[0]}.{capability[1]}, {device} has {found[0]}.{found[1]}"
+    return None

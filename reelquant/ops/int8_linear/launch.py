@@ -1,0 +1,165 @@
+"""Launches the kernels of the INT8 linear layer: which tile, which schedule, which of the two kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from reelquant.ops.int8_linear.kernel import int8_linear_kernel
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and schedule of one launch."""
+
+    block_m: int
+    """Tokens of an output tile."""
+    block_n: int
+    """Outputs of an output tile."""
+    block_k: int
+    """Inputs of one step of the loop."""
+    num_warps: int
+    num_stages: int
+    """Steps whose operands are in shared memory at once."""
+    group: int = 8
+    """Rows of tiles that are walked together, column by column, so that operands are found in L2."""
+    split: int = 1
+    """Parts (1, 2 or 4) in which the epilogue takes a tile: more parts, less shared memory for the output."""
+    persistent: bool = True
+    """One program per multiprocessor that walks tiles; otherwise one per tile."""
+    flatten: bool = True
+    """One loop over tiles and d."""
+    warp_specialized: bool = False
+    """The kernel of `warp_specialized.py`: tiles of 128 x 256 x 128 and 16-bit outputs; of the rest, `group` alone counts."""
+
+
+SMALL = Config(64, 32, 256, num_warps=4, num_stages=4, persistent=False, flatten=False)
+"""Text tokens alone: bound by reading the weight once, so as many programs as there are columns."""
+MEDIUM = Config(128, 128, 128, num_warps=8, num_stages=4, split=2)
+LARGE = Config(128, 256, 128, num_warps=8, num_stages=3, split=2)
+SPECIALIZED = Config(128, 256, 128, num_warps=4, num_stages=4, warp_specialized=True)
+
+
+def choose_config(num_tokens: int, num_outputs: int, num_inputs: int) -> Config:
+    """By class of shape; `benchmarks/linear_kernels.py` sweeps the alternatives. `num_inputs` changes nothing so far."""
+    if num_tokens <= 512:
+        return SMALL
+    # Tiles of 128 x 256 leave multiprocessors without one: smaller tiles.
+    if triton.cdiv(num_tokens, LARGE.block_m) * triton.cdiv(num_outputs, LARGE.block_n) < 2 * 132:
+        return MEDIUM
+    return LARGE
+
+
+def launch_int8_linear(
+    codes: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    config: Config | None = None,
+) -> Tensor:
+    """Fills `out`; arguments as checked by `op.int8_linear`. `config` None: by shape."""
+    config = fitting(config or choose_config(len(codes), len(weight), codes.shape[1]), out, residual)
+    run = _run_warp_specialized if config.warp_specialized else _run
+    vectors = (token_scale, weight_scale, bias, gate)
+    run(codes, weight, vectors, residual, out, gelu=activation is not None, config=config)
+    return out
+
+
+def _run(
+    codes: Tensor, weight: Tensor, vectors: Any, residual: Tensor | None, out: Tensor, *, gelu: bool, config: Config
+) -> None:
+    num_tiles = triton.cdiv(len(codes), config.block_m) * triton.cdiv(len(weight), config.block_n)
+    num_programs = min(num_tiles, num_multiprocessors(out.device)) if config.persistent else num_tiles
+    part = [config.block_m, config.block_n // config.split]
+    token_scale, weight_scale, bias, gate = vectors
+    int8_linear_kernel[(num_programs,)](
+        TensorDescriptor.from_tensor(codes, [config.block_m, config.block_k]),
+        token_scale,
+        TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+        weight_scale,
+        bias,
+        gate,
+        None if residual is None else TensorDescriptor.from_tensor(residual, part),
+        TensorDescriptor.from_tensor(out, part),
+        len(codes),
+        len(weight),
+        codes.shape[1],
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
+        SPLIT=config.split,
+        GELU=gelu,
+        FAST=out.dtype != torch.float32 and out.is_cuda,
+        FLATTEN=config.flatten and config.persistent,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _run_warp_specialized(
+    codes: Tensor, weight: Tensor, vectors: Any, residual: Tensor | None, out: Tensor, *, gelu: bool, config: Config
+) -> None:
+    from reelquant.ops.int8_linear import warp_specialized as kernel
+
+    num_tiles = triton.cdiv(len(codes), kernel.BLOCK_M) * triton.cdiv(len(weight), kernel.BLOCK_N)
+    token_scale, weight_scale, bias, gate = vectors
+    out_tiles = kernel.tiles_of(out, kernel.OUT_TILE)
+    kernel.int8_linear_warp_specialized[(min(num_tiles, num_multiprocessors(out.device)),)](
+        kernel.tiles_of(codes, kernel.CODES_TILE),
+        token_scale,
+        kernel.tiles_of(weight, kernel.WEIGHT_TILE),
+        weight_scale,
+        weight_scale if bias is None else bias,
+        weight_scale if gate is None else gate,
+        out_tiles if residual is None else kernel.tiles_of(residual, kernel.OUT_TILE),
+        out_tiles,
+        len(codes),
+        len(weight),
+        codes.shape[1],
+        # A residual is loaded ahead into the output's buffers, which then must hold the whole tile.
+        STAGES=4 if residual is None else 3,
+        PARTS=1 if residual is None else 2,
+        GROUP=config.group,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        HAS_GATE=gate is not None,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=4,
+    )
+
+
+def fitting(config: Config, out: Tensor, residual: Tensor | None) -> Config:
+    """`config`, or what comes nearest to it and takes these dtypes within shared memory."""
+    if config.warp_specialized:
+        same = residual is None or residual.dtype == out.dtype
+        if out.element_size() == 2 and same and _has_wgmma(out.device):
+            return config
+        config = LARGE
+    widest = max(out.element_size(), 0 if residual is None else residual.element_size())
+    if widest == 2 or config.block_n < 128:
+        return config
+    return replace(config, split=4, num_stages=min(3, config.num_stages))
+
+
+@lru_cache(maxsize=16)
+def _has_wgmma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache(maxsize=16)
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; in Triton's interpreter, on a CPU, any number does: 4."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

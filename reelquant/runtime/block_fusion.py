@@ -1,0 +1,128 @@
+"""Chooses, block by block and before anything is computed, whether a quantized transformer runs over fused operations.
+
+`transformer.block_fusion` is the choice: `mode` is `auto` (on Hopper GPUs with Triton, in 16 bits), `on` (everywhere; an
+obstacle is an error) or `off` (diffusers' own blocks over the single operations). What stands in the way of `auto` is logged
+once. Both ways compute the same; `torch.compile`, hooks inside a block and layers on another device take diffusers' own.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.quantization.linear import QuantizedLinear
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto", "on", "off"]
+HOPPER = (9, 0)
+
+
+class BlockFusion:
+    """The choice for all blocks of one transformer.
+
+    Attributes:
+        mode: set it between generations.
+    """
+
+    def __init__(self, transformer: nn.Module, family: ModuleType) -> None:
+        """Takes over the `forward` of the blocks of `transformer`, for whose family `fused_forward` exists."""
+        self.mode: Mode = "auto"
+        self._family = family
+        self._said: set[str] = set()
+        self._lengths: tuple[weakref.ref[Tensor], list[int]] | None = None
+        for name in family.block_names(dict(transformer.config)):  # type: ignore[arg-type]
+            block: Any = transformer.get_submodule(name)
+            block.forward = partial(self._forward, name, block, type(block).forward.__get__(block))
+
+    def _forward(
+        self,
+        name: str,
+        block: nn.Module,
+        original: Callable[..., tuple[Tensor, Tensor]],
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        if self.mode == "off" or torch.compiler.is_compiling():
+            return original(hidden_states, encoder_hidden_states, temb, attention_mask, rotary, *args, **kwargs)
+        obstacle = self._obstacle(block, hidden_states, rotary)
+        if obstacle is None:
+            lengths = self._text_lengths(attention_mask, hidden_states, encoder_hidden_states)
+            with torch.no_grad():
+                streams: tuple[Tensor, Tensor] = self._family.fused_forward(
+                    block, hidden_states, encoder_hidden_states, temb, lengths, rotary
+                )
+            self._say("blocks run over fused operations")
+            return streams
+        if self.mode == "on":
+            raise ValueError(f"{name} cannot run fused: {obstacle}; set transformer.block_fusion.mode to auto or off")
+        self._say(f"blocks run over single operations: {obstacle}")
+        return original(hidden_states, encoder_hidden_states, temb, attention_mask, rotary, *args, **kwargs)
+
+    def _obstacle(self, block: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> str | None:
+        if self.mode == "auto" and (reason := _slow_here(hidden)):
+            return reason
+        if rotary is None:
+            return "there is no rotary embedding"
+        reason = self._family.fusion_obstacle(block)
+        if reason is not None:
+            return str(reason)
+        for name, module in block.named_modules():
+            if module is not block and (module._forward_hooks or module._forward_pre_hooks):
+                return f"{name} has hooks, which fused operations would not call"
+            if isinstance(module, QuantizedLinear):
+                if module.weight_packed.device != hidden.device:
+                    return f"{name} is on {module.weight_packed.device}, its input on {hidden.device}"
+                transform = module.input_transform
+                if transform is not None and transform.activation_bits < 16 <= transform.current_bits:
+                    return f"{name} has 16-bit activations in this step"
+        return None
+
+    def _text_lengths(self, mask: Tensor | None, hidden: Tensor, text: Tensor) -> list[int]:
+        """Real text tokens of every sample; read back from the device once a mask, not once a block."""
+        if mask is None:
+            return [text.shape[1]] * len(text)
+        if self._lengths is None or self._lengths[0]() is not mask:
+            lengths = (mask.reshape(len(mask), -1).sum(dim=1) - hidden.shape[1]).tolist()
+            self._lengths = (weakref.ref(mask), lengths)
+        return self._lengths[1]
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.info(message)
+
+
+def _slow_here(hidden: Tensor) -> str | None:
+    """Why the kernels behind the fused operations would not run for `hidden`."""
+    if not hidden.is_cuda:
+        return f"the kernels need a CUDA GPU, the model is on {hidden.device}"
+    if torch.cuda.get_device_capability(hidden.device) < HOPPER:
+        return "the kernels need compute capability 9.0 (Hopper)"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels take bfloat16 and float16, the model runs in {hidden.dtype}"
+    return None
+
+
+def fuse_blocks(transformer: nn.Module, family: ModuleType) -> BlockFusion | None:
+    """Gives a quantized transformer its `block_fusion`; None where its family has no fused blocks."""
+    if not hasattr(family, "fused_forward"):
+        return None
+    fusion = BlockFusion(transformer, family)
+    transformer.block_fusion = fusion  # type: ignore[assignment]
+    return fusion

@@ -1,0 +1,55 @@
+"""Triton kernels on a CPU: its interpreter, in a process of its own, because Triton reads the choice when it is imported."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+# Triton 3.6 takes int() of an array with one element, which numpy 2.4 no longer converts. Kernels overflow and make NaN on
+# purpose, as the hardware does without a word.
+PROCESS = """
+import importlib.util, sys, warnings
+import numpy
+from triton.runtime import interpreter
+
+patch = interpreter._patch_lang_tensor
+
+def patch_with_index(tensor, scope):
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+interpreter._patch_lang_tensor = patch_with_index
+numpy.seterr(all="ignore")
+spec = importlib.util.spec_from_file_location("interpreted", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["interpreted"] = module
+spec.loader.exec_module(module)
+warnings.simplefilter("error")
+getattr(module, sys.argv[2])()
+"""
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[[str, str], None]:
+    """`interpreted(file, function)` calls a function of a test file where Triton interprets kernels; what it asserts counts."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed (it comes with torch for CUDA): nothing interprets its kernels")
+
+    def run(file: str, function: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", PROCESS, file, function],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
