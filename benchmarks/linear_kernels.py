@@ -77,18 +77,16 @@ def weight_of(n: int, d: int) -> tuple[Tensor, Tensor]:
 
 def linear(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool) -> None:
     """The six products: the default beside torch, or the alternatives."""
-    from reelquant.ops.int8_linear.launch import LARGE, SPECIALIZED, Config
+    from reelquant.ops.int8_linear.launch import LARGE, Config
 
     deep = replace(LARGE, block_k=256, num_stages=2, split=4)
     configs: dict[str, Config | None] = {
-        "warp-specialized": SPECIALIZED,
         "128x256x256, 2 stages": deep,
         "128x256x256, 2 stages, not flattened": replace(deep, flatten=False),
         "128x256, 4 stages, split 4": replace(LARGE, num_stages=4, split=4),
         "128x256, not flattened": replace(LARGE, flatten=False),
         "128x256, one tile a program": replace(LARGE, persistent=False),
         "256x128x256, 2 stages": replace(deep, block_m=256, block_n=128),
-        "warp-specialized, group 16": replace(SPECIALIZED, group=16),
         "128x256, group 16": replace(LARGE, group=16),
     }
     for name in QUICK if quick else LINEAR:

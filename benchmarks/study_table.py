@@ -2,7 +2,8 @@
 
     python -m benchmarks.study_table benchmarks/results/study_joint.json --reference naive --page docs/results.md
 
-Reads `{"settings": {name: {seed: {prompt: {"psnr_db": ..., "ssim": ..., "recognized": ..., "effective_density": ...}}}}}`.
+Reads a study's `results.json`, or what was recorded of one:
+`{"settings": {name: {seed: {prompt: {"psnr_db": ..., "ssim": ..., "recognized": ..., "effective_density": ...}}}}}`.
 Differences are paired over (seed, prompt) with the reference, with the 95 % interval of their mean.
 """
 
@@ -18,6 +19,19 @@ from pipeline.study.intervals import mean_interval
 
 Videos = dict[tuple[str, str], dict[str, Any]]
 WORST_SHARE = 0.05
+
+
+def by_setting(document: dict[str, Any]) -> dict[str, Any]:
+    """Values by setting, seed and prompt, of either kind of document."""
+    settings = document["settings"]
+    if isinstance(settings, dict):
+        return settings
+    found = {
+        setting["name"]: {seed: result["prompts"] for seed, result in setting["seeds"].items() if result["prompts"]}
+        for setting in settings
+    }
+    shared = {"full precision": document["full_precision"], "noise floor": document["noise_floor"]}
+    return found | {name: seeds for name, seeds in shared.items() if seeds}
 
 
 def videos(seeds: dict[str, dict[str, dict[str, Any]]]) -> Videos:
@@ -54,7 +68,7 @@ def table(document: dict[str, Any], reference: str) -> str:
     Raises:
         ValueError: the document has no setting `reference`.
     """
-    settings = document["settings"]
+    settings = by_setting(document)
     if reference not in settings:
         raise ValueError(f"no setting {reference!r}: there are {', '.join(sorted(settings))}")
     base = videos(settings[reference])

@@ -29,7 +29,6 @@ _S2Q: dict[str, Any] = {
 }
 _QUANTSPARSE: dict[str, Any] = {"attention_distillation": "both", "attention": {"density": 0.25}}
 _EARLY_DENSE: dict[str, Any] = {
-    "attention_distillation": "both",
     "attention": {
         "density": 0.25,
         "dense_steps": 5,

@@ -14,7 +14,7 @@ from tests.pipeline.small_run import call, small_run
 
 
 def mean_shift(prompts: list[Any], steps: slice = slice(None)) -> float:
-    values = [block[0] for prompt in prompts for step in prompt[steps] for block in step]
+    values = [float(block[0]) for prompt in prompts for step in prompt[steps] for block in step]
     return sum(values) / len(values)
 
 

@@ -32,7 +32,16 @@ def test_rows_are_best_first_and_paired_where_both_have_the_video() -> None:
         table(DOCUMENT, "x")
 
 
-@pytest.mark.parametrize(("name", "reference"), [("study_joint", "naive"), ("study_residual", "none")])
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("study_joint", "naive"),
+        ("study_residual", "none"),
+        ("study_selection", "uniform"),
+        ("study_beyond", "s2q as its paper gives it"),
+        ("study_preset", "dense s2q"),
+    ],
+)
 def test_the_page_shows_what_was_recorded(name: str, reference: str, tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     page.write_text((ROOT / "docs" / "results.md").read_text())

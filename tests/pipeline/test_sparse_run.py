@@ -14,8 +14,8 @@ from pipeline.plan import plan_config
 from tests.pipeline.small_run import call, small_run
 
 METHOD: dict[str, Any] = {
-    "preset": "s2q_quantsparse", "rotation_block": 64, "epochs": 1, "pool_size": 16, "num_salient_tokens": 16,
-    "protected_steps": 1,
+    "preset": "s2q_quantsparse", "rotation_block": 64, "epochs": 1, "attention_distillation": "both",
+    "pool_size": 16, "num_salient_tokens": 16, "protected_steps": 1,
     "attention": {
         "density": 0.4, "interval": 2, "dense_steps": 0, "dense_layers": 1, "calibrate": "corrected", "residual": {"rank": 8},
     },

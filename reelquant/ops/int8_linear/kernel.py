@@ -4,7 +4,7 @@ Every program walks output tiles. `flatten` makes one loop of the walk over tile
 tile's operands are under way while this one's epilogue runs. The scales stay out of the loop over d: the sum is exact.
 
 Triton 3.6 waits for every step's product before it starts the next one: it leaves products in flight for float32 sums
-alone (`WGMMAPipeline.cpp`, rule 2.1). `warp_specialized.py` does not wait.
+alone (`WGMMAPipeline.cpp`, rule 2.1).
 """
 
 from __future__ import annotations

@@ -35,15 +35,12 @@ class Config:
     """One program per multiprocessor that walks tiles; otherwise one per tile."""
     flatten: bool = True
     """One loop over tiles and d."""
-    warp_specialized: bool = False
-    """The kernel of `warp_specialized.py`: tiles of 128 x 256 x 128 and 16-bit outputs; of the rest, `group` alone counts."""
 
 
 SMALL = Config(64, 32, 256, num_warps=4, num_stages=4, persistent=False, flatten=False)
 """Text tokens alone: bound by reading the weight once, so as many programs as there are columns."""
 MEDIUM = Config(128, 128, 128, num_warps=8, num_stages=4, split=2)
 LARGE = Config(128, 256, 128, num_warps=8, num_stages=3, split=2)
-SPECIALIZED = Config(128, 256, 128, num_warps=4, num_stages=4, warp_specialized=True)
 
 
 def choose_config(num_tokens: int, num_outputs: int, num_inputs: int) -> Config:
@@ -71,9 +68,8 @@ def launch_int8_linear(
 ) -> Tensor:
     """Fills `out`; arguments as checked by `op.int8_linear`. `config` None: by shape."""
     config = fitting(config or choose_config(len(codes), len(weight), codes.shape[1]), out, residual)
-    run = _run_warp_specialized if config.warp_specialized else _run
     vectors = (token_scale, weight_scale, bias, gate)
-    run(codes, weight, vectors, residual, out, gelu=activation is not None, config=config)
+    _run(codes, weight, vectors, residual, out, gelu=activation is not None, config=config)
     return out
 
 
@@ -109,54 +105,12 @@ def _run(
     )
 
 
-def _run_warp_specialized(
-    codes: Tensor, weight: Tensor, vectors: Any, residual: Tensor | None, out: Tensor, *, gelu: bool, config: Config
-) -> None:
-    from reelquant.ops.int8_linear import warp_specialized as kernel
-
-    num_tiles = triton.cdiv(len(codes), kernel.BLOCK_M) * triton.cdiv(len(weight), kernel.BLOCK_N)
-    token_scale, weight_scale, bias, gate = vectors
-    out_tiles = kernel.tiles_of(out, kernel.OUT_TILE)
-    kernel.int8_linear_warp_specialized[(min(num_tiles, num_multiprocessors(out.device)),)](
-        kernel.tiles_of(codes, kernel.CODES_TILE),
-        token_scale,
-        kernel.tiles_of(weight, kernel.WEIGHT_TILE),
-        weight_scale,
-        weight_scale if bias is None else bias,
-        weight_scale if gate is None else gate,
-        out_tiles if residual is None else kernel.tiles_of(residual, kernel.OUT_TILE),
-        out_tiles,
-        len(codes),
-        len(weight),
-        codes.shape[1],
-        # A residual is loaded ahead into the output's buffers, which then must hold the whole tile.
-        STAGES=4 if residual is None else 3,
-        PARTS=1 if residual is None else 2,
-        GROUP=config.group,
-        HAS_BIAS=bias is not None,
-        GELU=gelu,
-        HAS_GATE=gate is not None,
-        HAS_RESIDUAL=residual is not None,
-        num_warps=4,
-    )
-
-
 def fitting(config: Config, out: Tensor, residual: Tensor | None) -> Config:
     """`config`, or what comes nearest to it and takes these dtypes within shared memory."""
-    if config.warp_specialized:
-        same = residual is None or residual.dtype == out.dtype
-        if out.element_size() == 2 and same and _has_wgmma(out.device):
-            return config
-        config = LARGE
     widest = max(out.element_size(), 0 if residual is None else residual.element_size())
     if widest == 2 or config.block_n < 128:
         return config
     return replace(config, split=4, num_stages=min(3, config.num_stages))
-
-
-@lru_cache(maxsize=16)
-def _has_wgmma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=16)

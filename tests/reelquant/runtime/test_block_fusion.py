@@ -158,10 +158,11 @@ def hooked(module: nn.Module) -> Iterator[None]:
 def test_kernels_compute_what_the_references_do(head_dim: int, parts: dict[str, Any]) -> None:
     model = quantized(head_dim=head_dim, **parts)
     exact = outputs(model, "on")
-    model.to("cuda", torch.bfloat16)
-    if parts:
-        model.sparse_attention.implementation = "auto"
+    model.to(torch.bfloat16)
+    # bfloat16 itself is 0.05 to 0.09 away here, by every path on the CPU; on an H100 the kernels were at 0.055.
+    rounding = max(error(a, b) for a, b in zip(outputs(model, "off", dtype=torch.bfloat16), exact, strict=True))
+    model.to("cuda")
     for mode in ("auto", "off"):
         found = outputs(model, mode, device="cuda", dtype=torch.bfloat16)
         apart = [error(a.cpu(), b) for a, b in zip(found, exact, strict=True)]
-        assert max(apart) < 3e-2, (mode, apart)
+        assert max(apart) < 1.2 * rounding, (mode, apart, rounding)
