@@ -35,10 +35,17 @@ _DOUBLE_LAYERS = (
     "ff_context.net.2",
 )  # fmt: skip
 _SINGLE_LAYERS = ("norm.linear", "proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v", "proj_out")
+_DOUBLE_SHARED = (
+    ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
+_SINGLE_SHARED = (("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),)
+"""Layers that are given the same codes: they must be one group."""
 
 
 def fusion_obstacle(block: nn.Module) -> str | None:
-    """Why `block` cannot run fused, None where it can: every linear must be quantized, with integer activations."""
+    """Why `block` cannot run fused, None where it can: every linear must be quantized, with integer activations, and layers
+    that read one tensor must share its transform."""
     is_double = hasattr(block, "norm1")
     for name in _DOUBLE_LAYERS if is_double else _SINGLE_LAYERS:
         layer = block.get_submodule(name)
@@ -46,6 +53,9 @@ def fusion_obstacle(block: nn.Module) -> str | None:
             return f"{name} is not quantized"
         if layer.spec.activation_bits == 16 and "norm" not in name:
             return f"{name} has 16-bit activations"
+    for names in _DOUBLE_SHARED if is_double else _SINGLE_SHARED:
+        if len({block.get_submodule(name).spec.group for name in names}) > 1:  # type: ignore[union-attr]
+            return f"{', '.join(names)} read one tensor and are not one group"
     attention: Any = block.get_submodule("attn")
     if attention.norm_q is None or attention.norm_k is None:
         return "queries and keys are not normalized"

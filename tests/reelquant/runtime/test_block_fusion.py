@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +136,13 @@ def test_what_cannot_run_fused_runs_otherwise_or_says_why(caplog: pytest.LogCapt
         pytest.raises(ValueError, match=r"blocks\.1 cannot run fused: ff has hooks"),
     ):
         outputs(model, "on")
+    apart = quantized()
+    query = apart.single_transformer_blocks[0].attn.to_q
+    query.spec = replace(query.spec, group=query.name)
+    with pytest.raises(
+        ValueError, match=r"proj_mlp, attn\.to_q, attn\.to_k, attn\.to_v read one tensor and are not one"
+    ):
+        outputs(apart, "on")
     sixteen = quantized(bits=(4, 16))
     with pytest.raises(ValueError, match=r"attn\.to_q has 16-bit activations; set transformer\.block_fusion\.mode"):
         outputs(sixteen, "on")
