@@ -224,19 +224,26 @@ def inputs(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool)
     from reelquant.ops.input_quantization.reference import quantize_input_reference
     from reelquant.quantization.rotation import hadamard
 
+    # Tokens x blocks of a piece, warps x programs of a multiprocessor.
     narrow: dict[str, Config | None] = {
-        "8192, 4 warps x 4, 128 registers": Config(8192, 4, 4, 128),
-        "8192, 4 warps x 3, 168 registers": Config(8192, 4, 3, 168),
-        "8192, 4 warps x 2, prefetch": Config(8192, 4, 2, prefetch=True),
-        "8192, 8 warps x 2, 128 registers": Config(8192, 8, 2, 128),
-        "16384, 8 warps": Config(16384, 8, 1),
-        "16384, 8 warps, prefetch": Config(16384, 8, 1, prefetch=True),
+        "2x32, 4 warps x 3": Config(2, 32, 4, 3, 168),
+        "2x32, 4 warps x 4": Config(2, 32, 4, 4, 128),
+        "2x32, 8 warps x 2": Config(2, 32, 8, 2, 128),
+        "8x8, 16 warps": Config(8, 8, 16, 1, 128),
+        "8x8, 16 warps, prefetch": Config(8, 8, 16, 1, 128, prefetch=True),
+        "8x8, 8 warps": Config(8, 8, 8, 1),
     }
     wide: dict[str, Config | None] = {
-        "8 warps x 2, 128 registers": Config(16384, 8, 2, 128),
-        "8 warps, prefetch": Config(16384, 8, 1, prefetch=True),
-        "8 warps": Config(16384, 8, 1),
-        "16 warps": Config(16384, 16, 1),
+        "1x64, 8 warps, prefetch": Config(1, 64, 8, 1, prefetch=True),
+        "2x32, 16 warps": Config(2, 32, 16, 1, 128),
+        "1x64, 16 warps": Config(1, 64, 16, 1, 128),
+        "1x64, 16 warps, prefetch": Config(1, 64, 16, 1, 128, prefetch=True),
+    }
+    plain: dict[str, Config | None] = {
+        "4x8, 8 warps x 2": Config(4, 8, 8, 2, 128),
+        "4x8, 4 warps x 2": Config(4, 8, 4, 2),
+        "2x8, 4 warps x 3, prefetch": Config(2, 8, 4, 3, 168, prefetch=True),
+        "2x8, 8 warps x 3": Config(2, 8, 8, 3, 80),
     }
 
     def measure(x: Tensor, others: dict[str, Any], config: Config | None) -> Row:
@@ -253,7 +260,7 @@ def inputs(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool)
         }
 
     for d, rotated in ((WIDTH, True), (4 * WIDTH, True), (5 * WIDTH, True), (WIDTH, False)):
-        if (quick and d != WIDTH) or (alternatives and not rotated):
+        if quick and d != WIDTH:
             continue
         x = loud(JOINT, d)
         norm = Norm(1e-6, 1 + 0.3 * torch.randn(d, device="cuda"), 0.2 * torch.randn(d, device="cuda"))
@@ -265,7 +272,7 @@ def inputs(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool)
             "norm": norm if d == WIDTH else None,
         }
         case = f"{d}{', norm' if d == WIDTH else ''}{', rotation 128' if rotated else ''}"
-        variants = (narrow if d == WIDTH else wide) if alternatives else {"default": None}
+        variants = (plain if not rotated else narrow if d == WIDTH else wide) if alternatives else {"default": None}
         for variant, config in variants.items():
             record.add("input", case, variant, partial(measure, x, others, config))
 

@@ -12,7 +12,7 @@
 The kernel holds whole tokens: its limit on d counts the rotation's blocks filled up to a power of two. Its rotation rounds
 each value to 2^-12 of itself, so a code may come out one step beside the reference's where the value lies at the middle
 between two: 0.1 to 0.8 % of codes at 8 bits (Gaussian data with loud channels), 0.14 % at 6, fewer at 4. Without a rotation
-the two differ at the very middle alone.
+the two differ at the very middle alone, to 10^-5 of a step (up to 0.002 % of codes after a norm).
 """
 
 from __future__ import annotations

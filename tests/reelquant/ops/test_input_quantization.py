@@ -36,6 +36,13 @@ CASES = [
     Case(70, 160, 0, True, False, False, bits=7),
     Case(2, 12_288, 128, True, True, False),
 ]
+# Tokens, slots, warps, programs, registers, prefetch: pieces without empty blocks, and one that is half empty.
+OTHER_CONFIGS: list[tuple[Any, ...]] = [
+    (16, 1, 4, 1),
+    (64, 1, 16, 1, None, True),
+    (16, 4, 8, 1, 128, True),
+    (8, 2, 4, 1),
+]
 GPU_CASES = [
     Case(4099, 3072, 128, True, True, True),
     Case(1, 3072, 128, True, True, True, bits=6),
@@ -164,8 +171,8 @@ def interpreted_kernel() -> None:
 
     for seed, case in enumerate(CASES):
         check(case, launch_quantize_input, seed=seed, device="cpu")
-    plain = Config(1024, num_warps=4, programs=1)
-    check(CASES[0], partial(launch_quantize_input, config=plain), seed=9, device="cpu")
+    for config in OTHER_CONFIGS:
+        check(CASES[0], partial(launch_quantize_input, config=Config(*config)), seed=9, device="cpu")
     check_odd_values(launch_quantize_input, "cpu")
 
 
