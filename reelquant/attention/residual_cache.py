@@ -22,10 +22,8 @@ from torch import Tensor
 
 from reelquant.attention.sparse_spec import ResidualSpec
 from reelquant.ops.band_attention.reference import Correction
-from reelquant.ops.residual_factorization.op import factorize
-
-TILE_BYTES = 128 * 2**20
-"""Heads are worked on in groups of about this many bytes of float32, at least one head."""
+from reelquant.ops.residual_factorization.op import Factors, factorize, factorize_refresh
+from reelquant.ops.residual_factorization.reference import head_groups
 
 
 @dataclass(frozen=True)
@@ -100,26 +98,9 @@ class ResidualCache:
         if self._spec.order == 0:
             return
         before = self._kept
-        groups = _head_groups(sparse)
-        finite = torch.ones((), dtype=torch.bool, device=sparse.device)
-        residuals, changes = [], []
-        for heads in groups:
-            wide = torch.promote_types(sparse.dtype, torch.float32)
-            residual = dense[heads].to(wide) - sparse[heads].to(wide)
-            finite &= torch.stack(residual.aminmax()).isfinite().all()
-            residuals.append(self._term(residual, sparse.dtype, low_rank=self._spec.storage == "low_rank"))
-            if self._spec.order == 2 and before is not None:
-                change = before.residual.added_to(residual, heads, scale=-1.0)
-                changes.append(self._term(change, sparse.dtype, low_rank=self._spec.rank is not None))
-        if not bool(finite):
-            _raise_not_finite(step, dense, sparse)
-        self._kept = _Kept(
-            step,
-            sparse.shape,
-            _joined(residuals),
-            _joined(changes) if changes else None,
-            1 if before is None else step - before.step,
-        )
+        terms = self._low_rank_terms if self._spec.storage == "low_rank" else self._full_terms
+        residual, change = terms(step, dense, sparse)
+        self._kept = _Kept(step, sparse.shape, residual, change, 1 if before is None else step - before.step)
 
     def correct(self, step: int, sparse: Tensor) -> Tensor:
         """`sparse` with what the last refreshes found missing; float32 or wider inside. Differentiable in `sparse`.
@@ -136,7 +117,7 @@ class ResidualCache:
             return sparse
         scale = self._change_scale(kept, step)
         corrected = torch.empty_like(sparse, memory_format=torch.contiguous_format)
-        for heads in _head_groups(sparse):
+        for heads in head_groups(sparse):
             wide = sparse[heads].to(torch.promote_types(sparse.dtype, torch.float32))
             wide = kept.residual.added_to(wide, heads)
             if kept.change is not None and scale != 0:
@@ -181,11 +162,40 @@ class ResidualCache:
             raise ValueError(f"step {step} is before the last refresh at step {kept.step}; use a new cache")
         return kept
 
-    def _term(self, residual: Tensor, dtype: torch.dtype, *, low_rank: bool) -> _Term:
-        if not low_rank:
-            return _Term(residual.to(dtype))
+    def _low_rank_terms(self, step: int, dense: Tensor, sparse: Tensor) -> tuple[_Term, _Term | None]:
         assert self._spec.rank is not None
-        rows, directions = factorize(residual, self._spec.rank)
+        before = None
+        if self._spec.order == 2 and self._kept is not None:
+            term = self._kept.residual
+            assert term.directions is not None
+            before = Factors(term.rows, term.directions)
+        found = factorize_refresh(dense, sparse, self._spec.rank, before=before)
+        residual, change = (None if factors is None else _Term(*factors) for factors in found)
+        assert residual is not None
+        if not bool(found[0].directions.isfinite().all()):
+            _raise_not_finite(step, dense, sparse)
+        return residual, change
+
+    def _full_terms(self, step: int, dense: Tensor, sparse: Tensor) -> tuple[_Term, _Term | None]:
+        """The residual whole, and its change whole or in factors."""
+        before = self._kept
+        finite = torch.ones((), dtype=torch.bool, device=sparse.device)
+        wide = torch.promote_types(sparse.dtype, torch.float32)
+        residuals, changes = [], []
+        for heads in head_groups(sparse):
+            residual = dense[heads].to(wide) - sparse[heads].to(wide)
+            finite &= torch.stack(residual.aminmax()).isfinite().all()
+            residuals.append(_Term(residual.to(sparse.dtype)))
+            if self._spec.order == 2 and before is not None:
+                changes.append(self._change(before.residual.added_to(residual, heads, scale=-1.0), sparse.dtype))
+        if not bool(finite):
+            _raise_not_finite(step, dense, sparse)
+        return _joined(residuals), _joined(changes) if changes else None
+
+    def _change(self, change: Tensor, dtype: torch.dtype) -> _Term:
+        if self._spec.rank is None:
+            return _Term(change.to(dtype))
+        rows, directions = factorize(change, self._spec.rank)
         return _Term(rows.to(dtype), directions)
 
     def _check_refresh(self, step: int, dense: Tensor, sparse: Tensor) -> None:
@@ -207,12 +217,6 @@ class ResidualCache:
                 f"refresh at step {step} with {tuple(sparse.shape)}, but the one at step {kept.step} had "
                 f"{tuple(kept.shape)}; use one cache a layer and generation"
             )
-
-
-def _head_groups(x: Tensor) -> list[slice]:
-    heads, tokens, d = x.shape
-    size = max(1, TILE_BYTES // (4 * tokens * d))
-    return [slice(start, min(heads, start + size)) for start in range(0, heads, size)]
 
 
 def _joined(terms: list[_Term]) -> _Term:

@@ -19,10 +19,14 @@ the small matrices are float64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 TILE_ROWS = 8192
+TILE_BYTES = 128 * 2**20
+"""Heads of a refresh are worked on in groups of about this many bytes of float32, at least one head."""
 SHIFT = 1e-6
 """Share of the trace: directions that carry less than this of the energy are not told apart."""
 ITERATIONS_PER_POWER = 3
@@ -33,10 +37,46 @@ SIGN_STEPS = 24
 SQUARINGS = 12
 
 
+class Factors(NamedTuple):
+    """A residual of every head as `rows @ directions^T`."""
+
+    rows: Tensor
+    """[H, L, k]."""
+    directions: Tensor
+    """[H, D, k], orthonormal columns; float32 or wider: it is small."""
+
+
+def factorize_refresh_reference(
+    dense: Tensor, sparse: Tensor, rank: int, *, before: Factors | None, iterations: int
+) -> tuple[Factors, Factors | None]:
+    """See `op.factorize_refresh`; a few heads at a time, differences in float32 or wider."""
+    residuals, changes = [], []
+    wide = torch.promote_types(sparse.dtype, torch.float32)
+    for heads in head_groups(sparse):
+        residual = dense[heads].to(wide) - sparse[heads].to(wide)
+        residuals.append(factorize_reference(residual, rank, iterations=iterations))
+        if before is not None:
+            rows, directions = (x[heads].to(wide) for x in before)
+            change = torch.baddbmm(residual, rows, directions.mT, alpha=-1.0)
+            changes.append(factorize_reference(change, rank, iterations=iterations))
+    return _joined(residuals, sparse.dtype), _joined(changes, sparse.dtype) if changes else None
+
+
+def head_groups(x: Tensor) -> list[slice]:
+    """Slices of the heads of [H, L, D], each about TILE_BYTES of float32."""
+    heads, tokens, d = x.shape
+    size = max(1, TILE_BYTES // (4 * tokens * d))
+    return [slice(start, min(heads, start + size)) for start in range(0, heads, size)]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Factors:
+    return Factors(torch.cat([rows.to(dtype) for rows, _ in parts]), torch.cat([directions for _, directions in parts]))
+
+
 def factorize_reference(residual: Tensor, rank: int, *, iterations: int) -> tuple[Tensor, Tensor]:
     """See `op.factorize`. Beside `residual` and the result it holds one tile of rows in float32 and [H, D, D]."""
     wide = torch.promote_types(residual.dtype, torch.float32)
-    directions = _top_directions(_gram(residual, wide), rank, iterations).to(wide)
+    directions = top_directions(_gram(residual, wide), rank, iterations).to(wide)
     rows = torch.empty(*residual.shape[:2], rank, dtype=wide, device=residual.device)
     for tile, out in zip(residual.split(TILE_ROWS, dim=1), rows.split(TILE_ROWS, dim=1), strict=True):
         out.copy_(tile.to(wide) @ directions)
@@ -56,7 +96,7 @@ def _gram(residual: Tensor, wide: torch.dtype) -> Tensor:
     return gram
 
 
-def _top_directions(gram: Tensor, rank: int, iterations: int) -> Tensor:
+def top_directions(gram: Tensor, rank: int, iterations: int) -> Tensor:
     """Orthonormal columns [H, D, k] that span the top eigenvectors of `gram`, in no order."""
     heads, d, _ = gram.shape
     start = torch.randn(d, rank, dtype=gram.dtype, generator=torch.Generator().manual_seed(0))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.attention import residual_cache
 from reelquant.attention.residual_cache import ResidualCache
+from reelquant.ops.residual_factorization import reference
 
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def test_groups_of_heads_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
         return cache.correct(7, drawn(9, 5, 40, 16)[1].transpose(0, 1).contiguous().transpose(0, 1))
 
     together = run()
-    monkeypatch.setattr(residual_cache, "TILE_BYTES", 2 * 4 * 40 * 16)
+    monkeypatch.setattr(reference, "TILE_BYTES", 2 * 4 * 40 * 16)
     torch.testing.assert_close(run(), together)
     assert together.is_contiguous()
 
