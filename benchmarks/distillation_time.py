@@ -37,16 +37,17 @@ TERMS = ("none", "global", "local", "both")
 KINDS = {"double": "transformer_blocks.0", "single": "single_transformer_blocks.0"}
 
 
-def samples_of(config: dict[str, Any], layout: TokenLayout, num: int) -> list[Sample]:
-    """Samples in host memory, as a worker holds them."""
+def samples_of(config: dict[str, Any], layout: TokenLayout, num: int, device: torch.device) -> list[Sample]:
+    """Samples in host memory and their conditioning on the device, as a worker holds them."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    rotary = hunyuan_video.rotary_embedding(config, layout)
+    cos, sin = hunyuan_video.rotary_embedding(config, layout)
+    rotary = (cos.to(device), sin.to(device))
     found = []
     for index in range(num):
         stream = random_stream(layout.num_tokens, width, seed=index, device="cpu")
         noise = random_stream(layout.num_tokens, width, seed=num + index, device="cpu")
         temb = torch.randn(1, width, generator=torch.Generator().manual_seed(index)).bfloat16()
-        conditioning = hunyuan_video.Conditioning(temb, rotary, layout).to("cpu", torch.bfloat16)
+        conditioning = hunyuan_video.Conditioning(temb, rotary, layout).to(device, torch.bfloat16)
         found.append(Sample(stream, stream + 0.02 * noise, conditioning))
     return found
 
@@ -58,7 +59,9 @@ def measure(
     device = torch.device(options.device)
     block = hunyuan_video.build_block(config, KINDS[kind]).to(device, torch.bfloat16).requires_grad_(False)
     fill_randomly(block)
-    samples = samples_of(config, layout, options.samples)
+    samples = samples_of(config, layout, options.samples, device)
+    for sample in samples:
+        sample.lock_pages()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     targets = []

@@ -33,6 +33,7 @@ class DistillationWorker:
         self._config = transformer_config(settings.source.model)
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
+        self._rotaries: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
         """Calibrates and writes the segment's blocks, or rounds the linears outside the blocks if it has none."""
@@ -71,9 +72,15 @@ class DistillationWorker:
         latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
         num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]
         layout = self._family.token_layout(self._config, latents, num_text)
-        rotary = self._family.rotary_embedding(self._config, layout)
-        conditioning = self._family.Conditioning(temb, rotary, layout).to("cpu", self._dtype)
-        return Sample(stream, stream, conditioning)
+        conditioning = self._family.Conditioning(temb, self._rotary(layout), layout)
+        return Sample(stream, stream, conditioning.to(self._device, self._dtype))
+
+    def _rotary(self, layout: Any) -> tuple[Tensor, Tensor]:
+        """On the device, once for all samples: every step reads it."""
+        if layout not in self._rotaries:
+            cos, sin = self._family.rotary_embedding(self._config, layout)
+            self._rotaries[layout] = (cos.to(self._device), sin.to(self._device))
+        return self._rotaries[layout]
 
     def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
         layers: dict[str, RoundedLayer] = {}

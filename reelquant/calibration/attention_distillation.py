@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reelquant.attention.column_sums import TILE_BYTES
+from reelquant.calibration.host_memory import moved
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class AttentionTargets:
 
     def to(self, device: torch.device | str) -> AttentionTargets:
         """The same on `device`."""
+        device = torch.device(device)
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()}
-        return AttentionTargets(**moved)
+        there: dict[str, Any] = {name: moved(x, device) if isinstance(x, Tensor) else x for name, x in values.items()}
+        return AttentionTargets(**there)
 
 
 def attention_targets(

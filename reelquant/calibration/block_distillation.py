@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from reelquant.attention.column_sums import attention_column_sums
 from reelquant.calibration.attention_distillation import AttentionTargets, attention_targets, salient_tokens
 from reelquant.calibration.attention_terms import AttentionTerms
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear, GroupTransform
+from reelquant.calibration.host_memory import moved, page_locked
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.calibration.sparse_block import sample_band_errors
 from reelquant.calibration.token_weights import token_weights
@@ -63,22 +65,51 @@ class Sample:
     attention: AttentionTargets | None = None
     """Of the full-precision block's attention, for the attention terms of the loss."""
 
-    def at(self, block: nn.Module) -> Sample:
-        """The sample where `block` is; the same tensors if it is there already."""
-        device = next(itertools.chain(block.parameters(), block.buffers())).device
+    def at(self, block: nn.Module) -> SampleView:
+        """The sample where `block` is."""
+        return SampleView(self, next(itertools.chain(block.parameters(), block.buffers())).device)
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
+    def lock_pages(self) -> None:
+        """Puts the streams into page-locked host memory, from which a GPU reads at the rate of its bus."""
+        same = self.quantized is self.reference
+        self.reference = page_locked(self.reference)
+        self.quantized = self.reference if same else page_locked(self.quantized)
 
-        conditioning = self.conditioning.to(device, self.conditioning.temb.dtype)
-        return Sample(
-            self.reference.to(device),
-            self.quantized.to(device),
-            conditioning,
-            moved(self.target),
-            moved(self.weights),
-            None if self.attention is None else self.attention.to(device),
-        )
+
+class SampleView:
+    """A sample on a device: what is read of it is moved there once, what is not read stays; the same tensors at home."""
+
+    def __init__(self, sample: Sample, device: torch.device) -> None:
+        self._sample, self._device = sample, device
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """See `Sample`; so are all others."""
+        return moved(self._sample.reference, self._device)
+
+    @cached_property
+    def quantized(self) -> Tensor:
+        return moved(self._sample.quantized, self._device)
+
+    @cached_property
+    def conditioning(self) -> Any:
+        conditioning = self._sample.conditioning
+        return conditioning.to(self._device, conditioning.temb.dtype)
+
+    @cached_property
+    def target(self) -> Tensor:
+        assert self._sample.target is not None, "prepare_targets comes first"
+        return moved(self._sample.target, self._device)
+
+    @cached_property
+    def weights(self) -> Tensor | None:
+        weights = self._sample.weights
+        return None if weights is None else moved(weights, self._device)
+
+    @cached_property
+    def attention(self) -> AttentionTargets | None:
+        attention = self._sample.attention
+        return None if attention is None else attention.to(self._device)
 
 
 @dataclass
@@ -111,27 +142,27 @@ def prepare_targets(family: ModuleType, block: nn.Module, samples: Sequence[Samp
     for sample in samples:
         here, home = sample.at(block), sample.reference.device
 
-        def observe(q: Tensor, k: Tensor, v: Tensor, *, here: Sample = here, sample: Sample = sample) -> None:
-            device = sample.reference.device
+        def observe(q: Tensor, k: Tensor, v: Tensor, *, here: SampleView = here, sample: Sample = sample) -> None:
+            home = sample.reference.device
             terms = recipe.attention_distillation if recipe.distills_attention else "none"
             local = terms in ("local", "both")
             sums = attention_column_sums(q, k) if local or recipe.token_weights else None
             if sums is not None and recipe.token_weights:
-                sample.weights = token_weights(sums, recipe.lambda_min, 1.0).to(device)
+                sample.weights = moved(token_weights(sums, recipe.lambda_min, 1.0), home)
             if recipe.distills_attention:
                 sample.attention = attention_targets(
                     q,
                     k,
                     stride=recipe.pool_size if terms in ("global", "both") else None,
                     indices=salient_tokens(sums, recipe.num_salient_tokens) if local and sums is not None else None,
-                ).to(device)
+                ).to(home)
             if recipe.sparse is not None:
                 errors.append(sample_band_errors(here.conditioning.layout, recipe.sparse.density, (q, k, v)))
 
         observed = recipe.sparse is not None or (recipe.needs_activations and recipe.token_weights)
         watching = family.watch_attention(block, observe) if observed or recipe.distills_attention else nullcontext()
         with torch.no_grad(), watching:
-            sample.target = family.call_block(block, here.reference, here.conditioning).to(home)
+            sample.target = moved(family.call_block(block, here.reference, here.conditioning), home)
     return torch.stack(errors).mean(dim=0) if errors else None
 
 
@@ -185,9 +216,8 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def weighted_error(output: Tensor, sample: Sample) -> Tensor:
+def weighted_error(output: Tensor, sample: SampleView) -> Tensor:
     """`1/L sum_j lambda_j ||target_j - output_j||^2`, float32 (S²Q-VDiT eq. 12)."""
-    assert sample.target is not None
     error = (output.float() - sample.target.float()).square().sum(dim=-1)
     return (error if sample.weights is None else error * sample.weights).mean()
 
@@ -195,8 +225,8 @@ def weighted_error(output: Tensor, sample: Sample) -> Tensor:
 def mean_loss(family: ModuleType, block: nn.Module, samples: Sequence[Sample]) -> float:
     """Mean of the block loss over the samples, without gradients."""
     with torch.no_grad():
-        moved = (sample.at(block) for sample in samples)
-        losses = [weighted_error(family.call_block(block, s.quantized, s.conditioning), s) for s in moved]
+        here = (sample.at(block) for sample in samples)
+        losses = [weighted_error(family.call_block(block, s.quantized, s.conditioning), s) for s in here]
     return float(torch.stack(losses).mean())
 
 

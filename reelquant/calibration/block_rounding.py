@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from reelquant.calibration.block_distillation import Sample
+from reelquant.calibration.block_distillation import Sample, SampleView
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear
 from reelquant.calibration.recipe import Recipe
 from reelquant.metrics import sqnr_db
@@ -201,7 +201,7 @@ def _moments(
     return moments
 
 
-def _stream_weights(stream: str, sample: Sample) -> Tensor | float:
+def _stream_weights(stream: str, sample: SampleView) -> Tensor | float:
     if sample.weights is None:
         return 1.0
     num_text = sample.conditioning.num_text

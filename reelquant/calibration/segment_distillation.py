@@ -21,6 +21,7 @@ from reelquant.calibration.block_distillation import (
     without_learning,
 )
 from reelquant.calibration.block_rounding import RoundedLayer, group_inputs, layer_sqnr, round_block
+from reelquant.calibration.host_memory import moved
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.calibration.sparse_block import CalibrationCore, drop_missed_attention, keep_missed_attention
 from reelquant.ops.band_attention.op import dense_attention
@@ -63,6 +64,8 @@ def distill_segment(
     """
     steps = max(1, recipe.epochs * len(samples) if recipe.learns else 1)
     rows = family.conditioning_input(conditioning_rows)
+    for sample in samples:
+        sample.lock_pages()
     for index, (name, reference) in enumerate(blocks.items()):
 
         def advance(done: int, total: int, index: int = index) -> None:
@@ -82,7 +85,7 @@ def distill_segment(
             here = sample.at(quantized)
             with torch.no_grad():
                 out = family.call_block(quantized, here.quantized, here.conditioning)
-            sample.quantized = out.to(sample.quantized.device)
+            sample.quantized = moved(out, sample.quantized.device)
             assert sample.target is not None
             sample.reference = sample.target
         drop_missed_attention(samples)
