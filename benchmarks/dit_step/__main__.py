@@ -1,6 +1,7 @@
-"""Seconds of one denoising step of HunyuanVideo-13B, in one run and one process: bf16 as users run it, and compressed.
+"""Seconds of one denoising step of HunyuanVideo-13B: bf16 as users run it, and compressed.
 
     python -m benchmarks.dit_step --output benchmarks/results/dit_step.json
+    python -m benchmarks.dit_step --cases "ours 25 %" --merge --output benchmarks/results/dit_step.json
 
 Random weights with outliers in the real architecture, 720 x 1280 x 61 (57,600 video tokens; 256 text tokens, 60 of them
 real), batch 1, embedded guidance: one forward pass a step.
@@ -12,10 +13,17 @@ real), batch 1, embedded guidance: one forward pass a step.
 | `strongest bf16` | compiled, text cut to its real tokens, no mask, cuDNN attention forced |
 | `fp8 linears` | the strongest with `torch._scaled_mm` linears, per token and per output |
 | `ours 100 %` | W4A8, fused blocks, dense attention |
-| `ours 25 %`, `ours 15 %` | sparse attention, a refresh every 5 steps, residual of rank 16, no dense first steps |
+| `ours 15 %`, `ours 25 %` | sparse attention, a refresh every 5 steps, residual of rank 16 |
+| `ours 15 %, dense first 10 %`, … | the same, the first 5 of 50 steps dense (Sparse VideoGen's warm-up) |
 
-Steps are timed one by one with the device idle before and after; the mean of a 50-step schedule is that of its steps, for
-cases shorter than it that of their refresh and sparse steps (the first refresh, which has no change to keep, left out).
+Every step is timed alone, the device idle before and after; the triton kernels are compiled before. Of the cases whose steps
+are all alike three are run, and their median is the mean. Of `ours 15 %`, `--steps` are run: 50 is a whole schedule, and
+its mean is `measured`. The other sparse cases run only as many steps as show every kind of step (dense, refresh, sparse) in
+two intervals; their `mean_s` weights each kind's median by how often a schedule of 50 steps has it, and `how` says `from the
+steps of each kind`. After the timed steps one step of each kind is profiled.
+
+The result is written after every case. All cases take about 12 minutes of an H100; `--merge` keeps what the output file
+has of other cases, so that several calls, on the same kind of device with the same settings, fill one file.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,205 +43,190 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention_memory import environment
+from benchmarks.dit_step.kernel_table import tables
 from benchmarks.dit_step.models import (
+    REAL_TEXT,
+    TEXT,
     UnmaskedProcessor,
     bf16_transformer,
     inputs_of,
     make_sparse,
     quantize_in_place,
+    sparse_spec,
     with_fp8_linears,
 )
+from benchmarks.dit_step.record import CASES, LONG, MUST_AGREE, SPARSE, kept_results, table
+from benchmarks.dit_step.schedule import MEASURED, SCHEDULE, by_kind, fewest_steps, mean_step, step_kinds
+from benchmarks.dit_step.timing import Generation
+from reelquant.attention.band_mask import band_width
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.families import hunyuan_video as family
+from reelquant.families.family import TokenLayout
 
-CASES = ("diffusers", "compiled", "strongest bf16", "fp8 linears", "ours 100 %", "ours 25 %", "ours 15 %")
-SCHEDULE = 50
+REPEATS = 3
 INTERVAL = 5
 
 
-def timed_steps(model: Any, inputs: dict[str, Any], num: int, *, warm_up: int = 1) -> list[float]:
-    """Seconds of `num` consecutive steps of one generation, after `warm_up` steps of another."""
-    for count in (warm_up, num):
-        conditioning = inputs["encoder_hidden_states"].clone()  # its identity is the generation's
-        seconds = []
-        for step in range(count):
-            timestep = torch.tensor([1000.0 - 15 * step], device=model.device)
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            with torch.no_grad():
-                model(timestep=timestep, **{**inputs, "encoder_hidden_states": conditioning})
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-    return seconds
-
-
-def kernel_times(model: Any, inputs: dict[str, Any], skip: int) -> list[dict[str, Any]]:
-    """Device time by kernel of the step after `skip` others, largest first."""
-    conditioning = inputs["encoder_hidden_states"].clone()
-    with torch.no_grad():
-        for step in range(skip + 1):
-            arguments = {**inputs, "encoder_hidden_states": conditioning}
-            timestep = torch.tensor([1000.0 - 15 * step], device=model.device)
-            if step < skip:
-                model(timestep=timestep, **arguments)
-                continue
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as profile:
-                model(timestep=timestep, **arguments)
-                torch.cuda.synchronize()
-    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
-    total = sum(event.self_device_time_total for event in events)
-    events.sort(key=lambda event: -event.self_device_time_total)
-    return [
-        {
-            "kernel": event.key[:120],
-            "calls": event.count,
-            "ms": event.self_device_time_total / 1e3,
-            "share": event.self_device_time_total / total,
-        }
-        for event in events[:25]
-    ]
-
-
-def sparse_case(model: Any, inputs: dict[str, Any], density: float, options: argparse.Namespace) -> dict[str, Any]:
-    """A schedule with refreshes."""
-    make_sparse(model, density=density, interval=INTERVAL, dense_steps=0, rank=options.rank)
-    num = options.steps if density == options.densities[0] else min(options.steps, 2 * INTERVAL + 1)
-    torch.cuda.reset_peak_memory_stats()
-    seconds = timed_steps(model, inputs, num, warm_up=2)
-    refresh = seconds[INTERVAL::INTERVAL] or seconds[:1]
-    sparse = [s for step, s in enumerate(seconds) if step % INTERVAL]
-    expected = (statistics.fmean(refresh) + (INTERVAL - 1) * statistics.fmean(sparse)) / INTERVAL
-    result: dict[str, Any] = {
-        "steps_s": seconds,
-        "refresh_s": statistics.median(refresh),
-        "sparse_s": statistics.median(sparse),
-        "mean_s": statistics.fmean(seconds) if num == SCHEDULE else expected,
-        "effective_density": model.sparse_attention.visited.density,
-    }
-    if options.profile:
-        result["kernels_of_a_sparse_step"] = kernel_times(model, inputs, 1)
-        result["kernels_of_a_refresh"] = kernel_times(model, inputs, INTERVAL)
-    return result
-
-
-def dense_case(model: Any, inputs: dict[str, Any], options: argparse.Namespace, *, repeats: int) -> dict[str, Any]:
-    """All steps alike."""
-    torch.cuda.reset_peak_memory_stats()
-    seconds = timed_steps(model, inputs, repeats)
-    result: dict[str, Any] = {"steps_s": seconds, "mean_s": statistics.median(seconds)}
-    if options.profile:
-        result["kernels"] = kernel_times(model, inputs, 0)
-    return result
-
-
 class Bench:
-    """Runs the cases in order on one model, which they change on the way."""
+    """Runs cases on one model at a time."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.device = torch.device("cuda")
-        changes = {"num_layers": options.double, "num_single_layers": options.single}
-        self.model = bf16_transformer(changes, self.device)
-        self.padded = inputs_of(self.model, options.layout, text=256, real_text=60)
-        cut = self.padded["encoder_hidden_states"][:, :60].contiguous()
-        self.trimmed = self.padded | {
-            "encoder_hidden_states": cut,
-            "encoder_attention_mask": self.padded["encoder_attention_mask"][:, :60].contiguous(),
-        }
+        self.device = torch.device(options.device)
         self.results: dict[str, Any] = {}
-        self.quantized = False
+        self._model: Any = None
+        self._is_bf16 = False
+        self._warm = False
 
     def run(self, case: str) -> None:
         """One case; what goes wrong is its result."""
         begin = time.perf_counter()
         try:
             found = self._cases()[case]()
-            found["peak_bytes"] = torch.cuda.max_memory_allocated()
+            found["peak_bytes"] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         except Exception as error:  # noqa: BLE001  (the other cases go on, this one says why it did not)
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
-        found["wall_s"] = time.perf_counter() - begin
+        where = environment(self.device)
+        found |= {"wall_s": time.perf_counter() - begin, "commit": where["commit"], "date": where["date"]}
         self.results[case] = found
         print(case, {k: v for k, v in found.items() if not k.startswith("kernels") and k != "steps_s"}, flush=True)
 
     def _cases(self) -> dict[str, Callable[[], dict[str, Any]]]:
         return {
-            "diffusers": lambda: dense_case(self.model, self.padded, self.options, repeats=2),
+            "diffusers": lambda: self._dense(self._bf16()),
             "compiled": self._compiled,
-            "strongest bf16": self._strongest,
+            "strongest bf16": lambda: self._strongest(self._bf16()),
             "fp8 linears": self._fp8,
-            "ours 100 %": lambda: dense_case(self._ours(), self.padded, self.options, repeats=3),
-            "ours 25 %": lambda: sparse_case(self._ours(), self.padded, 0.25, self.options),
-            "ours 15 %": lambda: sparse_case(self._ours(), self.padded, 0.15, self.options),
+            "ours 100 %": lambda: self._dense(self._ours()),
+            **{case: lambda case=case: self._sparse(case) for case in SPARSE},  # type: ignore[misc]
         }
 
-    def _compiled(self) -> dict[str, Any]:
-        self.model.compile_repeated_blocks(fullgraph=True)
-        try:
-            return dense_case(self.model, self.padded, self.options, repeats=3)
-        finally:
-            self._uncompile()
+    def _inputs(self, model: Any, *, padded: bool = True) -> dict[str, Any]:
+        inputs = inputs_of(model, self.options.layout, text=TEXT, real_text=REAL_TEXT)
+        cut = ("encoder_hidden_states", "encoder_attention_mask")
+        return inputs if padded else inputs | {name: inputs[name][:, :REAL_TEXT].contiguous() for name in cut}
 
-    def _strongest(self) -> dict[str, Any]:
-        before = self.model.attn_processors
-        self.model.set_attn_processor(
+    def _dense(self, model: Any, *, padded: bool = True) -> dict[str, Any]:
+        """All steps alike."""
+        generation = Generation(model, self._inputs(model, padded=padded))
+        generation.step()
+        self._reset_peak()
+        seconds = [generation.step() for _ in range(REPEATS)]
+        result: dict[str, Any] = {"steps_s": seconds, "mean_s": statistics.median(seconds), "how": MEASURED}
+        return result | ({"kernels": generation.profiled_step()} if self.options.profile else {})
+
+    def _sparse(self, case: str) -> dict[str, Any]:
+        """The first steps of a schedule."""
+        density, dense_steps = SPARSE[case]
+        model = self._ours()
+        config = dict(model.config)
+        spec = sparse_spec(config, density=density, dense_steps=dense_steps, interval=INTERVAL, rank=self.options.rank)
+        inputs = self._inputs(model)
+        self._warm_up(model, inputs, spec)
+        make_sparse(model, spec)
+        self._reset_peak()
+        generation = Generation(model, inputs)
+        num = self.options.steps if case == LONG else fewest_steps(spec)
+        seconds = [generation.step() for _ in range(num)]
+        mean, how = mean_step(seconds, spec)
+        frames, rows, columns = self.options.layout
+        layout = TokenLayout(frames, rows, columns, REAL_TEXT)
+        result: dict[str, Any] = {
+            "steps_s": seconds,
+            "kinds": step_kinds(spec, num),
+            "by_kind_s": by_kind(seconds, spec),
+            "mean_s": mean,
+            "how": how,
+            "density": density,
+            "dense_steps": dense_steps,
+            "effective_density": spec.effective_density(
+                layout, band_width(layout, density), num_steps=SCHEDULE, blocks=family.block_names(config)
+            ),
+        }
+        return result | (self._sparse_kernels(generation, spec) if self.options.profile else {})
+
+    def _sparse_kernels(self, generation: Generation, spec: SparseAttentionSpec) -> dict[str, Any]:
+        """Of the next refresh and of the next sparse step of a generation that has seen two refreshes."""
+        kinds = step_kinds(spec, generation.steps + spec.interval + 1)
+        found: dict[str, Any] = {}
+        while len(found) < 2:
+            kind = kinds[generation.steps]
+            name = "kernels_of_a_refresh" if kind == "refresh" else "kernels_of_a_sparse_step"
+            if name in found:
+                generation.step()
+            else:
+                found[name] = generation.profiled_step()
+        return found
+
+    def _warm_up(self, model: Any, inputs: dict[str, Any], spec: SparseAttentionSpec) -> None:
+        """Every kind of step once, for all sparse cases: their kernels are compiled for all densities."""
+        if not self._warm:
+            make_sparse(model, replace(spec, dense_steps=0, interval=2))
+            generation = Generation(model, inputs)
+            for _ in range(4):
+                generation.step()
+            self._warm = True
+
+    def _compiled(self) -> dict[str, Any]:
+        model = self._bf16()
+        model.compile_repeated_blocks(fullgraph=True)
+        try:
+            return self._dense(model)
+        finally:
+            _uncompile(model)
+
+    def _strongest(self, model: Any) -> dict[str, Any]:
+        before = model.attn_processors
+        model.set_attn_processor(
             {name: UnmaskedProcessor() if "refiner" not in name else processor for name, processor in before.items()}
         )
-        self.model.compile_repeated_blocks(fullgraph=True)
+        model.compile_repeated_blocks(fullgraph=True)
         try:
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
-                return dense_case(self.model, self.trimmed, self.options, repeats=3)
+                return self._dense(model, padded=False)
         finally:
-            self._uncompile()
-            self.model.set_attn_processor(before)
+            _uncompile(model)
+            model.set_attn_processor(before)
 
     def _fp8(self) -> dict[str, Any]:
-        """A copy of the token-wise linears; the bf16 ones come back from the seed afterwards."""
-        changes = {"num_layers": self.options.double, "num_single_layers": self.options.single}
-        self.model = with_fp8_linears(self.model)
-        gc.collect()
-        torch.cuda.empty_cache()
-        try:
-            return self._strongest()
-        finally:
-            self.model = None
-            gc.collect()
-            torch.cuda.empty_cache()
-            self.model = bf16_transformer(changes, self.device)
+        """Replaces the linears of the blocks, for good."""
+        model = with_fp8_linears(self._bf16())
+        self._is_bf16 = False
+        self._collect()
+        return self._strongest(model)
 
-    def _uncompile(self) -> None:
-        for module in self.model.modules():
-            module._compiled_call_impl = None
-        torch._dynamo.reset()
+    def _bf16(self) -> Any:
+        if not self._is_bf16:
+            self._model = None
+            self._collect()
+            changes = {"num_layers": self.options.double, "num_single_layers": self.options.single}
+            self._model = bf16_transformer(changes, self.device)
+            self._is_bf16 = True
+        return self._model
 
     def _ours(self) -> Any:
-        if not self.quantized:
-            quantize_in_place(self.model, weight_bits=self.options.weight_bits, activation_bits=8)
-            self.model.block_fusion.mode = "on"
-            self.quantized = True
-            gc.collect()
+        if not hasattr(self._model, "block_fusion"):
+            quantize_in_place(self._bf16(), weight_bits=self.options.weight_bits, activation_bits=8)
+            self._model.block_fusion.mode = "on"
+            self._is_bf16 = False
+            self._collect()
+        return self._model
+
+    def _collect(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self.model
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
 
-def table(document: dict[str, Any]) -> str:
-    """Markdown: every case against the two baselines."""
-    results = document["results"]
-    lines = [
-        "| case | mean step, s | refresh, s | sparse, s | peak, GiB | to diffusers | to strongest bf16 |",
-        "|" + "---|" * 7,
-    ]
-    for name, row in results.items():
-        if "error" in row:
-            lines.append(f"| {name} | {row['error'][:80]} | | | | | |")
-            continue
-        cells = [f"{row['mean_s']:.3f}"]
-        cells += [f"{row[key]:.3f}" if key in row else "-" for key in ("refresh_s", "sparse_s")]
-        cells.append(f"{row['peak_bytes'] / 2**30:.1f}")
-        for base in ("diffusers", "strongest bf16"):
-            mean = results.get(base, {}).get("mean_s")
-            cells.append(f"{mean / row['mean_s']:.2f}×" if mean else "-")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _uncompile(model: Any) -> None:
+    for module in model.modules():
+        module._compiled_call_impl = None
+    torch._dynamo.reset()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -242,22 +236,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--double", type=int, default=20, help="double-stream blocks")
     parser.add_argument("--single", type=int, default=40, help="single-stream blocks")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--steps", type=int, default=SCHEDULE, help="of the first density's schedule; others take 11")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.15])
+    parser.add_argument(
+        "--steps", type=int, default=SCHEDULE, help=f"of {LONG}; at least {2 * INTERVAL}".replace("%", "%%")
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--weight-bits", type=int, default=4)
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--merge", action="store_true", help="keep what the output file has of other cases")
+    parser.add_argument("--device", default="cuda", help="cpu, with a small model, shows that the script works")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
     options = parser.parse_args(arguments)
-    options.layout = tuple(options.layout)
+    if options.steps < 2 * INTERVAL:
+        parser.error(f"--steps is {options.steps}: every kind of step is seen from {2 * INTERVAL} on")
     bench = Bench(options)
+    where = environment(bench.device)
+    settings = {name: getattr(options, name) for name in (*MUST_AGREE, "profile")}
+    if options.merge:
+        bench.results = kept_results(options.output, where["device"], settings)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
     for case in options.cases:
         bench.run(case)
-        document = {"environment": environment(bench.device), "settings": settings, "results": bench.results}
+        document = {"environment": where, "settings": settings, "results": bench.results}
         options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(document))
+    print(tables(document))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from reelquant.quantization.rotation import block_size, hadamard, transform_weig
 from reelquant.quantization.weight_grid import fit_per_channel
 from reelquant.runtime.attach import attach_runtime
 
+TEXT, REAL_TEXT = 256, 60
+"""Text tokens with their padding, as the pipeline gives them, and those that are real."""
 FP8_LARGEST = 448.0
 ROWS_AT_ONCE = 2048
 
@@ -142,18 +144,22 @@ def _fill(layer: QuantizedLinear, linear: nn.Linear) -> None:
     layer.bias = linear.bias
 
 
-def make_sparse(model: Any, *, density: float, interval: int, dense_steps: int, rank: int) -> None:
-    """Gives the model sparse attention, half of the heads of each kind; again with other values at will."""
-    config = dict(model.config)
+def make_sparse(model: Any, spec: SparseAttentionSpec) -> None:
+    """Gives the model sparse attention; again with another specification at will."""
+    model._forward_hooks.clear()
+    model._forward_pre_hooks.clear()
+    attach_runtime(model, QuantizationSpec("", "", {}, sparse_attention=spec))
+
+
+def sparse_spec(
+    config: dict[str, Any], *, density: float, dense_steps: int, interval: int, rank: int
+) -> SparseAttentionSpec:
+    """Half of the heads of each kind; a residual of order 2 in low rank."""
     heads, _ = family.num_heads(config)
-    kinds = ("st" * heads)[:heads]
-    spec = SparseAttentionSpec(
+    return SparseAttentionSpec(
         density=density,
-        head_kinds=dict.fromkeys(family.block_names(config), kinds),
+        head_kinds=dict.fromkeys(family.block_names(config), ("st" * heads)[:heads]),
         dense_steps=dense_steps,
         interval=interval,
         residual=ResidualSpec(order=2, rank=rank, extrapolation="linear"),
     )
-    model._forward_hooks.clear()
-    model._forward_pre_hooks.clear()
-    attach_runtime(model, QuantizationSpec("", "", {}, sparse_attention=spec))

@@ -1,0 +1,65 @@
+"""The cases, the file with their results, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dit_step.schedule import MEASURED, SCHEDULE
+
+LONG = "ours 15 %"
+"""The case of which a whole schedule is run."""
+SPARSE = {
+    LONG: (0.15, 0),
+    "ours 25 %": (0.25, 0),
+    "ours 15 %, dense first 10 %": (0.15, SCHEDULE // 10),
+    "ours 25 %, dense first 10 %": (0.25, SCHEDULE // 10),
+}
+"""Density and dense first steps."""
+CASES = ("diffusers", "compiled", "strongest bf16", "fp8 linears", "ours 100 %", *SPARSE)
+MUST_AGREE = ("layout", "double", "single", "rank", "weight_bits")
+"""Settings that results in one file share."""
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown: every case against the two baselines."""
+    results = document["results"]
+    lines = [
+        "| case | mean step, s | how | refresh, s | sparse, s | pairs of the schedule | peak, GiB "
+        "| to diffusers | to strongest bf16 |",
+        "|" + "---|" * 9,
+    ]
+    for name in sorted(results, key=CASES.index):
+        row = results[name]
+        if "error" in row:
+            lines.append(f"| {name} | {row['error'][:80]} |" + " |" * 7)
+            continue
+        kinds = row.get("by_kind_s", {})
+        cells = [f"{row['mean_s']:.3f}", row.get("how", MEASURED)]
+        cells += [f"{kinds[kind]:.3f}" if kind in kinds else "-" for kind in ("refresh", "sparse")]
+        cells.append(f"{100 * row.get('effective_density', 1.0):.1f} %")
+        cells.append(f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-")
+        for base in ("diffusers", "strongest bf16"):
+            mean = results.get(base, {}).get("mean_s")
+            cells.append(f"{mean / row['mean_s']:.2f}×" if mean else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kept_results(path: Path, device: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the file has, for a run on `device` with `settings` to add to.
+
+    Raises:
+        ValueError: it was measured on another device or with other settings; names them.
+    """
+    if not path.exists():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    old = document["settings"] | {"device": document["environment"]["device"]}
+    new = settings | {"device": device}
+    apart = [f"{name} {old[name]!r}, now {new[name]!r}" for name in (*MUST_AGREE, "device") if old[name] != new[name]]
+    if apart:
+        raise ValueError(f"{path} was measured with {'; '.join(apart)}: give another --output, or leave --merge away")
+    kept: dict[str, Any] = document["results"]
+    return kept
