@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-__all__ = ["Implementation", "takes_triton"]
+__all__ = ["Implementation", "reference_only", "takes_triton"]
 
 Implementation = Literal["auto", "reference", "triton"]
 
 AMPERE = (8, 0)
 HOPPER = (9, 0)
+
+_kernels_held_back: ContextVar[bool] = ContextVar("kernels_held_back", default=False)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """While open, `auto` takes no Triton kernel anywhere: to tell what a kernel changes in a model's result.
+
+    Holds for the thread that opens it.
+    """
+    token = _kernels_held_back.set(True)
+    try:
+        yield
+    finally:
+        _kernels_held_back.reset(token)
 
 
 def takes_triton(
@@ -35,6 +53,8 @@ def takes_triton(
     if implementation not in ("auto", "reference", "triton"):
         raise ValueError(f"no implementation {implementation!r}: there are auto, reference and triton")
     if implementation == "reference":
+        return False
+    if implementation == "auto" and _kernels_held_back.get():
         return False
     obstacle = _obstacle(device, capability) or unsuited
     if obstacle is not None and implementation == "triton":

@@ -1,0 +1,174 @@
+"""What the kernels change in a video: the trained small model, quantized, with its blocks over the kernels and without.
+
+    python -m benchmarks.kernel_parity --output benchmarks/results/kernel_parity.json
+
+`assets/hunyuanvideo-digits` in W4A8 (rounded to nearest, so nothing has to be calibrated), dense and with sparse attention
+at a density of 25 % and its residual cache, draws held-out prompts from the same noise:
+
+| video | blocks | operations | numbers |
+|---|---|---|---|
+| `kernels` | fused | the kernels | bf16 |
+| `reference` | diffusers' own | plain torch | bf16 |
+| `float32` | diffusers' own | plain torch | float32 |
+| `math attention` | diffusers' own | plain torch, attention as matrix products and softmax | bf16 |
+
+The transformers alone differ: text is encoded in bf16 and the VAE decodes in float32 for all. PSNR is that of 8-bit frames
+against `reference`. The last two rows are the yardstick, what rounding alone does: 16 steps of a sampler enlarge every
+difference. A video passes with 40 dB, or if the kernels' change is at most 3 dB above the larger of the two yardsticks.
+
+On a CPU (`--device cpu`) `kernels` means fused blocks over the reference operations, and the figures only show that the
+script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.attention_memory import environment
+from benchmarks.dit_step.kernel_table import REST, class_of
+from benchmarks.dit_step.models import make_sparse, quantize_in_place, sparse_spec
+from reelquant.metrics import psnr_db
+from reelquant.ops.implementation import reference_only
+from workers.generation import generate
+from workers.messages import Generation
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "assets" / "hunyuanvideo-digits"
+PROMPTS = ROOT / "configs" / "prompts" / "digits_held_out.txt"
+BAR_DB = 40.0
+NEAR_DB = 3.0
+LARGEST_DB = 99.0
+"""Stands for equal videos."""
+YARDSTICKS = ("float32", "math attention")
+
+
+class Models:
+    """One pipeline, whose transformer is exchanged: the same codes in bf16 and in float32."""
+
+    def __init__(self, device: torch.device, spec: dict[str, Any]) -> None:
+        self.pipeline = DiffusionPipeline.from_pretrained(str(MODEL), dtype=torch.bfloat16, local_files_only=True)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.vae.to(torch.float32)
+        self.pipeline.to(device)
+        self._transformers = {dtype: _quantized(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+        self._spec = spec
+
+    def make_sparse(self) -> None:
+        """All from now on."""
+        for transformer in self._transformers.values():
+            make_sparse(transformer, sparse_spec(dict(transformer.config), **self._spec))
+
+    @contextmanager
+    def ready(self, video: str) -> Iterator[Any]:
+        """The pipeline that draws `video`, for as long as this is open."""
+        kernels = video == "kernels"
+        transformer = self._transformers[torch.float32 if video == "float32" else torch.bfloat16]
+        transformer.block_fusion.mode = "on" if kernels else "off"
+        if hasattr(transformer, "sparse_attention"):
+            transformer.sparse_attention.implementation = "auto" if kernels else "reference"
+        self.pipeline.transformer = transformer
+        attention = sdpa_kernel([SDPBackend.MATH]) if video == "math attention" else nullcontext()
+        with nullcontext() if kernels else reference_only(), attention:
+            yield self.pipeline
+
+
+def _quantized(dtype: torch.dtype, device: torch.device) -> Any:
+    transformer = HunyuanVideoTransformer3DModel.from_pretrained(
+        str(MODEL / "transformer"), dtype=dtype, local_files_only=True
+    )
+    transformer = transformer.to(device).eval().requires_grad_(False)
+    return quantize_in_place(transformer, weight_bits=4, activation_bits=8)
+
+
+def compared(models: Models, prompts: list[str], generation: Generation) -> list[dict[str, Any]]:
+    """By prompt: dB of every video against `reference`, and whether the kernels' passes."""
+    rows = []
+    for seed, prompt in enumerate(prompts):
+        videos = {
+            name: video_of(models, name, prompt, generation, seed) for name in ("reference", "kernels", *YARDSTICKS)
+        }
+        row: dict[str, Any] = {"prompt": prompt, "seed": seed}
+        for name in ("kernels", *YARDSTICKS):
+            row[name] = min(psnr_db(videos["reference"], videos[name]), LARGEST_DB)
+        row["passes"] = row["kernels"] >= min(BAR_DB, min(row[name] for name in YARDSTICKS) - NEAR_DB)
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    return rows
+
+
+def video_of(models: Models, name: str, prompt: str, generation: Generation, seed: int) -> Tensor:
+    """`[F, H, W, 3]` in [0, 1]."""
+    with models.ready(name) as pipeline:
+        return generate(pipeline, prompt, generation, seed=seed, progress=lambda *_: None).video.float() / 255
+
+
+def kernels_seen(draw: Callable[[], object], device: torch.device) -> dict[str, int] | None:
+    """Calls of our kernels and of dense attention by class; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        draw()
+        torch.cuda.synchronize(device)
+    seen: dict[str, int] = {}
+    for event in profile.key_averages():
+        name = class_of(event.key)
+        if name != REST:
+            seen[name] = seen.get(name, 0) + event.count
+    return seen
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown, as measured."""
+    lines = [
+        "| attention | prompt | kernels, dB | float32, dB | math attention, dB | passes |",
+        "|" + "---|" * 6,
+    ]
+    for attention, result in document["results"].items():
+        for row in result["videos"]:
+            figures = " | ".join(f"{row[name]:.1f}" for name in ("kernels", *YARDSTICKS))
+            lines.append(f"| {attention} | {row['prompt']} | {figures} | {'yes' if row['passes'] else '**no**'} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=4, help="the first of the held-out prompts")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--interval", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    generation = Generation(80, 96, 29, options.steps, 6.0, 32)
+    spec = {"density": options.density, "dense_steps": 0, "interval": options.interval, "rank": 16}
+    models = Models(device, spec)
+    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[: options.prompts]
+    results: dict[str, Any] = {}
+    for attention in ("dense", f"sparse, {100 * options.density:.0f} %"):
+        if attention != "dense":
+            models.make_sparse()
+        few = Generation(80, 96, 29, 2, 6.0, 32)
+        seen = kernels_seen(lambda few=few: video_of(models, "kernels", prompts[0], few, 0), device)  # type: ignore[misc]
+        results[attention] = {"kernels_seen": seen, "videos": compared(models, prompts, generation)}
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "device")}
+    document = {"environment": environment(device), "settings": settings, "results": results}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()
