@@ -19,6 +19,7 @@ the small matrices are float64.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -99,8 +100,7 @@ def _gram(residual: Tensor, wide: torch.dtype) -> Tensor:
 def top_directions(gram: Tensor, rank: int, iterations: int) -> Tensor:
     """Orthonormal columns [H, D, k] that span the top eigenvectors of `gram`, in no order."""
     heads, d, _ = gram.shape
-    start = torch.randn(d, rank, dtype=gram.dtype, generator=torch.Generator().manual_seed(0))
-    directions = _orthonormal(_orthonormal(start.to(gram.device).expand(heads, -1, -1)))
+    directions = _orthonormal(_orthonormal(_start(d, rank, gram.device).expand(heads, -1, -1)))
     shifted = power = _shifted(gram)
     for iteration in range(iterations):
         if iteration and iteration % ITERATIONS_PER_POWER == 0:
@@ -111,6 +111,12 @@ def top_directions(gram: Tensor, rank: int, iterations: int) -> Tensor:
     for _ in range(SEPARATIONS if rank < d else 0):
         directions = _orthonormal(_orthonormal(_step(shifted, largest, directions) @ directions))
     return directions
+
+
+@lru_cache(maxsize=64)
+def _start(d: int, rank: int, device: torch.device) -> Tensor:
+    """float64 [D, k]: random, the same everywhere. Kept, because a copy to a GPU waits for all that the GPU has to do."""
+    return torch.randn(d, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _step(shifted: Tensor, largest: Tensor, directions: Tensor) -> Tensor:
@@ -126,7 +132,7 @@ def _step(shifted: Tensor, largest: Tensor, directions: Tensor) -> Tensor:
     threshold = (1 / _largest(inverse.mT @ inverse) + _largest(outside @ shifted @ outside)) / 2
     sign = (shifted - threshold * eye) / torch.maximum(largest - threshold, threshold)
     for _ in range(SIGN_STEPS):
-        sign = 1.5 * sign - 0.5 * sign @ (sign @ sign)
+        sign = torch.baddbmm(sign, sign, sign @ sign, beta=1.5, alpha=-0.5)
     return (eye + sign) / 2 + SHIFT * eye
 
 
