@@ -138,6 +138,10 @@ def table(document: dict[str, Any]) -> str:
         for row in result["videos"]:
             figures = " | ".join(f"{row[name]:.1f}" for name in ("kernels", *YARDSTICKS))
             lines.append(f"| {attention} | {row['prompt']} | {figures} | {'yes' if row['passes'] else '**no**'} |")
+    for attention, result in document["results"].items():
+        if result["kernels_seen"]:
+            seen = ", ".join(f"{name} {calls}" for name, calls in result["kernels_seen"].items())
+            lines.append(f"\nCalls seen in two steps of `kernels`, {attention}: {seen}.")
     return "\n".join(lines)
 
 
