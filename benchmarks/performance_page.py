@@ -1,0 +1,120 @@
+"""Fills the tables of `docs/performance.md`, and draws its roofline, from the records in `benchmarks/results`.
+
+    python -m benchmarks.performance_page --page docs/performance.md
+
+A section lies between `<!-- name -->` and `<!-- /name -->`, by the name of its record; what stands outside of the markers is
+written by hand and stays. Without a record the section says `not measured`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks import ceilings, distillation_time, generation_time, kernel_parity, kernel_timing, roofline
+from benchmarks.dit_step import kernel_table, record
+from benchmarks.study_table import write_table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def attention_table(document: dict[str, Any]) -> str:
+    """The fastest variant of each case that ran."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in document["results"]:
+        key = (row["case"], row.get("density"), row.get("kinds"), row.get("corrections"))
+        if row["ms"] is not None and (key not in best or row["ms"] < best[key]["ms"]):
+            best[key] = row
+    lines = ["| kernel | density | heads | corrections | tile | ms | TFLOP/s | error |", "|" + "---|" * 8]
+    for row in best.values():
+        tile = "{rows} × {columns}, {warps} warps, {stages} stages".format(**row["tile"]) if row["tile"] else "-"
+        density = f"{100 * row['density']:.0f} %" if row.get("density") else "-"
+        error = "-" if row["error"] is None else f"{row['error']:.1e}"
+        names = f"{row['case']} | {density} | {row.get('kinds') or '-'} | {row.get('corrections') or '-'} | {tile}"
+        lines.append(f"| {names} | {row['ms']:.1f} | {row['tflops']:.0f} | {error} |")
+    return "\n".join(lines)
+
+
+def linear_table(document: dict[str, Any]) -> str:
+    """All that ran, and the means of the products."""
+    means = ", ".join(f"{variant} {rate:.0f}" for variant, rate in document["mean_tops"].items())
+    return f"{kernel_timing.table(document['rows'])}\n\nMean of the products, TOPS: {means}."
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "dit_step": ("dit_step", record.table),
+    "dit_step_kernels": ("dit_step", kernel_table.tables),
+    "generation_time": ("generation_time", generation_time.table),
+    "kernel_parity": ("kernel_parity", kernel_parity.table),
+    "attention_kernels": ("attention_kernels", attention_table),
+    "linear_kernels": ("linear_kernels", linear_table),
+    "distillation_time": ("distillation_time", distillation_time.table),
+}
+"""By section: its record, and what makes a table of it."""
+
+
+def section(name: str, results: Path) -> str:
+    """The table, and where it was measured."""
+    file, table = SECTIONS[name]
+    document = _read(results / f"{file}.json")
+    if document is None:
+        return "Not measured."
+    where = document["environment"]
+    source = f"{where['device']}, torch {where['torch']}, {where['date']}, commit {(where['commit'] or 'unknown')[:7]}"
+    return f"{table(document)}\n\n`{file}.json`: {source}."
+
+
+def ceilings_table() -> str:
+    """What other rates are compared with."""
+    found = {
+        "bf16 products": ceilings.BF16,
+        "FP8 products": ceilings.FP8,
+        "INT8 products": ceilings.INT8,
+        "memory": ceilings.COPY,
+        "dense attention": ceilings.DENSE_ATTENTION,
+    }
+    lines = ["| ceiling | rate | measured |", "|---|---|---|"]
+    lines += [f"| {name} | {one.rate:.0f} {one.unit} | {one.source} |" for name, one in found.items()]
+    return "\n".join(lines)
+
+
+def points(results: Path) -> list[roofline.Point]:
+    """Of all records that there are."""
+    found: list[roofline.Point] = []
+    for name, points_of in (
+        ("attention_kernels", roofline.attention_points),
+        ("linear_kernels", roofline.linear_points),
+        ("dit_step", roofline.step_points),
+    ):
+        document = _read(results / f"{name}.json")
+        found += [] if document is None else points_of(document)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, required=True, help="has the markers of all sections")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    write_table(given.page, "ceilings", ceilings_table())
+    for name in SECTIONS:
+        write_table(given.page, name, section(name, given.results))
+    with matplotlib.rc_context({"svg.hashsalt": "roofline", "svg.fonttype": "none"}):
+        roofline.draw(points(given.results), given.page.parent / "roofline.svg")
+
+
+if __name__ == "__main__":
+    main()
