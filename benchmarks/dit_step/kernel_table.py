@@ -41,6 +41,7 @@ CLASSES = {
     "16-bit or FP8 products": r"nvjet|gemm|xmma|cutlass|splitK",
 }
 """By class, what the names of its kernels hold; the first that fits counts."""
+LEAST_SHARE = 1e-3
 STEPS = {"kernels": "every step", "kernels_of_a_sparse_step": "sparse step", "kernels_of_a_refresh": "refresh"}
 """Names of the profiles in a case's result."""
 
@@ -66,8 +67,8 @@ class ClassRow:
 
     @property
     def rate(self) -> float | None:
-        """In the unit of the ceiling."""
-        if self.work is None:
+        """In the unit of the ceiling; None where the class is not what the work is counted for (the refiner's attention)."""
+        if self.work is None or self.share < LEAST_SHARE:
             return None
         return self.work.amount / (self.ms / 1e3) / self.work.ceiling.per_second * self.work.ceiling.rate
 
@@ -136,7 +137,7 @@ def class_rows(kernels: list[dict[str, Any]], work: Mapping[str, Work]) -> list[
     for row in kernels:
         spent[class_of(row["kernel"])] += row["ms"]
     spent[REST] += max(0.0, total - sum(spent.values()))
-    rows = [ClassRow(name, ms, ms / total, work.get(name)) for name, ms in spent.items() if ms > 0]
+    rows = [ClassRow(name, ms, ms / total, work.get(name)) for name, ms in spent.items() if ms > 0.05]
     return sorted(rows, key=lambda row: -row.ms)
 
 

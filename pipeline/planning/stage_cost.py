@@ -209,7 +209,7 @@ class CostModel:
             copied, _ = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
             if not recipe.needs_activations:
                 return None
-            return weighted_error(family.call_block(copied, sample.quantized, sample.conditioning), sample)
+            return weighted_error(family.call_block(copied, sample.quantized, sample.conditioning), sample.at(block))
 
         learning = run_on_meta(calibrate, holding=tensors_of(block), gradients=recipe.learns)
         if not recipe.needs_activations:

@@ -9,8 +9,9 @@
 |---|---|---|
 | `full` | D | D, and the change (in factors of rank k; whole without a rank) |
 | `low_rank` | factors of D | factors of D and of the change |
+| `low_rank_int8` | the same, their rows in 8 bits with a scale a head and direction | the same |
 
-With `low_rank` the change is taken against what was kept of the refresh before, so it holds what that truncation lost too.
+With factors the change is taken against what was kept of the refresh before, so it holds what that truncation lost too.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from reelquant.ops.band_attention.reference import Correction
 from reelquant.ops.residual_factorization.op import Factors, factorize, factorize_refresh
 from reelquant.ops.residual_factorization.reference import head_groups
 
+_LARGEST_CODE = 127
+_TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class _Term:
     """A residual of every head: whole `[H, L, D]`, or `rows @ directions^T`."""
 
     rows: Tensor
-    """[H, L, k] or, whole, [H, L, D]; in the dtype of the attention."""
+    """[H, L, k] or, whole, [H, L, D]; in the dtype of the attention, or int8 codes."""
     directions: Tensor | None = None
-    """[H, D, k], float32 or wider: it is small."""
+    """[H, D, k], float32 or wider: it is small. Times the scales of the codes, where rows are codes."""
 
     @property
     def nbytes(self) -> int:
@@ -67,9 +71,10 @@ class ResidualCache:
         rank: k, at most the head size; None for no projection.
         extrapolation: `constant` adds the change once; `linear` scales it by `(t - r) / (r - r')`, r' the refresh before.
         storage: `full` keeps D whole and projects the change alone, as the paper's formula does; `low_rank` keeps every
-            term in factors of rank k, as the paper's memory does: `H L k` numbers a term, not `H L D`.
+            term in factors of rank k, as the paper's memory does: `H L k` numbers a term, not `H L D`; `low_rank_int8` in
+            bytes, not in numbers of the attention's dtype.
 
-    Raises: ValueError for other values, or `low_rank` without a rank.
+    Raises: ValueError for other values, or factors without a rank.
     """
 
     def __init__(self, order: int, rank: int | None, extrapolation: str, *, storage: str = "full") -> None:
@@ -98,7 +103,7 @@ class ResidualCache:
         if self._spec.order == 0:
             return
         before = self._kept
-        terms = self._low_rank_terms if self._spec.storage == "low_rank" else self._full_terms
+        terms = self._full_terms if self._spec.storage == "full" else self._low_rank_terms
         residual, change = terms(step, dense, sparse)
         self._kept = _Kept(step, sparse.shape, residual, change, 1 if before is None else step - before.step)
 
@@ -170,11 +175,10 @@ class ResidualCache:
             assert term.directions is not None
             before = Factors(term.rows, term.directions)
         found = factorize_refresh(dense, sparse, self._spec.rank, before=before)
-        residual, change = (None if factors is None else _Term(*factors) for factors in found)
-        assert residual is not None
         if not bool(found[0].directions.isfinite().all()):
             _raise_not_finite(step, dense, sparse)
-        return residual, change
+        term_of = _coded if self._spec.storage == "low_rank_int8" else _Term
+        return term_of(*found[0]), None if found[1] is None else term_of(*found[1])
 
     def _full_terms(self, step: int, dense: Tensor, sparse: Tensor) -> tuple[_Term, _Term | None]:
         """The residual whole, and its change whole or in factors."""
@@ -217,6 +221,13 @@ class ResidualCache:
                 f"refresh at step {step} with {tuple(sparse.shape)}, but the one at step {kept.step} had "
                 f"{tuple(kept.shape)}; use one cache a layer and generation"
             )
+
+
+def _coded(rows: Tensor, directions: Tensor) -> _Term:
+    """The term with rows as int8 codes, symmetric, a scale for every head and direction."""
+    scale = (rows.abs().amax(dim=1, keepdim=True).to(directions.dtype) / _LARGEST_CODE).clamp_min(_TINY)
+    codes = (rows.to(directions.dtype) / scale).round_().to(torch.int8)
+    return _Term(codes, directions * scale)
 
 
 def _joined(terms: list[_Term]) -> _Term:

@@ -10,7 +10,7 @@ from reelquant.attention.band_mask import mask_density
 from reelquant.families.family import TokenLayout
 
 EXTRAPOLATIONS = ("constant", "linear")
-STORAGES = ("full", "low_rank")
+STORAGES = ("full", "low_rank", "low_rank_int8")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ResidualSpec:
     extrapolation: str = "constant"
     """`constant` or `linear`."""
     storage: str = "low_rank"
-    """`full` keeps whole residuals, `low_rank` factors of them."""
+    """`full` keeps whole residuals, `low_rank` factors of them, `low_rank_int8` factors with 8-bit rows."""
 
     def problems(self, head_dim: int | None = None) -> list[str]:
         """Everything that is impossible."""
@@ -39,8 +39,8 @@ class ResidualSpec:
             found.append(f"residual.extrapolation is {self.extrapolation!r}; one of {', '.join(EXTRAPOLATIONS)}")
         if self.storage not in STORAGES:
             found.append(f"residual.storage is {self.storage!r}; one of {', '.join(STORAGES)}")
-        if self.storage == "low_rank" and self.rank is None and self.order > 0:
-            found.append("residual.storage low_rank needs a rank; set residual.rank, or storage full")
+        if self.storage != "full" and self.rank is None and self.order > 0:
+            found.append(f"residual.storage {self.storage} needs a rank; set residual.rank, or storage full")
         return found
 
 

@@ -95,12 +95,12 @@ def _write(
         rank = tl.arange(0, RANK_A)
         rows = tl.load(rows_a + head * rows_a_head + token[:, None] * rows_a_stride + rank[None, :])
         directions = tl.load(directions_a + (head * HEAD_DIM + column)[None, :] * RANK_A + rank[:, None])
-        result = tl.dot(rows, directions, result)
+        result = tl.dot(rows.to(directions.dtype), directions, result)
     if RANK_B > 0:
         rank = tl.arange(0, RANK_B)
         rows = tl.load(rows_b + head * rows_b_head + token[:, None] * rows_b_stride + rank[None, :])
         directions = tl.load(directions_b + (head * HEAD_DIM + column)[None, :] * RANK_B + rank[:, None])
-        result = tl.dot(rows, directions, result)
+        result = tl.dot(rows.to(directions.dtype), directions, result)
     target = out + head * out_head + token[:, None] * out_stride + column[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=stored[:, None])
 

@@ -185,9 +185,10 @@ def _unsuited(q: Tensor, k: Tensor, v: Tensor, corrections: Sequence[Correction]
         return f"there are {len(corrections)} corrections, more than {_MOST_CORRECTIONS}"
     for x in rows:
         rank = x.shape[2]
-        if x.dtype != q.dtype or rank & (rank - 1) or not 16 <= rank <= _LARGEST_RANK:
+        if x.dtype not in (q.dtype, torch.int8) or rank & (rank - 1) or not 16 <= rank <= _LARGEST_RANK:
             return (
-                f"a correction is {x.dtype} of rank {rank}, not {q.dtype} of a power of two from 16 to {_LARGEST_RANK}"
+                f"a correction is {x.dtype} of rank {rank}, not {q.dtype} or int8 of a power of two from 16 to "
+                f"{_LARGEST_RANK}"
             )
     return None
 

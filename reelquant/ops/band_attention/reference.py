@@ -21,7 +21,7 @@ class Correction:
     """`scale * rows @ directions^T`, added to the attention of every head after its normalization."""
 
     rows: Tensor
-    """[H, L, r] floating."""
+    """[H, L, r] floating, or int8 codes whose scales `directions` hold."""
     directions: Tensor
     """[H, D, r] floating."""
     scale: float = 1.0

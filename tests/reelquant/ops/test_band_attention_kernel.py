@@ -38,12 +38,16 @@ def poisoned(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def drawn_corrections(like: Tensor, rank: int, *, num: int) -> list[Correction]:
+    """The second with int8 rows."""
     heads, tokens, head_dim = like.shape
     generator = torch.Generator().manual_seed(5)
     terms = []
     for scale in (-0.5, 1.75)[:num]:
         rows = torch.randn(tokens, heads, rank, generator=generator).to(like.device, like.dtype).transpose(0, 1)
-        terms.append(Correction(rows, torch.randn(heads, head_dim, rank, generator=generator).to(like.device), scale))
+        directions = torch.randn(heads, head_dim, rank, generator=generator).to(like.device)
+        if terms:
+            rows, directions = (30 * rows).round().to(torch.int8), directions / 30
+        terms.append(Correction(rows, directions, scale))
     return terms
 
 
