@@ -41,7 +41,7 @@ def drawn_corrections(like: Tensor, rank: int, *, num: int) -> list[Correction]:
     """The second with int8 rows."""
     heads, tokens, head_dim = like.shape
     generator = torch.Generator().manual_seed(5)
-    terms = []
+    terms: list[Correction] = []
     for scale in (-0.5, 1.75)[:num]:
         rows = torch.randn(tokens, heads, rank, generator=generator).to(like.device, like.dtype).transpose(0, 1)
         directions = torch.randn(heads, head_dim, rank, generator=generator).to(like.device)
