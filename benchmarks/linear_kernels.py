@@ -228,14 +228,12 @@ def inputs(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool)
     narrow: dict[str, Config | None] = {
         "2x32, 4 warps x 3": Config(2, 32, 4, 3, 168),
         "2x32, 4 warps x 4": Config(2, 32, 4, 4, 128),
-        "2x32, 8 warps x 2": Config(2, 32, 8, 2, 128),
         "8x8, 16 warps": Config(8, 8, 16, 1, 128),
         "8x8, 16 warps, prefetch": Config(8, 8, 16, 1, 128, prefetch=True),
         "8x8, 8 warps": Config(8, 8, 8, 1),
     }
     wide: dict[str, Config | None] = {
         "1x64, 8 warps, prefetch": Config(1, 64, 8, 1, prefetch=True),
-        "2x32, 16 warps": Config(2, 32, 16, 1, 128),
         "1x64, 16 warps": Config(1, 64, 16, 1, 128),
         "1x64, 16 warps, prefetch": Config(1, 64, 16, 1, 128, prefetch=True),
     }
