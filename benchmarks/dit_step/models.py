@@ -161,5 +161,5 @@ def sparse_spec(
         head_kinds=dict.fromkeys(family.block_names(config), ("st" * heads)[:heads]),
         dense_steps=dense_steps,
         interval=interval,
-        residual=ResidualSpec(order=2, rank=rank, extrapolation="linear"),
+        residual=ResidualSpec(order=2, rank=rank, extrapolation="linear", storage="low_rank_int8"),
     )
