@@ -148,13 +148,15 @@ def eight_bit_attention_kernel(
     peak = tl.full([ROWS], -1e38, tl.float32)
     acc, total, peak = _attend(
         acc, total, peak, queries, query_scale, keys, key_scale, values, head, length,
-        middle_from, middle_to - middle_from, 0, 0, 0, 0, low, high, text_from, text_end, num_video,
+        middle_from, middle_to - middle_from, text_from // COLUMNS, num_text // COLUMNS, 0, 0,
+        low, high, text_from, text_end, num_video,
         COLUMNS, HEAD_DIM, GROUP, False, False, EIGHT_BIT_VALUES, PROMOTE,
     )  # fmt: skip
     acc, total, peak = _attend(
         acc, total, peak, queries, query_scale, keys, key_scale, values, head, length,
         left_from, middle_from - left_from, middle_to, right_to - middle_to,
-        text_from // COLUMNS, tl.cdiv(num_text, COLUMNS), low, high, text_from, text_end, num_video,
+        text_from // COLUMNS + num_text // COLUMNS, tl.cdiv(num_text, COLUMNS) - num_text // COLUMNS,
+        low, high, text_from, text_end, num_video,
         COLUMNS, HEAD_DIM, GROUP, True, False, EIGHT_BIT_VALUES, PROMOTE,
     )  # fmt: skip
     column = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
