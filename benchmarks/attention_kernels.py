@@ -9,14 +9,19 @@ one fused QKV matrix, on a CUDA GPU:
 - ``band``: the Triton kernel for spatial, temporal and mixed heads over density, tile and load; FlexAttention,
 - ``corrected``: the same with one or two rank-16 corrections in its epilogue,
 - ``refresh``: dense and band in one pass,
-- ``sums``: both passes of the column sums, and all of it.
+- ``sums``: both passes of the column sums, and all of it,
+- ``eight_bit``: attention in 8 bits over tiles, densities, dense and in one pass, and its quantization apart (in ms without
+  it where the case does not say so), beside 16 bits; queries, keys and values of norm 1 with a few loud channels.
+
+``--only`` names the groups to run (default: all but ``eight_bit``, which has its own record).
 
 Milliseconds are medians of `triton.testing.do_bench`. TFLOP/s count `4 D` FLOP a pair that the mask leaves (`2 D` for one
 pass of the column sums). Errors are relative, in the Frobenius norm, on sampled query rows against float64. A case that
 fails is recorded with its error and the rest runs on; cases past `--budget` seconds are recorded as skipped. On a CPU
 (`--device cpu`, TRITON_INTERPRET=1, small sizes) the figures only show that the script works. Needs torch and triton alone.
 
-Predicted for the size above on an H100: band at density 0.15 450 TFLOP/s, refresh 90 ms, column sums 75 ms (cuDNN 63 ms).
+Predicted for the size above on an H100: band at density 0.15 450 TFLOP/s, refresh 90 ms, column sums 75 ms (cuDNN 63 ms);
+in 8 bits band at density 0.15 750 TFLOP/s (8.4 ms), dense 54 ms, one pass 55 ms, quantization 0.6 ms, error 3 %.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,8 +57,11 @@ from reelquant.ops.band_attention.launch import (  # noqa: E402
 from reelquant.ops.band_attention.reference import Correction, corrected  # noqa: E402
 from reelquant.ops.column_sums import kernel as sums_kernel  # noqa: E402
 from reelquant.ops.column_sums.op import column_sums  # noqa: E402
+from reelquant.ops.eight_bit_attention import launch as eight_bit  # noqa: E402
+from reelquant.ops.eight_bit_attention.reference import KeysValues, Precision  # noqa: E402
 
 SAMPLED_ROWS = 48
+GROUPS = ("dense", "band", "corrected", "refresh", "sums", "flex")
 
 
 @dataclass
@@ -92,6 +100,22 @@ def drawn(layout: TokenLayout, heads: int, head_dim: int, device: torch.device) 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     shape = (layout.num_tokens, 3, heads, head_dim)
     q, k, v = torch.randn(shape, generator=generator, device=device).to(dtype).permute(1, 2, 0, 3)
+    return Problem(q, k, v, layout)
+
+
+def loud(layout: TokenLayout, heads: int, head_dim: int, device: torch.device) -> Problem:
+    """Like `drawn`, but every token of a head of root mean square 1, with four channels eight times as loud.
+
+    In queries and keys they are loud by a mean, as in trained models. Values have none: a mean makes the relative error small.
+    """
+    q, k, v, _ = drawn(layout, heads, head_dim, device)
+    generator = torch.Generator(device).manual_seed(2)
+    for x in (q, k, v):
+        gain = torch.ones(head_dim, device=device)
+        gain[:: head_dim // 4] = 8
+        mean = gain * torch.randn(heads, 1, head_dim, generator=generator, device=device)
+        wide = x.float() * gain if x is v else x.float() + mean
+        x.copy_(wide * wide.square().mean(2, keepdim=True).rsqrt())
     return Problem(q, k, v, layout)
 
 
@@ -252,6 +276,77 @@ def sums_cases(problem: Problem, *, quick: bool) -> Iterator[Case]:
         yield Case("sums reference", lambda: column_sums(q, k, implementation="reference"), 2 * half, once=True)
 
 
+def eight_bit_cases(problem: Problem, rows: list[dict[str, Any]]) -> Iterator[Case]:
+    """`rows`: of the cases so far, which say the fastest tile."""
+    q, k, v, layout = problem
+    heads, _, head_dim = q.shape
+    kinds, width = mixed(heads, "st"), band_width(layout, 0.15)
+    options: dict[str, Any] = {"kinds": kinds, "layout": layout}
+    kept = eight_bit.quantize_keys_values_triton(k, v, precision="int8_fp8", **options)
+    yield band_case(problem, 0.15, "st")
+    tiles = eight_bit.TILES[head_dim]
+    for tile in tiles:
+        yield eight_bit_band(problem, kept, 0.15, tile)
+    done = [row for row in rows if row["case"] == "band int8_fp8" and row["ms"]]
+    done.sort(key=lambda row: float(row["ms"]))
+    best = [eight_bit.EightBitTile(**row["tile"]) for row in done[:2]] or [tiles[0]]
+    yield eight_bit_both(problem, kept, 0.15, best[0])
+    yield eight_bit_band(problem, kept, 1.0, best[0])
+    call = partial(eight_bit.quantize_keys_values_triton, k, v, precision="int8_fp8", **options)
+    yield Case("quantize int8_fp8", call, 0.0)
+    yield eight_bit_band(problem, kept, 0.25, best[0])
+    terms = tuple(
+        Correction(torch.randn_like(q[..., :16]), torch.randn(heads, head_dim, 16, device=q.device), scale)
+        for scale in (1.0, 0.5)
+    )
+    for num in (1, 2):
+        yield eight_bit_band(problem, kept, 0.15, best[0], corrections=terms[:num])
+    yield Case(
+        "quantize + int8_fp8",
+        lambda: eight_bit.eight_bit_attention_triton(q, call(), width=width, tile=best[0]),
+        problem.band_flop(width),
+        sampled_error(problem, kinds, width),
+        {"density": 0.15, "kinds": "st", "tile": best[0]},
+    )
+    yield from dense_cases(problem, fa2=False)
+    for tile in [x for x in tiles if x not in best][:2]:
+        yield eight_bit_both(problem, kept, 0.15, tile)
+    yield eight_bit_band(problem, kept, 1.0, best[-1])
+    del kept
+    wide = eight_bit.quantize_keys_values_triton(k, v, precision="int8_16", **options)
+    for tile in (eight_bit.EightBitTile(64, 64, 4, 3), eight_bit.EightBitTile(128, 64, 8, 3)):
+        yield eight_bit_band(problem, wide, 0.15, tile, precision="int8_16")
+    yield eight_bit_band(problem, wide, 1.0, eight_bit.EightBitTile(64, 64, 4, 3), precision="int8_16")
+
+
+def eight_bit_band(
+    problem: Problem,
+    kept: KeysValues,
+    density: float,
+    tile: eight_bit.EightBitTile,
+    *,
+    corrections: tuple[Correction, ...] = (),
+    precision: Precision = "int8_fp8",
+) -> Case:
+    width = problem.layout.num_video if density == 1 else band_width(problem.layout, density)
+    call = partial(
+        eight_bit.eight_bit_attention_triton, problem.q, kept, width=width, tile=tile, corrections=corrections
+    )
+    settings = {"density": density, "kinds": "st", "tile": tile, "corrections": len(corrections)}
+    error = sampled_error(problem, kept.kinds, width, corrections)
+    name = f"dense {precision}" if density == 1 else f"band {precision}"
+    return Case(name, call, problem.band_flop(width), error, settings)
+
+
+def eight_bit_both(problem: Problem, kept: KeysValues, density: float, tile: eight_bit.EightBitTile) -> Case:
+    width = band_width(problem.layout, density)
+    of_dense = sampled_error(problem, kept.kinds, problem.layout.num_video)
+    of_band = sampled_error(problem, kept.kinds, width)
+    call = partial(eight_bit.eight_bit_dense_and_band_triton, problem.q, kept, width=width, tile=tile)
+    settings = {"density": density, "kinds": "st", "tile": tile}
+    return Case("one pass int8_fp8", call, problem.dense_flop, partial(_worse_of_both, of_dense, of_band), settings)
+
+
 def flex_cases(problem: Problem, *, quick: bool) -> Iterator[Case]:
     from reelquant.ops.band_attention.flex import band_attention_flex
 
@@ -313,6 +408,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'case':<21}{'density':>8}{'kinds':>6}{'tile':>15}{'load':>9}{'ms':>9}{'TFLOP/s':>9}{'error':>10}"]
     for row in rows:
         tile = "{rows}x{columns}x{warps}w{stages}".format(**row["tile"]) if row["tile"] else "-"
+        if row["tile"] and not row["tile"].get("promote", True):
+            tile += "c"
+        if row["tile"] and row["tile"].get("registers"):
+            tile += "r"
         if row.get("corrections"):
             tile += f"+{row['corrections']}"
         density, kinds, load = (row.get(name) or "-" for name in ("density", "kinds", "load"))
@@ -325,10 +424,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def all_rows(problem: Problem, *, quick: bool, budget_s: float) -> list[dict[str, Any]]:
-    """Every case measured; which tile the later ones take depends on the sweep."""
-    device, deadline, rows = problem.q.device, time.perf_counter() + budget_s, []
-    default = TILES[problem.q.shape[2]][0]
+def all_rows(
+    layout: TokenLayout, heads: int, head_dim: int, *, device: torch.device, groups: Sequence[str], options: Any
+) -> list[dict[str, Any]]:
+    """Every case of `groups` measured; which tile the later ones take depends on the sweep."""
+    deadline, rows, quick = time.perf_counter() + options.budget, [], options.quick
+    default = TILES[head_dim][0]
 
     def run(cases: Callable[[], Iterator[Case]]) -> None:
         try:
@@ -341,15 +442,24 @@ def all_rows(problem: Problem, *, quick: bool, budget_s: float) -> list[dict[str
                 {"case": name, "tile": None, "ms": None, "failed": f"{type(error).__name__}: {str(error)[-400:]}"}
             )
 
-    run(lambda: dense_cases(problem, fa2=True))
-    run(lambda: sweep(problem, quick=quick))
-    best = fastest(rows, default)
-    run(lambda: densities(problem, best, quick=quick))
-    run(lambda: corrected_cases(problem, best))
-    run(lambda: refresh_cases(problem, quick=quick))
-    run(lambda: sums_cases(problem, quick=quick))
-    run(lambda: dense_cases(problem, fa2=False))
-    run(lambda: flex_cases(problem, quick=quick))
+    if "eight_bit" in groups:
+        run(lambda: eight_bit_cases(loud(layout, heads, head_dim, device), rows))
+    if set(groups) <= {"eight_bit"}:
+        return rows
+    problem = drawn(layout, heads, head_dim, device)
+    cases: dict[str, Callable[[], Iterator[Case]]] = {
+        "dense": lambda: dense_cases(problem, fa2=True),
+        "band": lambda: sweep(problem, quick=quick),
+        "densities": lambda: densities(problem, fastest(rows, default), quick=quick),
+        "corrected": lambda: corrected_cases(problem, fastest(rows, default)),
+        "refresh": lambda: refresh_cases(problem, quick=quick),
+        "sums": lambda: sums_cases(problem, quick=quick),
+        "dense again": lambda: dense_cases(problem, fa2=False),
+        "flex": lambda: flex_cases(problem, quick=quick),
+    }
+    for name, group in cases.items():
+        if {"densities": "band", "dense again": "dense"}.get(name, name) in groups:
+            run(group)
     return rows
 
 
@@ -361,6 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
     parser.add_argument("--budget", type=float, default=110.0, help="seconds after which no further case starts")
+    parser.add_argument("--only", nargs="+", default=GROUPS, choices=(*GROUPS, "eight_bit"), help="groups to run")
     parser.add_argument("--quick", action="store_true", help="fewer tiles, densities and kinds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
@@ -370,12 +481,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = torch.device(options.device)
     frames, height, width = options.grid
-    problem = drawn(TokenLayout(frames, height, width, options.text), options.heads, options.head_dim, device)
-    rows = all_rows(problem, quick=options.quick, budget_s=options.budget)
+    layout = TokenLayout(frames, height, width, options.text)
+    rows = all_rows(layout, options.heads, options.head_dim, device=device, groups=tuple(options.only), options=options)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "device")}
     document = {
         "environment": environment(device) | {"triton": triton.__version__, "cudnn": torch.backends.cudnn.version()},
-        "settings": settings | {"dtype": str(problem.q.dtype)},
+        "settings": settings | {"dtype": "bfloat16" if device.type == "cuda" else "float16"},
         "results": rows,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,14 @@ from reelquant.attention.head_kind import band_errors, kinds_of, sampled_rows
 from reelquant.attention.residual_cache import ResidualCache
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.families.family import TokenLayout
-from reelquant.ops.band_attention.op import Correction, Implementation, band_attention, dense_attention
+from reelquant.ops.band_attention.op import (
+    Correction,
+    Implementation,
+    Precision,
+    band_attention,
+    dense_and_band_attention,
+    dense_attention,
+)
 from reelquant.runtime.generation import GenerationState, GenerationTracker
 
 
@@ -38,6 +45,20 @@ class Visited:
         return self.pairs / self.of if self.of else float("nan")
 
 
+@dataclass(frozen=True)
+class AttentionPrecision:
+    """In which precision attention runs (`ops/eight_bit_attention/op.py`); `full` is the checkpoint's own, the default.
+
+    The residual of a refresh is what its sparse side misses of its dense side: with a sparse side in 8 bits it also holds
+    that rounding, as far as its rank goes. With both sides in the same 8 bits, one pass over one quantization makes both.
+    """
+
+    sparse: Precision = "full"
+    """Of the sparse steps, and of the sparse side of a refresh."""
+    dense: Precision = "full"
+    """Of all that is dense: refreshes, first steps, dense blocks, every step of a transformer that is not `enabled`."""
+
+
 class SparseAttention:
     """What `transformer.sparse_attention` is. `enabled = False` turns the transformer dense, `True` back.
 
@@ -45,6 +66,7 @@ class SparseAttention:
         spec: what the checkpoint says.
         enabled: whether attention runs sparse; change it between generations.
         implementation: of `band_attention`.
+        precision: of the products; change it between generations. Not in the checkpoint: 8 bits need a Hopper GPU to be fast.
         visited: counts the pairs that ran, for the effective density.
     """
 
@@ -54,6 +76,7 @@ class SparseAttention:
         self.spec = spec
         self.enabled = True
         self.implementation: Implementation = "auto"
+        self.precision = AttentionPrecision()
         self.visited = Visited()
         self._family, self._config, self._tracker = family, config, tracker
 
@@ -90,15 +113,16 @@ class SparseAttention:
         self.visited.of += tokens**2
         if not self.enabled:
             self.visited.pairs += tokens**2
-            return dense_attention(q, k, v)
+            return dense_attention(q, k, v, precision=self.precision.dense)
         layout = self._layout(state, tokens)
         width = _width(state, layout, self.spec.density)
         if self.spec.is_dense(state.step, block):
             self.visited.pairs += tokens**2
-            dense = dense_attention(q, k, v)
-            if block not in self.spec.dense_blocks and self.spec.is_refresh(state.step):
-                kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=True)
-                self._cache(block, item).refresh(state.step, dense, self._sparse(q, k, v, kinds, layout, width))
+            if block in self.spec.dense_blocks or not self.spec.is_refresh(state.step):
+                return dense_attention(q, k, v, precision=self.precision.dense)
+            kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=True)
+            dense, sparse = self._both(q, k, v, kinds, layout, width)
+            self._cache(block, item).refresh(state.step, dense, sparse)
             return dense
         self.visited.pairs += visited_pairs(layout, width)
         renew = self.spec.residual.order == 0
@@ -108,6 +132,23 @@ class SparseAttention:
         if corrections is None:
             return cache.correct(state.step, self._sparse(q, k, v, kinds, layout, width))
         return self._sparse(q, k, v, kinds, layout, width, corrections=corrections)
+
+    def _both(
+        self, q: Tensor, k: Tensor, v: Tensor, kinds: str, layout: TokenLayout, width: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.precision.sparse == self.precision.dense != "full":
+            return dense_and_band_attention(
+                q,
+                k,
+                v,
+                kinds=kinds,
+                layout=layout,
+                width=width,
+                implementation=self.implementation,
+                precision=self.precision.dense,
+            )
+        dense = dense_attention(q, k, v, precision=self.precision.dense)
+        return dense, self._sparse(q, k, v, kinds, layout, width)
 
     def _sparse(
         self,
@@ -129,6 +170,7 @@ class SparseAttention:
             width=width,
             corrections=corrections,
             implementation=self.implementation,
+            precision=self.precision.sparse,
         )
 
     def _kinds(

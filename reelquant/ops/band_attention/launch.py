@@ -55,7 +55,7 @@ def band_attention_triton(
     load: Load | None = None,
 ) -> Tensor:
     """See `op.band_attention`, which checks; `tile` and `load` stand in for what is chosen by device and strides."""
-    out = _new(q) if out is None else out
+    out = new_output(q) if out is None else out
     _launch((q, k, v), (out, None), kinds, layout, width=width, corrections=corrections, tile=tile, load=load)
     return out
 
@@ -72,12 +72,12 @@ def dense_and_band_triton(
     load: Load | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `op.dense_and_band_attention`: one pass, the band and the text first, then what is left."""
-    band, dense = _new(q), _new(q)
+    band, dense = new_output(q), new_output(q)
     _launch((q, k, v), (band, dense), kinds, layout, width=width, corrections=(), tile=tile, load=load)
     return dense, band
 
 
-def _new(q: Tensor) -> Tensor:
+def new_output(q: Tensor) -> Tensor:
     """`[H, L, D]`, the heads of one token together: what the next layer reads as `[L, H D]` without a copy."""
     heads, tokens, head_dim = q.shape
     return q.new_empty(tokens, heads, head_dim).transpose(0, 1)
@@ -145,16 +145,7 @@ def _arguments(
                 grid = grid.movedim(0, 2) if inside else grid
                 box = descriptor(grid, 0 if inside else 1, (frames, cut.columns // frames))
             named[f"{name}_box"] = box
-    kept = [correction for correction in corrections if correction.scale != 0]
-    for letter, term in zip("ab", [*kept, None, None], strict=False):
-        rows = q if term is None else term.rows
-        named[f"rows_{letter}"], named[f"rows_{letter}_head"], named[f"rows_{letter}_stride"] = (
-            rows,
-            rows.stride(0),
-            rows.stride(1),
-        )
-        named[f"directions_{letter}"] = q if term is None else (term.directions * term.scale).to(q.dtype).contiguous()
-        named[f"RANK_{letter.upper()}"] = 0 if term is None else rows.shape[2]
+    named |= correction_arguments(q, corrections)
     return named | {
         "num_video": layout.num_video,
         "num_text": layout.num_text,
@@ -167,6 +158,22 @@ def _arguments(
         "LOAD": way,
         "BOTH": outs[1] is not None,
     }
+
+
+def correction_arguments(q: Tensor, corrections: Sequence[Correction]) -> dict[str, Any]:
+    """Of a kernel that adds up to two corrections by `kernel._write`."""
+    named: dict[str, Any] = {}
+    kept = [correction for correction in corrections if correction.scale != 0]
+    for letter, term in zip("ab", [*kept, None, None], strict=False):
+        rows = q if term is None else term.rows
+        named[f"rows_{letter}"], named[f"rows_{letter}_head"], named[f"rows_{letter}_stride"] = (
+            rows,
+            rows.stride(0),
+            rows.stride(1),
+        )
+        named[f"directions_{letter}"] = q if term is None else (term.directions * term.scale).to(q.dtype).contiguous()
+        named[f"RANK_{letter.upper()}"] = 0 if term is None else rows.shape[2]
+    return named
 
 
 def descriptor(x: Tensor, axis: int, block: tuple[int, ...]) -> TensorDescriptor:

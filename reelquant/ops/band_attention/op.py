@@ -7,6 +7,8 @@
 | `triton` | CUDA from compute capability 8.0 on, bf16 and fp16, head size 64 or 128, no gradient | the result |
 
 `auto` takes `triton` where it can, then `flex`, then `reference`; where the band leaves everything, torch's dense attention.
+
+With a `precision` other than `full`, `ops/eight_bit_attention` computes all of it: implementations and errors stand there.
 """
 
 from __future__ import annotations
@@ -23,13 +25,21 @@ from reelquant.ops.band_attention.reference import (
     band_attention_reference,
     corrected,
     dense_and_band_reference,
-    dense_attention,
 )
+from reelquant.ops.band_attention.reference import dense_attention as full_dense_attention
+from reelquant.ops.eight_bit_attention.op import (
+    eight_bit_attention,
+    eight_bit_dense_and_band,
+    quantize_keys_values,
+)
+from reelquant.ops.implementation import Implementation as EightBitImplementation
 from reelquant.ops.implementation import takes_triton
 
-__all__ = ["Correction", "Implementation", "band_attention", "dense_and_band_attention", "dense_attention"]
+__all__ = ["Correction", "Implementation", "Precision", "band_attention", "dense_and_band_attention", "dense_attention"]
 
 Implementation = Literal["auto", "reference", "flex", "triton"]
+Precision = Literal["full", "int8_fp8", "int8_16"]
+"""`full` is that of the inputs; for the others see `ops/eight_bit_attention/op.py`."""
 
 FLEX_TOKENS = 4096
 """From here on `auto` takes FlexAttention on CUDA: below, its compilation costs more than it saves."""
@@ -49,6 +59,7 @@ def band_attention(
     corrections: Sequence[Correction] = (),
     out: Tensor | None = None,
     implementation: Implementation = "auto",
+    precision: Precision = "full",
 ) -> Tensor:
     """Attention of every head under its band mask (method §6), text tokens dense.
 
@@ -60,8 +71,9 @@ def band_attention(
         corrections: added to the normalized result, e.g. what the residual cache kept.
         out: receives the result: `[H, L, D]` in the dtype of `q`, any strides, no memory in common with `q`, `k` or `v`.
         implementation: `auto` chooses by device, dtype, head size and length.
+        precision: of the products.
 
-    Returns: `[H, L, D]` in the dtype of `q`; `out` if given. Differentiable without `out` and but for `triton`.
+    Returns: `[H, L, D]` in the dtype of `q`; `out` if given. Differentiable in full precision, without `out`, but for `triton`.
     Raises: ValueError for shapes, kinds or widths that do not fit, or an implementation that cannot take the tensors.
     """
     _check(q, k, v, kinds=kinds, layout=layout, width=width, implementation=implementation)
@@ -72,6 +84,10 @@ def band_attention(
         )
     if out is not None and _needs_gradient(q, k, v, out):
         raise ValueError("out cannot be given where a gradient is needed: call under torch.no_grad(), or without out")
+    if precision != "full":
+        chosen = _without_flex(implementation)
+        kept = quantize_keys_values(k, v, kinds=kinds, layout=layout, precision=precision, implementation=chosen)
+        return eight_bit_attention(q, kept, width=width, corrections=corrections, out=out, implementation=chosen)
     if _takes_triton(q, k, v, implementation, layout=layout, width=width, corrections=corrections, out=out):
         from reelquant.ops.band_attention.launch import band_attention_triton
 
@@ -89,16 +105,21 @@ def dense_and_band_attention(
     layout: TokenLayout,
     width: int,
     implementation: Implementation = "auto",
+    precision: Precision = "full",
 ) -> tuple[Tensor, Tensor]:
     """`(dense, band)`: attention over all keys, and what `band_attention` gives; for the steps that refresh a residual.
 
     `triton` does both in one pass: the band and the text, then what is left. `auto` runs one after the other, each as
-    fast as it goes: on an H100 torch's dense attention is expected to win that back.
+    fast as it goes: on an H100 torch's dense attention is expected to win that back. In 8 bits one pass is always taken.
 
     Args, Raises: as `band_attention`.
     Returns: two `[H, L, D]` in the dtype of `q`.
     """
     _check(q, k, v, kinds=kinds, layout=layout, width=width, implementation=implementation)
+    if precision != "full":
+        chosen = _without_flex(implementation)
+        kept = quantize_keys_values(k, v, kinds=kinds, layout=layout, precision=precision, implementation=chosen)
+        return eight_bit_dense_and_band(q, kept, width=width, implementation=chosen)
     if implementation == "triton":
         takes_triton(implementation, q.device, unsuited=_unsuited(q, k, v, (), None))
         from reelquant.ops.band_attention.launch import dense_and_band_triton
@@ -108,10 +129,27 @@ def dense_and_band_attention(
         temporal = torch.tensor([kind == "t" for kind in kinds], device=q.device)
         rows = _TILE_ROWS.get(q.device.type, 1024)
         return dense_and_band_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
-    dense = dense_attention(q, k, v)
+    dense = full_dense_attention(q, k, v)
     if width >= layout.num_video:
         return dense, dense
     return dense, band_attention(q, k, v, kinds=kinds, layout=layout, width=width, implementation=implementation)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, precision: Precision = "full") -> Tensor:
+    """Attention `[H, L, D]` over all keys: torch's own in full precision, else `ops/eight_bit_attention`."""
+    if precision == "full":
+        return full_dense_attention(q, k, v)
+    heads, tokens, _ = k.shape
+    kept = quantize_keys_values(k, v, kinds="s" * heads, layout=TokenLayout(1, 1, tokens, 0), precision=precision)
+    return eight_bit_attention(q, kept)
+
+
+def _without_flex(implementation: Implementation) -> EightBitImplementation:
+    if implementation == "flex":
+        raise ValueError(
+            "implementation flex has no 8-bit attention; take auto, reference or triton, or precision full"
+        )
+    return implementation
 
 
 def _in_torch(

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import reelquant  # noqa: F401
-from reelquant.attention.sparse_attention import Visited
+from reelquant.attention.sparse_attention import AttentionPrecision, Visited
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
@@ -101,6 +101,23 @@ def test_it_is_sparse_and_near(dense: Any, sparse: Any, expected: Tensor) -> Non
     plain = latents(dense, PROMPTS[0])
     naive = latents(open_pipeline(replace(SPEC, residual=ResidualSpec(order=0))), PROMPTS[0])
     assert 1e-3 < error(expected, plain) < error(naive, plain)
+
+
+def test_attention_in_8_bits_is_near_and_off_by_default(sparse: Any, expected: Tensor) -> None:
+    attention = sparse.transformer.sparse_attention
+    assert attention.precision == AttentionPrecision("full", "full")
+    try:
+        for sparse_side, dense_side, largest in (
+            ("int8_16", "int8_16", 5e-2),  # measured: 3.5e-2
+            ("int8_fp8", "full", 8e-2),  # measured: 5.9e-2
+            ("full", "int8_fp8", 0.11),  # measured: 8.3e-2
+        ):
+            attention.precision = AttentionPrecision(sparse_side, dense_side)  # type: ignore[arg-type]
+            off = error(latents(sparse, PROMPTS[0]), expected)
+            assert 0 < off < largest
+    finally:
+        attention.precision = AttentionPrecision()
+    assert torch.equal(latents(sparse, PROMPTS[0]), expected)
 
 
 def test_the_pairs_that_ran_are_those_of_the_specification(sparse: Any) -> None:
