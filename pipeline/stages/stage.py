@@ -9,7 +9,7 @@ from pipeline.context import Run
 from storage.manifest import UnitRecord, fingerprint
 
 STAGE_VERSIONS = {
-    "trajectories": 1,
+    "trajectories": 2,
     "selection": 1,
     "activations": 1,
     "distillation": 1,
