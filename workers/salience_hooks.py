@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reelquant.calibration.salience import quantization_salience, spectral_norm_gram
 from reelquant.quantization.quantizer import fake_quantize
 
-_WEIGHT_VALUES = 2**23
+WEIGHT_VALUES = 2**23
 """Values of a weight that are widened to float32 at a time. Every output has its own scale: it may be cut between them."""
 
 
@@ -86,7 +86,7 @@ class SalienceHooks:
         rows = inputs[0].reshape(-1, layer.in_features)
         rows = rows[:: max(1, len(rows) // self._max_tokens)].float()
         noise = signal = torch.zeros((), device=rows.device)
-        for weight in layer.weight.split(max(1, _WEIGHT_VALUES // layer.in_features)):
+        for weight in layer.weight.split(max(1, WEIGHT_VALUES // layer.in_features)):
             exact = weight.float()
             signal = signal + (rows @ exact.T).square().sum()
             noise = noise + (rows @ (fake_quantize(exact, self._weight_bits, 1) - exact).T).square().sum()

@@ -14,11 +14,13 @@ class Activations:
 
     name, title = "activations", "Activations"
     worker_class = ActivationWorker
+    has_replicas = True
 
     def settings(self, run: Run) -> ActivationSettings:
         """Of every worker."""
         context = run.context
-        return ActivationSettings(context.source, context.generation, tuple(segment[0] for segment in context.segments))
+        boundaries = tuple(segment[0] for segment in context.segments)
+        return ActivationSettings(context.source, context.generation, boundaries, context.sharding)
 
     def waves(self, run: Run) -> list[list[StageUnit]]:
         """All samples at once."""

@@ -21,6 +21,7 @@ class Evaluation:
 
     name, title = "evaluation", "Evaluation"
     worker_class = EvaluationWorker
+    has_replicas = False
 
     def settings(self, run: Run) -> EvaluationSettings:
         """Of every worker."""

@@ -13,6 +13,7 @@ class Selection:
 
     name, title = "selection", "Selection"
     worker_class = SelectionWorker
+    has_replicas = False
 
     def settings(self, run: Run) -> SelectionSettings:
         """Of the worker."""

@@ -39,6 +39,8 @@ class Stage(Protocol):
     title: str
     """For people."""
     worker_class: type[Any]
+    has_replicas: bool
+    """Whether its workers share the full-precision model, where `workers.sharding` is set."""
 
     def settings(self, run: Run) -> Any:
         """Of every worker of the stage."""

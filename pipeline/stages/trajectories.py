@@ -15,6 +15,7 @@ class Trajectories:
 
     name, title = "trajectories", "Trajectories"
     worker_class = TrajectoryWorker
+    has_replicas = True
 
     def settings(self, run: Run) -> TrajectorySettings:
         """Of every worker."""
@@ -24,6 +25,7 @@ class Trajectories:
             context.generation,
             selection.weight_error_bits or context.config.bits.weight,
             selection.weight_error_tokens,
+            context.sharding,
         )
 
     def waves(self, run: Run) -> list[list[StageUnit]]:

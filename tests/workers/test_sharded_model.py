@@ -22,7 +22,7 @@ NUM_RANKS = 2
 
 
 def run_ranks(*arguments: str, num_ranks: int = NUM_RANKS) -> None:
-    """Runs a module on so many ranks; the output of those that fail is the error."""
+    """Runs a module on so many ranks, each with a GPU where there are GPUs; the output of those that fail is the error."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     place = {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -30,7 +30,7 @@ def run_ranks(*arguments: str, num_ranks: int = NUM_RANKS) -> None:
         subprocess.Popen(
             [sys.executable, "-m", *arguments],
             cwd=ROOT,
-            env={**os.environ, **place, "RANK": str(rank)},
+            env={**os.environ, **place, "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
