@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-TIMEOUT = timedelta(minutes=5)
-"""After so long a rank gives up waiting for another. Longer than one may be behind the other: decoding a video, storing the
-stream of one block."""
+TIMEOUT = timedelta(minutes=10)
+"""After so long a rank gives up waiting for another. Longer than one may be behind the other: reading text encoders from a slow
+disk, storing the stream of one block. A rank that dies is noticed by who started it, long before."""
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

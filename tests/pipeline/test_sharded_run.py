@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from pipeline.event_log import read_events
 from storage.manifest import Manifest
@@ -46,8 +47,24 @@ def test_a_rank_killed_in_a_unit_costs_no_byte(finished_run: Path, tmp_path: Pat
             worker_processes(driver)[victim].send_signal(signal.SIGKILL)
         assert driver.wait(400) == 0
     finally:
-        driver.kill()
+        if driver.poll() is None:
+            driver.kill()
     failed = [event for event in read_events(run / "logs") if event["event"] == "unit_failed"]
     assert {event["stage"] for event in failed} >= {"trajectories"}
     assert all(event["will_retry"] for event in failed)
     assert_same_results(run, finished_run / "run")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_select_what_one_selects(tmp_path: Path) -> None:
+    found = {}
+    for name, workers in {"one": {"num_gpus": 1}, "two": {"num_gpus": 1, **WORKERS}}.items():
+        (tmp_path / name).mkdir()
+        done = call("run", str(small_run(tmp_path / name, workers=workers)))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[name] = Manifest(tmp_path / name / "run").records("selection")[0].result["scores"]
+    assert found["one"].keys() == found["two"].keys()
+    for feature, rows in found["one"].items():
+        for row, expected in zip(found["two"][feature], rows, strict=True):
+            assert row == pytest.approx(expected, rel=1e-3, abs=1e-3), feature
