@@ -170,7 +170,7 @@ def run_tasks(
         WorkersFailed: no worker could be started.
     """
     config = tasks[0].driven.run.context.config
-    num_ranks = config.workers.num_ranks if stage.has_replicas else None
+    num_ranks = config.workers.num_ranks if all(task.unit.shared for task in tasks) else None
     with StageProgress(console, stage.title, total=num_done + len(tasks), done=num_done) as display:
         recorder = _Recorder(stage, tasks, display, recorded)
         failures: dict[str, UnitFailure] = {}

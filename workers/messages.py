@@ -237,6 +237,8 @@ class EvaluationSettings:
     generation: Generation
     recognizer: Path | None
     films: bool = True
+    sharding: Sharding = Sharding()
+    """Of the full-precision model."""
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,8 @@ class WorkersConfig(Section):
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one worker; 0 runs on the CPU, 1 is usual on a GPU machine."""
     sharding: Literal["none", "fsdp", "deepspeed"] = "none"
-    """How a model too large for one GPU is shared in the stages trajectories and activations: by PyTorch's FSDP2, or by
-    DeepSpeed's ZeRO-3. All other stages take what one GPU holds."""
+    """How a full-precision model too large for one GPU is shared where it runs as a whole (trajectories, activations, the
+    evaluation's references): by PyTorch's FSDP2, or by DeepSpeed's ZeRO-3. All else takes what one GPU holds."""
     gpus_per_replica: int = Field(default=1, ge=1)
     """Workers that share one model: its GPUs, or its processes on a CPU."""
     offload: Literal["none", "cpu", "nvme"] = "none"

@@ -14,7 +14,6 @@ class Activations:
 
     name, title = "activations", "Activations"
     worker_class = ActivationWorker
-    has_replicas = True
 
     def settings(self, run: Run) -> ActivationSettings:
         """Of every worker."""
@@ -38,6 +37,7 @@ class Activations:
                         "step": sample.step,
                         "boundaries": settings.boundaries,
                     },
+                    shared=True,
                 )
                 for sample in selected_samples(run)
             ]

@@ -21,7 +21,6 @@ class Assembly:
 
     name, title = "assembly", "Assembly"
     worker_class = AssemblyWorker
-    has_replicas = False
 
     def settings(self, run: Run) -> AssemblySettings:
         """Of every worker."""

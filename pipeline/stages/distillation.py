@@ -17,7 +17,6 @@ class Distillation:
 
     name, title = "distillation", "Distillation"
     worker_class = DistillationWorker
-    has_replicas = False
 
     def settings(self, run: Run) -> DistillationSettings:
         """Of every worker."""

@@ -19,7 +19,6 @@ class Refinement:
 
     name, title = "refinement", "Refinement"
     worker_class = RefinementWorker
-    has_replicas = False
 
     def settings(self, run: Run) -> RefinementSettings:
         """Of every worker."""

@@ -13,7 +13,6 @@ class Selection:
 
     name, title = "selection", "Selection"
     worker_class = SelectionWorker
-    has_replicas = False
 
     def settings(self, run: Run) -> SelectionSettings:
         """Of the worker."""

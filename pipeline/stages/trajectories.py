@@ -15,7 +15,6 @@ class Trajectories:
 
     name, title = "trajectories", "Trajectories"
     worker_class = TrajectoryWorker
-    has_replicas = True
 
     def settings(self, run: Run) -> TrajectorySettings:
         """Of every worker."""
@@ -37,4 +36,5 @@ class Trajectories:
             "weight_bits": settings.weight_bits,
             "salience_tokens": settings.salience_tokens,
         }
-        return [[unit(self.name, p.name, p, {**depends, "prompt": p.prompt}) for p in run.context.calibration_prompts]]
+        prompts = run.context.calibration_prompts
+        return [[unit(self.name, p.name, p, {**depends, "prompt": p.prompt}, shared=True) for p in prompts]]

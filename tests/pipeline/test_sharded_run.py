@@ -33,6 +33,10 @@ def test_a_sharded_run_gives_the_bytes_of_an_unsharded_one(finished_run: Path, t
     done = call("run", str(small_run(tmp_path, workers=WORKERS)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_results(tmp_path / "run", finished_run / "run")
+    videos = [files(folder / "run" / "calibration.zarr" / "evaluation") for folder in (tmp_path, finished_run)]
+    assert videos[0] == videos[1]
+    workers = {record.unit: record.worker for record in Manifest(tmp_path / "run").records("evaluation")}
+    assert workers == {"full_precision-prompt-000": "worker-0.0", "s2q-prompt-000": "worker-0"}
     again = call("run", str(small_run(tmp_path)))
     assert again.returncode == 0, "how the model was held is no part of what a run is"
     assert "0 units done now" in again.stdout

@@ -1,17 +1,21 @@
-"""One rank of a replica without Ray: generates one prompt, stores one sample, shadows another rank's. Started by a test as
+"""One rank of a replica without Ray: does units of its own, and is shadowed or shadows. Started by a test as
 
     python -m tests.workers.replica_ranks RUN KIND [OFFLOAD]
 
 with its place in the environment; KIND `none` does the work of both ranks alone.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 from workers.activation_worker import ActivationWorker
+from workers.evaluation_worker import EvaluationWorker
 from workers.messages import (
     ActivationSettings,
+    EvaluationSettings,
+    EvaluationUnit,
     Generation,
     Numerics,
     PromptUnit,
@@ -52,6 +56,15 @@ def main(run: Path, sharding: Sharding) -> None:
         activations.run(sample, ignore)
     third = SampleUnit("sample-002", "prompt-002", 1)
     activations.run(third, ignore) if rank == 0 else activations.shadow(third, ignore)
+    del activations
+    evaluation = EvaluationWorker(EvaluationSettings(source, GENERATION, None, films=False, sharding=sharding))
+    for noise_floor in (False, True):
+        unit = EvaluationUnit(f"full_precision-{noise_floor}", PROMPTS[0], None, noise_floor)
+        if rank == 0:
+            result = {**evaluation.run(unit, ignore).result, "seconds_per_step": None}
+            (run / f"{unit.name}.json").write_text(json.dumps(result))
+        else:
+            evaluation.shadow(unit, ignore)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def store(run: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def unsharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Three trajectories and the activations of three samples, by one process."""
+    """Three trajectories, the activations of three samples, a reference and a noise floor, by one process."""
     run = tmp_path_factory.mktemp("none")
     run_ranks("tests.workers.replica_ranks", str(run), "none", num_ranks=1)
     return store(run)
