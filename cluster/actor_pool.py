@@ -6,27 +6,33 @@
 | no `progress` for `stall_timeout_s` | the same: Ray itself never notices a process that hangs |
 | the worker raises | the same: after a CUDA error a process is of no more use |
 | the worker raises ValueError | the unit is set aside at once, the process goes on |
+| any of it happens to a rank of a replica | all ranks are ended; the units under way are tried again, each alone |
 | a unit fails `max_attempts` times | it is set aside, the others are finished, then `UnitsFailed` names it |
 | a worker cannot be started `max_attempts` times in a row | its slot is closed; when all are: `WorkersFailed` |
 
 Ray's own restarts and retries are off: they re-run old calls out of order, and a poison unit without end. A unit may
 run twice, never twice at the same time on one machine: what it writes must be atomic and the same every time.
+
+A worker of several ranks is a replica: its processes hold one thing together and wait for each other. It takes a round of
+units, one a rank; where there are fewer, the ranks left over shadow the first, and the next round begins when all are done.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from cluster.session import Session, active_session
+from cluster.pool_limits import PoolLimits, check_arguments, room
+from cluster.rank import Rank
+from cluster.session import active_session
 from cluster.ticket_queue import Ticket, TicketQueue
 from cluster.unit_actor import Location, Outcome, Pulse, Worker
 from cluster.units import PoolEvents, Unit, UnitFailure, UnitsFailed, WorkersFailed
-from cluster.worker_slot import SlotState, WorkerRecipe, WorkerSlot, end_actors, end_unfit_actors
+from cluster.worker_slot import SlotState, WorkerRecipe, WorkerSlot, end_slots, end_unfit_actors
 
 __all__ = ["PoolEvents", "Unit", "UnitFailure", "UnitsFailed", "WorkersFailed", "run_units"]
 
@@ -34,16 +40,6 @@ _logger = logging.getLogger(__name__)
 
 # How long a process may take to answer that it lives, before silence about progress is held against it.
 _ANSWER_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True)
-class _Limits:
-    max_attempts: int
-    stall_timeout_s: float
-    startup_timeout_s: float
-    placement_timeout_s: float
-    progress_interval_s: float
-    keep_workers: bool
 
 
 def run_units(
@@ -54,6 +50,7 @@ def run_units(
     num_workers: int,
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
+    num_ranks: int | None = None,
     max_attempts: int = 3,
     stall_timeout_s: float,
     startup_timeout_s: float = 1800.0,
@@ -65,11 +62,13 @@ def run_units(
     """Do all units on workers `worker_class(settings)` in the open session; return the results by unit name.
 
     Args:
-        worker_class: a class as `cluster.unit_actor.Worker` describes it; importable, or defined in `__main__`.
+        worker_class: a class as `cluster.unit_actor.Worker` describes it, or `ReplicaWorker` for a replica;
+            importable, or defined in `__main__`.
         settings: what its constructor gets.
         num_workers: at most so many workers; fewer when there are fewer units or a local session has less room.
-        num_cpus: CPUs of one worker. Ray sets OMP_NUM_THREADS to it where the environment has none.
-        num_gpus: GPUs of one worker, a fraction to share one; Ray sets CUDA_VISIBLE_DEVICES accordingly.
+        num_cpus: CPUs of one rank. Ray sets OMP_NUM_THREADS to it where the environment has none.
+        num_gpus: GPUs of one rank, a fraction to share one; Ray sets CUDA_VISIBLE_DEVICES accordingly.
+        num_ranks: processes of one worker that is a replica; None for a worker that is not.
         max_attempts: attempts at a unit, and at starting a worker.
         stall_timeout_s: longest silence of a worker during a unit.
         startup_timeout_s: longest construction of a worker: loading a model, for example.
@@ -84,20 +83,19 @@ def run_units(
         WorkersFailed: no worker could be started.
     """
     session = active_session()
-    _check_arguments(units, num_workers, num_cpus, num_gpus)
-    _check_limits(max_attempts, stall_timeout_s, startup_timeout_s, placement_timeout_s, progress_interval_s)
-    recipe = WorkerRecipe(worker_class, settings, num_cpus, num_gpus)
-    limits = _Limits(
+    check_arguments(units, num_workers, 1 if num_ranks is None else num_ranks, num_cpus=num_cpus, num_gpus=num_gpus)
+    recipe = WorkerRecipe(worker_class, settings, num_cpus, num_gpus, num_ranks)
+    limits = PoolLimits(
         max_attempts, stall_timeout_s, startup_timeout_s, placement_timeout_s, progress_interval_s, keep_workers
     )
-    num_slots = min(num_workers, len(units), _room(session, recipe))
+    num_slots = min(num_workers, math.ceil(len(units) / (num_ranks or 1)), room(session, recipe))
     end_unfit_actors(session, recipe)
     slots = [WorkerSlot(f"worker-{index}", recipe, session) for index in range(num_slots)]
     return _Pool(slots, units, limits, events or PoolEvents()).run()
 
 
 class _Pool:
-    def __init__(self, slots: list[WorkerSlot], units: Sequence[Unit], limits: _Limits, events: PoolEvents) -> None:
+    def __init__(self, slots: list[WorkerSlot], units: Sequence[Unit], limits: PoolLimits, events: PoolEvents) -> None:
         self._slots = slots
         self._order = [unit.name for unit in units]
         self._pending = TicketQueue(
@@ -121,7 +119,7 @@ class _Pool:
                 for slot in self._slots:
                     slot.park()
         finally:
-            end_actors(self._slots)
+            end_slots(self._slots)
         ordered = {name: self._results[name] for name in self._order if name in self._results}
         if self._failures:
             raise UnitsFailed(self._failures, ordered)
@@ -131,13 +129,16 @@ class _Pool:
         for slot in self._in_state(SlotState.IDLE):
             if not self._pending:
                 return
-            at_work = [busy.ticket.affinity for busy in self._in_state(SlotState.BUSY) if busy.ticket is not None]
-            ticket = self._pending.take(slot.last_affinity, at_work)
-            ticket.attempt += 1
-            slot.assign(ticket)
-            self._events.started(ticket.name, slot.name)
+            at_work = [ticket.affinity for busy in self._in_state(SlotState.BUSY) for ticket in _under_way(busy)]
+            tickets = self._pending.take_round(slot.last_affinity, at_work, slot.num_ranks)
+            for ticket in tickets:
+                ticket.attempt += 1
+            slot.assign(tickets)
+            for ticket, rank in zip(tickets, slot.ranks, strict=False):
+                self._events.started(ticket.name, rank.name)
+        wanted = math.ceil(len(self._pending) / self._slots[0].num_ranks) if self._slots else 0
         num_coming = len(self._in_state(SlotState.PLACING, SlotState.LOADING))
-        for slot in self._in_state(SlotState.EMPTY)[: max(0, len(self._pending) - num_coming)]:
+        for slot in self._in_state(SlotState.EMPTY)[: max(0, wanted - num_coming)]:
             slot.start()
         if self._pending and all(slot.state is SlotState.RETIRED for slot in self._slots):
             raise WorkersFailed(
@@ -145,87 +146,103 @@ class _Pool:
             )
 
     def _collect(self) -> None:
-        for slot in self._slots:
-            slot.ask_pulse(self._limits.progress_interval_s)
-        calls = {slot.call: slot for slot in self._slots if slot.call is not None}
-        pulses = {slot.pulse_call: slot for slot in self._slots if slot.pulse_call is not None}
+        ranks = [(slot, rank) for slot in self._slots for rank in slot.ranks]
+        for _, rank in ranks:
+            rank.ask_pulse(self._limits.progress_interval_s)
+        calls = {rank.call: (slot, rank) for slot, rank in ranks if rank.call is not None}
+        pulses = {rank.pulse_call: (slot, rank) for slot, rank in ranks if rank.pulse_call is not None}
         waited = [*calls, *pulses]
         if not waited:
             return
         ready, others = ray.wait(waited, num_returns=1, timeout=self._tick_s)
         if ready and others:
             ready += ray.wait(others, num_returns=len(others), timeout=0)[0]
+        # An answer may end its whole slot: what its other ranks have said is then of no more interest.
         for reference in ready:
             if reference in calls:
-                self._take_answer(calls[reference])
+                slot, rank = calls[reference]
+                if rank in slot.ranks:
+                    self._take_answer(slot, rank)
         for reference in ready:
-            if reference in pulses and pulses[reference].pulse_call == reference:
-                self._take_pulse(pulses[reference])
+            if reference in pulses:
+                slot, rank = pulses[reference]
+                if rank in slot.ranks and rank.pulse_call == reference:
+                    self._take_pulse(slot, rank)
 
-    def _take_answer(self, slot: WorkerSlot) -> None:
+    def _take_answer(self, slot: WorkerSlot, rank: Rank) -> None:
         try:
-            answer = ray.get(slot.call)
+            answer = ray.get(rank.call)
         except RayError as error:
-            self._lose(slot, _with_last_words(f"{type(error).__name__}: {error}", slot))
+            self._lose(slot, rank, _with_last_words(f"{type(error).__name__}: {error}", rank))
             return
         if isinstance(answer, Location):
-            slot.load(answer)
+            slot.take_place(rank, answer)
         elif slot.state is SlotState.LOADING:
-            self._take_loaded(slot, answer)
+            self._take_loaded(slot, rank, answer)
         else:
-            self._take_outcome(slot, answer)
+            self._take_outcome(slot, rank, answer)
 
-    def _take_loaded(self, slot: WorkerSlot, outcome: Outcome) -> None:
-        if outcome.error is None:
+    def _take_loaded(self, slot: WorkerSlot, rank: Rank, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            self._lose(slot, rank, outcome.error, retryable=outcome.retryable)
+            return
+        rank.rest()
+        if not slot.waits:
             slot.num_failed_starts = 0
             slot.rest()
-        else:
-            self._lose(slot, outcome.error, retryable=outcome.retryable)
 
-    def _take_outcome(self, slot: WorkerSlot, outcome: Outcome) -> None:
-        ticket = slot.ticket
+    def _take_outcome(self, slot: WorkerSlot, rank: Rank, outcome: Outcome) -> None:
+        ticket, is_shadow = rank.ticket, rank.is_shadow
         assert ticket is not None
-        if slot.see(outcome.pulse):
+        if rank.see(outcome.pulse) and not is_shadow:
             self._events.progress(ticket.name, outcome.pulse.done, outcome.pulse.total)
-        if outcome.error is not None and outcome.retryable:
-            self._lose(slot, outcome.error)
+        # After any error of its own, a rank no longer enters what the others wait in.
+        if outcome.error is not None and (outcome.retryable or slot.num_ranks > 1):
+            self._lose(slot, rank, outcome.error, retryable=outcome.retryable)
             return
-        slot.rest()
+        rank.rest()
+        if not slot.waits:
+            slot.rest()
+        if is_shadow:
+            return
         if outcome.error is None:
             self._results[ticket.name] = outcome.result
             self._events.finished(ticket.name, outcome.result, outcome.seconds, ticket.attempt)
         else:
-            self._fail(ticket, outcome.error, retryable=False)
+            self._fail(ticket, outcome.error, will_retry=False)
 
-    def _take_pulse(self, slot: WorkerSlot) -> None:
-        reference, slot.pulse_call = slot.pulse_call, None
+    def _take_pulse(self, slot: WorkerSlot, rank: Rank) -> None:
+        reference, rank.pulse_call = rank.pulse_call, None
         try:
             pulse: Pulse = ray.get(reference)
         except RayError as error:  # the call itself fails too, and says more
-            _logger.debug("%s has no pulse: %s", slot.name, error)
+            _logger.debug("%s has no pulse: %s", rank.name, error)
             return
-        if slot.see(pulse):
-            assert slot.ticket is not None
-            self._events.progress(slot.ticket.name, pulse.done, pulse.total)
-        elif slot.pulse_asked_at - slot.changed_at > self._limits.stall_timeout_s:
-            self._lose_stalled(slot, slot.stack())
+        if rank.see(pulse):
+            assert rank.ticket is not None
+            if not rank.is_shadow:
+                self._events.progress(rank.ticket.name, pulse.done, pulse.total)
+        elif rank.ticket is not None and rank.pulse_asked_at - rank.changed_at > self._limits.stall_timeout_s:
+            self._lose_stalled(slot, rank, rank.stack())
 
-    def _lose_stalled(self, slot: WorkerSlot, stack: str) -> None:
+    def _lose_stalled(self, slot: WorkerSlot, rank: Rank, stack: str) -> None:
         silence = f"no progress for {self._limits.stall_timeout_s:g} s; the worker was at:\n{stack}"
-        self._lose(slot, _with_last_words(silence, slot))
+        self._lose(slot, rank, _with_last_words(silence, rank))
 
     def _check_clocks(self, checked_at: float) -> float:
         """Look for what does not come. Time that the driver spent elsewhere, or stopped, is nobody's silence."""
         now = time.monotonic()
-        for slot in self._in_state(SlotState.BUSY):
-            if slot.pulse_call is not None:
-                slot.pulse_waited_s += min(now - checked_at, 2 * self._tick_s)
-                silent = now - slot.changed_at > self._limits.stall_timeout_s
-                if silent and slot.pulse_waited_s > _ANSWER_TIMEOUT_S:
-                    self._lose_stalled(slot, "(the process does not answer)\n")
+        busy = [(slot, rank) for slot in self._in_state(SlotState.BUSY) for rank in slot.ranks]
+        for slot, rank in busy:
+            if rank in slot.ranks and rank.ticket is not None and rank.pulse_call is not None:
+                rank.pulse_waited_s += min(now - checked_at, 2 * self._tick_s)
+                silent = now - rank.changed_at > self._limits.stall_timeout_s
+                if silent and rank.pulse_waited_s > _ANSWER_TIMEOUT_S:
+                    self._lose_stalled(slot, rank, "(the process does not answer)\n")
         for slot in self._in_state(SlotState.LOADING):
             if now - slot.changed_at > self._limits.startup_timeout_s:
-                self._lose(slot, f"not loaded after {self._limits.startup_timeout_s:g} s, at:\n{slot.stack()}")
+                late = next(rank for rank in slot.ranks if rank.call is not None)
+                self._lose(slot, late, f"not loaded after {self._limits.startup_timeout_s:g} s, at:\n{late.stack()}")
         self._check_placement(now)
         return time.monotonic()
 
@@ -239,22 +256,25 @@ class _Pool:
                 f"{ray.available_resources()}; add nodes, ask for less a worker, or raise placement_timeout_s"
             )
 
-    def _lose(self, slot: WorkerSlot, error: str, *, retryable: bool = True) -> None:
-        """The slot's process is of no more use: end it, and see to what it was doing."""
-        ticket, was_starting = slot.ticket, slot.state is not SlotState.BUSY
-        end_actors([slot])
+    def _lose(self, slot: WorkerSlot, rank: Rank, error: str, *, retryable: bool = True) -> None:
+        """The slot's processes are of no more use, because of `rank`: end them, and see to what they were doing."""
+        tickets, was_starting = _under_way(slot), slot.state is not SlotState.BUSY
+        end_slots([slot])
         if was_starting:
             slot.num_failed_starts += 1
             self._start_error = error
-            _logger.warning("%s could not be started: %s", slot.name, error)
+            _logger.warning("%s could not be started: %s", rank.name, error)
             if not retryable or slot.num_failed_starts >= self._limits.max_attempts:
                 slot.retire()
-        else:
-            assert ticket is not None
-            self._fail(ticket, error, retryable=True)
+            return
+        for ticket in tickets:
+            ticket.alone = slot.num_ranks > 1
+            if ticket is rank.ticket:
+                self._fail(ticket, error, will_retry=retryable and ticket.attempt < self._limits.max_attempts)
+            else:  # not by its own fault, and at most once: it will be alone
+                self._fail(ticket, f"ended with its replica, whose {rank.name} failed:\n{error}", will_retry=True)
 
-    def _fail(self, ticket: Ticket, error: str, *, retryable: bool) -> None:
-        will_retry = retryable and ticket.attempt < self._limits.max_attempts
+    def _fail(self, ticket: Ticket, error: str, *, will_retry: bool) -> None:
         if will_retry:
             self._pending.append(ticket)
         else:
@@ -265,37 +285,11 @@ class _Pool:
         return [slot for slot in self._slots if slot.state in states]
 
 
-def _with_last_words(error: str, slot: WorkerSlot) -> str:
-    words = slot.last_words()
+def _under_way(slot: WorkerSlot) -> list[Ticket]:
+    """The units that the slot has and that are not done."""
+    return [rank.ticket for rank in slot.ranks if rank.ticket is not None and not rank.is_shadow]
+
+
+def _with_last_words(error: str, rank: Rank) -> str:
+    words = rank.last_words()
     return f"{error}\nits last lines on standard error:\n{words}" if words else error
-
-
-def _room(session: Session, recipe: WorkerRecipe) -> int:
-    """How many workers a local session holds; an existing cluster may grow, so it sets no limit."""
-    if not session.local:
-        return 2**31
-    room = session.capacity(num_cpus=recipe.num_cpus, num_gpus=recipe.num_gpus)
-    if room < 1:
-        raise ValueError(
-            f"a worker asks for {recipe.num_cpus:g} CPUs and {recipe.num_gpus:g} GPUs, this session has "
-            f"{session.num_cpus:g} and {session.num_gpus:g}: ask for less, or use a session with more"
-        )
-    return room
-
-
-def _check_arguments(units: Sequence[Unit], num_workers: int, num_cpus: float, num_gpus: float) -> None:
-    names = [unit.name for unit in units]
-    doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if doubled:
-        raise ValueError(f"unit names must be unique, these are not: {', '.join(doubled)}")
-    if num_workers < 1:
-        raise ValueError(f"num_workers is {num_workers}: at least 1 is needed")
-    if num_cpus < 0 or num_gpus < 0 or (num_gpus > 1 and num_gpus != int(num_gpus)):
-        raise ValueError(f"num_cpus is {num_cpus} and num_gpus {num_gpus}: >= 0, and whole GPUs above one")
-
-
-def _check_limits(max_attempts: int, *seconds: float) -> None:
-    if max_attempts < 1:
-        raise ValueError(f"max_attempts is {max_attempts}: at least 1 is needed")
-    if min(seconds) <= 0:
-        raise ValueError(f"timeouts and progress_interval_s must be above 0 s, got {', '.join(map(str, seconds))}")

@@ -17,6 +17,8 @@ class Ticket:
     """`Unit.affinity`."""
     attempt: int = 0
     """Attempts begun."""
+    alone: bool = False
+    """Share no round of a replica with another unit: one of them has failed, and it must be seen which."""
 
 
 class TicketQueue:
@@ -53,3 +55,14 @@ class TicketQueue:
         if not tickets:
             del self._waiting[last]
         return ticket
+
+    def take_round(self, last: str | None, at_work: Iterable[str], num: int) -> list[Ticket]:
+        """`take`, and up to `num` in all that follow it in its affinity; a ticket that is to be alone is."""
+        tickets = [self.take(last, at_work)]
+        affinity = tickets[0].affinity
+        while len(tickets) < num and not tickets[0].alone:
+            following = self._waiting.get(affinity)
+            if not following or following[0].alone:
+                break
+            tickets.append(self.take(affinity, ()))
+        return tickets

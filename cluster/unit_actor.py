@@ -10,6 +10,7 @@
 
 import gc
 import os
+import socket
 import sys
 import threading
 import time
@@ -34,12 +35,46 @@ class Worker(Protocol):
         """
 
 
+class ReplicaWorker(Worker, Protocol):
+    """The protocol of a worker class whose ranks hold something together. It finds its place as a program started by
+    `torchrun` does: in the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+
+    def shadow(self, unit: Any, progress: Callable[[int, int], None], /) -> None:
+        """Take part in rank 0's unit where there is none left for this rank: do what the others wait for, and write nothing."""
+
+
 @dataclass(frozen=True)
 class Location:
     """Where an actor's process is."""
 
     node_id: str
     pid: int
+    address: str
+    """Of its node."""
+    free_port: int
+    """A port of that address which nobody used when it was asked."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A rank's place in its replica."""
+
+    rank: int
+    world_size: int
+    address: str
+    """Of rank 0's node."""
+    port: int
+    """Where rank 0 is to listen."""
+
+    def environment(self) -> dict[str, str]:
+        """As `torchrun` tells it. Ray shows every process its own GPU alone, so the local rank is 0."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
 
 
 @dataclass(frozen=True)
@@ -76,10 +111,16 @@ class UnitActor:
 
     def locate(self) -> Location:
         """Say where this process is; the first call, so its answer also says that the actor has a place."""
-        return Location(node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
+        address = ray.util.get_node_ip_address()
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind((address, 0))
+            port = probe.getsockname()[1]
+        return Location(ray.get_runtime_context().get_node_id(), os.getpid(), address, port)
 
-    def load(self, worker_class: type[Worker], settings: Any) -> Outcome:
+    def load(self, worker_class: type[Worker], settings: Any, membership: Membership | None) -> Outcome:
         """Construct the worker, in place of the one before."""
+        if membership is not None:
+            os.environ.update(membership.environment())
 
         def construct() -> None:
             self._worker = None
@@ -88,9 +129,9 @@ class UnitActor:
 
         return self._call(-1, construct)
 
-    def run(self, serial: int, payload: Any) -> Outcome:
-        """Do one unit. `serial` tells its pulses from those of the unit before."""
-        return self._call(serial, lambda: self._worker.run(payload, self._report))
+    def run(self, serial: int, payload: Any, *, shadow: bool) -> Outcome:
+        """Do one unit, or shadow it. `serial` tells its pulses from those of the unit before."""
+        return self._call(serial, lambda: (self._worker.shadow if shadow else self._worker.run)(payload, self._report))
 
     @ray.method(concurrency_group="pulse")
     def pulse(self) -> Pulse:

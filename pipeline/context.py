@@ -19,7 +19,7 @@ from reelquant.checkpoint.inference_specs import StepProtection
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
-from workers.messages import Generation, InferencePlan, MethodPlan, Numerics, PromptUnit, RunSource
+from workers.messages import Generation, InferencePlan, MethodPlan, Numerics, PromptUnit, RunSource, Sharding
 from workers.model_source import family_of_model, linear_shapes, model_problems, transformer_config
 
 
@@ -63,6 +63,13 @@ class RunContext:
             config.seed,
             Numerics(config.numerics.dtype, config.numerics.threads),
         )
+
+    @property
+    def sharding(self) -> Sharding:
+        """For the workers."""
+        workers = self.config.workers
+        path = workers.offload_path
+        return Sharding(workers.sharding, workers.offload, None if path is None else path.absolute())
 
     @property
     def generation(self) -> Generation:

@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
@@ -67,7 +68,7 @@ class StageProgress:
         last = error.strip().splitlines()[-1] if error.strip() else "no message"
         then = "it is tried again" if will_retry else "it is set aside"
         self._console.print(
-            f"[yellow]{self._title}: {unit} failed (attempt {attempt}): {last}; {then}", highlight=False
+            f"[yellow]{self._title}: {escape(f'{unit} failed (attempt {attempt}): {last}')}; {then}", highlight=False
         )
 
     def _show(self) -> None:

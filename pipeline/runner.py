@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.context import Run, RunContext
 from pipeline.event_log import EventLog
@@ -152,7 +153,7 @@ def drop_damaged(driven: DrivenRun, console: Console, sound: set[FileState]) -> 
                 problems = [str(error)]
             if problems:
                 shown = driven.full_name(f"{stage.name}/{name}")
-                console.print(f"[yellow]{shown} is redone: {'; '.join(problems)}", highlight=False)
+                console.print(f"[yellow]{escape(shown)} is redone: {escape('; '.join(problems))}", highlight=False)
                 driven.log.write("unit_damaged", stage=stage.name, unit=name, problems=problems)
                 manifest.remove(stage.name, name)
 

@@ -170,6 +170,7 @@ def run_tasks(
         WorkersFailed: no worker could be started.
     """
     config = tasks[0].driven.run.context.config
+    num_ranks = config.workers.num_ranks if all(task.unit.shared for task in tasks) else None
     with StageProgress(console, stage.title, total=num_done + len(tasks), done=num_done) as display:
         recorder = _Recorder(stage, tasks, display, recorded)
         failures: dict[str, UnitFailure] = {}
@@ -177,9 +178,10 @@ def run_tasks(
             results = run_units(
                 *worker,
                 [Unit(task.name, task.payload, task.affinity) for task in tasks],
-                num_workers=num_workers(config, os.cpu_count() or 1, _num_gpus()),
+                num_workers=max(1, num_workers(config, os.cpu_count() or 1, _num_gpus()) // (num_ranks or 1)),
                 num_cpus=config.numerics.threads,
                 num_gpus=config.workers.num_gpus,
+                num_ranks=num_ranks,
                 max_attempts=config.workers.max_attempts,
                 stall_timeout_s=config.workers.stall_timeout_s,
                 keep_workers=True,
@@ -193,7 +195,7 @@ def run_tasks(
 
 
 def num_workers(config: RunConfig, cpus: int, gpus: int) -> int:
-    """Workers of a stage on this machine, for `workers.num_workers: auto`."""
+    """Worker processes of a stage on this machine, for `workers.num_workers: auto`; a replica takes several of them."""
     if config.workers.num_workers != "auto":
         return config.workers.num_workers
     if config.workers.num_gpus > 0:

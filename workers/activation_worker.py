@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import ActivationSettings, Progress, SampleUnit, UnitOutput
-from workers.model_source import family_of_model, open_pipeline
+from workers.model_source import family_of_model
 from workers.process import device_name, peak_memory_bytes, prepare_process
+from workers.sharded_model import open_full_precision, release_blocks
 
 
 class _LastBoundary(Exception):
@@ -26,41 +28,59 @@ class ActivationWorker:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._family = family_of_model(settings.source.model)
-        self._pipeline = open_pipeline(settings.source.model, device=self._device, dtype=self._dtype)
+        self._pipeline = open_full_precision(
+            settings.source.model, device=self._device, dtype=self._dtype, sharding=settings.sharding
+        )
         self._store = RunDirectory(settings.source.run).calibration_store
 
     def run(self, unit: SampleUnit, progress: Progress) -> UnitOutput:
         """One forward pass, at most up to the last boundary."""
-        inputs = self._inputs(unit)
         outputs: list[OutputFile] = []
-        transformer = self._pipeline.transformer
         boundaries = self._settings.boundaries
-        handles = [transformer.time_text_embed.register_forward_hook(self._keep_temb(unit, outputs))]
 
-        def store(name: str, args: tuple[Tensor, ...]) -> None:
-            stream = torch.cat([args[0][0], args[1][0]]).to(torch.bfloat16).cpu()
+        def store(name: str, video: Tensor, text: Tensor) -> None:
+            stream = torch.cat([video[0], text[0]]).to(torch.bfloat16).cpu()
             outputs.extend(self._store.write(f"activations/{unit.name}/{name}", stream))
             progress(boundaries.index(name) + 1, len(boundaries))
-            if name == boundaries[-1]:
-                raise _LastBoundary
 
-        for name in boundaries:
-            block: nn.Module = transformer.get_submodule(name)
-            handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: store(name, args)))
+        handle = self._pipeline.transformer.time_text_embed.register_forward_hook(self._keep_temb(unit, outputs))
         try:
-            with torch.inference_mode():
-                transformer(**inputs)
-        except _LastBoundary:
-            pass
+            self._forward(unit, store)
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         return UnitOutput(
             tuple(outputs),
             {"prompt": unit.prompt_name, "step": unit.step},
             device_name(self._device),
             peak_memory_bytes(self._device),
         )
+
+    def shadow(self, unit: SampleUnit, progress: Progress) -> None:
+        """Takes part in the forward pass of a replica's unit, and keeps nothing."""
+        boundaries = self._settings.boundaries
+        self._forward(unit, lambda name, *_: progress(boundaries.index(name) + 1, len(boundaries)))
+
+    def _forward(self, unit: SampleUnit, see: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Calls `see(name, video, text)` with the stream in front of every boundary."""
+        transformer, boundaries = self._pipeline.transformer, self._settings.boundaries
+
+        def at_boundary(name: str, args: tuple[Tensor, ...]) -> None:
+            see(name, args[0], args[1])
+            if name == boundaries[-1]:
+                raise _LastBoundary
+
+        handles = []
+        for name in boundaries:
+            block: nn.Module = transformer.get_submodule(name)
+            handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: at_boundary(name, args)))
+        try:
+            with torch.inference_mode():
+                transformer(**self._inputs(unit))
+        except _LastBoundary:
+            release_blocks(transformer, self._settings.sharding)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _keep_temb(self, unit: SampleUnit, outputs: list[OutputFile]) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:

@@ -17,11 +17,11 @@ from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.fidelity import fidelity
 from workers.generation import generate
-from workers.messages import EvaluationSettings, EvaluationUnit, Progress, UnitOutput
-from workers.model_source import open_pipeline
+from workers.messages import EvaluationSettings, EvaluationUnit, Progress, Sharding, UnitOutput
 from workers.perceptual import PerceptualDistance
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.recognition import DigitRecognizer
+from workers.sharded_model import open_full_precision
 
 FRAMES_PER_SECOND = 15
 """Of the films; the models say nothing about it."""
@@ -51,12 +51,13 @@ class EvaluationWorker:
         if unit.noise_floor:
             return self._noise_floor(unit, progress)
         folder = self._settings.source.model if unit.checkpoint is None else self._run.path / unit.checkpoint
-        seed = unit_seed(self._settings.source.seed, "evaluation", unit.prompt.name)
         pipeline = self._pipeline(folder, self._dtype)
         sparse = getattr(pipeline.transformer, "sparse_attention", None)
         if sparse is not None:
             sparse.visited = Visited()
-        generated = generate(pipeline, unit.prompt.prompt, self._settings.generation, seed=seed, progress=progress)
+        generated = generate(
+            pipeline, unit.prompt.prompt, self._settings.generation, seed=self._seed(unit), progress=progress
+        )
         outputs = (
             *self._store.write(f"evaluation/{unit.name}/video", generated.video),
             *([self._film(unit, generated.video)] if self._settings.films else []),
@@ -73,17 +74,32 @@ class EvaluationWorker:
             result.update(fidelity(reference, video, self._lpips))
         return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
 
+    def shadow(self, unit: EvaluationUnit, progress: Progress) -> None:
+        """Takes part in the forward passes of a replica's unit of the full-precision model, and keeps nothing."""
+        pipeline = self._pipeline(self._settings.source.model, torch.bfloat16 if unit.noise_floor else self._dtype)
+        for _ in range(2 if unit.noise_floor else 1):
+            generate(
+                pipeline,
+                unit.prompt.prompt,
+                self._settings.generation,
+                seed=self._seed(unit),
+                progress=progress,
+                decode=False,
+            )
+
+    def _seed(self, unit: EvaluationUnit) -> int:
+        return unit_seed(self._settings.source.seed, "evaluation", unit.prompt.name)
+
     def _noise_floor(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
         """Full precision in bfloat16 with the default attention and with another one, from the same noise; no files."""
         pipeline = self._pipeline(self._settings.source.model, torch.bfloat16)
-        seed = unit_seed(self._settings.source.seed, "evaluation", unit.prompt.name)
 
         def video(begun: int) -> Tensor:
             generated = generate(
                 pipeline,
                 unit.prompt.prompt,
                 self._settings.generation,
-                seed=seed,
+                seed=self._seed(unit),
                 progress=lambda done, total: progress(begun * total + done, 2 * total),
             )
             return generated.video.float() / 255
@@ -108,5 +124,7 @@ class EvaluationWorker:
     def _pipeline(self, folder: Path, dtype: torch.dtype) -> Any:
         if self._opened is None or self._opened[:2] != (folder, dtype):
             self._opened = None
-            self._opened = (folder, dtype, open_pipeline(folder, device=self._device, dtype=dtype))
+            sharding = self._settings.sharding if folder == self._settings.source.model else Sharding()
+            opened = open_full_precision(folder, device=self._device, dtype=dtype, sharding=sharding)
+            self._opened = (folder, dtype, opened)
         return self._opened[2]

@@ -25,8 +25,14 @@ class Generated:
     """Wall time of every denoising step."""
 
 
-def generate(pipeline: Any, prompt: str, generation: Generation, *, seed: int, progress: Progress) -> Generated:
-    """Generates one video. The noise is drawn on the CPU, so it is the same on every device."""
+def generate(
+    pipeline: Any, prompt: str, generation: Generation, *, seed: int, progress: Progress, decode: bool = True
+) -> Generated:
+    """Generates one video. The noise is drawn on the CPU, so it is the same on every device.
+
+    Args:
+        decode: without it, the result has no video.
+    """
     device = pipeline._execution_device
     latents = randn_tensor(
         latent_shape(pipeline, generation), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
@@ -55,10 +61,11 @@ def generate(pipeline: Any, prompt: str, generation: Generation, *, seed: int, p
             guidance_scale=generation.guidance_scale,
             max_sequence_length=generation.max_sequence_length,
             latents=latents,
-            output_type="pt",
+            output_type="pt" if decode else "latent",
             callback_on_step_end=after_step,
         ).frames[0]
-    result.video = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    if decode:
+        result.video = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     return result
 
 

@@ -51,6 +51,18 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """How the workers of a replica hold the full-precision transformer. Changes no result."""
+
+    kind: str = "none"
+    """`none`: every worker has all of it; `fsdp` or `deepspeed`: the workers of a replica share it."""
+    offload: str = "none"
+    """Where the shards are while they are not used: `none` (on the device), `cpu`, or `nvme` (DeepSpeed only)."""
+    offload_path: Path | None = None
+    """Folder for `nvme`."""
+
+
+@dataclass(frozen=True)
 class RunSource:
     """Where a worker reads and writes, and which model it is about."""
 
@@ -70,6 +82,7 @@ class TrajectorySettings:
     """At which the feature `weight_error` rounds the weights."""
     salience_tokens: int
     """Tokens per layer from which `weight_error` is estimated, evenly spaced."""
+    sharding: Sharding = Sharding()
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,7 @@ class ActivationSettings:
     generation: Generation
     boundaries: tuple[str, ...]
     """Blocks in front of which the stream is stored: the first block of every segment."""
+    sharding: Sharding = Sharding()
 
 
 @dataclass(frozen=True)
@@ -223,6 +237,8 @@ class EvaluationSettings:
     generation: Generation
     recognizer: Path | None
     films: bool = True
+    sharding: Sharding = Sharding()
+    """Of the full-precision model."""
 
 
 @dataclass(frozen=True)

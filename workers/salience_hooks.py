@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from reelquant.calibration.salience import quantization_salience, spectral_norm_gram
 from reelquant.quantization.quantizer import fake_quantize
 
+WEIGHT_VALUES = 2**23
+"""Values of a weight that are widened to float32 at a time. Every output has its own scale: it may be cut between them."""
+
 
 class SalienceHooks:
     """Collects, for every forward pass of a transformer (= one denoising step of one prompt), the features of `C_quant`."""
@@ -47,7 +50,7 @@ class SalienceHooks:
             handles.append(block.register_forward_pre_hook(self._see_block))
             for layer in block.modules():
                 if isinstance(layer, nn.Linear):
-                    handles.append(layer.register_forward_hook(self._see_layer))
+                    handles.append(layer.register_forward_pre_hook(self._see_layer))
         try:
             yield
         finally:
@@ -76,18 +79,18 @@ class SalienceHooks:
 
     def _see_block(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         video, text = inputs[0][0], inputs[1][0, : self._num_text]
-        self._block_row.append(spectral_norm_gram(torch.cat([video, text]).float()))
+        self._block_row.append(spectral_norm_gram(torch.cat([video, text])))
 
-    def _see_layer(self, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _see_layer(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        """Computes the layer's output itself: the weight of a sharded model is whole before the layer runs, and not after."""
         rows = inputs[0].reshape(-1, layer.in_features)
-        stride = max(1, len(rows) // self._max_tokens)
-        rows = rows[::stride].float()
-        exact = output.reshape(-1, layer.out_features)[::stride].float()
-        if layer.bias is not None:
-            exact = exact - layer.bias.float()
-        weight = layer.weight.float()
-        error = rows @ (fake_quantize(weight, self._weight_bits, 1) - weight).T
-        self._weight_error = self._weight_error + error.square().sum() / exact.square().sum().clamp_min(1e-30)
+        rows = rows[:: max(1, len(rows) // self._max_tokens)].float()
+        noise = signal = torch.zeros((), device=rows.device)
+        for weight in layer.weight.split(max(1, WEIGHT_VALUES // layer.in_features)):
+            exact = weight.float()
+            signal = signal + (rows @ exact.T).square().sum()
+            noise = noise + (rows @ (fake_quantize(exact, self._weight_bits, 1) - exact).T).square().sum()
+        self._weight_error = self._weight_error + noise / signal.clamp_min(1e-30)
 
     def _patches(self, latents: Tensor) -> Tensor:
         """`[C, F, H, W] -> [tokens, C * patch volume]`."""

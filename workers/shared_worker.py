@@ -31,6 +31,14 @@ class SharedWorker:
 
     def run(self, unit: SharedUnit, progress: Progress) -> UnitOutput:
         """Does the unit as its own run's worker would."""
+        output: UnitOutput = self._worker_of(unit, progress).run(unit.payload, progress)
+        return output
+
+    def shadow(self, unit: SharedUnit, progress: Progress) -> None:
+        """Takes part in a replica's unit as its own run's worker would."""
+        self._worker_of(unit, progress).shadow(unit.payload, progress)
+
+    def _worker_of(self, unit: SharedUnit, progress: Progress) -> Any:
         if self._worker is None or self._settings != unit.settings:
             # Two models must not be in memory at once. A constructor that fails leaves no worker of other settings behind.
             self._worker = self._settings = None
@@ -38,5 +46,4 @@ class SharedWorker:
             self._worker = self._class(unit.settings)
             self._settings = unit.settings
             progress(0, 1)
-        output: UnitOutput = self._worker.run(unit.payload, progress)
-        return output
+        return self._worker

@@ -8,9 +8,10 @@ from reelquant.calibration.salience import diffusion_salience
 from storage.run_directory import RunDirectory
 from workers.generation import generate
 from workers.messages import Progress, PromptUnit, TrajectorySettings, UnitOutput
-from workers.model_source import family_of_model, open_pipeline
+from workers.model_source import family_of_model
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.salience_hooks import SalienceHooks
+from workers.sharded_model import open_full_precision
 
 
 class TrajectoryWorker:
@@ -26,7 +27,7 @@ class TrajectoryWorker:
         source = settings.source
         self._device, dtype = prepare_process(source.numerics)
         self._family = family_of_model(source.model)
-        self._pipeline = open_pipeline(source.model, device=self._device, dtype=dtype)
+        self._pipeline = open_full_precision(source.model, device=self._device, dtype=dtype, sharding=settings.sharding)
         self._store = RunDirectory(source.run).calibration_store
 
     def run(self, unit: PromptUnit, progress: Progress) -> UnitOutput:
@@ -38,7 +39,7 @@ class TrajectoryWorker:
             weight_bits=settings.weight_bits,
             max_tokens=settings.salience_tokens,
         )
-        seed = unit_seed(settings.source.seed, "trajectories", unit.name)
+        seed = self._seed(unit)
         with hooks.watching():
             generated = generate(self._pipeline, unit.prompt, settings.generation, seed=seed, progress=progress)
         latents = torch.stack(generated.latents)
@@ -61,6 +62,20 @@ class TrajectoryWorker:
             device_name(self._device),
             peak_memory_bytes(self._device),
         )
+
+    def shadow(self, unit: PromptUnit, progress: Progress) -> None:
+        """Takes part in the forward passes of a replica's unit, and keeps nothing."""
+        generate(
+            self._pipeline,
+            unit.prompt,
+            self._settings.generation,
+            seed=self._seed(unit),
+            progress=progress,
+            decode=False,
+        )
+
+    def _seed(self, unit: PromptUnit) -> int:
+        return unit_seed(self._settings.source.seed, "trajectories", unit.name)
 
     def _write(self, unit: PromptUnit, name: str, value: torch.Tensor) -> tuple:  # type: ignore[type-arg]
         return self._store.write(f"trajectories/{unit.name}/{name}", value.contiguous())

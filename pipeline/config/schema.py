@@ -178,16 +178,55 @@ class NumericsConfig(Section):
 
 
 class WorkersConfig(Section):
-    """How much runs at once."""
+    """How much runs at once, and on how many GPUs the full-precision model lies. Changes no result."""
 
     num_workers: int | Literal["auto"] = "auto"
-    """Workers per stage; `auto`: one per GPU, or one per `numerics.threads` CPU cores."""
+    """Worker processes per stage; `auto`: one per GPU, or one per `numerics.threads` CPU cores."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one worker; 0 runs on the CPU, 1 is usual on a GPU machine."""
+    sharding: Literal["none", "fsdp", "deepspeed"] = "none"
+    """How a full-precision model too large for one GPU is shared where it runs as a whole (trajectories, activations, the
+    evaluation's references): by PyTorch's FSDP2, or by DeepSpeed's ZeRO-3. All else takes what one GPU holds."""
+    gpus_per_replica: int = Field(default=1, ge=1)
+    """Workers that share one model: its GPUs, or its processes on a CPU."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the shared model waits while it is not used, if the GPUs cannot hold it together: in host memory, or (`deepspeed`
+    only) in files. Slow: every denoising step brings it to the GPUs."""
+    offload_path: Path | None = None
+    """Folder on a fast local disk, for `offload: nvme`."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries of a unit whose worker dies, before it is set aside."""
     stall_timeout_s: float = Field(default=900.0, gt=0)
     """Silence of a worker that counts as death."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkersConfig:
+        if self.sharding == "none" and (self.gpus_per_replica > 1 or self.offload != "none"):
+            raise ValueError(
+                f"workers.gpus_per_replica is {self.gpus_per_replica} and workers.offload {self.offload}, but "
+                "workers.sharding is none: set it to fsdp or deepspeed, or leave the others out"
+            )
+        if self.sharding != "none" and self.num_gpus not in (0, 1):
+            raise ValueError(
+                f"workers.num_gpus is {self.num_gpus:g} with workers.sharding {self.sharding}: every worker of a replica has "
+                "one GPU (num_gpus: 1) or none (0); gpus_per_replica says over how many the model is sharded"
+            )
+        if self.offload == "nvme" and self.sharding != "deepspeed":
+            raise ValueError(
+                "workers.offload is nvme, which needs workers.sharding: deepspeed; fsdp offloads to cpu only"
+            )
+        if self.offload == "nvme" and self.offload_path is None:
+            raise ValueError("workers.offload is nvme: say in workers.offload_path in which folder")
+        if self.offload != "nvme" and self.offload_path is not None:
+            raise ValueError(
+                f"workers.offload_path is {self.offload_path}, but workers.offload is {self.offload}, not nvme"
+            )
+        return self
+
+    @property
+    def num_ranks(self) -> int | None:
+        """Workers of a replica; None where there are no replicas."""
+        return None if self.sharding == "none" else self.gpus_per_replica
 
 
 class ClusterConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -57,12 +58,26 @@ def worker_problems(config: RunConfig) -> list[str]:
         )
     if is_remote(config):
         return problems
+    if workers.sharding == "deepspeed" and find_spec("deepspeed") is None:
+        problems.append(
+            "workers.sharding is deepspeed, which is not installed: pip install -e '.[application,deepspeed]', or set fsdp"
+        )
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     if workers.num_gpus > gpus:
         found = "no GPU" if gpus == 0 else f"{gpus} GPU{'s' if gpus > 1 else ''}"
         problems.append(
             f"workers.num_gpus is {workers.num_gpus:g}, but there is {found} here and cluster.address is not set: give the "
             "address of a cluster, or run on a machine with GPUs, or set workers.num_gpus to 0 to run on the CPU"
+        )
+    elif workers.num_gpus * workers.gpus_per_replica > gpus:
+        problems.append(
+            f"workers.gpus_per_replica is {workers.gpus_per_replica}, but there are {gpus} GPUs here and cluster.address is "
+            "not set: lower it (with workers.offload: cpu if the model does not fit), or give the address of a cluster"
+        )
+    if workers.num_gpus == 0 and workers.gpus_per_replica * config.numerics.threads > cpus >= config.numerics.threads:
+        problems.append(
+            f"workers.gpus_per_replica is {workers.gpus_per_replica}, but this machine has {cpus} CPU cores for processes of "
+            f"numerics.threads {config.numerics.threads}: lower it"
         )
     if config.numerics.threads > cpus:
         problems.append(

@@ -92,6 +92,9 @@ def _workers(plan: Plan) -> str:
     device = f"{config.workers.num_gpus:g} GPU" if config.workers.num_gpus else "CPU"
     where = f", cluster {config.cluster.address}" if config.cluster.address else ""
     dtype = str(plan.dtype).removeprefix("torch.")
+    if config.workers.num_ranks is not None:
+        offload = "" if config.workers.offload == "none" else f", offloaded to {config.workers.offload}"
+        where += f"; model over {config.workers.num_ranks} by {config.workers.sharding}{offload}"
     return f"{config.workers.num_workers} on {device}, {config.numerics.threads} threads each, {dtype}{where}"
 
 

@@ -2,8 +2,10 @@
 
 Memory of a stage that generates videos (trajectories, evaluation): the whole pipeline's weights, plus the larger of one
 forward pass of the transformer and decoding of one video, the VAE's weights apart; trajectories also
-`8 L d + 12 max(n d)` bytes for the salience hooks (float32 copies of a block's input and of a layer's weight).
-Activations: the weights and one forward pass.
+`8 L d + 20 min(max(n d), 2^23)` bytes for the salience hooks (a copy of a block's input, float32 copies of a piece of a
+layer's weight). Activations: the weights and one forward pass. Where trajectories and activations share the model, it takes
+its `gpus_per_replica`-th part of a GPU (nothing with offload) and two whole blocks, the one that runs and the next; the text
+encoders take none, the VAE is there to decode.
 
 Distillation: the segment's blocks; three streams `[L, d]` (full precision, quantized, target; two in a segment of one
 block) and the rotary tables `8 L_video d_head`, of all samples on a CPU, of the one in use on a GPU (the others wait in
@@ -34,6 +36,7 @@ from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, weighted_error
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
+from workers.salience_hooks import WEIGHT_VALUES
 
 PROCESS_BYTES = 460 * 2**20
 """Resident memory of a worker process that has opened a pipeline of no size (measured)."""
@@ -112,21 +115,33 @@ class CostModel:
     def _forward_bytes(self) -> int:
         return self._forward.peak_bytes - self._weights["transformer"]
 
+    @property
+    def _replica_bytes(self) -> int:
+        """What one worker holds of the full-precision pipeline in the stages that may share it."""
+        workers = self._context.config.workers
+        if workers.num_ranks is None:
+            return self._pipeline_bytes
+        on_gpu, model = workers.num_gpus > 0, self._weights["transformer"]
+        shard = 0 if on_gpu and workers.offload != "none" else model // workers.num_ranks
+        gathered = 2 * max(_bytes_of(self._block(name)) for name in self._context.model.blocks)
+        return shard + min(gathered, model) + (0 if on_gpu else self._pipeline_bytes - model)
+
     def trajectories(self) -> StageCost:
         """One generation a prompt, with the salience hooks."""
-        model = self._context.model
+        model, workers = self._context.model, self._context.config.workers
         largest = max(out * inputs for out, inputs in model.linears.values())
-        hooks = 8 * self._counts.longest_stream * hidden_size(self._context) + 12 * largest
+        hooks = 8 * self._counts.longest_stream * hidden_size(self._context) + 20 * min(largest, WEIGHT_VALUES)
         steps = len(self._context.calibration_prompts) * self._context.config.generation.num_inference_steps
-        peak = max(self._forward_bytes + hooks, self._decode_bytes())
-        return StageCost(self._pipeline_bytes + peak, Operations.of(self._forward) * steps)
+        vae = self._weights.get("vae", 0) if workers.num_ranks is not None and workers.num_gpus > 0 else 0
+        peak = max(self._forward_bytes + hooks, self._decode_bytes() + vae)
+        return StageCost(self._replica_bytes + peak, Operations.of(self._forward) * steps)
 
     def activations(self) -> StageCost:
         """One forward pass a sample, up to the last boundary."""
         last = self._context.model.blocks.index(self._context.segments[-1][0])
         share = last / len(self._context.model.blocks)
         operations = Operations.of(self._forward) * (share * self._context.config.selection.num_samples)
-        return StageCost(self._pipeline_bytes + self._forward_bytes, operations)
+        return StageCost(self._replica_bytes + self._forward_bytes, operations)
 
     def evaluation(self) -> StageCost:
         """One generation a held-out prompt and model; a quantized model is counted like the full-precision one."""

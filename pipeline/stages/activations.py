@@ -18,7 +18,8 @@ class Activations:
     def settings(self, run: Run) -> ActivationSettings:
         """Of every worker."""
         context = run.context
-        return ActivationSettings(context.source, context.generation, tuple(segment[0] for segment in context.segments))
+        boundaries = tuple(segment[0] for segment in context.segments)
+        return ActivationSettings(context.source, context.generation, boundaries, context.sharding)
 
     def waves(self, run: Run) -> list[list[StageUnit]]:
         """All samples at once."""
@@ -36,6 +37,7 @@ class Activations:
                         "step": sample.step,
                         "boundaries": settings.boundaries,
                     },
+                    shared=True,
                 )
                 for sample in selected_samples(run)
             ]

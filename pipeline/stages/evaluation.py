@@ -31,6 +31,7 @@ class Evaluation:
             context.generation,
             None if recognizer is None else recognizer.resolve(),
             context.config.evaluation.films,
+            context.sharding,
         )
 
     def waves(self, run: Run) -> list[list[StageUnit]]:
@@ -59,7 +60,8 @@ class Evaluation:
             "prompt": prompt.prompt,
             "upstream": upstream,
         }
-        return unit(self.name, name, EvaluationUnit(name, prompt, checkpoint), depends, affinity=model)
+        payload = EvaluationUnit(name, prompt, checkpoint)
+        return unit(self.name, name, payload, depends, affinity=model, shared=checkpoint is None)
 
     def _noise_floor(self, run: Run, prompt: PromptUnit) -> StageUnit:
         name = f"{NOISE_FLOOR}-{prompt.name}"
@@ -69,6 +71,5 @@ class Evaluation:
             "prompt": prompt.prompt,
             "other_attention": OTHER_ATTENTION,
         }
-        return unit(
-            self.name, name, EvaluationUnit(name, prompt, None, noise_floor=True), depends, affinity=NOISE_FLOOR
-        )
+        payload = EvaluationUnit(name, prompt, None, noise_floor=True)
+        return unit(self.name, name, payload, depends, affinity=NOISE_FLOOR, shared=True)

@@ -9,7 +9,7 @@ from pipeline.context import Run
 from storage.manifest import UnitRecord, fingerprint
 
 STAGE_VERSIONS = {
-    "trajectories": 1,
+    "trajectories": 2,
     "selection": 1,
     "activations": 1,
     "distillation": 1,
@@ -30,6 +30,9 @@ class StageUnit:
     fingerprint: str
     affinity: str = ""
     """Units of one affinity, in one run, read the same model: a worker that has it open goes on with them."""
+    shared: bool = False
+    """Whether replicas do it, where `workers.sharding` is set: it runs the full-precision model and nothing else. Equal for all
+    units of a wave."""
 
 
 class Stage(Protocol):
@@ -47,10 +50,12 @@ class Stage(Protocol):
         """All units; those of a wave are independent, and a wave begins when the one before is done."""
 
 
-def unit(stage: str, name: str, payload: Any, depends: dict[str, Any], *, affinity: str = "") -> StageUnit:
+def unit(
+    stage: str, name: str, payload: Any, depends: dict[str, Any], *, affinity: str = "", shared: bool = False
+) -> StageUnit:
     """A unit whose fingerprint covers `depends` and the stage's version."""
     covered = fingerprint({"stage": stage, "version": STAGE_VERSIONS[stage], **depends})
-    return StageUnit(name, payload, covered, affinity)
+    return StageUnit(name, payload, covered, affinity, shared)
 
 
 def require(run: Run, stage: str, name: str) -> UnitRecord:

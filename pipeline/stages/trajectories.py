@@ -24,6 +24,7 @@ class Trajectories:
             context.generation,
             selection.weight_error_bits or context.config.bits.weight,
             selection.weight_error_tokens,
+            context.sharding,
         )
 
     def waves(self, run: Run) -> list[list[StageUnit]]:
@@ -35,4 +36,5 @@ class Trajectories:
             "weight_bits": settings.weight_bits,
             "salience_tokens": settings.salience_tokens,
         }
-        return [[unit(self.name, p.name, p, {**depends, "prompt": p.prompt}) for p in run.context.calibration_prompts]]
+        prompts = run.context.calibration_prompts
+        return [[unit(self.name, p.name, p, {**depends, "prompt": p.prompt}, shared=True) for p in prompts]]

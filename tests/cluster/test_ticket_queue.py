@@ -41,3 +41,19 @@ def test_a_ticket_that_comes_back_goes_to_the_end_of_its_own() -> None:
     first = waiting.take(None, "")
     waiting.append(first)
     assert [taken(waiting, "a"), taken(waiting, "a"), taken(waiting, "a")] == ["1a", "0a", "2b"]
+
+
+def test_a_round_is_of_one_affinity() -> None:
+    waiting = queue("abaab")
+    assert [ticket.name for ticket in waiting.take_round(None, "", 2)] == ["0a", "2a"]
+    assert [ticket.name for ticket in waiting.take_round("a", "", 2)] == ["3a"]
+    assert [ticket.name for ticket in waiting.take_round("a", "", 3)] == ["1b", "4b"]
+    assert not waiting
+
+
+def test_a_ticket_that_is_to_be_alone_is_a_round_of_its_own() -> None:
+    waiting = queue("aa")
+    waiting.append(Ticket(2, "2a", None, "a", alone=True))
+    waiting.append(Ticket(3, "3a", None, "a"))
+    rounds = [[ticket.name for ticket in waiting.take_round("a", "", 3)] for _ in range(3)]
+    assert rounds == [["0a", "1a"], ["2a"], ["3a"]]

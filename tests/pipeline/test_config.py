@@ -154,6 +154,33 @@ def test_wrong_override(tmp_path: Path, override: str, expected: str) -> None:
     assert expected in problem
 
 
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        (
+            {"gpus_per_replica": 2},
+            "workers.gpus_per_replica is 2 and workers.offload none, but workers.sharding is none",
+        ),
+        ({"offload": "cpu"}, "workers.offload cpu, but workers.sharding is none: set it to fsdp or deepspeed"),
+        ({"sharding": "fsdp", "num_gpus": 0.5}, "workers.num_gpus is 0.5 with workers.sharding fsdp"),
+        ({"sharding": "fsdp", "num_gpus": 2}, "workers.num_gpus is 2 with workers.sharding fsdp"),
+        ({"sharding": "fsdp", "offload": "nvme"}, "workers.offload is nvme, which needs workers.sharding: deepspeed"),
+        ({"sharding": "deepspeed", "offload": "nvme"}, "say in workers.offload_path in which folder"),
+        ({"sharding": "deepspeed", "offload_path": "x"}, "workers.offload_path is x, but workers.offload is none"),
+    ],
+)
+def test_sharding_that_contradicts_itself(tmp_path: Path, workers: dict[str, Any], expected: str) -> None:
+    [problem] = problems_of(write(tmp_path, workers=workers))
+    assert expected in problem
+
+
+def test_sharding_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
+    plain = load_config(write(tmp_path))
+    sharded = load_config(write(tmp_path, workers={"sharding": "deepspeed", "gpus_per_replica": 2, "offload": "cpu"}))
+    assert (plain.workers.num_ranks, sharded.workers.num_ranks) == (None, 2)
+    assert plain.identity() == sharded.identity()
+
+
 @pytest.mark.parametrize("content", [b"a: [1", b"- 1\n- 2\n", b"", b"\xff\xfe\x00", b"just words"])
 def test_unreadable_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run.yaml"

@@ -115,6 +115,24 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     assert hours["evaluation"] == pytest.approx(hours["trajectories"] * 32 / 10)
 
 
+def test_a_shared_model_takes_its_part_of_a_gpu() -> None:
+    def memory(*overrides: str) -> dict[str, float]:
+        plan = plan_config(large(*overrides), shapes_only=True)
+        return {stage.name: (stage.peak_memory_bytes or 0) / 2**30 for stage in plan.stages}
+
+    whole = memory()
+    halves = memory("workers.sharding=fsdp", "workers.gpus_per_replica=2")
+    # Half of the transformer's 23.9 GiB and two double-stream blocks of 0.63 GiB each; the text encoders and the VAE are away.
+    assert halves["activations"] == pytest.approx(11.94 + 2 * 0.63 + 6.0, abs=0.3)
+    offloaded = memory("workers.sharding=deepspeed", "workers.offload=cpu", "workers.gpus_per_replica=2")
+    assert halves["activations"] - offloaded["activations"] == pytest.approx(11.94, abs=0.1)
+    assert halves["trajectories"] < whole["trajectories"] - 20
+    for stage in ("distillation", "evaluation"):
+        assert halves[stage] == whole[stage]
+    quarters = memory("workers.sharding=fsdp", "workers.gpus_per_replica=4")
+    assert halves["activations"] - quarters["activations"] == pytest.approx(5.97, abs=0.1)
+
+
 def test_unquantized_embedders_cost_what_their_bits_say() -> None:
     default, size = large_size(), large_size("bits.embedder.weight=16")
     linears = [(3072, 256), (3072, 3072), (3072, 4096), (3072, 3072), (3072, 4096)]  # context_embedder
@@ -315,6 +333,28 @@ def test_cluster_is_not_judged_by_this_machine(tmp_path: Path) -> None:
     config = small(tmp_path, "workers.num_gpus=8", "cluster.address=auto", "numerics.threads=64")
     assert plan_config(config, shapes_only=True).notes == []
     assert make_plan(plan_config(config, shapes_only=True).context).problems == []
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_what_replicas_need_and_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded = {"sharding": "fsdp", "gpus_per_replica": 4, "num_gpus": 1}
+    [problem] = plan_config(small(tmp_path, workers=sharded)).problems
+    assert "there is no GPU here" in problem
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    [problem] = plan_config(small(tmp_path, workers=sharded)).problems
+    assert "workers.gpus_per_replica is 4, but there are 2 GPUs here" in problem
+    [problem] = plan_config(small(tmp_path, workers={"sharding": "fsdp", "gpus_per_replica": 5})).problems
+    assert "workers.gpus_per_replica is 5, but this machine has 4 CPU cores" in problem
+    plan = plan_config(small(tmp_path, workers={"sharding": "fsdp", "gpus_per_replica": 4}))
+    assert plan.problems == []
+    assert "model over 4 by fsdp" in shown(plan)
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_deepspeed_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.planning.machine.find_spec", lambda _: None)
+    [problem] = plan_config(small(tmp_path, workers={"sharding": "deepspeed", "gpus_per_replica": 2})).problems
+    assert "pip install -e '.[application,deepspeed]'" in problem
 
 
 @pytest.mark.usefixtures("plain_machine")

@@ -1,0 +1,74 @@
+"""The whole job with the full-precision model over two processes: the bytes of a run in which every worker has all of it."""
+
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline.event_log import read_events
+from storage.manifest import Manifest
+from tests.pipeline.small_run import ROOT, call, command, files, small_run
+from tests.pipeline.test_run import wait_for, worker_processes
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+WORKERS = {"num_workers": 2, "sharding": "fsdp", "gpus_per_replica": 2}
+
+
+def outputs(run: Path, stage: str) -> dict[str, object]:
+    """Files and checksums of every unit."""
+    return {record.unit: record.outputs for record in Manifest(run).records(stage)}
+
+
+def assert_same_results(run: Path, finished: Path) -> None:
+    for stage in ("trajectories", "activations"):
+        assert outputs(run, stage) == outputs(finished, stage)
+        devices = {record.worker for record in Manifest(run).records(stage)}
+        assert devices <= {"worker-0.0", "worker-0.1"}
+    assert files(run / "checkpoint") == files(finished / "checkpoint")
+
+
+def test_a_sharded_run_gives_the_bytes_of_an_unsharded_one(finished_run: Path, tmp_path: Path) -> None:
+    done = call("run", str(small_run(tmp_path, workers=WORKERS)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_results(tmp_path / "run", finished_run / "run")
+    videos = [files(folder / "run" / "calibration.zarr" / "evaluation") for folder in (tmp_path, finished_run)]
+    assert videos[0] == videos[1]
+    workers = {record.unit: record.worker for record in Manifest(tmp_path / "run").records("evaluation")}
+    assert workers == {"full_precision-prompt-000": "worker-0.0", "s2q-prompt-000": "worker-0"}
+    again = call("run", str(small_run(tmp_path)))
+    assert again.returncode == 0, "how the model was held is no part of what a run is"
+    assert "0 units done now" in again.stdout
+
+
+def test_a_rank_killed_in_a_unit_costs_no_byte(finished_run: Path, tmp_path: Path) -> None:
+    config, run = small_run(tmp_path, workers=WORKERS), tmp_path / "run"
+    driver = psutil.Popen(command("run", str(config)), cwd=ROOT)
+    try:
+        for stage, victim in (("trajectories", 1), ("activations", 0)):
+            wait_for(run, stage, lambda: driver.poll() is None)
+            worker_processes(driver)[victim].send_signal(signal.SIGKILL)
+        assert driver.wait(400) == 0
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+    failed = [event for event in read_events(run / "logs") if event["event"] == "unit_failed"]
+    assert {event["stage"] for event in failed} >= {"trajectories"}
+    assert all(event["will_retry"] for event in failed)
+    assert_same_results(run, finished_run / "run")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_select_what_one_selects(tmp_path: Path) -> None:
+    found = {}
+    for name, workers in {"one": {"num_gpus": 1}, "two": {"num_gpus": 1, **WORKERS}}.items():
+        (tmp_path / name).mkdir()
+        done = call("run", str(small_run(tmp_path / name, workers=workers)))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[name] = Manifest(tmp_path / name / "run").records("selection")[0].result["scores"]
+    assert found["one"].keys() == found["two"].keys()
+    for feature, rows in found["one"].items():
+        for row, expected in zip(found["two"][feature], rows, strict=True):
+            assert row == pytest.approx(expected, rel=1e-3, abs=1e-3), feature

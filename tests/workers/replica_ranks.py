@@ -1,0 +1,72 @@
+"""One rank of a replica without Ray: does units of its own, and is shadowed or shadows. Started by a test as
+
+    python -m tests.workers.replica_ranks RUN KIND [OFFLOAD]
+
+with its place in the environment; KIND `none` does the work of both ranks alone.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from workers.activation_worker import ActivationWorker
+from workers.evaluation_worker import EvaluationWorker
+from workers.messages import (
+    ActivationSettings,
+    EvaluationSettings,
+    EvaluationUnit,
+    Generation,
+    Numerics,
+    PromptUnit,
+    RunSource,
+    SampleUnit,
+    Sharding,
+    TrajectorySettings,
+)
+from workers.trajectory_worker import TrajectoryWorker
+
+MODEL = Path(__file__).resolve().parents[2] / "assets" / "hunyuanvideo-digits"
+GENERATION = Generation(48, 64, 5, 2, 6.0, 32)
+PROMPTS = [
+    PromptUnit("prompt-000", "the digit 3 moving left"),
+    PromptUnit("prompt-001", "the digit 5 moving up and down"),
+]
+SAMPLES = [SampleUnit("sample-000", "prompt-000", 1), SampleUnit("sample-001", "prompt-001", 0)]
+BOUNDARIES = ("transformer_blocks.0", "transformer_blocks.2", "single_transformer_blocks.3")
+
+
+def ignore(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def main(run: Path, sharding: Sharding) -> None:
+    """Does this rank's units, then shadows rank 0 or is shadowed."""
+    source = RunSource(run, MODEL, 0, Numerics("auto", 1))
+    rank = int(os.environ.get("RANK", "0"))
+    own = slice(None) if sharding.kind == "none" else slice(rank, rank + 1)
+    trajectories = TrajectoryWorker(TrajectorySettings(source, GENERATION, 4, 256, sharding))
+    for prompt in PROMPTS[own]:
+        trajectories.run(prompt, ignore)
+    again = PromptUnit("prompt-002", PROMPTS[1].prompt)
+    trajectories.run(again, ignore) if rank == 0 else trajectories.shadow(again, ignore)
+    del trajectories
+    activations = ActivationWorker(ActivationSettings(source, GENERATION, BOUNDARIES, sharding))
+    for sample in SAMPLES[own]:
+        activations.run(sample, ignore)
+    third = SampleUnit("sample-002", "prompt-002", 1)
+    activations.run(third, ignore) if rank == 0 else activations.shadow(third, ignore)
+    del activations
+    evaluation = EvaluationWorker(EvaluationSettings(source, GENERATION, None, films=False, sharding=sharding))
+    for noise_floor in (False, True):
+        unit = EvaluationUnit(f"full_precision-{noise_floor}", PROMPTS[0], None, noise_floor)
+        if rank == 0:
+            result = {**evaluation.run(unit, ignore).result, "seconds_per_step": None}
+            (run / f"{unit.name}.json").write_text(json.dumps(result))
+        else:
+            evaluation.shadow(unit, ignore)
+
+
+if __name__ == "__main__":
+    offload = sys.argv[3] if len(sys.argv) > 3 else "none"
+    main(Path(sys.argv[1]), Sharding(sys.argv[2], offload, Path(sys.argv[1]) / "nvme"))

@@ -1,0 +1,109 @@
+"""Two processes that hold one transformer together give what one gives alone: with FSDP over gloo, bit for bit."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from tests.workers.replica_ranks import GENERATION, MODEL, PROMPTS, ignore
+from workers.generation import generate
+from workers.process_group import join_process_group
+from workers.sharded_model import offload_components
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_RANKS = 2
+
+
+def run_ranks(*arguments: str, num_ranks: int = NUM_RANKS) -> None:
+    """Runs a module on so many ranks, each with a GPU where there are GPUs; the output of those that fail is the error."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **place, "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=250)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    failed = [output[-4000:] for rank, output in zip(ranks, outputs, strict=True) if rank.returncode != 0]
+    assert not failed, "\n".join(failed)
+
+
+def store(run: Path) -> dict[str, bytes]:
+    """All that was written."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def unsharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Three trajectories, the activations of three samples, a reference and a noise floor, by one process."""
+    run = tmp_path_factory.mktemp("none")
+    run_ranks("tests.workers.replica_ranks", str(run), "none", num_ranks=1)
+    return store(run)
+
+
+def test_fsdp_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path) -> None:
+    run_ranks("tests.workers.replica_ranks", str(tmp_path), "fsdp")
+    sharded = store(tmp_path)
+    assert sharded.keys() == unsharded.keys()
+    assert [name for name in sharded if sharded[name] != unsharded[name]] == []
+
+
+def test_values_dtypes_buffers_and_early_exits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    model = WanTransformer3DModel(**sizes, freq_dim=16, ffn_dim=48, num_layers=3, cross_attn_norm=True)
+    whole, lacking = tmp_path / "whole", tmp_path / "lacking"
+    model.save_pretrained(whole, max_shard_size="50KB")
+    assert len(list(whole.glob("*.safetensors"))) > 1
+    variant = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    save_file(variant, whole / "diffusion_pytorch_model.fp16.safetensors")
+    model.save_pretrained(lacking)
+    file = lacking / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "proj_out.bias"}, file)
+    run_ranks("tests.workers.sharded_checks", str(tmp_path))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero3_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path) -> None:
+    run_ranks("tests.workers.replica_ranks", str(tmp_path), "deepspeed")
+    sharded = store(tmp_path)
+    assert sharded.keys() == unsharded.keys()
+    assert [name for name in sharded if sharded[name] != unsharded[name]] == []
+
+
+def test_offloaded_components_change_no_value() -> None:
+    pipeline = DiffusionPipeline.from_pretrained(str(MODEL), dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def video() -> torch.Tensor:
+        return generate(pipeline, PROMPTS[0].prompt, GENERATION, seed=0, progress=ignore).video
+
+    expected = video()
+    offload_components(pipeline, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in pipeline.text_encoder.parameters()), "brought layer by layer"
+    assert isinstance(pipeline.vae, AutoencoderKLHunyuanVideo)
+    for _ in range(2):
+        assert torch.equal(video(), expected)
+
+
+def test_a_process_without_a_place_is_told_how_to_get_one() -> None:
+    with pytest.raises(RuntimeError, match="RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        join_process_group(torch.device("cpu"))

@@ -1,0 +1,137 @@
+"""A transformer sharded by FSDP2: every parameter is cut along its first axis, a rank reads its own part from the files.
+
+Built without weights, wrapped by accelerate, given memory for its shards, loaded in place by torch.distributed.checkpoint: a
+rank's memory is its shards and, while the model runs, one gathered block and the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import FullyShardedDataParallelPlugin, init_empty_weights
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from diffusers.models.modeling_utils import no_init_weights
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.fsdp import FSDPModule
+
+from workers.model_source import weight_files
+
+
+def open_fsdp(folder: Path, *, device: torch.device, dtype: torch.dtype, offload: bool) -> nn.Module:
+    """The transformer in `folder` over the ranks of the process group, ready for inference.
+
+    Args:
+        dtype: of the parameters, whatever the files hold.
+        offload: keep the shards in host memory and bring every block to the GPU when it runs.
+
+    Raises:
+        ValueError: the files lack a tensor or hold one of another shape.
+    """
+    offload = offload and device.type == "cuda"
+    model = build_without_weights(folder, dtype)
+    check_tensors(model, folder)
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    wrap(model, offload=offload)
+    model.to_empty(device="cpu" if offload else device)
+    # `to_empty` has emptied them too, and those that are not persistent are in no file.
+    for name, buffer in buffers.items():
+        _set_buffer(model, name, buffer.to(device))
+    load(model.state_dict(), storage_reader=_reader(folder))
+    return model
+
+
+def wrap(model: nn.Module, *, offload: bool) -> None:
+    """Cuts `model` in place into one unit for each block, as its class names them, and one for the rest."""
+    classes = {type(module).__name__ for module in model.modules()}
+    unsplit: Any = model._no_split_modules
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted(classes & set(unsplit or ())),
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        cpu_offload=offload,
+    )
+    # accelerate's own Accelerator has FSDP on GPUs alone, and is global to the process.
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=False
+    )
+    sharded = fsdp2_prepare_model(accelerator, model)
+    assert isinstance(sharded, FSDPModule)
+    sharded.set_reshard_after_forward(
+        True
+    )  # of the root and the last layers too, for which FSDP expects a backward pass
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees all gathered parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def build_without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of `folder/config.json`: parameters on the meta device, buffers with their values, as diffusers builds it."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_class = getattr(diffusers, config["_class_name"])
+    with _default_dtype(dtype), no_init_weights(), init_empty_weights():
+        model: nn.Module = model_class.from_config(config)
+    kept = set(model_class._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
+
+
+def check_tensors(model: nn.Module, folder: Path) -> None:
+    """Whether the files in `folder` hold all that `model` needs.
+
+    Raises:
+        ValueError: names everything that is missing.
+    """
+    missing = sorted(model.state_dict().keys() - weight_files(folder).keys())
+    if missing:
+        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise ValueError(f"{folder} lacks the tensors {shown}: it is not whole, or of another configuration")
+
+
+class _ListedFiles(FileSystem):
+    """Shows the files that make up the model, not the variants that may lie beside them."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = [str(path) for path in files]
+
+    def ls(self, path: Any) -> list[str]:
+        return self._files
+
+
+def _reader(folder: Path) -> HuggingFaceStorageReader:
+    reader = HuggingFaceStorageReader(str(folder))
+    reader.fs = _ListedFiles(sorted(set(weight_files(folder).values())))
+    return reader
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    owner.register_buffer(leaf, value, persistent=leaf not in owner._non_persistent_buffers_set)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

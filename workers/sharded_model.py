@@ -1,0 +1,84 @@
+"""Opens the full-precision pipeline, whole on one device or with its transformer sharded over the ranks of a replica.
+
+| `Sharding.kind` | the transformer | its other components |
+|---|---|---|
+| `none` | whole, on the device | on the device |
+| `fsdp` | `workers.fsdp_model`: PyTorch's FSDP2, wrapped by accelerate | whole on every rank |
+| `deepspeed` | `workers.zero3_model`: ZeRO-3; shards on the device, in host memory or on NVMe | whole on every rank |
+
+Every rank runs its own batch, and gathers one block at a time from all. So all ranks must run the same number of forward
+passes, and leave a pass early at the same block. The other components come to a GPU only when they are needed.
+
+Hooks: weights are whole in the forward pre-hook of the layer that owns them, and nowhere else under both ways.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from workers.messages import Sharding
+from workers.model_source import open_pipeline
+from workers.process_group import join_process_group
+
+
+def open_full_precision(folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding) -> Any:
+    """The pipeline in `folder`, silent. With sharding, all ranks open it at once, and none ever holds the whole transformer.
+
+    Raises:
+        ValueError: the transformer's files lack a tensor or hold one of another shape.
+    """
+    if sharding.kind == "none":
+        return open_pipeline(folder, device=device, dtype=dtype)
+    device = join_process_group(device)
+    transformer = open_sharded_transformer(folder / "transformer", device=device, dtype=dtype, sharding=sharding)
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, transformer=transformer
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if device.type == "cuda":
+        offload_components(pipeline, device)
+    return pipeline
+
+
+def open_sharded_transformer(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding
+) -> nn.Module:
+    """The transformer in `folder`, its weights read by every rank or, with DeepSpeed, tensor by tensor by rank 0."""
+    if sharding.kind == "deepspeed":
+        from workers.zero3_model import open_zero3
+
+        return open_zero3(folder, device=device, dtype=dtype, sharding=sharding)
+    from workers.fsdp_model import open_fsdp
+
+    return open_fsdp(folder, device=device, dtype=dtype, offload=sharding.offload == "cpu")
+
+
+def release_blocks(transformer: nn.Module, sharding: Sharding) -> None:
+    """Frees what a forward pass that was left early has gathered; the next pass would too, but may be long in coming."""
+    if sharding.kind == "fsdp":
+        from workers.fsdp_model import reshard
+
+        reshard(transformer)
+
+
+def offload_components(pipeline: Any, device: torch.device) -> None:
+    """Keeps all of a pipeline but its transformer in host memory.
+
+    Text encoders are used once a prompt and may be larger than a shard: they run layer by layer, so that none of them is ever
+    whole on the device. A VAE decodes tile by tile: it comes as a whole, and leaves before the next denoising step.
+    """
+    from accelerate import cpu_offload, cpu_offload_with_hook
+
+    for name, component in pipeline.components.items():
+        if not isinstance(component, nn.Module) or name == "transformer":
+            continue
+        if name.startswith("text_encoder"):
+            cpu_offload(component, device)
+        else:
+            _, hook = cpu_offload_with_hook(component, device)
+            pipeline.transformer.register_forward_pre_hook(lambda *_, hook=hook: hook.offload())
