@@ -69,14 +69,14 @@ def open_run(context: RunContext, *, update: bool) -> Run:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and commit of this program."""
+    """Versions and commit of this program; in a submitted job, where there is no git, the commit comes with the job."""
     packages = ("torch", "diffusers", "transformers", "ray", "zarr", "safetensors", "numpy")
     root = Path(__file__).resolve().parents[1]
     commit = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "commit": commit or None,
+        "commit": commit or os.environ.get("REELQUANT_COMMIT"),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
     }
