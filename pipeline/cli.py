@@ -194,7 +194,8 @@ def _errors(console: Console, *, resumable: bool = False) -> Iterator[None]:
         console.print(f"stopped.{again}", highlight=False)
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        hint = again if isinstance(error, OSError) else ""
+        console.print(f"[bold red]error:[/] {_escaped(str(error))}{hint}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except RuntimeError as error:
         if type(error).__name__ not in ("UnitsFailed", "WorkersFailed"):
