@@ -15,7 +15,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.metrics import UnitMetrics
+from cluster.units import UnitsFailed
 from pipeline.context import Run, RunContext
 from pipeline.event_log import EventLog
 from pipeline.stages.activations import Activations
@@ -89,7 +91,7 @@ def run_stages(run: Run, console: Console) -> RunSummary:
         RunLocked: another driver works on the run.
         UnitsFailed, WorkersFailed: units that could not be done; everything else is kept.
     """
-    summary = RunSummary()
+    summary, metrics = RunSummary(), None
     with driven_runs({"": run}, console) as [driven], LazySession(run.context.config) as session:
         for stage in STAGES:
             for wave in stage.waves(run):
@@ -98,15 +100,38 @@ def run_stages(run: Run, console: Console) -> RunSummary:
                 summary.done[stage.name] = summary.done.get(stage.name, 0) + len(pending)
                 if pending:
                     session.open()
-                    run_tasks(
-                        stage,
-                        [Task(driven, unit, unit.payload) for unit in pending],
-                        worker=(stage.worker_class, stage.settings(run)),
-                        num_done=len(wave) - len(pending),
-                        console=console,
-                    )
+                    metrics = metrics or UnitMetrics()
+                    with _counted(metrics, stage.name) as recorded:
+                        run_tasks(
+                            stage,
+                            [Task(driven, unit, unit.payload) for unit in pending],
+                            worker=(stage.worker_class, stage.settings(run)),
+                            num_done=len(wave) - len(pending),
+                            console=console,
+                            recorded=recorded,
+                        )
         driven.log.write("run_finished")
     return summary
+
+
+@contextlib.contextmanager
+def _counted(metrics: UnitMetrics, stage: str) -> Iterator[Callable[[Task, UnitRecord], None]]:
+    """What the units of a wave take is counted for Prometheus."""
+
+    def recorded(task: Task, record: UnitRecord) -> None:
+        metrics.finished(
+            stage,
+            seconds=record.seconds,
+            attempt=record.attempt,
+            num_bytes=sum(output.num_bytes for output in record.outputs),
+            peak_memory_bytes=record.peak_memory_bytes,
+        )
+
+    try:
+        yield recorded
+    except UnitsFailed as error:
+        metrics.set_aside(stage, len(error.failures))
+        raise
 
 
 @contextlib.contextmanager
