@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray._private import ray_constants
 from ray._private import worker as ray_driver
 from ray._raylet import AuthenticationTokenLoader, Config
+
+from cluster.session_directory import restrict_token
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +41,29 @@ def environment(values: Mapping[str, str], removed: tuple[str, ...] = ()) -> Ite
 def _reread_ray_settings() -> None:
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def cluster_environment() -> dict[str, str]:
+    """What a driver of an existing cluster must have in its environment; Ray finds the token by itself.
+
+    An explicit address never switches authentication on, so its mode is always given. The token is, as Ray has it, the value
+    of RAY_AUTH_TOKEN, the content of the file RAY_AUTH_TOKEN_PATH, or that of ~/.ray/auth_token.
+
+    Raises ConnectionError when there is none.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token":
+        _logger.warning("RAY_AUTH_MODE is %r: whoever reaches the cluster's ports can run code on it", mode)
+        return {"RAY_AUTH_MODE": mode}
+    if not os.environ.get("RAY_AUTH_TOKEN"):
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        if not path.is_file():
+            raise ConnectionError(
+                f"no token for the cluster: {path} does not exist; copy the cluster's token there, name its file in "
+                "RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if the cluster really runs without authentication"
+            )
+        restrict_token(path)
+    return {"RAY_AUTH_MODE": "token"}
 
 
 @contextlib.contextmanager

@@ -25,14 +25,13 @@ import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from cluster.driver_environment import (
+    cluster_environment,
     environment,
     loopback_only,
     previous_sigterm_handler_restored,
     ray_messages_logged,
 )
-from cluster.session_directory import default_base, restrict_token, session_directory, write_token
-
-_logger = logging.getLogger(__name__)
+from cluster.session_directory import default_base, session_directory, write_token
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SMALLEST_OBJECT_STORE_BYTES = 75 * 2**20
@@ -137,7 +136,7 @@ def ray_session(settings: SessionSettings) -> Iterator[Session]:
             arguments = _local_arguments(settings, directory)
         else:
             _check_listens(address)
-            stack.enter_context(environment(_remote_environment()))
+            stack.enter_context(environment(cluster_environment()))
             arguments = _remote_arguments(settings, address)
         stack.callback(ray.shutdown)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **arguments)
@@ -180,22 +179,6 @@ def _local_environment(token_file: Path) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH")))),
     }
-
-
-def _remote_environment() -> dict[str, str]:
-    mode = os.environ.get("RAY_AUTH_MODE", "token")
-    if mode != "token":
-        _logger.warning("RAY_AUTH_MODE is %r: whoever reaches the cluster's ports can run code on it", mode)
-        return {"RAY_AUTH_MODE": mode}
-    if not os.environ.get("RAY_AUTH_TOKEN"):
-        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-        if not path.is_file():
-            raise ConnectionError(
-                f"no token for the cluster: {path} does not exist; copy the cluster's token there, name its file in "
-                "RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if the cluster really runs without authentication"
-            )
-        restrict_token(path)
-    return {"RAY_AUTH_MODE": "token"}
 
 
 def _local_arguments(settings: SessionSettings, directory: Path) -> dict[str, Any]:

@@ -26,6 +26,14 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the configuration; repeatable."),
 ]
 
+AddressOption = Annotated[
+    str,
+    typer.Option(
+        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Of Ray's dashboard: http://HOST:8265."
+    ),
+]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The id that `submit` printed.")]
+
 
 @app.command()
 def run(
@@ -134,6 +142,47 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command()
+def submit(
+    config: ConfigArgument,
+    address: AddressOption,
+    overrides: SetOption = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Take a changed configuration; redo only what depends on the change.")
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the job's output until it ends.")] = True,
+) -> None:
+    """Run on a Ray cluster: uploads the checkout and runs it there. Submitting again resumes the run."""
+    console = Console()
+    with _errors(console):
+        from pipeline.submission import run_job, submit_run
+
+        request = run_job(config, overrides or (), update=update)
+        raise typer.Exit(submit_run(address, request, console, follow=follow))
+
+
+@app.command()
+def logs(job: JobArgument, address: AddressOption) -> None:
+    """Show a submitted job's output, from its beginning, until it ends."""
+    console = Console()
+    with _errors(console):
+        from cluster.job_submission import JobClient
+        from pipeline.submission import follow_job
+
+        raise typer.Exit(follow_job(JobClient(address), job, console))
+
+
+@app.command()
+def stop(job: JobArgument, address: AddressOption) -> None:
+    """Stop a submitted job; what it has done is kept."""
+    console = Console()
+    with _errors(console):
+        from cluster.job_submission import JobClient
+        from pipeline.submission import stop_job
+
+        stop_job(JobClient(address), job, console)
+
+
 @contextlib.contextmanager
 def _errors(console: Console, *, resumable: bool = False) -> Iterator[None]:
     """Mistakes of the user and failed units end in a message and exit code 1; bugs keep their traceback."""
@@ -145,7 +194,8 @@ def _errors(console: Console, *, resumable: bool = False) -> Iterator[None]:
         console.print(f"stopped.{again}", highlight=False)
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        hint = again if isinstance(error, OSError) else ""
+        console.print(f"[bold red]error:[/] {_escaped(str(error))}{hint}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except RuntimeError as error:
         if type(error).__name__ not in ("UnitsFailed", "WorkersFailed"):

@@ -15,7 +15,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from cluster.metrics import UnitMetrics
+from cluster.units import UnitsFailed
 from pipeline.context import Run, RunContext
 from pipeline.event_log import EventLog
 from pipeline.stages.activations import Activations
@@ -70,14 +72,14 @@ def open_run(context: RunContext, *, update: bool) -> Run:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and commit of this program."""
+    """Versions and commit of this program; in a submitted job, where there is no git, the commit comes with the job."""
     packages = ("torch", "diffusers", "transformers", "ray", "zarr", "safetensors", "numpy")
     root = Path(__file__).resolve().parents[1]
     commit = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "commit": commit or None,
+        "commit": commit or os.environ.get("REELQUANT_COMMIT"),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
     }
@@ -90,7 +92,7 @@ def run_stages(run: Run, console: Console) -> RunSummary:
         RunLocked: another driver works on the run.
         UnitsFailed, WorkersFailed: units that could not be done; everything else is kept.
     """
-    summary = RunSummary()
+    summary, metrics = RunSummary(), None
     with driven_runs({"": run}, console) as [driven], LazySession(run.context.config) as session:
         for stage in STAGES:
             for wave in stage.waves(run):
@@ -99,15 +101,38 @@ def run_stages(run: Run, console: Console) -> RunSummary:
                 summary.done[stage.name] = summary.done.get(stage.name, 0) + len(pending)
                 if pending:
                     session.open()
-                    run_tasks(
-                        stage,
-                        [Task(driven, unit, unit.payload) for unit in pending],
-                        worker=(stage.worker_class, stage.settings(run)),
-                        num_done=len(wave) - len(pending),
-                        console=console,
-                    )
+                    metrics = metrics or UnitMetrics()
+                    with _counted(metrics, stage.name) as recorded:
+                        run_tasks(
+                            stage,
+                            [Task(driven, unit, unit.payload) for unit in pending],
+                            worker=(stage.worker_class, stage.settings(run)),
+                            num_done=len(wave) - len(pending),
+                            console=console,
+                            recorded=recorded,
+                        )
         driven.log.write("run_finished")
     return summary
+
+
+@contextlib.contextmanager
+def _counted(metrics: UnitMetrics, stage: str) -> Iterator[Callable[[Task, UnitRecord], None]]:
+    """What the units of a wave take is counted for Prometheus."""
+
+    def recorded(task: Task, record: UnitRecord) -> None:
+        metrics.finished(
+            stage,
+            seconds=record.seconds,
+            attempt=record.attempt,
+            num_bytes=sum(output.num_bytes for output in record.outputs),
+            peak_memory_bytes=record.peak_memory_bytes,
+        )
+
+    try:
+        yield recorded
+    except UnitsFailed as error:
+        metrics.set_aside(stage, len(error.failures))
+        raise
 
 
 @contextlib.contextmanager

@@ -25,7 +25,14 @@ os.environ.update(
     OPENBLAS_NUM_THREADS="1",
 )
 # The caller's cluster and its credentials are not the tests'.
-for name in ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+for name in (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_NAMESPACE",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+):
     os.environ.pop(name, None)
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

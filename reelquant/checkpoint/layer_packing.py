@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -121,9 +122,13 @@ def write_block_artifact(path: Path, tensors: Mapping[str, Tensor], layers: Mapp
         "format_version": FORMAT_VERSION,
         "layers": {name: layers[name].to_dict() for name in sorted(layers)},
     }
-    partial = path.with_name(f".{path.name}.partial")
-    write_file(partial, memory, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
-    os.replace(partial, path)
+    # Two processes may write one artifact when a node that was given up comes back: each to a file of its own.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    try:
+        write_file(partial, memory, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

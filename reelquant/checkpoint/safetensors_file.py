@@ -171,7 +171,7 @@ def write_file(path: Path, tensors: Mapping[str, TensorBytes], metadata: Mapping
 
     Raises:
         ValueError: a tensor's data ends early.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; names it and its size.
     """
     names = sorted(tensors, key=lambda name: (-_element_bytes(tensors[name]), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -186,13 +186,17 @@ def write_file(path: Path, tensors: Mapping[str, TensorBytes], metadata: Mapping
         offset += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            for chunk in tensors[name].chunks():
-                file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                for chunk in tensors[name].chunks():
+                    file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        num_bytes = 8 + len(text) + offset
+        raise OSError(error.errno, f"{error.strerror}, writing {num_bytes} bytes", str(path)) from error
 
 
 def _entry(path: Path, entry: Mapping[str, Any], data_start: int) -> StoredTensor:

@@ -38,7 +38,7 @@ def fails(*arguments: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "status", "report", "verify"])
+@pytest.mark.parametrize("name", ["run", "plan", "status", "report", "verify", "submit", "logs", "stop"])
 def test_help_of_every_command(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
@@ -48,7 +48,7 @@ def test_help_of_every_command(name: str) -> None:
 
 def test_every_command_is_tested_above() -> None:
     assert {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} >= {
-        "run", "plan", "status", "report", "verify",
+        "run", "plan", "status", "report", "verify", "submit", "logs", "stop",
     }  # fmt: skip
 
 

@@ -1,0 +1,170 @@
+"""`submit`, `logs`, `stop`: a run as a job of a Ray cluster.
+
+The configuration travels inside the job's command, with all `--set` applied, so that it may lie anywhere and the dashboard
+shows what was run. The checkout travels as the job's working directory. Paths in the configuration are therefore either
+relative to the checkout and part of it, or absolute and the cluster's own: only the job can see whether those exist, and it
+looks before any work.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from cluster.job_submission import JobClient, JobEnd, JobRequest, new_submission_id
+from cluster.session import PROJECT_ROOT
+from pipeline.config.loading import ConfigError, parse_config, parse_override, read_prompts, read_values, set_value
+from pipeline.config.schema import RunConfig
+
+EXCLUDES = ("/tests", "/docs", "/benchmarks", "/.venv")
+"""Of the checkout, what no job needs; what .gitignore names stays behind too."""
+
+_END_OF_CONFIG = "END_OF_CONFIG"
+
+
+def run_job(path: Path, overrides: Sequence[str], *, update: bool) -> JobRequest:
+    """The job that runs the configuration in `path` with `overrides`.
+
+    Raises:
+        ConfigError: everything that is wrong with it and can be seen from here.
+    """
+    values = read_values(path)
+    for override in overrides:
+        set_value(values, *parse_override(override), where=f"--set {override!r}")
+    config = parse_config(values, str(path))
+    problems = [*_run_problems(config), *_path_problems(config)]
+    if problems:
+        raise ConfigError(problems)
+    values.pop("cluster", None)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    options = " --update" if update else ""
+    commit = _commit()
+    return JobRequest(
+        submission_id=new_submission_id(config.run.name),
+        entrypoint=f"python -m pipeline run /dev/stdin{options} <<'{_END_OF_CONFIG}'\n{text}{_END_OF_CONFIG}\n",
+        working_dir=PROJECT_ROOT,
+        excludes=EXCLUDES,
+        env_vars={"REELQUANT_COMMIT": commit} if commit else {},
+        metadata={"run": str(config.run), "config": str(path), "commit": commit or "unknown"},
+    )
+
+
+def submit_run(address: str, request: JobRequest, console: Console, *, follow: bool) -> int:
+    """Submits the job; returns its exit code, or 0 at once without `follow`."""
+    client = JobClient(address)
+    client.submit(request)
+    console.print(f"job:  {request.submission_id}", highlight=False, soft_wrap=True)
+    if not follow:
+        console.print(_what_next(client.address, request.submission_id), highlight=False, soft_wrap=True)
+        return 0
+    return follow_job(client, request.submission_id, console)
+
+
+def follow_job(client: JobClient, submission_id: str, console: Console) -> int:
+    """Shows the job's output until it ends; returns its exit code, or 130 after Ctrl-C, which leaves it at work."""
+    try:
+        end = client.follow(submission_id, _write)
+    except KeyboardInterrupt:
+        console.print(
+            f"\nnot followed any more; the job goes on.\n{_what_next(client.address, submission_id)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 130
+    _show_end(end, submission_id, console)
+    return end.exit_code
+
+
+def stop_job(client: JobClient, submission_id: str, console: Console) -> None:
+    """Stops the job and says how it ended."""
+    _show_end(client.stop(submission_id), submission_id, console)
+
+
+def _show_end(end: JobEnd, submission_id: str, console: Console) -> None:
+    style = "green" if end.status == "SUCCEEDED" else "bold red" if end.status == "FAILED" else "yellow"
+    again = "" if end.status == "SUCCEEDED" else "; what is done is kept: submit the same configuration again to go on"
+    console.print(f"[{style}]{end.status.lower()}[/]: {submission_id}{again}", highlight=False, soft_wrap=True)
+    if end.message:
+        console.print(escape(end.message), highlight=False, soft_wrap=True)
+
+
+def _what_next(address: str, submission_id: str) -> str:
+    return (
+        f"follow it: python -m pipeline logs {submission_id} --address {address}\n"
+        f"stop it:   python -m pipeline stop {submission_id} --address {address}"
+    )
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _run_problems(config: RunConfig) -> list[str]:
+    problems = []
+    if not config.run.is_absolute():
+        problems.append(
+            f"run: {config.run} is relative, and a job's working directory is a cache that Ray clears: give an absolute path "
+            f"that every node of the cluster sees, such as --set run=/mnt/runs/{config.run.name}"
+        )
+    if config.cluster.address == "local":
+        problems.append("cluster.address: 'local' would start a second Ray inside the job: leave it out")
+    if config.workers.num_workers != "auto" and config.workers.num_workers < 1:
+        problems.append(f"workers.num_workers is {config.workers.num_workers}; 1 or more, or auto")
+    return problems
+
+
+def _path_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the relative paths, which the job looks for in its copy of the checkout."""
+    named: dict[str, Path] = {
+        "model": config.model,
+        "prompts.calibration": config.prompts.calibration,
+        "prompts.held_out": config.prompts.held_out,
+    }
+    if config.evaluation.recognizer is not None:
+        named["evaluation.recognizer"] = config.evaluation.recognizer
+    relative = {key: path for key, path in named.items() if not path.is_absolute()}
+    problems = [problem for key, path in relative.items() for problem in _upload_problems(key, path)]
+    for key, num in (("calibration", config.prompts.num_calibration), ("held_out", config.prompts.num_held_out)):
+        path = getattr(config.prompts, key)
+        if path.is_absolute() or any(problem.startswith(f"prompts.{key}:") for problem in problems):
+            continue
+        try:
+            read_prompts(PROJECT_ROOT / path, num, key)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _upload_problems(key: str, path: Path) -> list[str]:
+    there = (PROJECT_ROOT / path).resolve()
+    way_out = "give an absolute path that every node of the cluster sees"
+    if not there.is_relative_to(PROJECT_ROOT):
+        return [f"{key}: {path} lies outside the checkout, which is what a job gets: {way_out}"]
+    if not there.exists():
+        return [f"{key}: {path} is not in the checkout {PROJECT_ROOT}: put it there, or {way_out}"]
+    inside = there.relative_to(PROJECT_ROOT)
+    if f"/{inside.parts[0] if inside.parts else ''}" in EXCLUDES or _is_ignored(inside):
+        return [
+            f"{key}: {path} is not uploaded with the checkout (.gitignore, or one of {', '.join(EXCLUDES)}): {way_out}"
+        ]
+    return []
+
+
+def _is_ignored(inside: Path) -> bool:
+    done = subprocess.run(["git", "-C", str(PROJECT_ROOT), "check-ignore", "-q", str(inside)], check=False)
+    return done.returncode == 0
+
+
+def _commit() -> str:
+    done: Any = subprocess.run(
+        ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return str(done.stdout).strip()

@@ -1,0 +1,198 @@
+"""`submit`, `logs`, `stop` on a real cluster with token authentication, and what is refused before anything is sent."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.job_submission import JobClient, JobRequest, new_submission_id
+from pipeline.cli import app
+from pipeline.config.loading import ConfigError
+from pipeline.event_log import read_events
+from pipeline.submission import run_job
+from tests.cluster.ray_head import RayHead, free_ports, ray_head
+from tests.pipeline.small_run import ROOT, command, files, small_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head() as running:
+        yield running
+
+
+@pytest.fixture
+def client(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> JobClient:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # Ray's own client would take it
+    return JobClient(head.dashboard)
+
+
+def submission_id(output: str) -> str:
+    found = re.search(r"^job: +(\S+)$", output, re.MULTILINE)
+    assert found is not None, output
+    return found[1]
+
+
+def wait_for(run: Path, event: str, stage: str) -> None:
+    deadline = time.monotonic() + 120
+    while not any(e["event"] == event and e["stage"] == stage for e in read_events(run / "logs") if "unit" in e):
+        assert time.monotonic() < deadline, f"no {event} in {stage}"
+        time.sleep(0.05)
+
+
+def test_a_job_left_alone_then_stopped_then_submitted_again_gives_the_same_bytes(
+    head: RayHead, finished_run: Path, tmp_path: Path
+) -> None:
+    config, run = str(small_run(tmp_path)), tmp_path / "run"
+    follower = subprocess.Popen(
+        command("submit", config, "--address", head.dashboard), cwd=ROOT, env=head.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(run, "unit_finished", "trajectories")
+    follower.send_signal(signal.SIGINT)
+    output, _ = follower.communicate(timeout=30)
+    assert follower.returncode == 130, output
+    job = submission_id(output)
+    assert f"python -m pipeline logs {job} --address {head.dashboard}" in output
+    assert f"python -m pipeline stop {job} --address {head.dashboard}" in output
+    wait_for(run, "unit_started", "distillation")  # it went on without us
+    stopped = head.call("stop", job, "--address", head.dashboard)
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert f"stopped: {job}" in stopped.stdout
+    shown = head.call("logs", job, "--address", head.dashboard)
+    assert shown.returncode == 143, "a stopped job is no success"
+    assert shown.stdout.count("Trajectories: 2/2") == 1
+    assert not any(event["event"] == "run_finished" for event in read_events(run / "logs"))
+    again = head.call("submit", config, "--address", head.dashboard)
+    assert (again.returncode, again.stderr) == (0, ""), again.stdout
+    assert submission_id(again.stdout) != job
+    assert re.search(r"^Evaluation: 1/1", again.stdout, re.MULTILINE)
+    assert re.search(r"(\d+) units done now, [1-9]\d* were done before", again.stdout)
+    assert f"succeeded: {submission_id(again.stdout)}" in again.stdout
+    assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
+
+
+def test_a_job_that_fails_gives_its_exit_code_and_its_words(head: RayHead, tmp_path: Path) -> None:
+    arguments = (str(small_run(tmp_path)), "--address", head.dashboard, "--set", "model=/nowhere/at/all")
+    failed = head.call("submit", *arguments)
+    assert failed.returncode == 1
+    assert "model: /nowhere/at/all is not a folder" in failed.stdout
+    assert "failed: " in failed.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("entrypoint", "exit_code"), [("exit 3", 3), ("kill -9 $$", 137), ("true", 0)])
+def test_exit_codes_of_drivers(client: JobClient, entrypoint: str, exit_code: int, tmp_path: Path) -> None:
+    request = JobRequest(new_submission_id("exit codes"), f"echo {exit_code} comes; {entrypoint}", tmp_path)
+    client.submit(request)
+    output: list[str] = []
+    end = client.follow(request.submission_id, output.append)
+    assert end.exit_code == exit_code
+    assert end.status == ("FAILED" if exit_code else "SUCCEEDED")
+    assert f"{exit_code} comes\n" in "".join(output)
+    assert client.stop(request.submission_id) == end, "an ended job is left as it is"
+
+
+def test_a_job_has_the_time_to_stop_that_it_needs(client: JobClient, tmp_path: Path) -> None:
+    program = "trap 'sleep 5; touch clean; exit 7' TERM; touch ready; while true; do sleep 0.1; done"
+    request = JobRequest(new_submission_id("slow stop"), f"cd {tmp_path}; {program}", tmp_path / "empty")
+    request.working_dir.mkdir()
+    client.submit(request)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert client.stop(request.submission_id).exit_code == 143
+    assert (tmp_path / "clean").exists(), "Ray alone would have killed it after 3 s"
+
+
+def test_jobs_that_are_not_there(client: JobClient) -> None:
+    with pytest.raises(ValueError, match="Job nothing does not exist"):
+        client.stop("nothing")
+    with pytest.raises(ValueError, match="Job nothing does not exist"):
+        client.follow("nothing", lambda text: None)
+
+
+def test_a_wrong_token_is_refused(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(ConnectionError, match=f"{head.dashboard} refuses the token .*RAY_AUTH_TOKEN_PATH"):
+        JobClient(head.dashboard)
+
+
+def test_no_authentication_where_a_token_is_wanted(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ConnectionError, match="Missing authentication token"):
+        JobClient(head.dashboard)
+
+
+def test_no_token_at_all(head: RayHead, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConnectionError, match=f"no token for the cluster: {tmp_path}"):
+        JobClient(head.dashboard)
+
+
+def test_addresses_where_no_dashboard_is() -> None:
+    [port] = free_ports(1)
+    with pytest.raises(ConnectionError, match=f"no dashboard listens at http://127.0.0.1:{port}"):
+        JobClient(f"http://127.0.0.1:{port}")
+    for address in ("127.0.0.1:8265", "ray://127.0.0.1:10001", "auto"):
+        with pytest.raises(ValueError, match=r"give that of the cluster's dashboard, such as http://127\.0\.0\.1:8265"):
+            JobClient(address)
+
+
+def problems_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run_job(path, overrides, update=False)
+    return str(caught.value)
+
+
+def test_what_a_job_could_not_do_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    path = small_run(tmp_path)
+    text = problems_of(
+        path, "run=runs/demo", "cluster.address=local", "workers.num_workers=0", "model=models/nowhere",
+        "prompts.held_out=../h.txt", "prompts.num_calibration=500",
+        "prompts.calibration=configs/prompts/digits_calibration.txt", "evaluation.recognizer=tests/pipeline",
+    ).splitlines()  # fmt: skip
+    for start, end in (
+        ("run: runs/demo is relative", "such as --set run=/mnt/runs/demo"),
+        ("cluster.address: 'local'", "leave it out"),
+        ("workers.num_workers is 0", "or auto"),
+        ("model: models/nowhere is not in the checkout", "give an absolute path that every node of the cluster sees"),
+        ("prompts.held_out: ../h.txt lies outside the checkout", "that every node of the cluster sees"),
+        ("evaluation.recognizer: tests/pipeline is not uploaded", "that every node of the cluster sees"),
+        ("prompts.calibration: ", "add prompts or lower it"),
+    ):
+        assert any(line.startswith(start) and line.endswith(end) for line in text), (start, text)
+    assert "bits.weight: Input should be greater" in problems_of(path, "bits.weight=1")
+    ignored = ROOT / "assets" / "__pycache__"
+    ignored.mkdir(exist_ok=True)
+    assert "is not uploaded with the checkout (.gitignore" in problems_of(path, "model=assets/__pycache__")
+
+
+def test_the_command_carries_the_configuration(tmp_path: Path) -> None:
+    request = run_job(small_run(tmp_path), ["seed=7", "cluster.address=auto"], update=True)
+    first, *lines = request.entrypoint.splitlines()
+    assert first == "python -m pipeline run /dev/stdin --update <<'END_OF_CONFIG'"
+    assert "seed: 7" in lines
+    assert not any(line.startswith("cluster") for line in lines), "a job finds its own cluster"
+    assert request.metadata["run"] == str(tmp_path / "run")
+    assert re.fullmatch(r"reelquant-run-\d{8}-\d{6}-[0-9a-f]{4}", request.submission_id)
+
+
+def test_mistakes_on_the_command_line_end_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    config = str(small_run(tmp_path))
+    assert CliRunner().invoke(app, ["submit", config]).exit_code == 2, "an address is needed"
+    for arguments in (["submit", config], ["logs", "job"], ["stop", "job"]):
+        result = CliRunner().invoke(app, [*arguments, "--address", "localhost:8265"])
+        assert result.exit_code == 1
+        assert "error: the address is 'localhost:8265'" in result.output
+    assert os.environ.get("RAY_AUTH_MODE") is None
