@@ -10,9 +10,11 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor, nn
 
 from benchmarks.random_model import fill_randomly, transformer_config
+from reelquant.attention.sparse_attention import AttentionPrecision
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.checkpoint.schema import LayerSpec, QuantizationSpec
 from reelquant.families import hunyuan_video as family
+from reelquant.ops.band_attention.op import Precision
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
@@ -144,11 +146,12 @@ def _fill(layer: QuantizedLinear, linear: nn.Linear) -> None:
     layer.bias = linear.bias
 
 
-def make_sparse(model: Any, spec: SparseAttentionSpec) -> None:
-    """Gives the model sparse attention; again with another specification at will."""
+def make_sparse(model: Any, spec: SparseAttentionSpec, precision: Precision = "full") -> None:
+    """Gives the model sparse attention, all of it in `precision`; again with another specification at will."""
     model._forward_hooks.clear()
     model._forward_pre_hooks.clear()
     attach_runtime(model, QuantizationSpec("", "", {}, sparse_attention=spec))
+    model.sparse_attention.precision = AttentionPrecision(sparse=precision, dense=precision)
 
 
 def sparse_spec(

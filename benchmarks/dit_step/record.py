@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.dit_step.schedule import MEASURED, SCHEDULE
+from reelquant.ops.band_attention.op import Precision
 
 LONG = "ours 15 %"
 """The case of which a whole schedule is run."""
+
+
+class SparseCase(NamedTuple):
+    """A compressed model with sparse attention."""
+
+    density: float
+    dense_steps: int = 0
+    precision: Precision = "full"
+    """Of all its attention."""
+
+
 SPARSE = {
-    LONG: (0.15, 0),
-    "ours 25 %": (0.25, 0),
-    "ours 15 %, dense first 10 %": (0.15, SCHEDULE // 10),
-    "ours 25 %, dense first 10 %": (0.25, SCHEDULE // 10),
+    LONG: SparseCase(0.15),
+    "ours 25 %": SparseCase(0.25),
+    "ours 15 %, dense first 10 %": SparseCase(0.15, SCHEDULE // 10),
+    "ours 25 %, dense first 10 %": SparseCase(0.25, SCHEDULE // 10),
+    "ours 15 %, 8-bit attention": SparseCase(0.15, precision="int8_fp8"),
+    "ours 25 %, 8-bit attention": SparseCase(0.25, precision="int8_fp8"),
 }
-"""Density and dense first steps."""
 CASES = ("diffusers", "compiled", "strongest bf16", "fp8 linears", "ours 100 %", *SPARSE)
 MUST_AGREE = ("layout", "double", "single", "rank", "weight_bits")
 """Settings that results in one file share."""

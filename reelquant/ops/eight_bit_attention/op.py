@@ -150,8 +150,10 @@ def _takes_triton(implementation: Implementation, *tensors: Tensor, corrections:
 def _unsuited(*tensors: Tensor, corrections: Sequence[Correction]) -> str | None:
     """What the kernels do not take, None where they take it."""
     x, rows = tensors[0], [term.rows for term in corrections]
-    if x.dtype not in (torch.bfloat16, torch.float16) or any(y.dtype != x.dtype for y in (*tensors, *rows)):
-        return f"tensors are {', '.join(str(y.dtype) for y in (*tensors, *rows))}, not all bfloat16 or all float16"
+    if x.dtype not in (torch.bfloat16, torch.float16) or any(y.dtype != x.dtype for y in tensors):
+        return f"tensors are {', '.join(str(y.dtype) for y in tensors)}, not all bfloat16 or all float16"
+    if any(y.dtype not in (x.dtype, torch.int8) for y in rows):
+        return f"rows of corrections are {', '.join(str(y.dtype) for y in rows)}, not {x.dtype} or int8"
     if x.shape[2] not in (64, 128):
         return f"the head size is {x.shape[2]}, not 64 or 128"
     if any(y.stride(2) != 1 for y in (*tensors, *rows)):
