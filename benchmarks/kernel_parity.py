@@ -12,6 +12,8 @@ at a density of 25 % and its residual cache, draws held-out prompts from the sam
 | `float32` | diffusers' own | plain torch | float32 |
 | `math attention` | diffusers' own | plain torch, attention as matrix products and softmax | bf16 |
 
+`sparse, …, 8-bit attention` has the kernels' attention with INT8 scores and e4m3 values, and all else as `sparse`.
+
 The transformers alone differ: text is encoded in bf16 and the VAE decodes in float32 for all. PSNR is that of 8-bit frames
 against `reference`. The last two rows are the yardstick, what rounding alone does: 16 steps of a sampler enlarge every
 difference. A video passes with 40 dB, or if the kernels' change is at most 3 dB above the larger of the two yardsticks.
@@ -38,7 +40,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention_memory import environment
 from benchmarks.dit_step.kernel_table import REST, class_of
 from benchmarks.dit_step.models import make_sparse, quantize_in_place, sparse_spec
+from reelquant.attention.sparse_attention import AttentionPrecision
 from reelquant.metrics import psnr_db
+from reelquant.ops.band_attention.op import Precision
 from reelquant.ops.implementation import reference_only
 from workers.generation import generate
 from workers.messages import Generation
@@ -63,9 +67,11 @@ class Models:
         self.pipeline.to(device)
         self._transformers = {dtype: _quantized(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
         self._spec = spec
+        self._precision: Precision = "full"
 
-    def make_sparse(self) -> None:
-        """All from now on."""
+    def make_sparse(self, precision: Precision) -> None:
+        """All from now on; `kernels` in this precision, the others in full."""
+        self._precision = precision
         for transformer in self._transformers.values():
             make_sparse(transformer, sparse_spec(dict(transformer.config), **self._spec))
 
@@ -76,7 +82,9 @@ class Models:
         transformer = self._transformers[torch.float32 if video == "float32" else torch.bfloat16]
         transformer.block_fusion.mode = "on" if kernels else "off"
         if hasattr(transformer, "sparse_attention"):
+            precision = self._precision if kernels else "full"
             transformer.sparse_attention.implementation = "auto" if kernels else "reference"
+            transformer.sparse_attention.precision = AttentionPrecision(sparse=precision, dense=precision)
         self.pipeline.transformer = transformer
         attention = _math_attention(transformer) if video == "math attention" else nullcontext()
         with nullcontext() if kernels else reference_only(), attention:
@@ -177,9 +185,11 @@ def main(arguments: list[str] | None = None) -> None:
     models = Models(device, spec)
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[: options.prompts]
     results: dict[str, Any] = {}
-    for attention in ("dense", f"sparse, {100 * options.density:.0f} %"):
-        if attention != "dense":
-            models.make_sparse()
+    sparse = f"sparse, {100 * options.density:.0f} %"
+    modes: dict[str, Precision | None] = {"dense": None, sparse: "full", f"{sparse}, 8-bit attention": "int8_fp8"}
+    for attention, precision in modes.items():
+        if precision is not None:
+            models.make_sparse(precision)
         few = Generation(80, 96, 29, 2, 6.0, 32)
         seen = kernels_seen(lambda few=few: video_of(models, "kernels", prompts[0], few, 0), device)  # type: ignore[misc]
         results[attention] = {"kernels_seen": seen, "videos": compared(models, prompts, generation)}

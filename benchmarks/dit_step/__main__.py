@@ -15,7 +15,7 @@ real), batch 1, embedded guidance: one forward pass a step.
 | `ours 100 %` | W4A8, fused blocks, dense attention |
 | `ours 15 %`, `ours 25 %` | sparse attention, a refresh every 5 steps, residual of rank 16, 8-bit rows |
 | `ours 15 %, dense first 10 %`, … | the same, the first 5 of 50 steps dense (Sparse VideoGen's warm-up) |
-| `ours 15 %, 8-bit attention`, … | all attention with INT8 scores and e4m3 values (`ops/eight_bit_attention`), refreshes in one pass |
+| `ours 15 %, 8-bit attention`, … | all attention with INT8 scores and e4m3 values, refreshes in one pass |
 
 Every step is timed alone, the device idle before and after; the triton kernels are compiled before. Of the cases whose steps
 are all alike three are run, and their median is the mean. Of `ours 15 %`, `--steps` are run: 50 is a whole schedule, and
