@@ -30,7 +30,7 @@ SPARSE = {
     "ours 15 %, 8-bit attention": SparseCase(0.15, precision="int8_fp8"),
     "ours 25 %, 8-bit attention": SparseCase(0.25, precision="int8_fp8"),
 }
-CASES = ("diffusers", "compiled", "strongest bf16", "fp8 linears", "ours 100 %", *SPARSE)
+CASES = ("diffusers", "compiled", "strongest bf16", "fp8 linears", "ours 100 %", "ours 100 %, 8-bit attention", *SPARSE)
 MUST_AGREE = ("layout", "double", "single", "rank", "weight_bits")
 """Settings that results in one file share."""
 
