@@ -16,7 +16,15 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks import ceilings, distillation_time, generation_time, kernel_parity, kernel_timing, roofline
+from benchmarks import (
+    ceilings,
+    distillation_time,
+    generation_time,
+    kernel_parity,
+    kernel_timing,
+    roofline,
+    sharded_forward,
+)
 from benchmarks.dit_step import kernel_table, record
 from benchmarks.study_table import write_table
 
@@ -52,7 +60,9 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "generation_time": ("generation_time", generation_time.table),
     "kernel_parity": ("kernel_parity", kernel_parity.table),
     "attention_kernels": ("attention_kernels", attention_table),
+    "eight_bit_attention": ("eight_bit_attention", attention_table),
     "linear_kernels": ("linear_kernels", linear_table),
+    "sharded_forward": ("sharded_forward", sharded_forward.table),
     "distillation_time": ("distillation_time", distillation_time.table),
 }
 """By section: its record, and what makes a table of it."""

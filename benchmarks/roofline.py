@@ -115,7 +115,12 @@ def step_points(document: Mapping[str, Any]) -> Iterator[Point]:
         "QK norm and RoPE": QK_OPS / 4,
         "weight expansion": EXPANSION_OPS / (1 + document["settings"]["weight_bits"] / 8),
     }
-    kinds = {"INT8 products": "products", "dense attention": "torch", "band attention": "attention"}
+    kinds = {
+        "INT8 products": "products",
+        "dense attention": "torch",
+        "band attention": "attention",
+        "8-bit attention": "attention",
+    }
     width = 3072
     blocks = document["settings"]["double"] + document["settings"]["single"]
     for (case, step), rows in profiles(document).items():

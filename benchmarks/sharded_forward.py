@@ -257,9 +257,6 @@ def measure(options: argparse.Namespace, temporary: Path) -> None:
     if options.compare:
         [whole] = run_ranks(options, sharding="none", num_ranks=1, results=temporary / "whole")
         differences = compare(temporary / "ranks" / "rank-0.safetensors", temporary / "whole" / "rank-0.safetensors")
-    for name in ("plain", "with_hooks"):
-        worst = max(ranks, key=lambda rank: rank[name]["peak_bytes"])
-        print(f"{name}: peak {worst[name]['peak_bytes'] / 2**30:.2f} GiB, {min(worst[name]['seconds']):.3f} s a pass")
     files = sum(path.stat().st_size for path in options.folder.glob("*.safetensors"))
     ignored = ("folder", "output", "rank", "results", "offload_path")
     document = {
@@ -273,6 +270,29 @@ def measure(options: argparse.Namespace, temporary: Path) -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(table(document))
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown: the worst rank beside the whole model."""
+    settings = document["settings"]
+    lines = [
+        "| model | loaded, s | held, GiB | peak, GiB | a pass, s | with hooks: peak, GiB | a pass, s |",
+        "|" + "---|" * 7,
+    ]
+    groups = {f"{settings['sharding']}, {settings['ranks']} ranks": document["ranks"]}
+    if document["whole"] is not None:
+        groups["whole, one device"] = [document["whole"]]
+    for name, ranks in groups.items():
+        cells = [max(rank["load_s"] for rank in ranks), max(rank["held_bytes"] for rank in ranks) / 2**30]
+        for passes_of in ("plain", "with_hooks"):
+            cells.append(max(rank[passes_of]["peak_bytes"] for rank in ranks) / 2**30)
+            cells.append(max(min(rank[passes_of]["seconds"]) for rank in ranks))
+        lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    if document["relative_differences"] is not None:
+        apart = ", ".join(f"{name} {value:.1g}" for name, value in document["relative_differences"].items())
+        lines.append(f"\nRelative differences of the two, after all blocks: {apart}.")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

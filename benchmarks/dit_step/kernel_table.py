@@ -32,12 +32,14 @@ REST = "copies and the rest"
 CLASSES = {
     "dense attention": r"sdpa|flash_fwd|fmha",
     "band attention": r"^band_attention_kernel",
+    "8-bit attention": r"^eight_bit_attention_kernel",
+    "8-bit keys and values": r"^quantize_keys_values_kernel|^partial_statistics|^final_statistics",
     "INT8 products": r"^int8_linear_kernel",
     "input quantization": r"^_quantize_input",
     "QK norm and RoPE": r"^_qk_norm_rope",
     "weight expansion": r"^_expand",
     # The factors come from float64 and float32 products, factorizations and triangular solves; the model has none of these.
-    "factorization": r"f64|d884|dgemm|sgemm|f32f32|gemm.*double|double|potrf|trsm|cholesky|MinMaxOps",
+    "factorization": r"^_grams|^_project|f64|d884|dgemm|sgemm|f32f32|gemm.*double|double|potrf|trsm|cholesky|MinMaxOps",
     "16-bit or FP8 products": r"nvjet|gemm|xmma|cutlass|splitK",
 }
 """By class, what the names of its kernels hold; the first that fits counts."""
@@ -105,8 +107,9 @@ def step_work(settings: Mapping[str, Any], case: str, density: float | None) -> 
         "QK norm and RoPE": Work(normed, COPY),
         "weight expansion": Work(expanded, COPY),
     }
-    if density is not None:
-        work["band attention"] = Work(pair_flop * visited_pairs(layout, band_width(layout, density)), BF16)
+    pairs = layout.num_tokens**2 if density is None else visited_pairs(layout, band_width(layout, density))
+    work["band attention"] = Work(pair_flop * pairs, BF16)
+    work["8-bit attention"] = Work(pair_flop * pairs, FP8)
     if not case.startswith("ours"):
         work["16-bit or FP8 products"] = Work(products, FP8 if case == "fp8 linears" else BF16)
     return work
@@ -147,7 +150,9 @@ def profiles(document: Mapping[str, Any]) -> dict[tuple[str, str], list[ClassRow
     for case, result in document["results"].items():
         for key, step in STEPS.items():
             if result.get(key):
-                work = step_work(document["settings"], case, result.get("density"))
+                # A refresh in 8 bits is one pass over all pairs.
+                band = None if key == "kernels_of_a_refresh" and "8-bit" in case else result.get("density")
+                work = step_work(document["settings"], case, band)
                 found[case, step] = class_rows(result[key], work)
     return found
 

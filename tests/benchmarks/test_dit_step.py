@@ -46,7 +46,7 @@ def test_recorded_kernels_stay_below_their_ceilings() -> None:
     assert found
     for (case, _step), rows in found.items():
         result = document["results"][case]
-        assert sum(row.share for row in rows) == pytest.approx(1)
+        assert sum(row.share for row in rows) == pytest.approx(1, abs=1e-3)  # classes of less than 0.05 ms are left out
         slowest = max(result["steps_s"]) * 1e3
         assert all(0 < row.ms < slowest for row in rows)
         shares = {row.name: row.of_ceiling for row in rows if row.of_ceiling is not None}

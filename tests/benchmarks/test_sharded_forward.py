@@ -19,6 +19,6 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, capsys: pytest.CaptureFix
     assert document["relative_differences"] == {"output": 0.0, "latent": 0.0, "block_input": 0.0, "weight_error": 0.0}
     assert document["settings"]["layout"] == [1, 4, 6]
     assert document["checkpoint_bytes"] > 10**6
-    assert "with_hooks: peak" in capsys.readouterr().out
+    assert "| fsdp, 2 ranks |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a model of other sizes"):
         main([*SMALL, "--heads", "2", "--folder", str(tmp_path / "model"), "--output", str(output)])
