@@ -15,17 +15,19 @@ run twice, never twice at the same time on one machine: what it writes must be a
 
 A worker of several ranks is a replica: its processes hold one thing together and wait for each other. It takes a round of
 units, one a rank; where there are fewer, the ranks left over shadow the first, and the next round begins when all are done.
+
+Units may come while others are at work (`PoolEvents.released`). Processes come and go with what waits (`cluster.crew`).
 """
 
 import logging
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from cluster.crew import Crew
 from cluster.pool_limits import PoolLimits, check_arguments, room
 from cluster.rank import Rank
 from cluster.session import active_session
@@ -48,6 +50,7 @@ def run_units(
     units: Sequence[Unit],
     *,
     num_workers: int,
+    num_processes: int | None = None,
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
     num_ranks: int | None = None,
@@ -56,6 +59,7 @@ def run_units(
     startup_timeout_s: float = 1800.0,
     placement_timeout_s: float = 600.0,
     progress_interval_s: float = 0.5,
+    idle_timeout_s: float = 60.0,
     keep_workers: bool = False,
     events: PoolEvents | None = None,
 ) -> dict[str, Any]:
@@ -66,6 +70,8 @@ def run_units(
             importable, or defined in `__main__`.
         settings: what its constructor gets.
         num_workers: at most so many workers; fewer when there are fewer units or a local session has less room.
+        num_processes: at most so many processes of all workers, where units are `single` beside replicas; None for as many
+            as `num_workers` have.
         num_cpus: CPUs of one rank. Ray sets OMP_NUM_THREADS to it where the environment has none.
         num_gpus: GPUs of one rank, a fraction to share one; Ray sets CUDA_VISIBLE_DEVICES accordingly.
         num_ranks: processes of one worker that is a replica; None for a worker that is not.
@@ -74,6 +80,7 @@ def run_units(
         startup_timeout_s: longest construction of a worker: loading a model, for example.
         placement_timeout_s: longest wait for the first node with room, while no worker is placed at all.
         progress_interval_s: how often a busy worker is asked how far it is.
+        idle_timeout_s: a worker for which nothing waits ends after so long.
         keep_workers: leave idle processes without a whole GPU to the next call in this session, which saves it their
             imports.
 
@@ -84,69 +91,92 @@ def run_units(
     """
     session = active_session()
     check_arguments(units, num_workers, 1 if num_ranks is None else num_ranks, num_cpus=num_cpus, num_gpus=num_gpus)
-    recipe = WorkerRecipe(worker_class, settings, num_cpus, num_gpus, num_ranks)
     limits = PoolLimits(
-        max_attempts, stall_timeout_s, startup_timeout_s, placement_timeout_s, progress_interval_s, keep_workers
+        max_attempts,
+        stall_timeout_s,
+        startup_timeout_s,
+        placement_timeout_s,
+        progress_interval_s,
+        idle_timeout_s,
+        keep_workers,
     )
-    num_slots = min(num_workers, math.ceil(len(units) / (num_ranks or 1)), room(session, recipe))
-    end_unfit_actors(session, recipe)
-    slots = [WorkerSlot(f"worker-{index}", recipe, session) for index in range(num_slots)]
-    return _Pool(slots, units, limits, events or PoolEvents()).run()
+    recipes = {True: WorkerRecipe(worker_class, settings, num_cpus, num_gpus)}
+    num_processes = min(num_processes or num_workers * (num_ranks or 1), room(session, recipes[True]))
+    most = {True: num_processes}
+    if num_ranks is not None:
+        recipes[False] = WorkerRecipe(worker_class, settings, num_cpus, num_gpus, num_ranks)
+        most[False] = min(num_workers, room(session, recipes[False]))
+    end_unfit_actors(session, recipes[num_ranks is None])
+    crew = Crew(recipes, most, num_processes=num_processes, session=session)
+    return _Pool(crew, units, limits, events or PoolEvents()).run()
 
 
 class _Pool:
-    def __init__(self, slots: list[WorkerSlot], units: Sequence[Unit], limits: PoolLimits, events: PoolEvents) -> None:
-        self._slots = slots
-        self._order = [unit.name for unit in units]
-        self._pending = TicketQueue(
-            Ticket(serial, unit.name, unit.payload, unit.affinity) for serial, unit in enumerate(units)
-        )
+    def __init__(self, crew: Crew, units: Sequence[Unit], limits: PoolLimits, events: PoolEvents) -> None:
+        self._crew = crew
+        self._order: list[str] = []
+        self._pending = {kind: TicketQueue() for kind in crew.kinds}
         self._limits = limits
         self._events = events
         self._results: dict[str, Any] = {}
         self._failures: dict[str, UnitFailure] = {}
         self._start_error = ""
         self._tick_s = min(limits.progress_interval_s, limits.stall_timeout_s / 4, 0.5)
+        self._add(units)
 
     def run(self) -> dict[str, Any]:
         try:
             checked_at = time.monotonic()
-            while self._pending or any(slot.state is SlotState.BUSY for slot in self._slots):
+            while any(self._pending.values()) or self._crew.in_state(SlotState.BUSY):
                 self._hand_out()
                 self._collect()
                 checked_at = self._check_clocks(checked_at)
             if self._limits.keep_workers:
-                for slot in self._slots:
+                for slot in self._crew.slots:
                     slot.park()
         finally:
-            end_slots(self._slots)
+            end_slots(self._crew.slots)
         ordered = {name: self._results[name] for name in self._order if name in self._results}
         if self._failures:
             raise UnitsFailed(self._failures, ordered)
         return ordered
 
+    def _add(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            single = unit.single or False not in self._pending
+            serial = len(self._order)
+            self._order.append(unit.name)
+            ticket = Ticket(serial, unit.name, unit.payload, unit.affinity, priority=unit.priority, single=single)
+            self._pending[single].append(ticket)
+        for kind, queue in self._pending.items():
+            at_work = sum(len(_under_way(slot)) for slot in self._crew.in_state(SlotState.BUSY, kind=kind))
+            self._crew.grow(kind, len(queue) + at_work)
+
     def _hand_out(self) -> None:
-        for slot in self._in_state(SlotState.IDLE):
-            if not self._pending:
-                return
-            at_work = [ticket.affinity for busy in self._in_state(SlotState.BUSY) for ticket in _under_way(busy)]
-            tickets = self._pending.take_round(slot.last_affinity, at_work, slot.num_ranks)
-            for ticket in tickets:
-                ticket.attempt += 1
-            slot.assign(tickets)
-            for ticket, rank in zip(tickets, slot.ranks, strict=False):
-                self._events.started(ticket.name, rank.name)
-        wanted = math.ceil(len(self._pending) / self._slots[0].num_ranks) if self._slots else 0
-        num_coming = len(self._in_state(SlotState.PLACING, SlotState.LOADING))
-        for slot in self._in_state(SlotState.EMPTY)[: max(0, wanted - num_coming)]:
-            slot.start()
-        if self._pending and all(slot.state is SlotState.RETIRED for slot in self._slots):
+        shares = self._crew.shares({kind: queue.by_priority() for kind, queue in self._pending.items()})
+        for kind, queue in self._pending.items():
+            for slot in self._crew.in_state(SlotState.IDLE, kind=kind)[: shares[kind]]:
+                if queue:
+                    self._assign(slot, queue)
+                    shares[kind] -= 1
+        self._crew.start(shares)
+        num_left = sum(map(len, self._pending.values()))
+        if any(queue and self._crew.is_lost(kind) for kind, queue in self._pending.items()):
             raise WorkersFailed(
-                f"no worker could be started, {len(self._pending)} units are left; the last error:\n{self._start_error}"
+                f"no worker could be started, {num_left} units are left; the last error:\n{self._start_error}"
             )
 
+    def _assign(self, slot: WorkerSlot, queue: TicketQueue) -> None:
+        at_work = [ticket.affinity for busy in self._crew.in_state(SlotState.BUSY) for ticket in _under_way(busy)]
+        tickets = queue.take_round(slot.last_affinity, at_work, slot.num_ranks)
+        for ticket in tickets:
+            ticket.attempt += 1
+        slot.assign(tickets)
+        for ticket, rank in zip(tickets, slot.ranks, strict=False):
+            self._events.started(ticket.name, rank.name)
+
     def _collect(self) -> None:
-        ranks = [(slot, rank) for slot in self._slots for rank in slot.ranks]
+        ranks = [(slot, rank) for slot in self._crew.slots for rank in slot.ranks]
         for _, rank in ranks:
             rank.ask_pulse(self._limits.progress_interval_s)
         calls = {rank.call: (slot, rank) for slot, rank in ranks if rank.call is not None}
@@ -208,6 +238,7 @@ class _Pool:
         if outcome.error is None:
             self._results[ticket.name] = outcome.result
             self._events.finished(ticket.name, outcome.result, outcome.seconds, ticket.attempt)
+            self._add(self._events.released())
         else:
             self._fail(ticket, outcome.error, will_retry=False)
 
@@ -232,23 +263,24 @@ class _Pool:
     def _check_clocks(self, checked_at: float) -> float:
         """Look for what does not come. Time that the driver spent elsewhere, or stopped, is nobody's silence."""
         now = time.monotonic()
-        busy = [(slot, rank) for slot in self._in_state(SlotState.BUSY) for rank in slot.ranks]
+        busy = [(slot, rank) for slot in self._crew.in_state(SlotState.BUSY) for rank in slot.ranks]
         for slot, rank in busy:
             if rank in slot.ranks and rank.ticket is not None and rank.pulse_call is not None:
                 rank.pulse_waited_s += min(now - checked_at, 2 * self._tick_s)
                 silent = now - rank.changed_at > self._limits.stall_timeout_s
                 if silent and rank.pulse_waited_s > _ANSWER_TIMEOUT_S:
                     self._lose_stalled(slot, rank, "(the process does not answer)\n")
-        for slot in self._in_state(SlotState.LOADING):
+        for slot in self._crew.in_state(SlotState.LOADING):
             if now - slot.changed_at > self._limits.startup_timeout_s:
                 late = next(rank for rank in slot.ranks if rank.call is not None)
                 self._lose(slot, late, f"not loaded after {self._limits.startup_timeout_s:g} s, at:\n{late.stack()}")
         self._check_placement(now)
+        self._crew.end_idle(self._limits.idle_timeout_s)
         return time.monotonic()
 
     def _check_placement(self, now: float) -> None:
-        placing = self._in_state(SlotState.PLACING)
-        if not placing or len(placing) < len(self._slots) - len(self._in_state(SlotState.EMPTY, SlotState.RETIRED)):
+        placing = self._crew.in_state(SlotState.PLACING)
+        if not placing or self._crew.in_state(SlotState.LOADING, SlotState.IDLE, SlotState.BUSY):
             return
         if min(now - slot.changed_at for slot in placing) > self._limits.placement_timeout_s:
             raise WorkersFailed(
@@ -276,13 +308,12 @@ class _Pool:
 
     def _fail(self, ticket: Ticket, error: str, *, will_retry: bool) -> None:
         if will_retry:
-            self._pending.append(ticket)
+            self._pending[ticket.single].append(ticket)
         else:
             self._failures[ticket.name] = UnitFailure(ticket.attempt, error)
         self._events.failed(ticket.name, ticket.attempt, error, will_retry)
-
-    def _in_state(self, *states: SlotState) -> list[WorkerSlot]:
-        return [slot for slot in self._slots if slot.state in states]
+        if not will_retry:
+            self._add(self._events.released())
 
 
 def _under_way(slot: WorkerSlot) -> list[Ticket]:

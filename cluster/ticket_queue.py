@@ -1,4 +1,4 @@
-"""What waits for a worker, in order, except that a worker goes on with the kind of unit it has at hand."""
+"""What waits for a worker: by priority, then in order, except that a worker goes on with the kind of unit it has at hand."""
 
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -19,49 +19,60 @@ class Ticket:
     """Attempts begun."""
     alone: bool = False
     """Share no round of a replica with another unit: one of them has failed, and it must be seen which."""
+    priority: int = 0
+    """`Unit.priority`."""
+    single: bool = False
+    """`Unit.single`."""
 
 
 class TicketQueue:
-    """First come, first served within an affinity; among affinities, see `take`."""
+    """The lowest priority number first; in it first come, first served within an affinity; among affinities, see `take`."""
 
-    def __init__(self, tickets: Iterable[Ticket]) -> None:
-        self._waiting: dict[str, deque[Ticket]] = {}
+    def __init__(self, tickets: Iterable[Ticket] = ()) -> None:
+        self._levels: dict[int, dict[str, deque[Ticket]]] = {}
         for ticket in tickets:
             self.append(ticket)
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(self.by_priority().values())
+
+    def by_priority(self) -> dict[int, int]:
+        """How many wait, by priority."""
+        return {priority: sum(map(len, level.values())) for priority, level in self._levels.items()}
 
     def append(self, ticket: Ticket) -> None:
-        """Behind all of its affinity."""
-        self._waiting.setdefault(ticket.affinity, deque()).append(ticket)
+        """Behind all of its priority and affinity."""
+        self._levels.setdefault(ticket.priority, {}).setdefault(ticket.affinity, deque()).append(ticket)
 
     def take(self, last: str | None, at_work: Iterable[str]) -> Ticket:
         """The next ticket for a worker that did a unit of the affinity `last`, None for a new worker.
 
-        It goes on with its own affinity. Where none of that waits, it takes the affinity at which the fewest workers are
-        (`at_work`: of every busy one), of equal ones that which came first.
+        Among those of the first priority it goes on with its own affinity. Where none of that waits, it takes the affinity
+        at which the fewest workers are (`at_work`: of every busy one), of equal ones that which came first.
 
         Raises:
             IndexError: nothing waits.
         """
-        if not self._waiting:
+        if not self._levels:
             raise IndexError("no ticket waits")
-        if last is None or last not in self._waiting:
+        priority = min(self._levels)
+        level = self._levels[priority]
+        if last is None or last not in level:
             busy = Counter(at_work)
-            last = min(self._waiting, key=lambda affinity: busy[affinity])
-        tickets = self._waiting[last]
-        ticket = tickets.popleft()
-        if not tickets:
-            del self._waiting[last]
+            last = min(level, key=lambda affinity: busy[affinity])
+        ticket = level[last].popleft()
+        if not level[last]:
+            del level[last]
+        if not level:
+            del self._levels[priority]
         return ticket
 
     def take_round(self, last: str | None, at_work: Iterable[str], num: int) -> list[Ticket]:
-        """`take`, and up to `num` in all that follow it in its affinity; a ticket that is to be alone is."""
+        """`take`, and up to `num` in all that follow it in its priority and affinity; a ticket that is to be alone is."""
         tickets = [self.take(last, at_work)]
-        affinity = tickets[0].affinity
+        affinity, priority = tickets[0].affinity, tickets[0].priority
         while len(tickets) < num and not tickets[0].alone:
-            following = self._waiting.get(affinity)
+            following = self._levels.get(priority, {}).get(affinity)
             if not following or following[0].alone:
                 break
             tickets.append(self.take(affinity, ()))

@@ -88,6 +88,11 @@ class WorkerSlot:
         return self._recipe.num_ranks or 1
 
     @property
+    def single(self) -> bool:
+        """Whether its worker is one process, and no replica."""
+        return self._recipe.num_ranks is None
+
+    @property
     def waits(self) -> bool:
         """Whether an actor has yet to answer."""
         return any(rank.call is not None for rank in self.ranks)

@@ -89,6 +89,46 @@ def test_a_worker_does_units_of_one_affinity_in_a_row(tmp_path: Path) -> None:
     assert [name for name, _ in recorder.of("started")] == [f"double-{i}" for i in (0, 2, 4, 1, 3, 5)]
 
 
+def test_the_first_priority_goes_before_affinity(tmp_path: Path) -> None:
+    recorder = Recorder()
+    units = [
+        Unit(f"double-{i}", ("double", f"double-{i}", i), affinity="ab"[i % 2], priority=-(i // 2)) for i in range(6)
+    ]
+    run(units, tmp_path, num_workers=1, events=recorder)
+    assert [name for name, _ in recorder.of("started")] == [f"double-{i}" for i in (4, 5, 3, 2, 0, 1)]
+
+
+class Chain(Recorder):
+    """Every unit that ends releases the next one, which joins those under way."""
+
+    def __init__(self, units: list[Unit]) -> None:
+        super().__init__()
+        self.units = units
+
+    def released(self) -> list[Unit]:
+        return [self.units.pop(0)] if self.units else []
+
+
+def test_units_released_by_others_join_the_pool_and_bring_workers_along(tmp_path: Path) -> None:
+    chain = Chain([Unit("bad", ("raise", "bad", "value")), Unit("slow", ("wait", "slow")), *doubles(2)])
+    first = [Unit("first", ("double", "first", 1)), Unit("go", ("steps", 20, 0.05))]
+    chain.units.append(Unit("meet", ("meet", "meet", 2)))
+    (tmp_path / "go").touch()
+    with pytest.raises(UnitsFailed, match="1 of 7 units failed: bad") as caught:
+        run(first, tmp_path, events=chain)
+    assert list(caught.value.results) == ["first", "go", "slow", "double-0", "double-1", "meet"]
+    assert [attempts(tmp_path, name) for name in ("first", "bad", "slow", "meet")] == [1] * 4
+
+
+def test_a_worker_with_nothing_to_do_leaves(tmp_path: Path) -> None:
+    numbers: list[int] = []
+    recorder = Recorder({"progress": lambda name: numbers.append(len(living_workers(tmp_path)))})
+    units = [Unit("meet", ("meet", "meet", 2)), Unit("slow", ("steps", 60, 0.05))]
+    run(units, tmp_path, idle_timeout_s=0.3, events=recorder)
+    assert max(numbers) == 2
+    assert numbers[-1] == 1, "its GPU is free for others"
+
+
 def test_no_more_workers_than_units(tmp_path: Path) -> None:
     assert run(doubles(1), tmp_path, num_workers=50) == {"double-0": 0}
     assert attempts(tmp_path, "start") == 1

@@ -8,7 +8,7 @@ import ray
 
 from cluster.actor_pool import Unit, UnitsFailed, WorkersFailed, run_units
 from cluster.session import Session
-from tests.cluster.sample_replicas import SampleReplica
+from tests.cluster.sample_replicas import RankOrAlone, SampleReplica
 from tests.cluster.sample_workers import Settings
 from tests.cluster.test_actor_pool import Recorder, attempts, doubles, living_workers
 from tests.cluster.test_actor_pool import run as run_alone
@@ -124,4 +124,39 @@ def test_kept_workers_make_room_for_replicas(session: Session, tmp_path: Path) -
 def test_a_replica_that_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(WorkersFailed, match="ValueError: no such model"):
         run(together("a"), tmp_path, fail_start="value")
+    assert living_workers(tmp_path) == []
+
+
+def test_replicas_and_single_processes_share_the_room_by_priority(tmp_path: Path) -> None:
+    recorder = Recorder()
+    at_work: dict[str, str] = {}
+    most_at_work = []
+    recorder.when["finished"] = lambda name: at_work.pop(name)
+
+    class Watched(Recorder):
+        def started(self, name: str, worker: str) -> None:
+            recorder.started(name, worker)
+            at_work[name] = worker
+            most_at_work.append(
+                sum(2 if worker.endswith(".0") else worker == "worker-0" for worker in at_work.values())
+            )
+
+        def finished(self, name: str, result: Any, seconds: float, attempt: int) -> None:
+            recorder.finished(name, result, seconds, attempt)
+
+    units = [
+        *(Unit(name, ("together", name), priority=2) for name in "ab"),
+        *(Unit(name, ("double", name, 1), priority=1, single=True) for name in "cd"),
+        Unit("e", ("together", "e"), priority=0),
+    ]
+    results = run_units(
+        RankOrAlone, Settings(tmp_path), units, num_workers=1, num_ranks=2, num_cpus=0.5, stall_timeout_s=60.0,
+        events=Watched(),
+    )  # fmt: skip
+    assert results == {"a": ("a", 0), "b": ("b", 1), "c": 2, "d": 2, "e": ("e", 0)}
+    started = [name for name, _ in recorder.of("started")]
+    assert started[0] == "e"
+    assert sorted(started[1:3]) == ["c", "d"]
+    assert sorted(started[3:]) == ["a", "b"]
+    assert max(most_at_work) <= 2, "a replica makes room for single processes, and they for it"
     assert living_workers(tmp_path) == []

@@ -8,9 +8,10 @@ from pipeline.progress import StageProgress
 def test_an_error_with_brackets_is_shown_as_it_is() -> None:
     console = Console(file=io.StringIO(), width=200)
     error = "Traceback\nRuntimeError: [/src/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:3"
-    with StageProgress(console, "Trajectories", total=1, done=0) as display:
-        display.started("prompt-000")
-        display.failed("prompt-000", 1, error, will_retry=True)
+    display = StageProgress(console, "Trajectories")
+    display.planned(1)
+    display.started("prompt-000")
+    display.failed("prompt-000", 1, error, will_retry=True)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert (

@@ -345,7 +345,7 @@ def test_timeline_with_a_killed_driver_and_a_failed_attempt() -> None:
     ]
     assert read.resumed_s == (9,)
     assert read.total_s == 16
-    assert read.stage_s == {"trajectories": 8 + 6}
+    assert read.stage_s == {"trajectories": 1 + 4 + 4}
     assert read.finished
 
 
