@@ -146,7 +146,15 @@ class _Pool:
             single = unit.single or False not in self._pending
             serial = len(self._order)
             self._order.append(unit.name)
-            ticket = Ticket(serial, unit.name, unit.payload, unit.affinity, priority=unit.priority, single=single)
+            ticket = Ticket(
+                serial,
+                unit.name,
+                unit.payload,
+                unit.affinity,
+                priority=unit.priority,
+                single=single,
+                prepared=unit.prepared,
+            )
             self._pending[single].append(ticket)
         for kind, queue in self._pending.items():
             at_work = sum(len(_under_way(slot)) for slot in self._crew.in_state(SlotState.BUSY, kind=kind))
@@ -168,10 +176,10 @@ class _Pool:
 
     def _assign(self, slot: WorkerSlot, queue: TicketQueue) -> None:
         at_work = [ticket.affinity for busy in self._crew.in_state(SlotState.BUSY) for ticket in _under_way(busy)]
-        tickets = queue.take_round(slot.last_affinity, at_work, slot.num_ranks)
+        tickets = queue.take_round(slot.last_affinity, at_work, slot.num_ranks, slot.name)
         for ticket in tickets:
             ticket.attempt += 1
-        slot.assign(tickets)
+        slot.assign(tickets, queue.promise(tickets[0].affinity, slot.name) if slot.single else None)
         for ticket, rank in zip(tickets, slot.ranks, strict=False):
             self._events.started(ticket.name, rank.name)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """One unit on its way through the pool."""
 
@@ -23,6 +23,10 @@ class Ticket:
     """`Unit.priority`."""
     single: bool = False
     """`Unit.single`."""
+    prepared: bool = False
+    """`Unit.prepared`."""
+    promised_to: str = ""
+    """The worker that prepares it."""
 
 
 class TicketQueue:
@@ -44,11 +48,12 @@ class TicketQueue:
         """Behind all of its priority and affinity."""
         self._levels.setdefault(ticket.priority, {}).setdefault(ticket.affinity, deque()).append(ticket)
 
-    def take(self, last: str | None, at_work: Iterable[str]) -> Ticket:
+    def take(self, last: str | None, at_work: Iterable[str], worker: str = "") -> Ticket:
         """The next ticket for a worker that did a unit of the affinity `last`, None for a new worker.
 
         Among those of the first priority it goes on with its own affinity. Where none of that waits, it takes the affinity
-        at which the fewest workers are (`at_work`: of every busy one), of equal ones that which came first.
+        at which the fewest workers are (`at_work`: of every busy one), of equal ones that which came first. In the affinity
+        it takes what it was promised, then what nobody was, then anything.
 
         Raises:
             IndexError: nothing waits.
@@ -60,16 +65,28 @@ class TicketQueue:
         if last is None or last not in level:
             busy = Counter(at_work)
             last = min(level, key=lambda affinity: busy[affinity])
-        ticket = level[last].popleft()
+        ticket = _best_of(level[last], worker)
+        level[last].remove(ticket)
+        ticket.promised_to = ""
         if not level[last]:
             del level[last]
         if not level:
             del self._levels[priority]
         return ticket
 
-    def take_round(self, last: str | None, at_work: Iterable[str], num: int) -> list[Ticket]:
+    def promise(self, affinity: str, worker: str) -> Ticket | None:
+        """What the worker will probably take next, if it can be prepared: nobody else gets it before the others are gone."""
+        waiting = self._levels[min(self._levels)].get(affinity, ()) if self._levels else ()
+        ticket = next((t for t in waiting if t.promised_to == worker), None)
+        ticket = ticket or next((t for t in waiting if not t.promised_to), None)
+        if ticket is None or not ticket.prepared:
+            return None
+        ticket.promised_to = worker
+        return ticket
+
+    def take_round(self, last: str | None, at_work: Iterable[str], num: int, worker: str = "") -> list[Ticket]:
         """`take`, and up to `num` in all that follow it in its priority and affinity; a ticket that is to be alone is."""
-        tickets = [self.take(last, at_work)]
+        tickets = [self.take(last, at_work, worker)]
         affinity, priority = tickets[0].affinity, tickets[0].priority
         while len(tickets) < num and not tickets[0].alone:
             following = self._levels.get(priority, {}).get(affinity)
@@ -77,3 +94,16 @@ class TicketQueue:
                 break
             tickets.append(self.take(affinity, ()))
         return tickets
+
+
+def _best_of(tickets: deque[Ticket], worker: str) -> Ticket:
+    """Promised to the worker, else promised to nobody, else the first."""
+    free = None
+    for ticket in tickets:
+        if not ticket.promised_to:
+            free = free or ticket
+            if not ticket.prepared:
+                break
+        elif ticket.promised_to == worker:
+            return ticket
+    return free or tickets[0]

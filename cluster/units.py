@@ -17,6 +17,8 @@ class Unit:
     """Units of one affinity are best done by one worker, which then has open what they need, such as a model."""
     priority: int = 0
     """Of the units that wait, those of the lowest number are handed out first."""
+    prepared: bool = False
+    """Its worker has `prepare`: while a unit is at work, the worker is told which one probably follows."""
     single: bool = False
     """Done by a worker of one process, also where the pool's other workers are replicas."""
 

@@ -139,13 +139,18 @@ class WorkerSlot:
             rank.rest()
         self._enter(SlotState.IDLE)
 
-    def assign(self, tickets: Sequence[Ticket]) -> None:
-        """Give the idle actors a unit each, and rank 0's to shadow to those that are left over."""
+    def assign(self, tickets: Sequence[Ticket], following: Ticket | None = None) -> None:
+        """Give the idle actors a unit each, and rank 0's to shadow to those that are left over.
+
+        Args:
+            tickets: one a rank, or fewer.
+            following: what a worker of one process prepares meanwhile.
+        """
         self.last_affinity = tickets[0].affinity
         self._enter(SlotState.BUSY)
         for index, rank in enumerate(self.ranks):
             shadow = index >= len(tickets)
-            rank.assign(tickets[0] if shadow else tickets[index], shadow=shadow)
+            rank.assign(tickets[0] if shadow else tickets[index], shadow=shadow, following=following)
 
     def park(self) -> None:
         """Leave an idle actor to the next pool. One with a whole GPU is not kept: its memory is wanted by others; nor is a

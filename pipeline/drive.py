@@ -95,6 +95,7 @@ class _Recorder(PoolEvents):
                 SharedUnit(task.stage.worker_class, task.settings, task.unit.payload),
                 task.affinity,
                 priority=task.priority,
+                prepared=hasattr(task.stage.worker_class, "prepare"),
                 single=not task.unit.shared,
             )
             for task in tasks

@@ -36,6 +36,11 @@ class SharedWorker:
     def __init__(self, settings: None) -> None:
         self._made_of: tuple[type[Any], Any] | None = None
         self._worker: Any = None
+        self._ahead: SharedUnit | None = None
+
+    def prepare(self, unit: SharedUnit) -> None:
+        """Has the worker of the next unit prepare this one, if it is the worker of both."""
+        self._ahead = unit
 
     def run(self, unit: SharedUnit, progress: Progress) -> UnitOutput:
         """Does the unit as a worker of its own would."""
@@ -55,6 +60,9 @@ class SharedWorker:
             with _progress_meanwhile(progress):
                 self._worker = unit.worker_class(unit.settings)
             self._made_of = wanted
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (ahead.worker_class, ahead.settings) == wanted:
+            self._worker.prepare(ahead.payload)
         return self._worker
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.actor_pool import PoolEvents, Unit, UnitsFailed, WorkersFailed, run_units
 from cluster.session import Session
-from tests.cluster.sample_workers import SampleWorker, Settings
+from tests.cluster.sample_workers import PreparingSample, SampleWorker, Settings
 
 pytestmark = pytest.mark.usefixtures("session")
 
@@ -118,6 +118,17 @@ def test_units_released_by_others_join_the_pool_and_bring_workers_along(tmp_path
         run(first, tmp_path, events=chain)
     assert list(caught.value.results) == ["first", "go", "slow", "double-0", "double-1", "meet"]
     assert [attempts(tmp_path, name) for name in ("first", "bad", "slow", "meet")] == [1] * 4
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_prepares_the_unit_that_it_gets_next(num_workers: int, tmp_path: Path) -> None:
+    units = [Unit(f"unit-{i}", ("prepared", f"unit-{i}"), prepared=True) for i in range(8)]
+    results = run_units(
+        PreparingSample, Settings(tmp_path), units, num_workers=num_workers, num_cpus=0.5, stall_timeout_s=30.0
+    )
+    assert list(results) == [unit.name for unit in units]
+    # The last one may be taken from a worker that is still at work.
+    assert sum(results.values()) >= 8 - 2 * num_workers + 1
 
 
 def test_a_worker_with_nothing_to_do_leaves(tmp_path: Path) -> None:
