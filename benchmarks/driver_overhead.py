@@ -37,7 +37,8 @@ from pipeline.context import Run, build_context
 from pipeline.drive import drive
 from pipeline.event_log import read_events
 from pipeline.runner import driven_runs, open_run
-from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require_all
+from storage.manifest import fingerprint
 from workers.messages import UnitOutput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +70,7 @@ class IdleStage:
     def plan(self, run: Run) -> list[UnitPlan]:
         """They depend on nothing."""
         return [
-            UnitPlan(name, partial(unit, self.name, name, index, {}))
+            UnitPlan(name, partial(StageUnit, name, index, fingerprint({"unit": name})))
             for index, name in enumerate(unit_names(self._num_units))
         ]
 
@@ -85,7 +86,7 @@ class GatheringStage(IdleStage):
 
     def _unit(self, run: Run) -> StageUnit:
         records = require_all(run, IdleStage.name, unit_names(self._num_units))
-        return unit(self.name, "all", 0, {"units": [record.fingerprint for record in records]})
+        return StageUnit("all", 0, fingerprint({"units": [record.fingerprint for record in records]}))
 
 
 def unit_names(num_units: int) -> list[str]:

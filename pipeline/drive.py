@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -117,6 +118,9 @@ class _Recorder(PoolEvents):
     def finished(self, name: str, result: Any, seconds: float, attempt: int) -> None:
         output: UnitOutput = result
         task = self._tasks[name]
+        usage = output.usage
+        if usage is not None:  # the construction of its worker is not the unit's
+            seconds = usage.seconds
         record = UnitRecord(
             stage=task.stage.name,
             unit=task.unit.name,
@@ -136,7 +140,8 @@ class _Recorder(PoolEvents):
             self.refused[name] = UnitFailure(attempt, str(error))
             self.failed(name, attempt, str(error), will_retry=False)
             return
-        self._log(task, "unit_finished", seconds=record.seconds, attempt=attempt)
+        told = {} if usage is None else {"usage": asdict(usage)}
+        self._log(task, "unit_finished", seconds=record.seconds, attempt=attempt, **told)
         self._display.of(task.stage).finished(task.name, record.seconds)
         self._count(record)
         self._schedule.finished(task, record)

@@ -7,10 +7,11 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.messages import Progress, UnitOutput
+from workers.usage import measured
 
 LOADING_S = 1800.0
 """So long the construction of a worker may take before its silence counts."""
@@ -44,8 +45,11 @@ class SharedWorker:
 
     def run(self, unit: SharedUnit, progress: Progress) -> UnitOutput:
         """Does the unit as a worker of its own would."""
-        output: UnitOutput = self._worker_of(unit, progress).run(unit.payload, progress)
-        return output
+        began = time.perf_counter()
+        worker = self._worker_of(unit, progress)
+        with measured(load_s=time.perf_counter() - began) as meter:
+            output: UnitOutput = worker.run(unit.payload, progress)
+            return replace(output, usage=meter.usage())
 
     def shadow(self, unit: SharedUnit, progress: Progress) -> None:
         """Takes part in a replica's unit as a worker of its own would."""

@@ -20,6 +20,8 @@ class Bar:
     seconds: float
     outcome: str
     """`finished`, `failed`, or `lost`: under way when its driver ended."""
+    usage: Mapping[str, Any] | None = None
+    """Of a finished unit (`workers.usage.Usage`)."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class _Reader:
             self.bars.append(Bar(stage, unit, worker, start, self.now_s - start, "lost"))
         self.running.clear()
 
-    def end_unit(self, key: tuple[str, str], outcome: str) -> None:
+    def end_unit(self, key: tuple[str, str], outcome: str, usage: Mapping[str, Any] | None = None) -> None:
         if key in self.running:
             start, worker = self.running.pop(key)
-            self.bars.append(Bar(*key, worker, start, self.now_s - start, outcome))
+            self.bars.append(Bar(*key, worker, start, self.now_s - start, outcome, usage))
 
 
 def read_timeline(events: Iterable[Mapping[str, Any]]) -> Timeline:
@@ -90,7 +92,7 @@ def read_timeline(events: Iterable[Mapping[str, Any]]) -> Timeline:
             reader.end_unit(key, "lost")
             reader.running[key] = (reader.now_s, str(event.get("worker", "")))
         elif kind in ("unit_finished", "unit_failed"):
-            reader.end_unit(key, kind.removeprefix("unit_"))
+            reader.end_unit(key, kind.removeprefix("unit_"), event.get("usage"))
         elif kind == "run_finished":
             reader.end_session()
             reader.finished = True

@@ -61,7 +61,10 @@ def test_everything_is_there(finished_run: Path) -> None:
     films = sorted((run / "evaluation").glob("*.mp4"))
     assert [film.stem for film in films] == ["full_precision-prompt-000", "s2q-prompt-000"]
     assert imread(films[1], plugin="pyav").shape == (9, 48, 64, 3)
-    assert "<html" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    assert "<html" in report
+    assert "How busy it was" in report
+    assert "Gantt chart of 13 attempts at units on 2 workers" in report
 
 
 def test_the_checkpoint_loads_in_a_fresh_process_and_saves_again(finished_run: Path, tmp_path: Path) -> None:
