@@ -34,7 +34,7 @@ from cluster.session import active_session
 from cluster.ticket_queue import Ticket, TicketQueue
 from cluster.unit_actor import Location, Outcome, Pulse, Worker
 from cluster.units import PoolEvents, Unit, UnitFailure, UnitsFailed, WorkersFailed
-from cluster.worker_slot import SlotState, WorkerRecipe, WorkerSlot, end_slots, end_unfit_actors
+from cluster.worker_slot import SlotState, WorkerRecipe, WorkerSlot, end_slots
 
 __all__ = ["PoolEvents", "Unit", "UnitFailure", "UnitsFailed", "WorkersFailed", "run_units"]
 
@@ -60,7 +60,6 @@ def run_units(
     placement_timeout_s: float = 600.0,
     progress_interval_s: float = 0.5,
     idle_timeout_s: float = 60.0,
-    keep_workers: bool = False,
     events: PoolEvents | None = None,
 ) -> dict[str, Any]:
     """Do all units on workers `worker_class(settings)` in the open session; return the results by unit name.
@@ -81,8 +80,6 @@ def run_units(
         placement_timeout_s: longest wait for the first node with room, while no worker is placed at all.
         progress_interval_s: how often a busy worker is asked how far it is.
         idle_timeout_s: a worker for which nothing waits ends after so long.
-        keep_workers: leave idle processes without a whole GPU to the next call in this session, which saves it their
-            imports.
 
     Raises:
         ValueError: two units of one name, a limit out of range, or a worker that no machine of a local session can hold.
@@ -98,7 +95,6 @@ def run_units(
         placement_timeout_s,
         progress_interval_s,
         idle_timeout_s,
-        keep_workers,
     )
     recipes = {True: WorkerRecipe(worker_class, settings, num_cpus, num_gpus)}
     num_processes = min(num_processes or num_workers * (num_ranks or 1), room(session, recipes[True]))
@@ -106,7 +102,6 @@ def run_units(
     if num_ranks is not None:
         recipes[False] = WorkerRecipe(worker_class, settings, num_cpus, num_gpus, num_ranks)
         most[False] = min(num_workers, room(session, recipes[False]))
-    end_unfit_actors(session, recipes[num_ranks is None])
     crew = Crew(recipes, most, num_processes=num_processes, session=session)
     return _Pool(crew, units, limits, events or PoolEvents()).run()
 
@@ -131,9 +126,6 @@ class _Pool:
                 self._hand_out()
                 self._collect()
                 checked_at = self._check_clocks(checked_at)
-            if self._limits.keep_workers:
-                for slot in self._crew.slots:
-                    slot.park()
         finally:
             end_slots(self._crew.slots)
         ordered = {name: self._results[name] for name in self._order if name in self._results}
@@ -283,7 +275,7 @@ class _Pool:
                 late = next(rank for rank in slot.ranks if rank.call is not None)
                 self._lose(slot, late, f"not loaded after {self._limits.startup_timeout_s:g} s, at:\n{late.stack()}")
         self._check_placement(now)
-        self._crew.end_idle(self._limits.idle_timeout_s)
+        self._crew.end_idle(self._limits.idle_timeout_s, [kind for kind, queue in self._pending.items() if not queue])
         return time.monotonic()
 
     def _check_placement(self, now: float) -> None:

@@ -7,7 +7,7 @@ a cluster that grows and shrinks by itself can give the node back.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cluster.session import Session
 from cluster.slot_shares import Kind, worker_shares
@@ -62,10 +62,13 @@ class Crew:
                 if self._num_free() >= slot.num_ranks:
                     slot.start()
 
-    def end_idle(self, timeout_s: float) -> None:
-        """End the workers that have had nothing to do for so long."""
+    def end_idle(self, timeout_s: float, done_kinds: Sequence[Kind]) -> None:
+        """End the workers that have had nothing to do for so long, and those of kinds for which nothing waits that still wait
+        for a place: a cluster would add a node for them."""
         now = time.monotonic()
-        late = [slot for slot in self.in_state(SlotState.IDLE) if now - slot.changed_at > timeout_s]
+        unwanted = self.in_state(SlotState.IDLE)
+        unwanted += [slot for kind in done_kinds for slot in self.in_state(SlotState.PLACING, kind=kind)]
+        late = [slot for slot in unwanted if now - slot.changed_at > timeout_s]
         if late:
             end_slots(late)
 

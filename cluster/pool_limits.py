@@ -18,7 +18,6 @@ class PoolLimits:
     placement_timeout_s: float
     progress_interval_s: float
     idle_timeout_s: float
-    keep_workers: bool
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:

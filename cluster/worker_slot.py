@@ -55,16 +55,6 @@ class WorkerRecipe:
     """Of a replica; None for a worker of one process that is none."""
 
 
-@dataclass(frozen=True)
-class ParkedActor:
-    """An actor between two pools: its process has imported what workers need, which takes longer than most units."""
-
-    actor: Any
-    location: Location
-    num_cpus: float
-    num_gpus: float
-
-
 class WorkerSlot:
     """A slot makes actors, one set after another, and hands them their work."""
 
@@ -98,12 +88,7 @@ class WorkerSlot:
         return any(rank.call is not None for rank in self.ranks)
 
     def start(self) -> None:
-        """Take over a parked actor; where there is none, make actors and ask them where they are."""
-        if self._session.parked:
-            parked: ParkedActor = self._session.parked.pop()
-            self.ranks = [Rank(self.name, parked.actor, self._session)]
-            self.take_place(self.ranks[0], parked.location)
-            return
+        """Make actors and ask them where they are."""
         recipe = self._recipe
         resources = {"num_cpus": recipe.num_cpus, "num_gpus": recipe.num_gpus}
         if recipe.num_ranks is None:
@@ -152,16 +137,6 @@ class WorkerSlot:
             shadow = index >= len(tickets)
             rank.assign(tickets[0] if shadow else tickets[index], shadow=shadow, following=following)
 
-    def park(self) -> None:
-        """Leave an idle actor to the next pool. One with a whole GPU is not kept: its memory is wanted by others; nor is a
-        replica, whose ranks are bound to each other."""
-        recipe = self._recipe
-        if self.state is SlotState.IDLE and recipe.num_gpus < 1 and recipe.num_ranks is None:
-            rank = self.ranks[0]
-            assert rank.location is not None
-            self._session.parked.append(ParkedActor(rank.actor, rank.location, recipe.num_cpus, recipe.num_gpus))
-            self.clear()
-
     def clear(self) -> None:
         """Forget the actors."""
         if self._group is not None:
@@ -177,16 +152,6 @@ class WorkerSlot:
     def _enter(self, state: SlotState) -> None:
         self.state = state
         self.changed_at = time.monotonic()
-
-
-def end_unfit_actors(session: Session, recipe: WorkerRecipe) -> None:
-    """End the parked actors that a worker of `recipe` cannot be put into."""
-    wanted = (recipe.num_cpus, recipe.num_gpus, recipe.num_ranks)
-    fit = [parked for parked in session.parked if (parked.num_cpus, parked.num_gpus, None) == wanted]
-    for parked in session.parked:
-        if parked not in fit:
-            ray.kill(parked.actor, no_restart=True)
-    session.parked[:] = fit
 
 
 def end_slots(slots: Sequence[WorkerSlot]) -> None:

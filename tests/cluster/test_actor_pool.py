@@ -326,22 +326,3 @@ def test_an_empty_unit_costs_little(tmp_path: Path) -> None:
     run([Unit(str(index), ("print",)) for index in range(300)], tmp_path, num_workers=1, events=recorder)
     per_unit_ms = (times[-1] - times[0]) / (len(times) - 1) * 1e3
     assert per_unit_ms < 10, f"{per_unit_ms:.2f} ms a unit; 0.9 ms on an idle machine"
-
-
-def test_kept_workers_serve_the_next_call_and_unfit_ones_are_ended(session: Session, tmp_path: Path) -> None:
-    both = [Unit(f"meet-{index}", ("meet", f"meet-{index}", 2)) for index in range(2)]
-    run(both, tmp_path, keep_workers=True)
-    kept = living_workers(tmp_path)
-    assert len(kept) == len(session.parked) == 2
-    assert run(doubles(4), tmp_path, keep_workers=True) == {f"double-{index}": 2 * index for index in range(4)}
-    still = living_workers(tmp_path)
-    assert still, "at least one process has served both calls"
-    assert set(still) <= set(kept), "no new process was needed"
-    os.kill(still[0], signal.SIGKILL)
-    assert len(run(doubles(3), tmp_path, keep_workers=True)) == 3, "a kept process that died is replaced"
-    run(doubles(1), tmp_path, num_cpus=1.0)
-    assert session.parked == []
-    deadline = time.monotonic() + 5
-    while living_workers(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert living_workers(tmp_path) == []

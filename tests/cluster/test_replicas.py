@@ -7,11 +7,9 @@ import pytest
 import ray
 
 from cluster.actor_pool import Unit, UnitsFailed, WorkersFailed, run_units
-from cluster.session import Session
 from tests.cluster.sample_replicas import RankOrAlone, SampleReplica
 from tests.cluster.sample_workers import Settings
-from tests.cluster.test_actor_pool import Recorder, attempts, doubles, living_workers
-from tests.cluster.test_actor_pool import run as run_alone
+from tests.cluster.test_actor_pool import Recorder, attempts, living_workers
 
 pytestmark = pytest.mark.usefixtures("session")
 
@@ -112,13 +110,6 @@ def test_a_replica_too_large_for_the_session_is_refused_at_once(tmp_path: Path) 
         ValueError, match=r"a worker asks for 3 ranks of 0\.5 CPUs and 1 GPUs, this session has 4 and 2"
     ):
         run(together("a"), tmp_path, num_ranks=3, num_gpus=1)
-
-
-def test_kept_workers_make_room_for_replicas(session: Session, tmp_path: Path) -> None:
-    run_alone(doubles(4), tmp_path, num_cpus=2, keep_workers=True)
-    assert len(session.parked) > 0
-    assert len(run(together("a", "b"), tmp_path, num_cpus=2, keep_workers=True)) == 2
-    assert session.parked == []
 
 
 def test_a_replica_that_cannot_start(tmp_path: Path) -> None:
