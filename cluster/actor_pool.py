@@ -15,31 +15,22 @@ run twice, never twice at the same time on one machine: what it writes must be a
 
 A worker of several ranks is a replica: its processes hold one thing together and wait for each other. It takes a round of
 units, one a rank; where there are fewer, the ranks left over shadow the first, and the next round begins when all are done.
+
+Units may come while others are at work (`PoolEvents.released`). Processes come and go with what waits (`cluster.crew`).
 """
 
-import logging
-import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
+from cluster.crew import Crew
 from cluster.pool_limits import PoolLimits, check_arguments, room
-from cluster.rank import Rank
 from cluster.session import active_session
-from cluster.ticket_queue import Ticket, TicketQueue
-from cluster.unit_actor import Location, Outcome, Pulse, Worker
+from cluster.unit_actor import Worker
+from cluster.unit_pool import UnitPool
 from cluster.units import PoolEvents, Unit, UnitFailure, UnitsFailed, WorkersFailed
-from cluster.worker_slot import SlotState, WorkerRecipe, WorkerSlot, end_slots, end_unfit_actors
+from cluster.worker_slot import WorkerRecipe
 
 __all__ = ["PoolEvents", "Unit", "UnitFailure", "UnitsFailed", "WorkersFailed", "run_units"]
-
-_logger = logging.getLogger(__name__)
-
-# How long a process may take to answer that it lives, before silence about progress is held against it.
-_ANSWER_TIMEOUT_S = 2.0
 
 
 def run_units(
@@ -48,6 +39,7 @@ def run_units(
     units: Sequence[Unit],
     *,
     num_workers: int,
+    num_processes: int | None = None,
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
     num_ranks: int | None = None,
@@ -56,7 +48,7 @@ def run_units(
     startup_timeout_s: float = 1800.0,
     placement_timeout_s: float = 600.0,
     progress_interval_s: float = 0.5,
-    keep_workers: bool = False,
+    idle_timeout_s: float = 60.0,
     events: PoolEvents | None = None,
 ) -> dict[str, Any]:
     """Do all units on workers `worker_class(settings)` in the open session; return the results by unit name.
@@ -66,6 +58,8 @@ def run_units(
             importable, or defined in `__main__`.
         settings: what its constructor gets.
         num_workers: at most so many workers; fewer when there are fewer units or a local session has less room.
+        num_processes: at most so many processes of all workers, where units are `single` beside replicas; None for as many
+            as `num_workers` have.
         num_cpus: CPUs of one rank. Ray sets OMP_NUM_THREADS to it where the environment has none.
         num_gpus: GPUs of one rank, a fraction to share one; Ray sets CUDA_VISIBLE_DEVICES accordingly.
         num_ranks: processes of one worker that is a replica; None for a worker that is not.
@@ -74,8 +68,7 @@ def run_units(
         startup_timeout_s: longest construction of a worker: loading a model, for example.
         placement_timeout_s: longest wait for the first node with room, while no worker is placed at all.
         progress_interval_s: how often a busy worker is asked how far it is.
-        keep_workers: leave idle processes without a whole GPU to the next call in this session, which saves it their
-            imports.
+        idle_timeout_s: a worker for which nothing waits ends after so long.
 
     Raises:
         ValueError: two units of one name, a limit out of range, or a worker that no machine of a local session can hold.
@@ -84,212 +77,19 @@ def run_units(
     """
     session = active_session()
     check_arguments(units, num_workers, 1 if num_ranks is None else num_ranks, num_cpus=num_cpus, num_gpus=num_gpus)
-    recipe = WorkerRecipe(worker_class, settings, num_cpus, num_gpus, num_ranks)
     limits = PoolLimits(
-        max_attempts, stall_timeout_s, startup_timeout_s, placement_timeout_s, progress_interval_s, keep_workers
+        max_attempts,
+        stall_timeout_s,
+        startup_timeout_s,
+        placement_timeout_s,
+        progress_interval_s,
+        idle_timeout_s,
     )
-    num_slots = min(num_workers, math.ceil(len(units) / (num_ranks or 1)), room(session, recipe))
-    end_unfit_actors(session, recipe)
-    slots = [WorkerSlot(f"worker-{index}", recipe, session) for index in range(num_slots)]
-    return _Pool(slots, units, limits, events or PoolEvents()).run()
-
-
-class _Pool:
-    def __init__(self, slots: list[WorkerSlot], units: Sequence[Unit], limits: PoolLimits, events: PoolEvents) -> None:
-        self._slots = slots
-        self._order = [unit.name for unit in units]
-        self._pending = TicketQueue(
-            Ticket(serial, unit.name, unit.payload, unit.affinity) for serial, unit in enumerate(units)
-        )
-        self._limits = limits
-        self._events = events
-        self._results: dict[str, Any] = {}
-        self._failures: dict[str, UnitFailure] = {}
-        self._start_error = ""
-        self._tick_s = min(limits.progress_interval_s, limits.stall_timeout_s / 4, 0.5)
-
-    def run(self) -> dict[str, Any]:
-        try:
-            checked_at = time.monotonic()
-            while self._pending or any(slot.state is SlotState.BUSY for slot in self._slots):
-                self._hand_out()
-                self._collect()
-                checked_at = self._check_clocks(checked_at)
-            if self._limits.keep_workers:
-                for slot in self._slots:
-                    slot.park()
-        finally:
-            end_slots(self._slots)
-        ordered = {name: self._results[name] for name in self._order if name in self._results}
-        if self._failures:
-            raise UnitsFailed(self._failures, ordered)
-        return ordered
-
-    def _hand_out(self) -> None:
-        for slot in self._in_state(SlotState.IDLE):
-            if not self._pending:
-                return
-            at_work = [ticket.affinity for busy in self._in_state(SlotState.BUSY) for ticket in _under_way(busy)]
-            tickets = self._pending.take_round(slot.last_affinity, at_work, slot.num_ranks)
-            for ticket in tickets:
-                ticket.attempt += 1
-            slot.assign(tickets)
-            for ticket, rank in zip(tickets, slot.ranks, strict=False):
-                self._events.started(ticket.name, rank.name)
-        wanted = math.ceil(len(self._pending) / self._slots[0].num_ranks) if self._slots else 0
-        num_coming = len(self._in_state(SlotState.PLACING, SlotState.LOADING))
-        for slot in self._in_state(SlotState.EMPTY)[: max(0, wanted - num_coming)]:
-            slot.start()
-        if self._pending and all(slot.state is SlotState.RETIRED for slot in self._slots):
-            raise WorkersFailed(
-                f"no worker could be started, {len(self._pending)} units are left; the last error:\n{self._start_error}"
-            )
-
-    def _collect(self) -> None:
-        ranks = [(slot, rank) for slot in self._slots for rank in slot.ranks]
-        for _, rank in ranks:
-            rank.ask_pulse(self._limits.progress_interval_s)
-        calls = {rank.call: (slot, rank) for slot, rank in ranks if rank.call is not None}
-        pulses = {rank.pulse_call: (slot, rank) for slot, rank in ranks if rank.pulse_call is not None}
-        waited = [*calls, *pulses]
-        if not waited:
-            return
-        ready, others = ray.wait(waited, num_returns=1, timeout=self._tick_s)
-        if ready and others:
-            ready += ray.wait(others, num_returns=len(others), timeout=0)[0]
-        # An answer may end its whole slot: what its other ranks have said is then of no more interest.
-        for reference in ready:
-            if reference in calls:
-                slot, rank = calls[reference]
-                if rank in slot.ranks:
-                    self._take_answer(slot, rank)
-        for reference in ready:
-            if reference in pulses:
-                slot, rank = pulses[reference]
-                if rank in slot.ranks and rank.pulse_call == reference:
-                    self._take_pulse(slot, rank)
-
-    def _take_answer(self, slot: WorkerSlot, rank: Rank) -> None:
-        try:
-            answer = ray.get(rank.call)
-        except RayError as error:
-            self._lose(slot, rank, _with_last_words(f"{type(error).__name__}: {error}", rank))
-            return
-        if isinstance(answer, Location):
-            slot.take_place(rank, answer)
-        elif slot.state is SlotState.LOADING:
-            self._take_loaded(slot, rank, answer)
-        else:
-            self._take_outcome(slot, rank, answer)
-
-    def _take_loaded(self, slot: WorkerSlot, rank: Rank, outcome: Outcome) -> None:
-        if outcome.error is not None:
-            self._lose(slot, rank, outcome.error, retryable=outcome.retryable)
-            return
-        rank.rest()
-        if not slot.waits:
-            slot.num_failed_starts = 0
-            slot.rest()
-
-    def _take_outcome(self, slot: WorkerSlot, rank: Rank, outcome: Outcome) -> None:
-        ticket, is_shadow = rank.ticket, rank.is_shadow
-        assert ticket is not None
-        if rank.see(outcome.pulse) and not is_shadow:
-            self._events.progress(ticket.name, outcome.pulse.done, outcome.pulse.total)
-        # After any error of its own, a rank no longer enters what the others wait in.
-        if outcome.error is not None and (outcome.retryable or slot.num_ranks > 1):
-            self._lose(slot, rank, outcome.error, retryable=outcome.retryable)
-            return
-        rank.rest()
-        if not slot.waits:
-            slot.rest()
-        if is_shadow:
-            return
-        if outcome.error is None:
-            self._results[ticket.name] = outcome.result
-            self._events.finished(ticket.name, outcome.result, outcome.seconds, ticket.attempt)
-        else:
-            self._fail(ticket, outcome.error, will_retry=False)
-
-    def _take_pulse(self, slot: WorkerSlot, rank: Rank) -> None:
-        reference, rank.pulse_call = rank.pulse_call, None
-        try:
-            pulse: Pulse = ray.get(reference)
-        except RayError as error:  # the call itself fails too, and says more
-            _logger.debug("%s has no pulse: %s", rank.name, error)
-            return
-        if rank.see(pulse):
-            assert rank.ticket is not None
-            if not rank.is_shadow:
-                self._events.progress(rank.ticket.name, pulse.done, pulse.total)
-        elif rank.ticket is not None and rank.pulse_asked_at - rank.changed_at > self._limits.stall_timeout_s:
-            self._lose_stalled(slot, rank, rank.stack())
-
-    def _lose_stalled(self, slot: WorkerSlot, rank: Rank, stack: str) -> None:
-        silence = f"no progress for {self._limits.stall_timeout_s:g} s; the worker was at:\n{stack}"
-        self._lose(slot, rank, _with_last_words(silence, rank))
-
-    def _check_clocks(self, checked_at: float) -> float:
-        """Look for what does not come. Time that the driver spent elsewhere, or stopped, is nobody's silence."""
-        now = time.monotonic()
-        busy = [(slot, rank) for slot in self._in_state(SlotState.BUSY) for rank in slot.ranks]
-        for slot, rank in busy:
-            if rank in slot.ranks and rank.ticket is not None and rank.pulse_call is not None:
-                rank.pulse_waited_s += min(now - checked_at, 2 * self._tick_s)
-                silent = now - rank.changed_at > self._limits.stall_timeout_s
-                if silent and rank.pulse_waited_s > _ANSWER_TIMEOUT_S:
-                    self._lose_stalled(slot, rank, "(the process does not answer)\n")
-        for slot in self._in_state(SlotState.LOADING):
-            if now - slot.changed_at > self._limits.startup_timeout_s:
-                late = next(rank for rank in slot.ranks if rank.call is not None)
-                self._lose(slot, late, f"not loaded after {self._limits.startup_timeout_s:g} s, at:\n{late.stack()}")
-        self._check_placement(now)
-        return time.monotonic()
-
-    def _check_placement(self, now: float) -> None:
-        placing = self._in_state(SlotState.PLACING)
-        if not placing or len(placing) < len(self._slots) - len(self._in_state(SlotState.EMPTY, SlotState.RETIRED)):
-            return
-        if min(now - slot.changed_at for slot in placing) > self._limits.placement_timeout_s:
-            raise WorkersFailed(
-                f"no node had room for a worker within {self._limits.placement_timeout_s:g} s: free now are "
-                f"{ray.available_resources()}; add nodes, ask for less a worker, or raise placement_timeout_s"
-            )
-
-    def _lose(self, slot: WorkerSlot, rank: Rank, error: str, *, retryable: bool = True) -> None:
-        """The slot's processes are of no more use, because of `rank`: end them, and see to what they were doing."""
-        tickets, was_starting = _under_way(slot), slot.state is not SlotState.BUSY
-        end_slots([slot])
-        if was_starting:
-            slot.num_failed_starts += 1
-            self._start_error = error
-            _logger.warning("%s could not be started: %s", rank.name, error)
-            if not retryable or slot.num_failed_starts >= self._limits.max_attempts:
-                slot.retire()
-            return
-        for ticket in tickets:
-            ticket.alone = slot.num_ranks > 1
-            if ticket is rank.ticket:
-                self._fail(ticket, error, will_retry=retryable and ticket.attempt < self._limits.max_attempts)
-            else:  # not by its own fault, and at most once: it will be alone
-                self._fail(ticket, f"ended with its replica, whose {rank.name} failed:\n{error}", will_retry=True)
-
-    def _fail(self, ticket: Ticket, error: str, *, will_retry: bool) -> None:
-        if will_retry:
-            self._pending.append(ticket)
-        else:
-            self._failures[ticket.name] = UnitFailure(ticket.attempt, error)
-        self._events.failed(ticket.name, ticket.attempt, error, will_retry)
-
-    def _in_state(self, *states: SlotState) -> list[WorkerSlot]:
-        return [slot for slot in self._slots if slot.state in states]
-
-
-def _under_way(slot: WorkerSlot) -> list[Ticket]:
-    """The units that the slot has and that are not done."""
-    return [rank.ticket for rank in slot.ranks if rank.ticket is not None and not rank.is_shadow]
-
-
-def _with_last_words(error: str, rank: Rank) -> str:
-    words = rank.last_words()
-    return f"{error}\nits last lines on standard error:\n{words}" if words else error
+    recipes = {True: WorkerRecipe(worker_class, settings, num_cpus, num_gpus)}
+    num_processes = min(num_processes or num_workers * (num_ranks or 1), room(session, recipes[True]))
+    most = {True: num_processes}
+    if num_ranks is not None:
+        recipes[False] = WorkerRecipe(worker_class, settings, num_cpus, num_gpus, num_ranks)
+        most[False] = min(num_workers, room(session, recipes[False]))
+    crew = Crew(recipes, most, num_processes=num_processes, session=session)
+    return UnitPool(crew, units, limits, events or PoolEvents()).run()

@@ -34,5 +34,5 @@ class UnitMetrics:
         self._memory.set(self._largest[stage], tags)
 
     def set_aside(self, stage: str, num: int) -> None:
-        """So many units of a wave were given up."""
+        """So many units were given up."""
         self._set_aside.inc(num, {"stage": stage})

@@ -17,12 +17,18 @@ class PoolLimits:
     startup_timeout_s: float
     placement_timeout_s: float
     progress_interval_s: float
-    keep_workers: bool
+    idle_timeout_s: float
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}: at least 1 is needed")
-        seconds = (self.stall_timeout_s, self.startup_timeout_s, self.placement_timeout_s, self.progress_interval_s)
+        seconds = (
+            self.stall_timeout_s,
+            self.startup_timeout_s,
+            self.placement_timeout_s,
+            self.progress_interval_s,
+            self.idle_timeout_s,
+        )
         if min(seconds) <= 0:
             raise ValueError(f"timeouts and progress_interval_s must be above 0 s, got {', '.join(map(str, seconds))}")
 

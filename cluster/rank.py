@@ -57,12 +57,13 @@ class Rank:
         self._birth = _birth_of(location.pid) if is_here else None
         self.call = None
 
-    def assign(self, ticket: Ticket, *, shadow: bool = False) -> None:
-        """Give the idle actor a unit, or another rank's unit to shadow."""
+    def assign(self, ticket: Ticket, *, shadow: bool = False, following: Ticket | None = None) -> None:
+        """Give the idle actor a unit, or another rank's unit to shadow; and what will probably follow, to prepare it."""
         self.ticket, self.is_shadow = ticket, shadow
         self._pulse = None
         self._next_pulse_at = 0.0
-        self.ask(self.actor.run.remote(ticket.serial, ticket.payload, shadow=shadow))
+        ahead = None if following is None else following.payload
+        self.ask(self.actor.run.remote(ticket.serial, ticket.payload, shadow=shadow, ahead=ahead))
 
     def rest(self) -> None:
         """The actor has answered."""

@@ -77,8 +77,6 @@ class Session:
     """The local session's private directory."""
     token_file: Path | None
     """The local session's token."""
-    parked: list[Any] = field(default_factory=list, repr=False, compare=False)
-    """Idle actors that the next pool may take over (`cluster.worker_slot.ParkedActor`)."""
 
     def capacity(self, *, num_cpus: float, num_gpus: float) -> int:
         """How many workers of this size the session's resources hold at once (a worker's GPU share is on one GPU)."""

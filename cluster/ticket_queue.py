@@ -1,4 +1,4 @@
-"""What waits for a worker, in order, except that a worker goes on with the kind of unit it has at hand."""
+"""What waits for a worker: by priority, then in order, except that a worker goes on with the kind of unit it has at hand."""
 
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """One unit on its way through the pool."""
 
@@ -19,50 +19,91 @@ class Ticket:
     """Attempts begun."""
     alone: bool = False
     """Share no round of a replica with another unit: one of them has failed, and it must be seen which."""
+    priority: int = 0
+    """`Unit.priority`."""
+    single: bool = False
+    """`Unit.single`."""
+    prepared: bool = False
+    """`Unit.prepared`."""
+    promised_to: str = ""
+    """The worker that prepares it."""
 
 
 class TicketQueue:
-    """First come, first served within an affinity; among affinities, see `take`."""
+    """The lowest priority number first; in it first come, first served within an affinity; among affinities, see `take`."""
 
-    def __init__(self, tickets: Iterable[Ticket]) -> None:
-        self._waiting: dict[str, deque[Ticket]] = {}
+    def __init__(self, tickets: Iterable[Ticket] = ()) -> None:
+        self._levels: dict[int, dict[str, deque[Ticket]]] = {}
         for ticket in tickets:
             self.append(ticket)
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(self.by_priority().values())
+
+    def by_priority(self) -> dict[int, int]:
+        """How many wait, by priority."""
+        return {priority: sum(map(len, level.values())) for priority, level in self._levels.items()}
 
     def append(self, ticket: Ticket) -> None:
-        """Behind all of its affinity."""
-        self._waiting.setdefault(ticket.affinity, deque()).append(ticket)
+        """Behind all of its priority and affinity."""
+        self._levels.setdefault(ticket.priority, {}).setdefault(ticket.affinity, deque()).append(ticket)
 
-    def take(self, last: str | None, at_work: Iterable[str]) -> Ticket:
+    def take(self, last: str | None, at_work: Iterable[str], worker: str = "") -> Ticket:
         """The next ticket for a worker that did a unit of the affinity `last`, None for a new worker.
 
-        It goes on with its own affinity. Where none of that waits, it takes the affinity at which the fewest workers are
-        (`at_work`: of every busy one), of equal ones that which came first.
+        Among those of the first priority it goes on with its own affinity. Where none of that waits, it takes the affinity
+        at which the fewest workers are (`at_work`: of every busy one), of equal ones that which came first. In the affinity
+        it takes what it was promised, then what nobody was, then anything.
 
         Raises:
             IndexError: nothing waits.
         """
-        if not self._waiting:
+        if not self._levels:
             raise IndexError("no ticket waits")
-        if last is None or last not in self._waiting:
+        priority = min(self._levels)
+        level = self._levels[priority]
+        if last is None or last not in level:
             busy = Counter(at_work)
-            last = min(self._waiting, key=lambda affinity: busy[affinity])
-        tickets = self._waiting[last]
-        ticket = tickets.popleft()
-        if not tickets:
-            del self._waiting[last]
+            last = min(level, key=lambda affinity: busy[affinity])
+        ticket = _best_of(level[last], worker)
+        level[last].remove(ticket)
+        ticket.promised_to = ""
+        if not level[last]:
+            del level[last]
+        if not level:
+            del self._levels[priority]
         return ticket
 
-    def take_round(self, last: str | None, at_work: Iterable[str], num: int) -> list[Ticket]:
-        """`take`, and up to `num` in all that follow it in its affinity; a ticket that is to be alone is."""
-        tickets = [self.take(last, at_work)]
-        affinity = tickets[0].affinity
+    def promise(self, affinity: str, worker: str) -> Ticket | None:
+        """What the worker will probably take next, if it can be prepared: nobody else gets it before the others are gone."""
+        waiting = self._levels[min(self._levels)].get(affinity, ()) if self._levels else ()
+        ticket = next((t for t in waiting if t.promised_to == worker), None)
+        ticket = ticket or next((t for t in waiting if not t.promised_to), None)
+        if ticket is None or not ticket.prepared:
+            return None
+        ticket.promised_to = worker
+        return ticket
+
+    def take_round(self, last: str | None, at_work: Iterable[str], num: int, worker: str = "") -> list[Ticket]:
+        """`take`, and up to `num` in all that follow it in its priority and affinity; a ticket that is to be alone is."""
+        tickets = [self.take(last, at_work, worker)]
+        affinity, priority = tickets[0].affinity, tickets[0].priority
         while len(tickets) < num and not tickets[0].alone:
-            following = self._waiting.get(affinity)
+            following = self._levels.get(priority, {}).get(affinity)
             if not following or following[0].alone:
                 break
             tickets.append(self.take(affinity, ()))
         return tickets
+
+
+def _best_of(tickets: deque[Ticket], worker: str) -> Ticket:
+    """Promised to the worker, else promised to nobody, else the first."""
+    free = None
+    for ticket in tickets:
+        if not ticket.promised_to:
+            free = free or ticket
+            if not ticket.prepared:
+                break
+        elif ticket.promised_to == worker:
+            return ticket
+    return free or tickets[0]

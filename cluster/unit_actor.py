@@ -35,6 +35,14 @@ class Worker(Protocol):
         """
 
 
+class PreparingWorker(Worker, Protocol):
+    """The protocol of a worker class whose units may be `Unit.prepared`."""
+
+    def prepare(self, unit: Any, /) -> None:
+        """Note that `unit` probably follows the one that `run` gets next, and begin early with what it needs: in a thread, and
+        such that nothing depends on it. It may never come, or come in another process."""
+
+
 class ReplicaWorker(Worker, Protocol):
     """The protocol of a worker class whose ranks hold something together. It finds its place as a program started by
     `torchrun` does: in the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
@@ -129,9 +137,15 @@ class UnitActor:
 
         return self._call(-1, construct)
 
-    def run(self, serial: int, payload: Any, *, shadow: bool) -> Outcome:
-        """Do one unit, or shadow it. `serial` tells its pulses from those of the unit before."""
-        return self._call(serial, lambda: (self._worker.shadow if shadow else self._worker.run)(payload, self._report))
+    def run(self, serial: int, payload: Any, *, shadow: bool, ahead: Any = None) -> Outcome:
+        """Do one unit, or shadow it. `serial` tells its pulses from those of the unit before; `ahead` is to be prepared."""
+
+        def do() -> Any:
+            if ahead is not None:
+                self._worker.prepare(ahead)
+            return (self._worker.shadow if shadow else self._worker.run)(payload, self._report)
+
+        return self._call(serial, do)
 
     @ray.method(concurrency_group="pulse")
     def pulse(self) -> Pulse:

@@ -1,5 +1,6 @@
 """What goes into a pool and what comes back: units, events, errors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,12 @@ class Unit:
     """What the worker's `run` gets: small and picklable, such as a frozen dataclass; tensors go through files."""
     affinity: str = ""
     """Units of one affinity are best done by one worker, which then has open what they need, such as a model."""
+    priority: int = 0
+    """Of the units that wait, those of the lowest number are handed out first."""
+    prepared: bool = False
+    """Its worker has `prepare`: while a unit is at work, the worker is told which one probably follows."""
+    single: bool = False
+    """Done by a worker of one process, also where the pool's other workers are replicas."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +66,7 @@ class PoolEvents:
 
     def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
         """An attempt has failed; `error` is a traceback or says how the process ended."""
+
+    def released(self) -> Sequence[Unit]:
+        """Units that may begin only now. Asked for after every unit that is finished or set aside."""
+        return ()

@@ -55,16 +55,6 @@ class WorkerRecipe:
     """Of a replica; None for a worker of one process that is none."""
 
 
-@dataclass(frozen=True)
-class ParkedActor:
-    """An actor between two pools: its process has imported what workers need, which takes longer than most units."""
-
-    actor: Any
-    location: Location
-    num_cpus: float
-    num_gpus: float
-
-
 class WorkerSlot:
     """A slot makes actors, one set after another, and hands them their work."""
 
@@ -88,17 +78,17 @@ class WorkerSlot:
         return self._recipe.num_ranks or 1
 
     @property
+    def single(self) -> bool:
+        """Whether its worker is one process, and no replica."""
+        return self._recipe.num_ranks is None
+
+    @property
     def waits(self) -> bool:
         """Whether an actor has yet to answer."""
         return any(rank.call is not None for rank in self.ranks)
 
     def start(self) -> None:
-        """Take over a parked actor; where there is none, make actors and ask them where they are."""
-        if self._session.parked:
-            parked: ParkedActor = self._session.parked.pop()
-            self.ranks = [Rank(self.name, parked.actor, self._session)]
-            self.take_place(self.ranks[0], parked.location)
-            return
+        """Make actors and ask them where they are."""
         recipe = self._recipe
         resources = {"num_cpus": recipe.num_cpus, "num_gpus": recipe.num_gpus}
         if recipe.num_ranks is None:
@@ -134,23 +124,18 @@ class WorkerSlot:
             rank.rest()
         self._enter(SlotState.IDLE)
 
-    def assign(self, tickets: Sequence[Ticket]) -> None:
-        """Give the idle actors a unit each, and rank 0's to shadow to those that are left over."""
+    def assign(self, tickets: Sequence[Ticket], following: Ticket | None = None) -> None:
+        """Give the idle actors a unit each, and rank 0's to shadow to those that are left over.
+
+        Args:
+            tickets: one a rank, or fewer.
+            following: what a worker of one process prepares meanwhile.
+        """
         self.last_affinity = tickets[0].affinity
         self._enter(SlotState.BUSY)
         for index, rank in enumerate(self.ranks):
             shadow = index >= len(tickets)
-            rank.assign(tickets[0] if shadow else tickets[index], shadow=shadow)
-
-    def park(self) -> None:
-        """Leave an idle actor to the next pool. One with a whole GPU is not kept: its memory is wanted by others; nor is a
-        replica, whose ranks are bound to each other."""
-        recipe = self._recipe
-        if self.state is SlotState.IDLE and recipe.num_gpus < 1 and recipe.num_ranks is None:
-            rank = self.ranks[0]
-            assert rank.location is not None
-            self._session.parked.append(ParkedActor(rank.actor, rank.location, recipe.num_cpus, recipe.num_gpus))
-            self.clear()
+            rank.assign(tickets[0] if shadow else tickets[index], shadow=shadow, following=following)
 
     def clear(self) -> None:
         """Forget the actors."""
@@ -167,16 +152,6 @@ class WorkerSlot:
     def _enter(self, state: SlotState) -> None:
         self.state = state
         self.changed_at = time.monotonic()
-
-
-def end_unfit_actors(session: Session, recipe: WorkerRecipe) -> None:
-    """End the parked actors that a worker of `recipe` cannot be put into."""
-    wanted = (recipe.num_cpus, recipe.num_gpus, recipe.num_ranks)
-    fit = [parked for parked in session.parked if (parked.num_cpus, parked.num_gpus, None) == wanted]
-    for parked in session.parked:
-        if parked not in fit:
-            ray.kill(parked.actor, no_restart=True)
-    session.parked[:] = fit
 
 
 def end_slots(slots: Sequence[WorkerSlot]) -> None:

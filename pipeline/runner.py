@@ -1,11 +1,12 @@
-"""Runs what is not done yet, stage by stage; running again is how a run is resumed.
+"""Runs what is not done yet; running again is how a run is resumed.
 
-    for every stage: its units (name, fingerprint) -> those without a sound record of that fingerprint -> workers -> records
+    units of all stages (name, fingerprint) -> those without a sound record of that fingerprint -> workers -> records
 
 A unit is done when its manifest record is there, has the unit's fingerprint, and all its outputs have the recorded size and
 checksum. The driver writes the record after the worker has made the outputs durable; a crash costs the units in flight.
 
-`pipeline.study` drives many runs at once through the same parts: `driven_runs` here, `pipeline.wave`.
+A unit begins when its inputs are done (`pipeline.schedule`), and the workers get those that are ready (`pipeline.drive`).
+`pipeline.study` drives many runs at once through the same parts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.metrics import UnitMetrics
-from cluster.units import UnitsFailed
 from pipeline.context import Run, RunContext
+from pipeline.drive import drive
 from pipeline.event_log import EventLog
+from pipeline.schedule import DrivenRun
 from pipeline.stages.activations import Activations
 from pipeline.stages.assembly import Assembly
 from pipeline.stages.distillation import Distillation
@@ -36,7 +37,6 @@ from pipeline.stages.refinement import Refinement
 from pipeline.stages.selection import Selection
 from pipeline.stages.stage import Stage
 from pipeline.stages.trajectories import Trajectories
-from pipeline.wave import DrivenRun, LazySession, Task, pending_units, run_tasks
 from storage.manifest import DamagedRecord, Manifest, OutputFile, UnitRecord
 from storage.run_directory import RunDirectory
 
@@ -92,47 +92,10 @@ def run_stages(run: Run, console: Console) -> RunSummary:
         RunLocked: another driver works on the run.
         UnitsFailed, WorkersFailed: units that could not be done; everything else is kept.
     """
-    summary, metrics = RunSummary(), None
-    with driven_runs({"": run}, console) as [driven], LazySession(run.context.config) as session:
-        for stage in STAGES:
-            for wave in stage.waves(run):
-                pending = pending_units(driven, stage, wave)
-                summary.kept[stage.name] = summary.kept.get(stage.name, 0) + len(wave) - len(pending)
-                summary.done[stage.name] = summary.done.get(stage.name, 0) + len(pending)
-                if pending:
-                    session.open()
-                    metrics = metrics or UnitMetrics()
-                    with _counted(metrics, stage.name) as recorded:
-                        run_tasks(
-                            stage,
-                            [Task(driven, unit, unit.payload) for unit in pending],
-                            worker=(stage.worker_class, stage.settings(run)),
-                            num_done=len(wave) - len(pending),
-                            console=console,
-                            recorded=recorded,
-                        )
+    with driven_runs({"": run}, console) as [driven]:
+        counts = drive([driven], STAGES, console).counts
         driven.log.write("run_finished")
-    return summary
-
-
-@contextlib.contextmanager
-def _counted(metrics: UnitMetrics, stage: str) -> Iterator[Callable[[Task, UnitRecord], None]]:
-    """What the units of a wave take is counted for Prometheus."""
-
-    def recorded(task: Task, record: UnitRecord) -> None:
-        metrics.finished(
-            stage,
-            seconds=record.seconds,
-            attempt=record.attempt,
-            num_bytes=sum(output.num_bytes for output in record.outputs),
-            peak_memory_bytes=record.peak_memory_bytes,
-        )
-
-    try:
-        yield recorded
-    except UnitsFailed as error:
-        metrics.set_aside(stage, len(error.failures))
-        raise
+    return RunSummary(dict(counts.done), dict(counts.kept))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from storage.run_directory import RunDirectory
 from workers.messages import DistillationSettings, MethodPlan, Progress, SampleUnit, SegmentUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
+from workers.read_ahead import ReadAhead
 
 
 class DistillationWorker:
@@ -33,10 +34,17 @@ class DistillationWorker:
         self._config = transformer_config(settings.source.model)
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
+        self._entries = ReadAhead(self._store.read)
+        self._ahead: tuple[str, ...] = ()
         self._rotaries: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, unit: SegmentUnit) -> None:
+        """Has the entry activations of the segment read while the next one is calibrated."""
+        self._ahead = self._entry_names(unit)
 
     def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
         """Calibrates and writes the segment's blocks, or rounds the linears outside the blocks if it has none."""
+        self._entries.stop()
         outputs: list[OutputFile] = []
         result: dict[str, Any] = {"method": unit.method.name, "blocks": {}}
         if unit.blocks:
@@ -44,6 +52,7 @@ class DistillationWorker:
                 outputs.append(self._write(unit.method, distilled.name, distilled.name, distilled.layers))
                 result["blocks"][distilled.name] = block_summary(distilled)
         else:
+            self._read_ahead()
             outputs.append(self._write(unit.method, "auxiliary", "", self._auxiliary_layers(unit.method)))
         return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
 
@@ -51,8 +60,11 @@ class DistillationWorker:
         method, source = unit.method, self._settings.source
         blocks = {name: load_block(source.model, name, device=self._device, dtype=self._dtype) for name in unit.blocks}
         bits = {name: _bits_inside(method, name) for name in blocks}
-        needed = method.recipe.needs_activations
-        samples = [self._sample(sample, unit.blocks[0]) for sample in self._settings.samples] if needed else []
+        samples = [
+            self._sample(sample, entry)
+            for sample, entry in zip(self._settings.samples, self._entry_names(unit), strict=False)
+        ]
+        self._read_ahead()
         rows = [self._store.read(f"trajectories/{prompt.name}/temb") for prompt in self._settings.prompts]
         return distill_segment(
             self._family,
@@ -66,8 +78,19 @@ class DistillationWorker:
             progress=progress,
         )
 
+    def _read_ahead(self) -> None:
+        """After the unit's own arrays, with which it would compete."""
+        ahead, self._ahead = self._ahead, ()
+        self._entries.begin(ahead)
+
+    def _entry_names(self, unit: SegmentUnit) -> tuple[str, ...]:
+        """Arrays of the streams in front of the segment, one a sample; none if its method reads none."""
+        if not unit.blocks or not unit.method.recipe.needs_activations:
+            return ()
+        return tuple(f"activations/{sample.name}/{unit.blocks[0]}" for sample in self._settings.samples)
+
     def _sample(self, sample: SampleUnit, entry: str) -> Sample:
-        stream = self._store.read(f"activations/{sample.name}/{entry}").to(self._dtype)
+        stream = self._entries.take(entry).to(self._dtype)
         temb = self._store.read(f"activations/{sample.name}/temb").unsqueeze(0)
         latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
         num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]

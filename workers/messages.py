@@ -11,6 +11,7 @@ from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from storage.manifest import OutputFile
+from workers.usage import Usage
 
 Progress = Callable[[int, int], None]
 """Called by a worker with (done, total) while it works on a unit."""
@@ -26,6 +27,8 @@ class UnitOutput:
     device: str
     peak_memory_bytes: int
     """Of the worker process (resident set), or of the GPU where there is one."""
+    usage: Usage | None = None
+    """What the unit took, by who ran it."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pipeline.report.measurements import (
 from pipeline.report.quantities import bytes_text, decibels_text, seconds_text
 from pipeline.report.run_data import STAGES, RunData, read_run, reads_activations
 from pipeline.report.timeline import Timeline, read_timeline
+from pipeline.report.usage import usage_rows
 from storage.atomic_files import write_bytes_atomic
 from storage.run_directory import RunDirectory
 
@@ -125,7 +126,9 @@ def _view(run: RunData) -> dict[str, Any]:
         "weakest": {name: _weakest_layers(found) for name, found in blocks.items()},
         "without_data": [method["name"] for method in run.methods if not reads_activations(method)],
         "stages": [_stage_row(run, read, stage) for stage in STAGES],
+        "usage": usage_rows(read, STAGES, threads=run.config["numerics"]["threads"]),
         "timeline": run_plots.timeline(read, STAGES),
+        "gantt": run_plots.gantt(read, STAGES),
         "num_drivers": len(read.resumed_s) + 1,
         "machines": _machines(run),
         "configuration": _configuration(run.config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from pipeline.report.figure import ACCENT, MAP, MUTED, WARNING, Picture, figure, figure_text, to_picture
+from pipeline.report.figure import ACCENT, MAP, MUTED, WARNING, Picture, figure, figure_text, ticks, to_picture
 from pipeline.report.measurements import ModelMeasurements
 from pipeline.report.timeline import Bar, Timeline
 
@@ -27,7 +28,7 @@ def timeline(read: Timeline, stages: Sequence[str]) -> Picture | None:
     with figure(11, 0.7 + 0.34 * len(stages)) as drawn:
         axes = drawn.subplots()
         for band, stage in enumerate(stages):
-            colour = MAP(0.08 + 0.75 * band / max(1, len(stages) - 1))
+            colour = _stage_colour(stage, stages)
             bars = [bar for bar in read.bars if bar.stage == stage]
             _band(axes, bars, band, colour, total_s=read.total_s, scale=seconds_per_unit)
         for resumed in read.resumed_s:
@@ -46,6 +47,53 @@ def timeline(read: Timeline, stages: Sequence[str]) -> Picture | None:
         if handles:
             axes.legend(handles=handles, frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
         return to_picture(drawn, f"Timeline of {len(read.bars)} attempts at units")
+
+
+def gantt(read: Timeline, stages: Sequence[str]) -> Picture | None:
+    """One lane a worker, one bar a unit in the colour of its stage; None without any unit."""
+    if not read.bars:
+        return None
+    unit, scale = _time_unit(read.total_s)
+    workers = sorted({bar.worker for bar in read.bars}, key=_worker_order)
+    present = [stage for stage in stages if any(bar.stage == stage for bar in read.bars)]
+    with figure(11, 1.1 + min(8.0, 0.3 * len(workers))) as drawn:
+        axes = drawn.subplots()
+        for stage in present:
+            own = [bar for bar in read.bars if bar.stage == stage]
+            axes.barh(
+                [workers.index(bar.worker) for bar in own],
+                [max(bar.seconds, read.total_s / 800) / scale for bar in own],
+                left=[bar.start_s / scale for bar in own],
+                height=0.8,
+                color=_stage_colour(stage, stages),
+                edgecolor=["white" if bar.outcome == "finished" else WARNING for bar in own],
+                hatch=["" if bar.outcome == "finished" else "////" for bar in own],
+                linewidth=0.3,
+                rasterized=len(read.bars) > MAX_VECTOR_BARS,
+            )
+        for resumed in read.resumed_s:
+            axes.axvline(resumed / scale, color=WARNING, lw=0.9, ls=(0, (4, 3)))
+        shown = ticks(len(workers), 40)
+        axes.set_yticks(shown, [workers[i] for i in shown])
+        axes.set_ylim(len(workers) - 0.4, -0.6)
+        axes.set_xlim(0, read.total_s / scale)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(f"time with a driver at work, {unit}")
+        handles = [Patch(color=_stage_colour(stage, stages), label=stage) for stage in present]
+        if any(bar.outcome != "finished" for bar in read.bars):
+            handles.append(Patch(facecolor="white", edgecolor=WARNING, hatch="////", label="failed or lost"))
+        axes.legend(handles=handles, frameon=False, fontsize=8, ncols=8, loc="lower left", bbox_to_anchor=(0, 1))
+        return to_picture(drawn, f"Gantt chart of {len(read.bars)} attempts at units on {len(workers)} workers")
+
+
+def _worker_order(worker: str) -> list[int]:
+    """`worker-2` before `worker-10`, and a replica's ranks after the worker of one process with its number."""
+    return [int(part) for part in re.findall(r"\d+", worker)]
+
+
+def _stage_colour(stage: str, stages: Sequence[str]) -> Colour:
+    return MAP(0.08 + 0.75 * stages.index(stage) / max(1, len(stages) - 1))
 
 
 def fidelity(models: Sequence[ModelMeasurements]) -> Picture | None:

@@ -20,6 +20,8 @@ class Bar:
     seconds: float
     outcome: str
     """`finished`, `failed`, or `lost`: under way when its driver ended."""
+    usage: Mapping[str, Any] | None = None
+    """Of a finished unit (`workers.usage.Usage`)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Timeline:
     total_s: float
     """Time with a driver at work."""
     stage_s: Mapping[str, float]
-    """Elapsed time by stage: of its own units, worker start included."""
+    """Time by stage with a unit of it under way; stages overlap."""
     finished: bool
     """Whether the last driver came to the end."""
     began: datetime | None
@@ -43,13 +45,10 @@ class Timeline:
 class _Reader:
     bars: list[Bar] = field(default_factory=list)
     resumed_s: list[float] = field(default_factory=list)
-    stage_s: dict[str, float] = field(default_factory=dict)
     running: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
     session_began: datetime | None = None
     offset_s: float = 0.0
     now_s: float = 0.0
-    stage: str | None = None
-    stage_began_s: float = 0.0
     finished: bool = False
 
     def at(self, time: datetime) -> None:
@@ -64,24 +63,14 @@ class _Reader:
         self.session_began, self.offset_s, self.finished = time, self.now_s, False
 
     def end_session(self) -> None:
-        self.end_stage()
         for (stage, unit), (start, worker) in self.running.items():
             self.bars.append(Bar(stage, unit, worker, start, self.now_s - start, "lost"))
         self.running.clear()
 
-    def begin_stage(self, stage: str, *, pending: int) -> None:
-        self.end_stage()
-        self.stage, self.stage_began_s = (stage if pending else None), self.now_s
-
-    def end_stage(self) -> None:
-        if self.stage is not None:
-            self.stage_s[self.stage] = self.stage_s.get(self.stage, 0.0) + self.now_s - self.stage_began_s
-        self.stage = None
-
-    def end_unit(self, key: tuple[str, str], outcome: str) -> None:
+    def end_unit(self, key: tuple[str, str], outcome: str, usage: Mapping[str, Any] | None = None) -> None:
         if key in self.running:
             start, worker = self.running.pop(key)
-            self.bars.append(Bar(*key, worker, start, self.now_s - start, outcome))
+            self.bars.append(Bar(*key, worker, start, self.now_s - start, outcome, usage))
 
 
 def read_timeline(events: Iterable[Mapping[str, Any]]) -> Timeline:
@@ -99,19 +88,27 @@ def read_timeline(events: Iterable[Mapping[str, Any]]) -> Timeline:
             continue
         reader.at(time)
         key = (str(event.get("stage")), str(event.get("unit")))
-        if kind == "stage":
-            reader.begin_stage(key[0], pending=int(event.get("pending", 0)))
-        elif kind == "unit_started":
+        if kind == "unit_started":
             reader.end_unit(key, "lost")
             reader.running[key] = (reader.now_s, str(event.get("worker", "")))
         elif kind in ("unit_finished", "unit_failed"):
-            reader.end_unit(key, kind.removeprefix("unit_"))
+            reader.end_unit(key, kind.removeprefix("unit_"), event.get("usage"))
         elif kind == "run_finished":
             reader.end_session()
             reader.finished = True
     reader.end_session()
     bars = tuple(sorted(reader.bars, key=lambda bar: (bar.start_s, bar.stage, bar.unit)))
     began, ended = (times[0], times[-1]) if times else (None, None)
+    stage_s = {stage: _covered_s(bar for bar in bars if bar.stage == stage) for stage in {bar.stage for bar in bars}}
     return Timeline(
-        bars, tuple(reader.resumed_s), reader.now_s, reader.stage_s, finished=reader.finished, began=began, ended=ended
+        bars, tuple(reader.resumed_s), reader.now_s, stage_s, finished=reader.finished, began=began, ended=ended
     )
+
+
+def _covered_s(bars: Iterable[Bar]) -> float:
+    """Time with at least one of the bars, which come in order of their starts."""
+    covered_s = end_s = 0.0
+    for bar in bars:
+        covered_s += max(0.0, bar.start_s + bar.seconds - max(bar.start_s, end_s))
+        end_s = max(end_s, bar.start_s + bar.seconds)
+    return covered_s

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pipeline.context import Run
 from pipeline.stages.selection import selected_samples
-from pipeline.stages.stage import StageUnit, require, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require, unit
 from workers.activation_worker import ActivationWorker
-from workers.messages import ActivationSettings
+from workers.messages import ActivationSettings, SampleUnit
 
 
 class Activations:
@@ -21,24 +23,16 @@ class Activations:
         boundaries = tuple(segment[0] for segment in context.segments)
         return ActivationSettings(context.source, context.generation, boundaries, context.sharding)
 
-    def waves(self, run: Run) -> list[list[StageUnit]]:
-        """All samples at once."""
+    def plan(self, run: Run) -> list[UnitPlan]:
+        """Each depends on its prompt's trajectory; which there are, on the selection."""
         if not any(method.needs_activations for method in run.context.methods):
             return []
-        settings = self.settings(run)
-        return [
-            [
-                unit(
-                    self.name,
-                    sample.name,
-                    sample,
-                    {
-                        "trajectory": require(run, "trajectories", sample.prompt_name).fingerprint,
-                        "step": sample.step,
-                        "boundaries": settings.boundaries,
-                    },
-                    shared=True,
-                )
-                for sample in selected_samples(run)
-            ]
-        ]
+        return [UnitPlan(sample.name, partial(self._unit, run, sample)) for sample in selected_samples(run)]
+
+    def _unit(self, run: Run, sample: SampleUnit) -> StageUnit:
+        depends = {
+            "trajectory": require(run, "trajectories", sample.prompt_name).fingerprint,
+            "step": sample.step,
+            "boundaries": self.settings(run).boundaries,
+        }
+        return unit(self.name, sample.name, sample, depends, shared=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import PurePosixPath
 
 from pipeline.context import Run
 from pipeline.stages.distillation import parts
-from pipeline.stages.stage import StageUnit, require, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from storage.manifest import UnitRecord
@@ -37,12 +38,12 @@ class Assembly:
         }
         return AssemblySettings(run.context.source, config.assembly.max_shard_bytes, provenance)
 
-    def waves(self, run: Run) -> list[list[StageUnit]]:
-        """All methods at once."""
-        return [[self._unit(run, method) for method in run.context.methods]]
+    def plan(self, run: Run) -> list[UnitPlan]:
+        """Each depends on its method's blocks, and on its refinement if it has one."""
+        return [UnitPlan(method.name, partial(self._unit, run, method)) for method in run.context.methods]
 
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
-        records = [require(run, "distillation", f"{method.name}-{name}") for name, _ in parts(run)]
+        records = require_all(run, "distillation", [f"{method.name}-{name}" for name, _ in parts(run)])
         label = run.context.config.bits.label
         artifacts = tuple(output.path for record in records for output in record.outputs)
         sparse, velocity, refined = sparse_attention(method, records), None, None

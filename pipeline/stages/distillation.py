@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from pipeline.context import Run
 from pipeline.stages.selection import selected_samples
-from pipeline.stages.stage import StageUnit, require, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
 from workers.distillation_worker import DistillationWorker
 from workers.messages import DistillationSettings, MethodPlan, SegmentUnit
 
@@ -28,27 +29,27 @@ class Distillation:
             context.config.distillation.on_failure == "gptq",
         )
 
-    def waves(self, run: Run) -> list[list[StageUnit]]:
-        """All methods and segments at once."""
+    def plan(self, run: Run) -> list[UnitPlan]:
+        """A segment depends on the activations only if its method reads them; workers get to know the selection at once."""
+        selected_samples(run)
         return [
-            [self._unit(run, method, name, blocks) for method in run.context.methods for name, blocks in parts(run)]
+            UnitPlan(f"{method.name}-{name}", partial(self._unit, run, method, name, blocks))
+            for method in run.context.methods
+            for name, blocks in parts(run)
         ]
 
     def _unit(self, run: Run, method: MethodPlan, name: str, blocks: tuple[str, ...]) -> StageUnit:
         context = run.context
-        reads = method.recipe.needs_activations and bool(blocks)
+        samples = [s.name for s in selected_samples(run)] if method.recipe.needs_activations and blocks else []
+        prompts = [p.name for p in context.calibration_prompts] if blocks else []
         depends: dict[str, Any] = {
             **context.base_fingerprint(),
             "method": asdict(method.recipe),
             "bits": {name: asdict(bits) for name, bits in method.bits.items() if _belongs(context, name, blocks)},
             "blocks": blocks,
             "on_failure": context.config.distillation.on_failure,
-            "activations": [require(run, "activations", s.name).fingerprint for s in selected_samples(run)]
-            if reads
-            else [],
-            "trajectories": [
-                require(run, "trajectories", p.name).fingerprint for p in context.calibration_prompts if blocks
-            ],
+            "activations": [record.fingerprint for record in require_all(run, "activations", samples)],
+            "trajectories": [record.fingerprint for record in require_all(run, "trajectories", prompts)],
         }
         full = f"{method.name}-{name}"
         return unit(self.name, full, SegmentUnit(full, method, blocks), depends)

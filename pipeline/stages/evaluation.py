@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 from pipeline.context import Run
 from pipeline.stages.assembly import checkpoint_path
-from pipeline.stages.stage import StageUnit, require, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require, unit
 from storage.manifest import fingerprint
 from workers.evaluation_worker import OTHER_ATTENTION, EvaluationWorker
 from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit
@@ -34,20 +35,28 @@ class Evaluation:
             context.sharding,
         )
 
-    def waves(self, run: Run) -> list[list[StageUnit]]:
-        """The full-precision videos first: the others are compared with them."""
+    def plan(self, run: Run) -> list[UnitPlan]:
+        """The full-precision videos depend on nothing, a method's on its checkpoint and on the former."""
         prompts = run.context.held_out_prompts
-        references = {prompt.name: self._unit(run, prompt, REFERENCE, None, "") for prompt in prompts}
-        compared = []
-        for method in run.context.methods:
-            assembled = require(run, "assembly", method.name).fingerprint
-            for prompt in prompts:
-                upstream = fingerprint({"assembly": assembled, "reference": references[prompt.name].fingerprint})
-                compared.append(self._unit(run, prompt, method.name, checkpoint_path(run, method.name), upstream))
-        floors = (
-            [self._noise_floor(run, prompt) for prompt in prompts] if run.context.config.evaluation.noise_floor else []
-        )
-        return [[*references.values(), *floors], compared]
+        plans = [
+            UnitPlan(f"{REFERENCE}-{prompt.name}", partial(self._unit, run, prompt, REFERENCE, None, ""))
+            for prompt in prompts
+        ]
+        if run.context.config.evaluation.noise_floor:
+            plans += [
+                UnitPlan(f"{NOISE_FLOOR}-{prompt.name}", partial(self._noise_floor, run, prompt)) for prompt in prompts
+            ]
+        return plans + [
+            UnitPlan(f"{method.name}-{prompt.name}", partial(self._compared, run, prompt, method.name))
+            for method in run.context.methods
+            for prompt in prompts
+        ]
+
+    def _compared(self, run: Run, prompt: PromptUnit, method: str) -> StageUnit:
+        assembled = require(run, "assembly", method).fingerprint
+        reference = require(run, self.name, f"{REFERENCE}-{prompt.name}").fingerprint
+        upstream = fingerprint({"assembly": assembled, "reference": reference})
+        return self._unit(run, prompt, method, checkpoint_path(run, method), upstream)
 
     def _unit(self, run: Run, prompt: PromptUnit, model: str, checkpoint: str | None, upstream: str) -> StageUnit:
         settings = self.settings(run)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from pipeline.context import Run
 from pipeline.stages.assembly import sparse_attention
 from pipeline.stages.distillation import parts
 from pipeline.stages.selection import selected_samples
-from pipeline.stages.stage import StageUnit, require, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
 from workers.messages import MethodPlan, RefinementSettings, RefinementUnit
 from workers.refinement_worker import RefinementWorker
 
@@ -27,24 +28,28 @@ class Refinement:
             context.source, context.generation, selected_samples(run), context.calibration_prompts
         )
 
-    def waves(self, run: Run) -> list[list[StageUnit]]:
-        """All such methods at once."""
+    def plan(self, run: Run) -> list[UnitPlan]:
+        """Each depends on its method's blocks, and on the calibration data that it reads."""
         methods = [method for method in run.context.methods if method.is_refined]
-        return [[self._unit(run, method) for method in methods]] if methods else []
+        return [UnitPlan(method.name, partial(self._unit, run, method)) for method in methods]
 
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
         settings = self.settings(run)
-        records = [require(run, "distillation", f"{method.name}-{name}") for name, _ in parts(run)]
+        records = require_all(run, "distillation", [f"{method.name}-{name}" for name, _ in parts(run)])
         artifacts = tuple(output.path for record in records for output in record.outputs)
         sparse = sparse_attention(method, records)
         depends: dict[str, Any] = {
             **run.context.base_fingerprint(),
             "blocks": [record.fingerprint for record in records],
             "inference": asdict(method.inference),
-            "drift": [require(run, "activations", sample.name).fingerprint for sample in settings.samples]
+            "drift": [
+                record.fingerprint for record in require_all(run, "activations", [s.name for s in settings.samples])
+            ]
             if method.drift_repair
             else None,
-            "velocity": [require(run, "trajectories", prompt.name).fingerprint for prompt in settings.prompts]
+            "velocity": [
+                record.fingerprint for record in require_all(run, "trajectories", [p.name for p in settings.prompts])
+            ]
             if method.velocity_correction
             else None,
         }

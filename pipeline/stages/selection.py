@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.context import Run
-from pipeline.stages.stage import StageUnit, require, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
 from workers.messages import SampleUnit, SelectionSettings, SelectionUnit
 from workers.selection_worker import SelectionWorker
 
@@ -19,20 +19,27 @@ class Selection:
         chosen = run.context.config.selection
         return SelectionSettings(run.context.source, chosen.strategy, chosen.quantization_feature, chosen.num_samples)
 
-    def waves(self, run: Run) -> list[list[StageUnit]]:
+    def plan(self, run: Run) -> list[UnitPlan]:
         """One unit over all trajectories."""
+        return [UnitPlan("selection", lambda: self._unit(run))]
+
+    def _unit(self, run: Run) -> StageUnit:
         settings, prompts = self.settings(run), run.context.calibration_prompts
         depends = {
-            "trajectories": [require(run, "trajectories", p.name).fingerprint for p in prompts],
+            "trajectories": [r.fingerprint for r in require_all(run, "trajectories", [p.name for p in prompts])],
             "seed": run.context.config.seed,
             "strategy": settings.strategy,
             "quantization_feature": settings.quantization_feature,
             "num_samples": settings.num_samples,
         }
-        return [[unit(self.name, "selection", SelectionUnit("selection", prompts), depends)]]
+        return unit(self.name, "selection", SelectionUnit("selection", prompts), depends)
 
 
 def selected_samples(run: Run) -> tuple[SampleUnit, ...]:
-    """The chosen candidates, in the order of the selection."""
+    """The chosen candidates, in the order of the selection.
+
+    Raises:
+        NotDone: before the selection.
+    """
     chosen = require(run, "selection", "selection").result["chosen"]
     return tuple(SampleUnit(f"{c['prompt']}-step-{c['step']:03d}", c["prompt"], c["step"]) for c in chosen)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 from pipeline.context import Run
-from pipeline.stages.stage import StageUnit, unit
-from workers.messages import TrajectorySettings
+from pipeline.stages.stage import StageUnit, UnitPlan, unit
+from workers.messages import PromptUnit, TrajectorySettings
 from workers.trajectory_worker import TrajectoryWorker
 
 
@@ -27,8 +28,8 @@ class Trajectories:
             context.sharding,
         )
 
-    def waves(self, run: Run) -> list[list[StageUnit]]:
-        """All prompts at once."""
+    def plan(self, run: Run) -> list[UnitPlan]:
+        """They depend on nothing."""
         settings = self.settings(run)
         depends = {
             **run.context.base_fingerprint(),
@@ -36,5 +37,8 @@ class Trajectories:
             "weight_bits": settings.weight_bits,
             "salience_tokens": settings.salience_tokens,
         }
-        prompts = run.context.calibration_prompts
-        return [[unit(self.name, p.name, p, {**depends, "prompt": p.prompt}, shared=True) for p in prompts]]
+
+        def make(prompt: PromptUnit) -> StageUnit:
+            return unit(self.name, prompt.name, prompt, {**depends, "prompt": prompt.prompt}, shared=True)
+
+        return [UnitPlan(prompt.name, partial(make, prompt)) for prompt in run.context.calibration_prompts]

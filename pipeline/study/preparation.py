@@ -191,14 +191,16 @@ class _Counting:
             manifest = self._manifests[run.label]
             planned = Run(context, RunDirectory(run.config.run.absolute()), manifest)
             try:
-                units = [unit for wave in stage.waves(planned) for unit in wave]
-            except (
-                AssertionError,
-                LookupError,
-            ):  # it reads a result that is not there yet, or a unit that was not known
+                plans = stage.plan(planned)
+            except LookupError:  # it reads a result that is not there yet
                 count.unknown_runs += 1
                 continue
-            for unit in units:
+            for plan in plans:
+                try:
+                    unit = plan.make()
+                except LookupError:  # so does this one, or it depends on a unit that was not known
+                    count.unknown_runs += 1
+                    break
                 count.separate += 1
                 count.at_most |= manifest.guessed
                 real = _real_record(run, stage.name, unit.name, unit.fingerprint)

@@ -15,13 +15,13 @@ from typing import Any
 
 from pipeline.context import Run
 from pipeline.runner import provenance
+from pipeline.schedule import done_record
 from pipeline.stages.distillation import Distillation
 from pipeline.stages.evaluation import Evaluation
-from pipeline.stages.stage import StageUnit
+from pipeline.stages.stage import known_units
 from pipeline.study.driver import Failure, StudyOutcome
 from pipeline.study.expansion import Setting, Study, StudyRun
 from pipeline.study.intervals import Interval, mean_interval
-from pipeline.wave import done_record
 from storage.manifest import UnitRecord
 
 FORMAT_VERSION = 1
@@ -196,7 +196,7 @@ def _seed_result(
     if failure is not None and failure.stage != Evaluation.name:
         return SeedResult(planned.label, message), {}
     records: dict[str, dict[str, UnitRecord]] = {}
-    for unit in _units(Evaluation().waves(run)):
+    for unit in known_units(Evaluation(), run):
         record = done_record(run, Evaluation.name, unit)
         if record is not None:
             model = FULL_PRECISION if unit.payload.checkpoint is None else planned.setting.name
@@ -204,7 +204,7 @@ def _seed_result(
             records.setdefault(kind, {})[unit.payload.prompt.name] = record
     assembled = run.manifest.read("assembly", run.context.methods[0].name)
     size = {} if assembled is None else assembled.result
-    segments = [unit for unit in _units(Distillation().waves(run)) if getattr(unit.payload, "blocks", ())]
+    segments = [unit for unit in known_units(Distillation(), run) if unit.payload.blocks]
     distilled = [done_record(run, Distillation.name, unit) for unit in segments]
     own = records.pop(planned.setting.name, {})
     result = SeedResult(
@@ -216,10 +216,6 @@ def _seed_result(
         round(sum(record.seconds for record in distilled if record is not None), 3),
     )
     return result, records
-
-
-def _units(waves: Iterable[Sequence[StageUnit]]) -> list[StageUnit]:
-    return [unit for wave in waves for unit in wave]
 
 
 def _numbers(records: Mapping[str, UnitRecord]) -> dict[str, dict[str, float]]:

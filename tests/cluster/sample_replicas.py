@@ -57,3 +57,18 @@ class SampleReplica(SampleWorker):
         """The process's environment, after a meeting."""
         self.meet()
         return dict(os.environ)
+
+
+class RankOrAlone:
+    """`SampleReplica` as a rank, `SampleWorker` as a process of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.worker: Any = (SampleReplica if "RANK" in os.environ else SampleWorker)(settings)
+
+    def run(self, unit: tuple[Any, ...], progress: Progress, /) -> Any:
+        """Do `unit`."""
+        return self.worker.run(unit, progress)
+
+    def shadow(self, unit: tuple[Any, ...], progress: Progress, /) -> None:
+        """Meet the others, who do `unit`."""
+        self.worker.shadow(unit, progress)

@@ -127,3 +127,20 @@ class SampleWorker:
         """Make noise."""
         os.write(1, b"noise on standard output\n")
         os.write(2, b"noise on standard error\n")
+
+
+class PreparingSample(SampleWorker):
+    """Notes what it is to prepare; says of a unit whether it has prepared it."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.prepared: set[str] = set()
+
+    def prepare(self, unit: tuple[Any, ...]) -> None:
+        """Note it."""
+        self.prepared.add(unit[1])
+
+    def do_prepared(self, progress: Callable[[int, int], None], name: str) -> bool:
+        """Take a while."""
+        time.sleep(0.05)
+        return name in self.prepared

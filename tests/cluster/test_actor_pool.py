@@ -10,7 +10,7 @@ import pytest
 
 from cluster.actor_pool import PoolEvents, Unit, UnitsFailed, WorkersFailed, run_units
 from cluster.session import Session
-from tests.cluster.sample_workers import SampleWorker, Settings
+from tests.cluster.sample_workers import PreparingSample, SampleWorker, Settings
 
 pytestmark = pytest.mark.usefixtures("session")
 
@@ -87,6 +87,57 @@ def test_a_worker_does_units_of_one_affinity_in_a_row(tmp_path: Path) -> None:
     units = [Unit(f"double-{i}", ("double", f"double-{i}", i), affinity="ab"[i % 2]) for i in range(6)]
     assert list(run(units, tmp_path, num_workers=1, events=recorder)) == [unit.name for unit in units]
     assert [name for name, _ in recorder.of("started")] == [f"double-{i}" for i in (0, 2, 4, 1, 3, 5)]
+
+
+def test_the_first_priority_goes_before_affinity(tmp_path: Path) -> None:
+    recorder = Recorder()
+    units = [
+        Unit(f"double-{i}", ("double", f"double-{i}", i), affinity="ab"[i % 2], priority=-(i // 2)) for i in range(6)
+    ]
+    run(units, tmp_path, num_workers=1, events=recorder)
+    assert [name for name, _ in recorder.of("started")] == [f"double-{i}" for i in (4, 5, 3, 2, 0, 1)]
+
+
+class Chain(Recorder):
+    """Every unit that ends releases the next one, which joins those under way."""
+
+    def __init__(self, units: list[Unit]) -> None:
+        super().__init__()
+        self.units = units
+
+    def released(self) -> list[Unit]:
+        return [self.units.pop(0)] if self.units else []
+
+
+def test_units_released_by_others_join_the_pool_and_bring_workers_along(tmp_path: Path) -> None:
+    chain = Chain([Unit("bad", ("raise", "bad", "value")), Unit("slow", ("wait", "slow")), *doubles(2)])
+    first = [Unit("first", ("double", "first", 1)), Unit("go", ("steps", 20, 0.05))]
+    chain.units.append(Unit("meet", ("meet", "meet", 2)))
+    (tmp_path / "go").touch()
+    with pytest.raises(UnitsFailed, match="1 of 7 units failed: bad") as caught:
+        run(first, tmp_path, events=chain)
+    assert list(caught.value.results) == ["first", "go", "slow", "double-0", "double-1", "meet"]
+    assert [attempts(tmp_path, name) for name in ("first", "bad", "slow", "meet")] == [1] * 4
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_prepares_the_unit_that_it_gets_next(num_workers: int, tmp_path: Path) -> None:
+    units = [Unit(f"unit-{i}", ("prepared", f"unit-{i}"), prepared=True) for i in range(8)]
+    results = run_units(
+        PreparingSample, Settings(tmp_path), units, num_workers=num_workers, num_cpus=0.5, stall_timeout_s=30.0
+    )
+    assert list(results) == [unit.name for unit in units]
+    # The last one may be taken from a worker that is still at work.
+    assert sum(results.values()) >= 8 - 2 * num_workers + 1
+
+
+def test_a_worker_with_nothing_to_do_leaves(tmp_path: Path) -> None:
+    numbers: list[int] = []
+    recorder = Recorder({"progress": lambda name: numbers.append(len(living_workers(tmp_path)))})
+    units = [Unit("meet", ("meet", "meet", 2)), Unit("slow", ("steps", 60, 0.05))]
+    run(units, tmp_path, idle_timeout_s=0.3, events=recorder)
+    assert max(numbers) == 2
+    assert numbers[-1] == 1, "its GPU is free for others"
 
 
 def test_no_more_workers_than_units(tmp_path: Path) -> None:
@@ -275,22 +326,3 @@ def test_an_empty_unit_costs_little(tmp_path: Path) -> None:
     run([Unit(str(index), ("print",)) for index in range(300)], tmp_path, num_workers=1, events=recorder)
     per_unit_ms = (times[-1] - times[0]) / (len(times) - 1) * 1e3
     assert per_unit_ms < 10, f"{per_unit_ms:.2f} ms a unit; 0.9 ms on an idle machine"
-
-
-def test_kept_workers_serve_the_next_call_and_unfit_ones_are_ended(session: Session, tmp_path: Path) -> None:
-    both = [Unit(f"meet-{index}", ("meet", f"meet-{index}", 2)) for index in range(2)]
-    run(both, tmp_path, keep_workers=True)
-    kept = living_workers(tmp_path)
-    assert len(kept) == len(session.parked) == 2
-    assert run(doubles(4), tmp_path, keep_workers=True) == {f"double-{index}": 2 * index for index in range(4)}
-    still = living_workers(tmp_path)
-    assert still, "at least one process has served both calls"
-    assert set(still) <= set(kept), "no new process was needed"
-    os.kill(still[0], signal.SIGKILL)
-    assert len(run(doubles(3), tmp_path, keep_workers=True)) == 3, "a kept process that died is replaced"
-    run(doubles(1), tmp_path, num_cpus=1.0)
-    assert session.parked == []
-    deadline = time.monotonic() + 5
-    while living_workers(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert living_workers(tmp_path) == []

@@ -7,11 +7,9 @@ import pytest
 import ray
 
 from cluster.actor_pool import Unit, UnitsFailed, WorkersFailed, run_units
-from cluster.session import Session
-from tests.cluster.sample_replicas import SampleReplica
+from tests.cluster.sample_replicas import RankOrAlone, SampleReplica
 from tests.cluster.sample_workers import Settings
-from tests.cluster.test_actor_pool import Recorder, attempts, doubles, living_workers
-from tests.cluster.test_actor_pool import run as run_alone
+from tests.cluster.test_actor_pool import Recorder, attempts, living_workers
 
 pytestmark = pytest.mark.usefixtures("session")
 
@@ -114,14 +112,39 @@ def test_a_replica_too_large_for_the_session_is_refused_at_once(tmp_path: Path) 
         run(together("a"), tmp_path, num_ranks=3, num_gpus=1)
 
 
-def test_kept_workers_make_room_for_replicas(session: Session, tmp_path: Path) -> None:
-    run_alone(doubles(4), tmp_path, num_cpus=2, keep_workers=True)
-    assert len(session.parked) > 0
-    assert len(run(together("a", "b"), tmp_path, num_cpus=2, keep_workers=True)) == 2
-    assert session.parked == []
-
-
 def test_a_replica_that_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(WorkersFailed, match="ValueError: no such model"):
         run(together("a"), tmp_path, fail_start="value")
+    assert living_workers(tmp_path) == []
+
+
+def test_replicas_and_single_processes_share_the_room_by_priority(tmp_path: Path) -> None:
+    at_work: dict[str, str] = {}
+    kinds: list[set[bool]] = []
+
+    class Watched(Recorder):
+        def started(self, name: str, worker: str) -> None:
+            super().started(name, worker)
+            at_work[name] = worker
+            kinds.append({"." in busy for busy in at_work.values()})
+
+        def finished(self, name: str, result: Any, seconds: float, attempt: int) -> None:
+            at_work.pop(name)
+
+    recorder = Watched()
+    units = [
+        *(Unit(name, ("together", name), priority=2) for name in "ab"),
+        *(Unit(name, ("double", name, 1), priority=1, single=True) for name in "cd"),
+        Unit("e", ("together", "e"), priority=0),
+    ]
+    results = run_units(
+        RankOrAlone, Settings(tmp_path), units, num_workers=1, num_ranks=2, num_cpus=0.5, stall_timeout_s=60.0,
+        events=recorder,
+    )  # fmt: skip
+    assert results == {"a": ("a", 0), "b": ("b", 1), "c": 2, "d": 2, "e": ("e", 0)}
+    started = [name for name, _ in recorder.of("started")]
+    assert started[0] == "e"
+    assert sorted(started[1:3]) == ["c", "d"]
+    assert sorted(started[3:]) == ["a", "b"]
+    assert all(len(found) == 1 for found in kinds), "a replica makes room for single processes, and they for it"
     assert living_workers(tmp_path) == []

@@ -57,3 +57,30 @@ def test_a_ticket_that_is_to_be_alone_is_a_round_of_its_own() -> None:
     waiting.append(Ticket(3, "3a", None, "a"))
     rounds = [[ticket.name for ticket in waiting.take_round("a", "", 3)] for _ in range(3)]
     assert rounds == [["0a", "1a"], ["2a"], ["3a"]]
+
+
+def test_a_promised_ticket_waits_for_its_worker_while_there_are_others() -> None:
+    waiting = queue("aaab")
+    for level in waiting._levels.values():
+        for tickets in level.values():
+            for ticket in tickets:
+                ticket.prepared = True
+    promised = [waiting.promise("a", worker) for worker in "xyx"]
+    assert [ticket and ticket.name for ticket in promised] == ["0a", "1a", "0a"], "one at a time"
+    assert waiting.take("a", "", "z").name == "2a"
+    assert waiting.take("a", "", "y").name == "1a"
+    assert waiting.take("a", "", "z").name == "0a", "better than to wait"
+    assert waiting.promise("a", "x") is None
+    assert taken(waiting, None) == "3b"
+    assert waiting.promise("a", "x") is None
+
+
+def test_what_needs_no_preparation_is_not_promised() -> None:
+    assert queue("a").promise("a", "x") is None
+
+
+def test_a_lower_priority_number_goes_before_affinity() -> None:
+    waiting = queue("aab")
+    waiting.append(Ticket(3, "3c", None, "c", priority=-1))
+    assert waiting.by_priority() == {0: 3, -1: 1}
+    assert [taken(waiting, "a"), taken(waiting, "a")] == ["3c", "0a"]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +20,16 @@ from PIL import Image
 
 from pipeline.config.schema import RunConfig
 from pipeline.context import Run, build_context
+from pipeline.report import run_plots
 from pipeline.report.calibration import layer_kinds, read_blocks, read_salience, sqnr_map
 from pipeline.report.figure import figure_text, ticks
 from pipeline.report.frames import compare_frames
 from pipeline.report.measurements import measure, table
 from pipeline.report.page import write_report, write_report_of
 from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
-from pipeline.report.run_data import read_run
-from pipeline.report.timeline import read_timeline
+from pipeline.report.run_data import STAGES, read_run
+from pipeline.report.timeline import Bar, Timeline, read_timeline
+from pipeline.report.usage import usage_rows
 from reelquant.calibration.salience import select_salient
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
@@ -85,7 +88,7 @@ def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Pat
     assert "is not finished" not in page.text
     assert "fell back" not in page.text
     figures = [address for address in page.addresses if address.startswith("data:image/svg")]
-    assert len(figures) == 6  # strips, salience, its parts, losses, SQNR, timeline
+    assert len(figures) == 7  # strips, salience, its parts, losses, SQNR, Gantt chart, timeline
 
 
 def test_page_is_self_contained_and_repeatable(complete: Path) -> None:
@@ -345,8 +348,34 @@ def test_timeline_with_a_killed_driver_and_a_failed_attempt() -> None:
     ]
     assert read.resumed_s == (9,)
     assert read.total_s == 16
-    assert read.stage_s == {"trajectories": 8 + 6}
+    assert read.stage_s == {"trajectories": 1 + 4 + 4}
     assert read.finished
+
+
+def test_busy_shares_by_stage() -> None:
+    def took(cpu_s: float, gpu_s: float | None, read_bytes: int) -> dict[str, Any]:
+        return {
+            "seconds": 4.0, "load_s": 1.0, "cpu_s": cpu_s, "gpu_s": gpu_s, "read_bytes": read_bytes, "written_bytes": 0,
+            "disk_s": None, "network_bytes": 2**20,
+        }  # fmt: skip
+
+    bars = (
+        Bar("trajectories", "a", "worker-0", 0, 5, "finished", took(4.0, 3.0, 2**30)),
+        Bar("evaluation", "r", "worker-1", 0, 5, "finished", took(2.0, 1.0, 0)),
+        Bar("trajectories", "b", "worker-0", 5, 5, "finished", took(2.0, None, 2**30)),
+        Bar("trajectories", "c", "worker-1", 6, 3, "failed"),
+    )
+    read = Timeline(bars, (), 12.0, {"trajectories": 10, "evaluation": 5}, finished=True, began=None, ended=None)
+    first, second, whole = usage_rows(read, STAGES, threads=2)
+    assert (first.name, first.workers, first.cpu, first.gpu) == ("trajectories", "65 %", "38 %", "75 %")
+    assert (first.read, first.read_rate, first.written, first.disk) == ("2.00 GiB", "256.0 MiB/s", "0 B", "–")
+    assert (second.workers, second.network) == ("50 %", "256.0 KiB/s")
+    assert (whole.name, whole.workers) == ("whole run", "75 %")
+    assert usage_rows(replace(read, bars=bars[3:]), STAGES, threads=2) == [], "a run of before says nothing of it"
+    picture = run_plots.gantt(read, STAGES)
+    assert picture is not None
+    assert picture.alt == "Gantt chart of 4 attempts at units on 2 workers"
+    assert run_plots.gantt(replace(read, bars=()), STAGES) is None
 
 
 def test_quantities() -> None:

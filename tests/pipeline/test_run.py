@@ -19,6 +19,7 @@ import yaml
 from imageio.v3 import imread
 
 from pipeline.event_log import read_events
+from pipeline.report.timeline import Bar, read_timeline
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from tests.pipeline.small_run import ROOT, call, command, files, small_run
@@ -60,7 +61,10 @@ def test_everything_is_there(finished_run: Path) -> None:
     films = sorted((run / "evaluation").glob("*.mp4"))
     assert [film.stem for film in films] == ["full_precision-prompt-000", "s2q-prompt-000"]
     assert imread(films[1], plugin="pyav").shape == (9, 48, 64, 3)
-    assert "<html" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    assert "<html" in report
+    assert "How busy it was" in report
+    assert "Gantt chart of 13 attempts at units on 2 workers" in report
 
 
 def test_the_checkpoint_loads_in_a_fresh_process_and_saves_again(finished_run: Path, tmp_path: Path) -> None:
@@ -89,6 +93,37 @@ def test_one_worker_gives_the_bytes_of_two(finished_run: Path, tmp_path: Path) -
     assert files(tmp_path / "run" / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
 
+def test_stages_overlap_where_their_inputs_allow(finished_run: Path) -> None:
+    bars = read_timeline(read_events(finished_run / "run" / "logs")).bars
+    together = {
+        (one.stage, other.stage)
+        for one in bars
+        for other in bars
+        if one.stage < other.stage and max(one.start_s, other.start_s) < min(ends_s(one), ends_s(other))
+    }
+    early = {"trajectories", "selection", "activations", "distillation"}
+    assert {stages for stages in together if "evaluation" in stages and early & set(stages)}, together
+    assert len({bar.worker for bar in bars}) == 2
+
+
+def ends_s(bar: Bar) -> float:
+    return bar.start_s + bar.seconds
+
+
+def wait_for_overlap(run: Path, alive: Callable[[], bool]) -> None:
+    """Until units of two stages are under way."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and alive():
+        under_way: set[tuple[str, str]] = set()
+        for event in read_events(run / "logs"):
+            key = (event.get("stage", ""), event.get("unit", ""))
+            (under_way.add if event["event"] == "unit_started" else under_way.discard)(key)
+        if len({stage for stage, _ in under_way}) > 1:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no two stages were at work at the same time")
+
+
 def wait_for(run: Path, stage: str, alive: Callable[[], bool], *, since: int = 0) -> None:
     """Until a unit of the stage is under way; the first `since` events are of earlier drivers."""
     deadline = time.monotonic() + 150
@@ -115,9 +150,12 @@ def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: P
     def kill_workers(*stages: str) -> None:
         for stage in stages:
             wait_for(run, stage, lambda: driver.poll() is None, since=since)
-            for worker in worker_processes(driver):  # all of them: the one that has the unit is among them
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    worker.send_signal(signal.SIGKILL)
+            kill_all_workers()
+
+    def kill_all_workers() -> None:
+        for worker in worker_processes(driver):  # all of them: those that have the units are among them
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.send_signal(signal.SIGKILL)
 
     def kill_driver(stage: str) -> int:
         wait_for(run, stage, lambda: driver.poll() is None, since=since)
@@ -126,7 +164,9 @@ def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: P
         return len(list(read_events(run / "logs")))
 
     driver, since = start(), 0
-    kill_workers("trajectories", "selection", "activations")
+    kill_workers("trajectories", "selection")
+    wait_for_overlap(run, lambda: driver.poll() is None)
+    kill_all_workers()
     since = kill_driver("distillation")
     driver = start()
     kill_workers("distillation", "assembly")

@@ -1,4 +1,4 @@
-"""The worker that serves many runs: it is a new one for new settings only, and errors leave nothing wrong behind."""
+"""The worker of all stages and runs: it is made anew for other settings only, and errors leave nothing wrong behind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,10 +33,12 @@ class Plain:
 
 def test_one_worker_as_long_as_the_settings_are_equal() -> None:
     Plain.made.clear()
-    worker, calls = SharedWorker(Plain), []
+    worker, calls = SharedWorker(None), []
 
     def do(name: str, unit: int) -> Any:
-        return worker.run(SharedUnit(Settings(name, (1, 2)), unit), lambda done, total: calls.append((done, total)))
+        return worker.run(
+            SharedUnit(Plain, Settings(name, (1, 2)), unit), lambda done, total: calls.append((done, total))
+        )
 
     assert [do("a", 1), do("a", 2), do("b", 3), do("a", 4)] == [("a", 4), ("a", 5), ("b", 6), ("a", 7)]
     assert Plain.made == ["a", "b", "a"], "equal settings are the same, whichever object says them"
