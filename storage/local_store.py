@@ -56,6 +56,9 @@ class LocalStore:
         found = path.stat()
         return StoredFile(found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size))
 
+    def listed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def checksum(self, key: str) -> str:
         return sha256_file(self._root / key)
 
@@ -100,7 +103,14 @@ class LocalStore:
         finally:
             os.close(descriptor)
 
-    def local_copy(self, key: str) -> Path:
+    @contextlib.contextmanager
+    def local_files(self, keys: Sequence[str]) -> Iterator[list[Path]]:
+        yield [self._existing(key) for key in keys]
+
+    def local_folder(self, key: str) -> Path:
+        return self._existing(key)
+
+    def _existing(self, key: str) -> Path:
         path = self._root / key
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))

@@ -23,9 +23,8 @@ from storage.calibration_store import CalibrationStore
 from storage.local_store import LOCK_FILE
 from storage.location import Location, StoreUrl, local_path, parse_location
 from storage.manifest import Manifest
-from storage.output_file import OutputFile
 from storage.run_store import RunLocked as RunLocked
-from storage.run_store import RunStore, WriteLocally, open_store
+from storage.run_store import RunStore, open_store
 
 FORMAT_VERSION = 1
 """Version of the run directory as a whole."""
@@ -174,10 +173,6 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / REPORT
-
-    def publish(self, key: str, write: WriteLocally, *, last: str | None = None) -> tuple[OutputFile, ...]:
-        """See :meth:`storage.run_store.RunStore.publish`."""
-        return self.store.publish(key, write, last=last)
 
     def sweep_partial_files(self) -> tuple[str, ...]:
         """Remove what killed writers left anywhere in the run, while holding :meth:`lock`; returns the paths."""

@@ -98,6 +98,9 @@ class RunStore(Protocol):
     def stat(self, key: str) -> StoredFile:
         """Raises FileNotFoundError; ValueError for a link that leads out of the run."""
 
+    def listed(self) -> contextlib.AbstractContextManager[None]:
+        """For the body's time, :meth:`stat` may answer from what was there at its beginning: many requests become one."""
+
     def checksum(self, key: str) -> str:
         """SHA-256 of a file, which is read for it; 64 hex digits. Raises FileNotFoundError."""
 
@@ -141,11 +144,14 @@ class RunStore(Protocol):
     def open_ranges(self, key: str) -> contextlib.AbstractContextManager[RangeReader]:
         """Raises FileNotFoundError."""
 
-    def local_copy(self, key: str) -> Path:
-        """A local path with the content of a file or folder, to be read only; on a local store, the thing itself.
+    def local_files(self, keys: Sequence[str]) -> contextlib.AbstractContextManager[list[Path]]:
+        """Local paths with the content of files, to be read only, for the body's time; in a folder, the files themselves.
 
         Raises FileNotFoundError.
         """
+
+    def local_folder(self, key: str) -> Path:
+        """The same for a folder, until this process ends or asks for another one. Raises FileNotFoundError."""
 
     def names(self, folder: str) -> list[str]:
         """Names of the files directly in a folder, sorted; unfinished ones left out, empty if there is no folder."""

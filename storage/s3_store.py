@@ -8,7 +8,9 @@ seen (parts of an upload that was cut off: a lifecycle rule of the bucket remove
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,7 @@ class S3Store:
         self._url = url
         self._requests = Requests(url)
         self._lease = S3Lease(self._requests, LOCK_FILE)
+        self._listing: dict[str, StoredObject] | None = None
         self._copied: tuple[tuple[StoredObject, ...], Path] | None = None
 
     @property
@@ -52,8 +55,21 @@ class S3Store:
         return self._requests.get(key)[0]
 
     def stat(self, key: str) -> StoredFile:
-        found = self._requests.head(key)
+        if self._listing is None:
+            found = self._requests.head(key)
+        elif key in self._listing:
+            found = self._listing[key]
+        else:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._url / key))
         return StoredFile(found.num_bytes, (found.e_tag, found.num_bytes), found.e_tag)
+
+    @contextlib.contextmanager
+    def listed(self) -> Iterator[None]:
+        self._listing = {found.key: found for found in self._requests.list_all("")}
+        try:
+            yield
+        finally:
+            self._listing = None
 
     def checksum(self, key: str) -> str:
         digest = hashlib.sha256()
@@ -109,17 +125,24 @@ class S3Store:
     def open_ranges(self, key: str) -> Iterator[RangeReader]:
         yield _ObjectRanges(self._requests, self._requests.head(key))
 
-    def local_copy(self, key: str) -> Path:
+    @contextlib.contextmanager
+    def local_files(self, keys: Sequence[str]) -> Iterator[list[Path]]:
+        with scratch_folder() as scratch:
+            yield [self._download(self._requests.head(key), scratch / key) for key in keys]
+
+    def local_folder(self, key: str) -> Path:
         found = tuple(self._requests.list_all(key))
         if not found:
-            return self._download(self._requests.head(key), Path(mkdtemp(dir=scratch_root())) / PurePosixPath(key).name)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._url / key))
         if self._copied is None or self._copied[0] != found:
-            self._forget_copy()
-            folder = Path(mkdtemp(dir=scratch_root())) / PurePosixPath(key).name
+            # One is kept: checkpoints are large. Files that are open stay readable.
+            if self._copied is not None:
+                shutil.rmtree(self._copied[1], ignore_errors=True)
+            folder = Path(mkdtemp(dir=scratch_root()))
             for file in found:
-                self._download(file, folder / PurePosixPath(file.key).relative_to(key))
+                self._download(file, folder / file.key)
             self._copied = found, folder
-        return self._copied[1]
+        return self._copied[1] / key
 
     def names(self, folder: str) -> list[str]:
         return self._requests.list_folder(folder)[0]
@@ -153,12 +176,6 @@ class S3Store:
 
     def _upload(self, key: str, path: Path) -> OutputFile:
         return OutputFile(key, path.stat().st_size, sha256_file(path), self._requests.put(key, path))
-
-    def _forget_copy(self) -> None:
-        """One folder is kept: checkpoints are large. Files that are open stay readable."""
-        if self._copied is not None:
-            shutil.rmtree(self._copied[1].parent, ignore_errors=True)
-            self._copied = None
 
     def _download(self, file: StoredObject, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)

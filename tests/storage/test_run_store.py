@@ -78,7 +78,9 @@ class TestRunStore:
         [output] = store.publish("blocks/m/b.safetensors", lambda path: path.write_bytes(data))
         assert (output.path, output.num_bytes) == ("blocks/m/b.safetensors", LARGE)
         assert output.checksum == store.checksum(output.path) == hashlib.sha256(data).hexdigest()
-        assert store.local_copy(output.path).read_bytes() == data
+        with store.local_files([output.path]) as [copy]:
+            assert copy.name == "b.safetensors"
+            assert copy.read_bytes() == data
 
     def test_a_folder_loses_what_is_no_longer_in_it_and_its_index_comes_last(self, store: RunStore) -> None:
         def first(path: Path) -> None:
@@ -92,7 +94,8 @@ class TestRunStore:
         store.publish("checkpoint", first, last="index.json")
         with pytest.raises(RuntimeError, match="the unit fails"):
             store.publish("checkpoint", failing, last="index.json")
-        copy = store.local_copy("checkpoint")
+        copy = store.local_folder("checkpoint")
+        assert store.local_folder("checkpoint") == copy
         assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*.json")) == ["index.json", "vae/old.json"]
 
     def test_a_record_is_replaced_but_not_over_a_later_drivers(self, place: str) -> None:
