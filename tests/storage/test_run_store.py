@@ -18,7 +18,7 @@ from storage.zarr_layout import ArrayLayout
 from tests.s3_server import new_prefix
 from tests.storage.exclusive_writer import put_once
 
-LARGE = 40 * 2**20
+LARGE = 20 * 2**20
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -68,8 +68,8 @@ class TestRunStore:
 
     def test_of_many_exclusive_writers_one_wins(self, store: RunStore, place: str) -> None:
         store.put("a/b", b"", exclusive=True)
-        with multiprocessing.get_context("spawn").Pool(4) as pool:
-            won = pool.starmap(put_once, [(place, f"writer {number}") for number in range(4)])
+        with multiprocessing.get_context("spawn").Pool(3) as pool:
+            won = pool.starmap(put_once, [(place, f"writer {number}") for number in range(3)])
         assert sum(won) == 1
         assert store.read("config.json") == f"writer {won.index(True)}".encode()
 
