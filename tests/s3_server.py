@@ -26,6 +26,8 @@ class S3Server:
         self._open: set[socket.socket] = set()
         self._port = 0
         self._lose_answers = self._pass_answers = 0
+        self.hides_conditions = False
+        """Keep the headers If-Match and If-None-Match from the server, as if it did not know them."""
         self.connect()
 
     @property
@@ -74,6 +76,8 @@ class S3Server:
     def _relay(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if self.hides_conditions and not answers:
+                    data = data.replace(b"\r\nif-", b"\r\nx-unknown-")
                 if answers and self._lose_answers > 0:
                     if self._pass_answers == 0:
                         self._lose_answers -= 1

@@ -10,8 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import obstore
 import pytest
+import torch
+import zarr
 
+from storage.location import StoreUrl
 from storage.manifest import Manifest, UnitRecord
 from storage.run_directory import RunDirectory
 from storage.run_store import LeaseLost, RunLocked, StoreUnreachable, open_store
@@ -177,6 +182,31 @@ def test_an_upload_that_is_cut_off_leaves_no_checkpoint(s3: S3Server, monkeypatc
     assert "model_index.json" not in store.names("checkpoint")
     store.publish("checkpoint", writer("c"), last="model_index.json")
     assert store.names("checkpoint") == ["c", "model_index.json"]
+
+
+def test_a_store_that_ignores_conditions_is_refused(s3: S3Server) -> None:
+    run = RunDirectory.open_or_create(new_prefix("run"), {}, {})
+    s3.hides_conditions = True
+    try:
+        with pytest.raises(ValueError, match="ignores the conditions If-None-Match and If-Match"), run.lock():
+            pass
+    finally:
+        s3.hides_conditions = False
+
+
+def test_other_zarr_readers_open_the_arrays(s3: S3Server) -> None:
+    run = RunDirectory(new_prefix("run"))
+    tensor = torch.randn(3000, 1500)
+    run.calibration_store.write("x/y", tensor)
+    url = run.location
+    assert isinstance(url, StoreUrl)
+    bucket = obstore.store.S3Store(
+        url.bucket, prefix=f"{url.key}/calibration.zarr", client_options={"allow_http": True}
+    )
+    group = zarr.open_group(zarr.storage.ObjectStore(bucket, read_only=True), mode="r")
+    array = group["x/y"]
+    assert isinstance(array, zarr.Array)
+    assert torch.equal(torch.from_numpy(np.asarray(array[...])), tensor)
 
 
 def test_plain_http_must_be_allowed(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
