@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
-RunArgument = Annotated[Path, typer.Argument(help="Run directory.")]
+RunArgument = Annotated[str, typer.Argument(help="Run directory: a path or s3://bucket/prefix.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the configuration; repeatable."),
@@ -50,6 +50,7 @@ def run(
         from pipeline.plan import plan_config
         from pipeline.report.page import write_report
         from pipeline.runner import open_run, run_stages
+        from storage.location import StoreUrl
 
         planned = plan_config(load_config(config, overrides or ()))
         planned.require_feasible()
@@ -58,8 +59,11 @@ def run(
         report = write_report(opened)
         done, kept = sum(summary.done.values()), sum(summary.kept.values())
         console.print(f"{done} units done now, {kept} were done before")
-        console.print(f"checkpoint: {opened.directory.checkpoint()}", soft_wrap=True, highlight=False)
+        directory = opened.directory
+        console.print(f"checkpoint: {directory.location / directory.checkpoint_key()}", soft_wrap=True, highlight=False)
         console.print(f"report:     {report}", soft_wrap=True, highlight=False)
+        if isinstance(directory.location, StoreUrl):
+            console.print(f"get it:     python -m pipeline fetch {directory.location} FOLDER", highlight=False)
 
 
 @app.command()
@@ -115,8 +119,9 @@ def status(run_directory: RunArgument) -> None:
     console = Console()
     with _errors(console):
         from pipeline.status import show_status
+        from storage.location import parse_location
 
-        show_status(run_directory, console)
+        show_status(parse_location(run_directory), console)
 
 
 @app.command()
@@ -124,21 +129,45 @@ def report(run_directory: RunArgument) -> None:
     """Write the report of a run anew, from what is there."""
     console = Console()
     with _errors(console):
-        from pipeline.report.page import write_report_of
+        from pipeline.fetching import fetch_report
+        from pipeline.report.page import write_report_at
+        from storage.location import StoreUrl, parse_location
 
-        console.print(f"report: {write_report_of(run_directory)}", soft_wrap=True, highlight=False)
+        location = parse_location(run_directory)
+        console.print(f"report: {write_report_at(location)}", soft_wrap=True, highlight=False)
+        if isinstance(location, StoreUrl):
+            console.print(f"copy:   {fetch_report(location, Path.cwd())}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def fetch(
+    run_directory: RunArgument,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],
+    method: Annotated[str | None, typer.Option(help="One of the methods compared; default: the run's own.")] = None,
+) -> None:
+    """Copy a run's checkpoint to a new local folder, every checksum verified: from_pretrained wants local files."""
+    console = Console()
+    with _errors(console):
+        from pipeline.fetching import fetch_checkpoint
+        from storage.location import parse_location
+
+        num_files = fetch_checkpoint(parse_location(run_directory), folder, method=method)
+        console.print(f"checkpoint: {folder.absolute()} ({num_files} files)", soft_wrap=True, highlight=False)
 
 
 @app.command()
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Pipeline folder of a quantized checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Pipeline folder of a quantized checkpoint; s3://bucket/prefix too.")
+    ],
 ) -> None:
     """Check a checkpoint: names, shapes, bits, bytes, checksums, and that every layer said to be quantized is."""
     console = Console()
     with _errors(console):
         from pipeline.verification import show_verification
+        from storage.location import parse_location
 
-        if not show_verification(checkpoint, console):
+        if not show_verification(parse_location(checkpoint), console):
             raise typer.Exit(1)
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.loading import parse_config
 from pipeline.config.schema import RunConfig
 from pipeline.event_log import read_events
+from storage.location import Location
 from storage.manifest import DamagedRecord, UnitRecord
-from storage.run_directory import RunDirectory
+from storage.run_directory import LOGS, RunDirectory
 
 STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
 
@@ -45,7 +42,7 @@ class StageStatus:
 class RunStatus:
     """A run."""
 
-    path: Path
+    location: Location
     stages: dict[str, StageStatus]
     holder: str | None
     """Who drives it now."""
@@ -62,18 +59,19 @@ class RunStatus:
         return {name: num for name, num in left.items() if num != 0}
 
 
-def read_status(path: Path) -> RunStatus:
-    """The status of the run in `path`; changes nothing.
+def read_status(location: Location) -> RunStatus:
+    """The status of the run at `location`; changes nothing.
 
     Raises:
         ValueError: no run there, or one of a newer program.
     """
-    directory = RunDirectory.open(path)
-    config = parse_config({**directory.config, "run": str(path)}, f"{path}/config.json")
-    events = list(read_events(directory.logs))
-    holder, died = lock_holder(directory.path / "run.lock")
+    directory = RunDirectory.open(location)
+    config = parse_config({**directory.config, "run": str(location)}, f"{location}/config.json")
+    events = list(read_events(directory.location / LOGS))
+    driver = directory.store.driver()
     stages = {name: StageStatus(name) for name in STAGES}
-    records = _read_records(directory, stages)
+    with directory.store.listed():
+        records = _read_records(directory, stages)
     _set_totals(stages, config, records, events)
     for name, stage in stages.items():
         expected = _expected_units(name, config, records, events)
@@ -86,43 +84,14 @@ def read_status(path: Path) -> RunStatus:
         for e in events
         if e["event"] == "unit_failed" and e["unit"] not in records.get(e["stage"], {})
     }
-    return RunStatus(directory.path, stages, holder, died, events[-1] if events else None, failures)
-
-
-def lock_holder(path: Path) -> tuple[str | None, str | None]:
-    """`(who holds the lock now, who held it and was killed)`, from `run.lock`.
-
-    A driver that ends leaves the file empty, so the lock itself is tried (shared, for an instant) only where a name is
-    left in it.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None, None
-    try:
-        if not (text := os.pread(descriptor, 4096, 0)):
-            return None, None
-        try:
-            name = json.loads(text)
-            who = f"process {name['pid']} on host {name['host']}, since {name['started']}"
-        except (ValueError, KeyError, TypeError):
-            who = "a process that has not written its name"
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return who, None
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        return None, who
-    finally:
-        os.close(descriptor)
+    return RunStatus(directory.location, stages, driver.at_work, driver.died, events[-1] if events else None, failures)
 
 
 def _read_records(directory: RunDirectory, stages: Mapping[str, StageStatus]) -> dict[str, dict[str, UnitRecord]]:
     manifest = directory.manifest
     records: dict[str, dict[str, UnitRecord]] = {name: {} for name in stages}
     for name, stage in stages.items():
-        units = sorted(p.stem for p in (manifest.root / name).glob("*.json") if not p.name.startswith("."))
-        for unit in units:
+        for unit in manifest.units(name):
             try:
                 record = manifest.read(name, unit)
             except DamagedRecord:

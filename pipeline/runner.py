@@ -16,7 +16,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,7 @@ from pipeline.stages.selection import Selection
 from pipeline.stages.stage import Stage
 from pipeline.stages.trajectories import Trajectories
 from storage.manifest import DamagedRecord, Manifest, OutputFile, UnitRecord
-from storage.run_directory import RunDirectory
+from storage.run_directory import LOGS, RunDirectory
 
 STAGES: tuple[Stage, ...] = (
     Trajectories(),
@@ -68,7 +68,7 @@ def open_run(context: RunContext, *, update: bool) -> Run:
         ValueError: the directory belongs to another configuration or format, or is something else.
     """
     directory = RunDirectory.open_or_create(context.config.run, context.config.identity(), provenance(), update=update)
-    return Run(context, directory, Manifest(directory))
+    return Run(context, directory, directory.manifest)
 
 
 def provenance() -> dict[str, Any]:
@@ -113,15 +113,18 @@ def driven_runs(runs: Mapping[str, Run], console: Console) -> Iterator[list[Driv
         found = []
         for label, run in runs.items():
             run.directory.sweep_partial_files()
-            driven = DrivenRun(run, EventLog(run.directory.logs), label)
+            log = EventLog(run.directory.location / LOGS)
+            locks.callback(log.close)
+            driven = DrivenRun(run, log, label)
             driven.log.write("run_started", **started)
-            drop_damaged(driven, console, sound)
+            with run.directory.store.listed():
+                drop_damaged(driven, console, sound)
             found.append(driven)
         yield found
 
 
-FileState = tuple[int, int, int, int, str]
-"""Device, inode, time of change, size, and the checksum found: files that several runs share are hashed once."""
+FileState = tuple[Hashable, str]
+"""What tells a file from any other content of it, and the checksum found: files that several runs share are hashed once."""
 
 
 def drop_damaged(driven: DrivenRun, console: Console, sound: set[FileState]) -> None:
@@ -132,8 +135,7 @@ def drop_damaged(driven: DrivenRun, console: Console, sound: set[FileState]) -> 
     """
     manifest = driven.run.manifest
     for stage in STAGES:
-        folder = manifest.root / stage.name
-        for name in sorted(path.stem for path in folder.glob("*.json") if not path.name.startswith(".")):
+        for name in manifest.units(stage.name):
             try:
                 record = manifest.read(stage.name, name)
                 problems = [] if record is None else _problems(manifest, record, sound)
@@ -157,5 +159,4 @@ def _problems(manifest: Manifest, record: UnitRecord, sound: set[FileState]) -> 
 
 
 def _state(manifest: Manifest, output: OutputFile) -> FileState:
-    found = (manifest.run / output.path).stat()
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, output.checksum)
+    return (manifest.stat(output).identity, output.checksum)

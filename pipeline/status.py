@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,14 +12,15 @@ from rich.table import Table
 
 from pipeline.planning.plan_tables import new_table, print_sentence
 from pipeline.run_state import RunStatus, read_status
+from storage.location import Location
 
 _SHOWN_FAILURES = 8
 
 
-def show_status(path: Path, console: Console) -> None:
-    """Prints the status of the run in `path`."""
-    status = read_status(path)
-    console.print(f"[bold]run[/]     {escape(str(status.path))}", highlight=False, soft_wrap=True)
+def show_status(location: Location, console: Console) -> None:
+    """Prints the status of the run at `location`."""
+    status = read_status(location)
+    console.print(f"[bold]run[/]     {escape(str(status.location))}", highlight=False, soft_wrap=True)
     console.print(f"[bold]state[/]   {_state(status)}", highlight=False, soft_wrap=True)
     if status.last_event is not None:
         console.print(f"[bold]last[/]    {escape(_event_text(status.last_event))}", highlight=False, soft_wrap=True)

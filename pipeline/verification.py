@@ -14,6 +14,9 @@ from rich.table import Table
 from pipeline.planning.plan_tables import human_bytes, new_table, print_sentence
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
+from storage.location import Location, StoreUrl
+from storage.run_store import open_store
+from workers.assembly_worker import INDEX
 
 _SHOWN_PROBLEMS = 30
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -26,9 +29,15 @@ class _Row:
     stored_bytes: int = 0
 
 
-def show_verification(checkpoint: Path, console: Console) -> bool:
-    """Checks the pipeline folder `checkpoint` and prints what was found; whether it is sound."""
-    report = verify_checkpoint(checkpoint)
+def show_verification(checkpoint: Location, console: Console) -> bool:
+    """Checks the pipeline folder `checkpoint` (a copy of it, where it is in a bucket) and prints what was found; whether it is
+    sound.
+
+    Raises:
+        ValueError: no checkpoint there in a bucket.
+    """
+    folder = _fetched(checkpoint) if isinstance(checkpoint, StoreUrl) else checkpoint
+    report = verify_checkpoint(folder)
     console.print(f"[bold]checkpoint[/]  {escape(str(checkpoint))}", highlight=False, soft_wrap=True)
     if report.layers:
         console.print(f"[bold]bits[/]        {escape(report.bits)}", highlight=False)
@@ -45,7 +54,7 @@ def show_verification(checkpoint: Path, console: Console) -> bool:
         print_sentence(console, f"[bold red]problem:[/] [red]{escape(problem)}[/]")
     if (more := len(report.problems) - _SHOWN_PROBLEMS) > 0:
         console.print(f"[bold red]problem:[/] [red]and {more} more[/]", highlight=False)
-    if report.problems and (inside := _checkpoints_inside(checkpoint)):
+    if report.problems and (inside := _checkpoints_inside(folder)):
         console.print(
             f"{escape(str(checkpoint))} is a run directory; its checkpoints: {escape(', '.join(map(str, inside)))}",
             highlight=False,
@@ -106,3 +115,13 @@ def _rows(layers: Mapping[str, LayerReport]) -> dict[tuple[str, str, str], _Row]
 def _checkpoints_inside(path: Path) -> list[Path]:
     candidates = [path / "checkpoint", *sorted((path / "checkpoints").glob("*"))]
     return [candidate for candidate in candidates if is_checkpoint(candidate)]
+
+
+def _fetched(url: StoreUrl) -> Path:
+    store = open_store(url.parent)
+    if INDEX not in store.names(url.name):
+        raise ValueError(
+            f"{url} has no {INDEX}: not a checkpoint, or one that is not there in full yet; a run's is RUN/checkpoint or "
+            "RUN/checkpoints/METHOD"
+        )
+    return store.local_folder(url.name)

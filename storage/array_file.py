@@ -1,7 +1,7 @@
 """Writing and reading the data file of one array: one pass over the bytes, no copy of the tensor.
 
 While a block is in the CPU's cache it is checked for NaN and infinity, added to the chunk's crc32c and handed to the
-kernel, which starts to write out each chunk at once; a second thread hashes it. On the way back a second thread reads chunks
+kernel, which starts to write out each chunk at once; a second thread hashes it. On the way back other threads read chunks
 straight into their places in the result, two ahead of the one that is being verified.
 """
 
@@ -16,11 +16,9 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from storage.run_store import Bytes, RangeReader
 from storage.zarr_layout import CRC_BYTES, ArrayLayout
-
-Bytes = NDArray[np.uint8]
 
 _BLOCK_BYTES = 512 * 1024
 """What is checked and summed at once: fits the second-level cache, and is a multiple of every item size."""
@@ -28,7 +26,7 @@ _BLOCK_BYTES = 512 * 1024
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
 
 _CHUNKS_AHEAD = 2
-"""Chunks that are read while one is verified."""
+"""Chunks that each reading thread is ahead of the one that is verified."""
 
 
 class NotFinite(ValueError):
@@ -80,39 +78,36 @@ def write_data_file(path: Path, layout: ArrayLayout, data: Bytes) -> str:
     return digest.hexdigest()
 
 
-def read_rows(path: Path, layout: ArrayLayout, out: Bytes, *, start: int, stop: int) -> None:
+def read_rows(reader: RangeReader, layout: ArrayLayout, out: Bytes, *, start: int, stop: int) -> None:
     """Read rows ``start`` to ``stop`` of the data file into ``out``, every checksum on the way verified.
 
     Args:
-        path: the data file; must not be a symbolic link.
+        reader: the open data file.
         layout: of the array in it.
         out: ``(stop - start) * layout.row_bytes`` bytes, written in place; not to be used after an error.
         start: first row, 0 for a scalar.
         stop: one past the last row.
 
     Raises:
-        FileNotFoundError: no such file.
         NotFinite: NaN or infinity.
         ValueError: wrong size, or a checksum that does not hold; says where.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        found = os.fstat(descriptor).st_size
-        if found != layout.data_bytes:
-            raise ValueError(f"{path.name} has {found} bytes, {layout.data_bytes} expected")
-        offsets = layout.parse_index(os.pread(descriptor, layout.index_bytes, found - layout.index_bytes))
-        wanted = range(start // layout.chunk_rows, -(-stop // layout.chunk_rows))
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-            pending: deque[Future[_Chunk]] = deque()
-            for chunk in wanted:
-                target = _chunk_target(layout, out, chunk * layout.chunk_rows, start=start, stop=stop)
-                pending.append(reader.submit(_fetch, descriptor, layout, target, chunk=chunk, offset=offsets[chunk]))
-                if len(pending) > _CHUNKS_AHEAD:
-                    _deliver(pending.popleft().result(), layout, out, start=start, stop=stop)
-            while pending:
+    if reader.num_bytes != layout.data_bytes:
+        raise ValueError(f"{layout.data_file} has {reader.num_bytes} bytes, {layout.data_bytes} expected")
+    index = np.empty(layout.index_bytes, np.uint8)
+    if index.nbytes:
+        reader.read_into([index], layout.data_bytes - layout.index_bytes)
+    offsets = layout.parse_index(index.tobytes())
+    wanted = range(start // layout.chunk_rows, -(-stop // layout.chunk_rows))
+    with ThreadPoolExecutor(reader.num_threads, thread_name_prefix="read-ahead") as readers:
+        pending: deque[Future[_Chunk]] = deque()
+        for chunk in wanted:
+            target = _chunk_target(layout, out, chunk * layout.chunk_rows, start=start, stop=stop)
+            pending.append(readers.submit(_fetch, reader, layout, target, chunk=chunk, offset=offsets[chunk]))
+            if len(pending) > _CHUNKS_AHEAD * reader.num_threads:
                 _deliver(pending.popleft().result(), layout, out, start=start, stop=stop)
-    finally:
-        os.close(descriptor)
+        while pending:
+            _deliver(pending.popleft().result(), layout, out, start=start, stop=stop)
 
 
 @dataclass(frozen=True)
@@ -136,17 +131,13 @@ def _chunk_target(layout: ArrayLayout, out: Bytes, first: int, *, start: int, st
     return np.empty((last - first) * layout.row_bytes, np.uint8)
 
 
-def _fetch(descriptor: int, layout: ArrayLayout, target: Bytes, *, chunk: int, offset: int) -> _Chunk:
+def _fetch(reader: RangeReader, layout: ArrayLayout, target: Bytes, *, chunk: int, offset: int) -> _Chunk:
     padding = np.empty(layout.chunk_bytes - target.nbytes, np.uint8)
     checksum = np.empty(CRC_BYTES, np.uint8)
-    position = offset
-    for piece in (target, padding, checksum):
-        view = piece.data
-        while view:
-            count = os.preadv(descriptor, [view], position)
-            if not count:
-                raise ValueError(f"chunk {chunk} at byte {offset} ends early: the file shrank while it was read")
-            view, position = view[count:], position + count
+    try:
+        reader.read_into((target, padding, checksum), offset)
+    except ValueError as error:
+        raise ValueError(f"chunk {chunk} at byte {offset} ends early: {error}") from error
     return _Chunk(chunk, offset, target, padding, checksum.tobytes())
 
 

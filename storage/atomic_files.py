@@ -61,8 +61,12 @@ def write_json_atomic(path: Path, value: Any, *, exclusive: bool = False) -> Non
         ValueError: ``value`` holds NaN or infinity, which JSON does not know.
         TypeError: ``value`` holds something that is not JSON.
     """
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_bytes_atomic(path, text.encode(), exclusive=exclusive)
+    write_bytes_atomic(path, json_bytes(value), exclusive=exclusive)
+
+
+def json_bytes(value: Any) -> bytes:
+    """``value`` as JSON with sorted keys: equal values give equal bytes. Raises as :func:`write_json_atomic`."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def sha256_file(path: Path) -> str:

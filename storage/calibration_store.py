@@ -4,16 +4,14 @@ Any Zarr reader opens the arrays; ``storage.zarr_layout`` says what lies where. 
 directly rather than through zarr-python: the same bytes at about twice the rate, with no copy of the tensor in memory,
 synced to disk, and with a missing data file as an error (every Zarr reader takes it for zeros).
 
-An array is written once by one writer into a hidden directory, synced, and renamed. When two write one name, the last
-one stands, whole. A kill leaves the old array, the new one or none; and at most a partial directory
-(:meth:`CalibrationStore.sweep_partial_files`). Equal tensors give equal bytes.
+An array is written once by one writer: in a folder into a hidden directory, synced, and renamed; in a bucket as whole
+objects, the metadata last. When two write one name, the last one stands, whole. A kill leaves the old array, the new one or
+none; and at most a partial directory (:meth:`CalibrationStore.sweep_partial_files`). Equal tensors give equal bytes.
 """
 
-import errno
 import hashlib
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from storage.array_file import NotFinite, read_rows, write_data_file
-from storage.atomic_files import (
-    create_directory,
-    explain_write_failure,
-    partial_path,
-    sweep_partial_files,
-    sync_directory,
-    sync_file,
-    write_bytes_atomic,
-)
-from storage.manifest import OutputFile
+from storage.atomic_files import sweep_partial_files, sync_file
+from storage.location import StoreUrl, local_path, parse_location
+from storage.output_file import OutputFile
+from storage.run_store import StoreUnreachable, open_store
 from storage.zarr_layout import GROUP_METADATA, METADATA_FILE, ArrayLayout
 
 _COMPONENT = re.compile(r"(?!__)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,127}")
-_PUBLISH_ATTEMPTS = 100
 
 
 class DamagedArray(ValueError):
@@ -53,14 +44,20 @@ class CalibrationStore:
     """Named tensors under one directory, which is also a Zarr group.
 
     Args:
-        root: the store's directory, inside the run directory; created by the first write.
+        root: the store's place, inside the run's; created by the first write.
 
     Names are relative POSIX paths (``activations/segment-03/sample-0007``) of letters, digits and ``. _ = + -``.
     Dtypes: bool, uint8, int8-int64, float16, bfloat16, float32, float64; any shape, scalars included.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | os.PathLike[str] | StoreUrl) -> None:
+        self.location = parse_location(root)
+        self._store = open_store(self.location.parent)
+
+    @property
+    def root(self) -> Path:
+        """The store's directory. Raises ValueError where it is in a bucket."""
+        return local_path(self.location, why="has no local directory")
 
     def write(self, name: str, tensor: torch.Tensor) -> tuple[OutputFile, ...]:
         """Write ``tensor`` durably as the array ``name``; replaces an older one.
@@ -74,22 +71,21 @@ class CalibrationStore:
             ValueError: NaN or infinity (how many, where the first), a dtype that cannot be stored, or a bad name.
             OSError: disk full and the like; names path and bytes, and nothing half-written stays.
         """
-        target = self._locate(name)
+        key = self._locate(name)
         layout = ArrayLayout.of(tuple(tensor.shape), tensor.dtype)
-        if target.is_dir() and any(entry.is_dir() for entry in target.iterdir()):
-            raise ValueError(f"name {name!r} is a group of arrays in {self.root}: choose another name")
-        with explain_write_failure(target, layout.data_bytes):
-            self._create_groups(target.parent, name)
-            partial = partial_path(target)
-            try:
-                files = self._write_files(partial, layout, tensor)
-                _publish(partial, target)
-            except NotFinite as error:
-                raise ValueError(f"calibration array {name!r} is not written: {error}") from error
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        folder = f"{self.root.name}/{name}"
-        return tuple(OutputFile(f"{folder}/{file}", num_bytes, checksum) for file, num_bytes, checksum in files)
+        if self._store.subfolders(key):
+            raise ValueError(f"name {name!r} is a group of arrays in {self.location}: choose another name")
+        self._create_groups(key, name)
+        checksums: dict[str, str] = {}
+
+        def write_files(folder: Path) -> None:
+            checksums.update(_write_files(folder, layout, tensor))
+
+        try:
+            files = self._store.publish_array(key, write_files, num_bytes=layout.data_bytes)
+        except NotFinite as error:
+            raise ValueError(f"calibration array {name!r} is not written: {error}") from error
+        return tuple(OutputFile(f"{key}/{file}", size, checksums[file], e_tag) for file, (size, e_tag) in files.items())
 
     def read(self, name: str, *, rows: slice | None = None) -> torch.Tensor:
         """Read the array ``name``, or the given rows of dimension 0, with every checksum on the way verified.
@@ -106,15 +102,18 @@ class CalibrationStore:
             DamagedArray: missing, short, corrupt, NaN or infinite; says which file and what.
             ValueError: bad name; rows with a step or outside the array.
         """
-        directory = self._locate(name)
-        layout = self._layout(name, directory)
+        key = self._locate(name)
+        layout, directory = self._layout(name, key), self.location / name
         start, stop = _row_bounds(name, layout, rows)
         shape = (stop - start, *layout.shape[1:]) if layout.shape else ()
         out = np.empty((stop - start) * layout.row_bytes, np.uint8)
         if not out.nbytes:
             return torch.empty(shape, dtype=layout.dtype)
         try:
-            read_rows(directory / layout.data_file, layout, out, start=start, stop=stop)
+            with self._store.open_ranges(f"{key}/{layout.data_file}") as reader:
+                read_rows(reader, layout, out, start=start, stop=stop)
+        except StoreUnreachable:  # says nothing about the array
+            raise
         except FileNotFoundError as error:
             raise DamagedArray(name, f"{layout.data_file} is missing in {directory}") from error
         except (ValueError, OSError) as error:
@@ -132,53 +131,51 @@ class CalibrationStore:
 
     def sweep_partial_files(self) -> tuple[str, ...]:
         """Remove what killed writers left, while holding the run's lock; returns the removed paths."""
-        return sweep_partial_files(self.root)
+        return () if isinstance(self.location, StoreUrl) else sweep_partial_files(self.location)
 
-    def _locate(self, name: str) -> Path:
+    def _locate(self, name: str) -> str:
+        """The array's folder in the run."""
         parts = name.split("/")
         if not all(_COMPONENT.fullmatch(part) and part != METADATA_FILE for part in parts):
             raise ValueError(
                 f"array name {name!r} must be a relative path inside the store, its parts 1-128 letters, digits or "
                 f". _ = + -, not beginning with a dot or two underscores, and not {METADATA_FILE!r}"
             )
-        path = self.root.joinpath(*parts)
-        expected = self.root.resolve().joinpath(*parts)
-        if path.resolve() != expected:
-            raise ValueError(f"array name {name!r} leads through a symbolic link to {path.resolve()}: remove the link")
-        return path
+        self._store.check_key(self.location.name, name)
+        return f"{self.location.name}/{name}"
 
-    def _create_groups(self, folder: Path, name: str) -> None:
-        create_directory(folder)
-        inner = folder.relative_to(self.root)
-        for group in (self.root, *(self.root / parent for parent in (inner, *inner.parents) if parent.parts)):
-            metadata = group / METADATA_FILE
-            if not metadata.exists():
-                write_bytes_atomic(metadata, GROUP_METADATA)
-            elif metadata.read_bytes() != GROUP_METADATA:
-                raise ValueError(f"name {name!r} would lie inside {group}, which is not a group: choose another name")
+    def _create_groups(self, key: str, name: str) -> None:
+        parts = key.split("/")
+        for group in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
+            try:
+                found = self._store.read(f"{group}/{METADATA_FILE}")
+            except FileNotFoundError:
+                self._store.put(f"{group}/{METADATA_FILE}", GROUP_METADATA)
+                continue
+            if found != GROUP_METADATA:
+                where = self.location.parent / group
+                raise ValueError(f"name {name!r} would lie inside {where}, which is not a group: choose another name")
 
-    @staticmethod
-    def _write_files(partial: Path, layout: ArrayLayout, tensor: torch.Tensor) -> list[tuple[str, int, str]]:
-        """Write and sync both files in the new directory ``partial``: (file, bytes, SHA-256) of each."""
-        partial.mkdir()
-        metadata, files = layout.metadata(), []
-        (partial / METADATA_FILE).write_bytes(metadata)
-        if layout.num_chunks:
-            checksum = write_data_file(partial / layout.data_file, layout, _stored_bytes(tensor))
-            files.append((layout.data_file, layout.data_bytes, checksum))
-        sync_file(partial / METADATA_FILE)
-        sync_directory(partial)
-        return [*files, (METADATA_FILE, len(metadata), hashlib.sha256(metadata).hexdigest())]
-
-    def _layout(self, name: str, directory: Path) -> ArrayLayout:
+    def _layout(self, name: str, key: str) -> ArrayLayout:
+        directory = self.location / name
         try:
-            raw = (directory / METADATA_FILE).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
+            raw = self._store.read(f"{key}/{METADATA_FILE}")
+        except FileNotFoundError as error:
             raise DamagedArray(name, f"{METADATA_FILE} is missing in {directory}") from error
         try:
             return ArrayLayout.from_metadata(raw)
         except ValueError as error:
             raise DamagedArray(name, f"{error} ({len(raw)} bytes in {directory})") from error
+
+
+def _write_files(folder: Path, layout: ArrayLayout, tensor: torch.Tensor) -> dict[str, str]:
+    """Write and sync both files in the new directory: SHA-256 of each, the metadata last."""
+    metadata, checksums = layout.metadata(), {}
+    (folder / METADATA_FILE).write_bytes(metadata)
+    if layout.num_chunks:
+        checksums[layout.data_file] = write_data_file(folder / layout.data_file, layout, _stored_bytes(tensor))
+    sync_file(folder / METADATA_FILE)
+    return {**checksums, METADATA_FILE: hashlib.sha256(metadata).hexdigest()}
 
 
 def _stored_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
@@ -198,23 +195,3 @@ def _row_bounds(name: str, layout: ArrayLayout, rows: slice | None) -> tuple[int
             raise ValueError(f"rows {rows.start}:{rows.stop} of {name!r} are outside its {num_rows} rows")
     start, stop, _ = rows.indices(num_rows)
     return start, max(start, stop)
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Rename the finished directory to its name; an older one is moved aside first and removed."""
-    for _ in range(_PUBLISH_ATTEMPTS):
-        try:
-            partial.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            sync_directory(target.parent)
-            return
-        aside = partial_path(target)
-        try:
-            target.rename(aside)
-        except FileNotFoundError:
-            continue
-        shutil.rmtree(aside)
-    raise OSError(errno.EBUSY, "other writers keep replacing the array", str(target))

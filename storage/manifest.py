@@ -9,10 +9,13 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from storage.atomic_files import create_directory, sha256_file, sync_directory, sync_file, write_json_atomic
+from storage.atomic_files import json_bytes
+from storage.location import Location, StoreUrl, local_path, parse_location
+from storage.output_file import OutputFile as OutputFile
+from storage.run_store import StoredFile, open_store
 
 FORMAT_VERSION = 1
 """Version of a record file."""
@@ -25,29 +28,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
 
 class DamagedRecord(ValueError):
     """A manifest record that cannot be what was written."""
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """One file that a unit wrote."""
-
-    path: str
-    """Relative to the run directory, POSIX, inside it."""
-    num_bytes: int
-    checksum: str
-    """SHA-256, 64 hex digits."""
-
-    def __post_init__(self) -> None:
-        parts = PurePosixPath(self.path).parts
-        if not parts or self.path.startswith("/") or ".." in parts or "\0" in self.path:
-            raise ValueError(f"output path {self.path!r} must be relative and stay inside the run directory")
-
-    @classmethod
-    def describe(cls, path: Path, *, run: "str | os.PathLike[str]") -> "OutputFile":
-        """Sync the finished file ``path`` and its directory to disk, and describe it relative to ``run``."""
-        sync_file(path)
-        sync_directory(path.parent)
-        return cls(path.relative_to(run).as_posix(), path.stat().st_size, sha256_file(path))
 
 
 @dataclass(frozen=True)
@@ -74,12 +54,22 @@ class Manifest:
     """The records of one run.
 
     Args:
-        run: the run directory (a path, or a ``RunDirectory``).
+        run: where the run lies (a path, a URL, or a ``RunDirectory``).
     """
 
-    def __init__(self, run: str | os.PathLike[str]) -> None:
-        self.run = Path(run)
-        self.root = self.run / "manifest"
+    def __init__(self, run: "str | os.PathLike[str] | StoreUrl") -> None:
+        self.location = parse_location(run)
+        self._store = open_store(self.location)
+
+    @property
+    def run(self) -> Path:
+        """The run directory. Raises ValueError where it is in a bucket."""
+        return local_path(self.location, why="has no local directory")
+
+    @property
+    def root(self) -> Path:
+        """The records' directory. Raises as :attr:`run`."""
+        return self.run / "manifest"
 
     def read(self, stage: str, unit: str) -> UnitRecord | None:
         """The record, or ``None`` if the unit is not done.
@@ -87,66 +77,88 @@ class Manifest:
         Raises:
             DamagedRecord: the file is there but is not what was written; names it and says what to do.
         """
-        path = self._path(stage, unit)
+        key = _key(stage, unit)
         try:
-            raw = path.read_bytes()
+            raw = self._store.read(key)
         except FileNotFoundError:
             return None
-        return _parse_record(path, raw, stage, unit)
+        return _parse_record(self.location / key, raw, stage, unit)
 
     def write(self, record: UnitRecord) -> None:
         """Declare a unit done: durable and visible at once when this returns; replaces an older record.
 
         Raises:
             ValueError: an output is not there in its full size, or ``result`` is not JSON (NaN included).
+            LeaseLost: a later driver has recorded the unit.
         """
         problems = self.missing_or_damaged(record, deep=False)
         if problems:
             raise ValueError(f"unit {record.stage}/{record.unit} is not done: " + "; ".join(problems))
-        path = self._path(record.stage, record.unit)
         body = {"format_version": FORMAT_VERSION, **asdict(record)}
+        for output in body["outputs"]:
+            if output["e_tag"] is None:
+                del output["e_tag"]
+        epoch = self._store.epoch
+        if epoch:
+            body["epoch"] = epoch
         document = {**body, "digest": _digest(body)}
-        create_directory(path.parent)
-        write_json_atomic(path, document)
+        key = _key(record.stage, record.unit)
+        self._store.put_record(key, json_bytes(document), is_newer=lambda raw: _epoch_of(raw) > epoch)
+
+    def units(self, stage: str) -> list[str]:
+        """Names of the units that have a record, sound or not; sorted."""
+        names = self._store.names(f"manifest/{_checked_name('stage', stage)}")
+        return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
 
     def records(self, stage: str) -> tuple[UnitRecord, ...]:
         """All records of a stage, by unit name. Raises what :meth:`read` raises."""
-        folder = self.root / _checked_name("stage", stage)
-        units = sorted(path.stem for path in folder.glob("*.json") if not path.name.startswith("."))
-        found = (self.read(stage, unit) for unit in units)
+        found = (self.read(stage, unit) for unit in self.units(stage))
         return tuple(record for record in found if record is not None)
 
     def remove(self, stage: str, unit: str) -> None:
         """Declare a unit not done; its outputs stay until it is done again. No record is fine."""
-        path = self._path(stage, unit)
-        if path.exists():
-            path.unlink(missing_ok=True)
-            sync_directory(path.parent)
+        self._store.remove(_key(stage, unit))
+
+    def stat(self, output: OutputFile) -> StoredFile:
+        """What the store knows of an output. Raises FileNotFoundError."""
+        return self._store.stat(output.path)
 
     def missing_or_damaged(self, record: UnitRecord, *, deep: bool) -> list[str]:
         """What is wrong with the outputs of ``record``: empty if nothing is.
 
         Args:
             record: a unit's record.
-            deep: hash every file (reads it all); otherwise presence, size, and the hash of small files.
+            deep: hash every file (reads it all); otherwise presence, size, and the hash of small files. An object
+                whose e_tag is still the one it was written with has its content still, and is not read.
         """
         return [problem for output in record.outputs if (problem := self._problem(output, deep=deep))]
 
     def _problem(self, output: OutputFile, *, deep: bool) -> str | None:
-        path = self.run / output.path
-        if not path.is_file():
+        try:
+            found = self._store.stat(output.path)
+        except FileNotFoundError:
             return f"{output.path}: missing"
-        if not path.resolve().is_relative_to(self.run.resolve()):
-            return f"{output.path}: a link out of the run directory"
-        num_bytes = path.stat().st_size
-        if num_bytes != output.num_bytes:
-            return f"{output.path}: {num_bytes} bytes, {output.num_bytes} expected"
-        if (deep or num_bytes <= ALWAYS_HASHED_BYTES) and sha256_file(path) != output.checksum:
+        except ValueError as error:
+            return f"{output.path}: {error}"
+        if found.num_bytes != output.num_bytes:
+            return f"{output.path}: {found.num_bytes} bytes, {output.num_bytes} expected"
+        if output.e_tag is not None and output.e_tag == found.e_tag:
+            return None
+        if (deep or found.num_bytes <= ALWAYS_HASHED_BYTES) and self._store.checksum(output.path) != output.checksum:
             return f"{output.path}: SHA-256 differs from the record"
         return None
 
-    def _path(self, stage: str, unit: str) -> Path:
-        return self.root / _checked_name("stage", stage) / f"{_checked_name('unit', unit)}.json"
+
+def _key(stage: str, unit: str) -> str:
+    return f"manifest/{_checked_name('stage', stage)}/{_checked_name('unit', unit)}.json"
+
+
+def _epoch_of(raw: bytes) -> int:
+    """Of the driver that wrote a record; 0 for one that is not readable, which anybody may replace."""
+    try:
+        return int(json.loads(raw).get("epoch", 0))
+    except (ValueError, AttributeError, TypeError):
+        return 0
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
@@ -173,7 +185,7 @@ def _checked_name(kind: str, name: str) -> str:
     return name
 
 
-def _parse_record(path: Path, raw: bytes, stage: str, unit: str) -> UnitRecord:
+def _parse_record(path: Location, raw: bytes, stage: str, unit: str) -> UnitRecord:
     advice = f"delete {path} and run again: the unit is redone"
     try:
         document = json.loads(raw)
@@ -187,6 +199,7 @@ def _parse_record(path: Path, raw: bytes, stage: str, unit: str) -> UnitRecord:
     if digest != _digest(document):
         raise DamagedRecord(f"record {path} does not match its own digest: {advice}")
     del document["format_version"]
+    document.pop("epoch", None)
     if (document["stage"], document["unit"]) != (stage, unit):
         raise DamagedRecord(f"record {path} belongs to {document['stage']}/{document['unit']}: {advice}")
     outputs = tuple(OutputFile(**output) for output in document.pop("outputs"))

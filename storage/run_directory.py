@@ -1,9 +1,9 @@
-"""The directory of one run: its configuration, where its parts lie, and who may drive it.
+"""The directory of one run, a folder or a prefix of a bucket: its configuration, where its parts lie, and who may drive it.
 
 ::
 
     config.json      format version, resolved configuration, provenance
-    run.lock         flock of the driver at work, with its name
+    run.lock         who drives the run: a flock in a folder, a lease in a bucket
     manifest/        storage.manifest
     calibration.zarr storage.calibration_store
     blocks/          block artifacts, a folder a method
@@ -12,27 +12,29 @@
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import socket
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from storage.atomic_files import PARTIAL_SUFFIX, create_directory, sweep_partial_files, write_json_atomic
+from storage.atomic_files import json_bytes
 from storage.calibration_store import CalibrationStore
+from storage.local_store import LOCK_FILE
+from storage.location import Location, StoreUrl, local_path, parse_location
 from storage.manifest import Manifest
+from storage.run_store import RunLocked as RunLocked
+from storage.run_store import RunStore, open_store
 
 FORMAT_VERSION = 1
 """Version of the run directory as a whole."""
 
+REPORT = "report.html"
+LOGS = "logs"
+EVALUATION = "evaluation"
+
 _CONFIG_FILE = "config.json"
-_LOCK_FILE = "run.lock"
 _METHOD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
-_held_locks: set[int] = set()
 
 
 class RunConfigMismatch(ValueError):
@@ -43,49 +45,55 @@ class RunFormatTooNew(ValueError):
     """The run directory was written by a newer program."""
 
 
-class RunLocked(ValueError):
-    """Another driver works on this run."""
-
-
 class RunDirectory:
     """An existing run directory; get one from :meth:`open` or :meth:`open_or_create`.
 
-    It is a path-like object: ``Path(run)`` and ``Manifest(run)`` work.
+    Where it is a folder it is a path-like object: ``Path(run)`` and ``Manifest(run)`` work.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, location: str | os.PathLike[str] | StoreUrl) -> None:
+        self.location = _absolute(location)
 
     def __fspath__(self) -> str:
         return str(self.path)
 
+    @property
+    def path(self) -> Path:
+        """The folder. Raises ValueError where the run is in a bucket."""
+        return local_path(self.location, why="has no local directory")
+
+    @property
+    def store(self) -> RunStore:
+        """The operations on its files."""
+        return open_store(self.location)
+
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
+    def open(cls, location: "str | os.PathLike[str] | StoreUrl") -> "RunDirectory":
         """An existing run, as it is.
 
         Raises:
             ValueError: no run there, or an unreadable ``config.json``.
             RunFormatTooNew: written by a newer program.
         """
-        run = cls(_local_path(path))
-        if not (run.path / _CONFIG_FILE).is_file():
-            raise ValueError(f"{run.path} is not a run directory: it has no {_CONFIG_FILE}")
+        run = cls(location)
+        if not run._has_config():
+            raise ValueError(f"{run.location} is not a run directory: it has no {_CONFIG_FILE}")
         run._read_config_file()
         return run
 
     @classmethod
     def open_or_create(
         cls,
-        path: str | os.PathLike[str],
+        location: "str | os.PathLike[str] | StoreUrl",
         config: dict[str, Any],
         provenance: dict[str, Any],
         *,
         update: bool = False,
     ) -> "RunDirectory":
-        """The run at ``path``: a new one, or the existing one of the same configuration.
+        """The run at ``location``: a new one, or the existing one of the same configuration.
 
         Args:
-            path: local or on a shared file system; made absolute.
+            location: local, on a shared file system (made absolute), or ``s3://bucket/prefix``.
             config: the resolved configuration, JSON.
             provenance: versions, commit and the like, JSON; kept from the creation or the last update, not compared.
             update: let a different ``config`` replace the stored one (under the run's lock).
@@ -94,28 +102,26 @@ class RunDirectory:
             RunConfigMismatch: the stored configuration differs; lists every differing key.
             RunFormatTooNew: written by a newer program.
             RunLocked: ``update`` while a driver is at work.
-            ValueError: a URL, somebody else's folder, or an unreadable ``config.json``.
+            ValueError: a URL of another kind, somebody else's folder, or an unreadable ``config.json``.
         """
-        run = cls(_local_path(path))
+        run = cls(location)
         document = {"format_version": FORMAT_VERSION, "config": config, "provenance": provenance}
         document = json.loads(json.dumps(document, allow_nan=False))
-        config_file = run.path / _CONFIG_FILE
-        if not config_file.exists():
+        if not run._has_config():
             run._refuse_foreign_folder()
-            create_directory(run.path)
             with contextlib.suppress(FileExistsError):  # another driver was faster: compare with its file
-                write_json_atomic(config_file, document, exclusive=True)
+                run.store.put(_CONFIG_FILE, json_bytes(document), exclusive=True)
         differences = _differences(run.config, document["config"])
         if differences and not update:
             raise RunConfigMismatch(
-                f"{run.path} was made with another configuration:\n  "
+                f"{run.location} was made with another configuration:\n  "
                 + "\n  ".join(differences)
                 + "\n--update takes the new one and redoes only what depends on these keys; "
                 "or give another run directory; or set the keys back"
             )
         if differences:
             with run.lock():
-                write_json_atomic(config_file, document)
+                run.store.put(_CONFIG_FILE, json_bytes(document))
         return run
 
     @property
@@ -132,77 +138,67 @@ class RunDirectory:
 
     @property
     def calibration_store(self) -> CalibrationStore:
-        return CalibrationStore(self.path / "calibration.zarr")
+        return CalibrationStore(self.location / "calibration.zarr")
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest(self.path)
+        return Manifest(self.location)
+
+    @staticmethod
+    def checkpoint_key(method: str | None = None) -> str:
+        """The resulting pipeline folder, relative to the run: of the run, or of one of the methods that it compares."""
+        return "checkpoint" if method is None else f"checkpoints/{_checked_method(method)}"
+
+    @staticmethod
+    def blocks_key(method: str) -> str:
+        """Folder of a method's block artifacts, relative to the run."""
+        return f"blocks/{_checked_method(method)}"
 
     def checkpoint(self, method: str | None = None) -> Path:
-        """The resulting pipeline folder: of the run, or of one of the methods that it compares."""
-        return self.path / "checkpoint" if method is None else self.path / "checkpoints" / _checked_method(method)
+        """The folder of :meth:`checkpoint_key`; as all paths of a run, a ValueError where it is in a bucket."""
+        return self.path / self.checkpoint_key(method)
 
     def blocks(self, method: str) -> Path:
-        """Folder of a method's block artifacts."""
-        return self.path / "blocks" / _checked_method(method)
+        """The folder of :meth:`blocks_key`."""
+        return self.path / self.blocks_key(method)
 
     @property
     def evaluation(self) -> Path:
-        return self.path / "evaluation"
+        return self.path / EVALUATION
 
     @property
     def logs(self) -> Path:
-        return self.path / "logs"
+        return self.path / LOGS
 
     @property
     def report(self) -> Path:
-        return self.path / "report.html"
+        return self.path / REPORT
 
     def sweep_partial_files(self) -> tuple[str, ...]:
         """Remove what killed writers left anywhere in the run, while holding :meth:`lock`; returns the paths."""
-        return sweep_partial_files(self.path)
+        return self.store.sweep()
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the only driver of this run.
-
-        The kernel frees the lock when the process ends, however it ends; a forked child does not keep it. It holds
-        among the processes of one host, and on shared file systems that carry flock to their server (NFS since
-        Linux 2.6.12 unless mounted with ``local_lock``).
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only driver of this run: ``storage.local_lock`` in a folder, ``storage.s3_lease`` in a bucket.
 
         Raises:
             RunLocked: names the process that holds it.
         """
-        path = self.path / _LOCK_FILE
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunLocked(
-                    f"{self.path} is in use by {_describe_holder(descriptor)}: wait for it, stop it, or use another "
-                    "run directory (the lock frees itself when that process ends)"
-                ) from None
-            _held_locks.add(descriptor)
-            try:
-                _write_holder(descriptor)
-                yield
-            finally:
-                _held_locks.discard(descriptor)
-                os.ftruncate(descriptor, 0)
-        finally:
-            os.close(descriptor)
+        return self.store.lock()
+
+    def _has_config(self) -> bool:
+        return _CONFIG_FILE in self.store.names("")
 
     def _read_config_file(self) -> dict[str, Any]:
-        path = self.path / _CONFIG_FILE
+        path = self.location / _CONFIG_FILE
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(self.store.read(_CONFIG_FILE))
             version = int(document["format_version"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not readable ({error!r}): restore it, or use another run directory") from error
         if version > FORMAT_VERSION:
             raise RunFormatTooNew(
-                f"{self.path} has format {version}, this program knows up to {FORMAT_VERSION}: use the newer program, "
+                f"{self.location} has format {version}, this program knows up to {FORMAT_VERSION}: use the newer program, "
                 "or another run directory"
             )
         if not isinstance(document.get("config"), dict) or not isinstance(document.get("provenance"), dict):
@@ -210,46 +206,19 @@ class RunDirectory:
         return dict(document)
 
     def _refuse_foreign_folder(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file: give a directory for the run")
-        ours = (_LOCK_FILE, _CONFIG_FILE)
-        foreign = sorted(e.name for e in self.path.iterdir() if e.name not in ours and e.suffix != PARTIAL_SUFFIX)
+        if isinstance(self.location, Path) and self.location.is_file():
+            raise ValueError(f"{self.location} is a file: give a directory for the run")
+        entries = {*self.store.names(""), *self.store.subfolders("")}
+        foreign = sorted(entries - {LOCK_FILE, _CONFIG_FILE})
         if foreign:
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-            raise ValueError(f"{self.path} is not empty and not a run (holds {shown}): give a new or empty directory")
+            raise ValueError(
+                f"{self.location} is not empty and not a run (holds {shown}): give a new or empty directory"
+            )
 
 
-def _close_held_locks() -> None:
-    for descriptor in _held_locks:
-        os.close(descriptor)
-    _held_locks.clear()
-
-
-# A forked child shares the open file and with it the lock, which would outlive the driver.
-os.register_at_fork(after_in_child=_close_held_locks)
-
-
-def _write_holder(descriptor: int) -> None:
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
-
-
-def _describe_holder(descriptor: int) -> str:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {holder['pid']} on host {holder['host']} (since {holder['started']})"
-    except (ValueError, KeyError, TypeError):
-        return "another process that has not yet written its name"
-
-
-def _local_path(path: str | os.PathLike[str]) -> Path:
-    if "://" in str(path):
-        raise ValueError(f"run directory {path} is a URL: give a local path or one on a mounted shared file system")
-    return Path(path).absolute()
+def _absolute(location: str | os.PathLike[str] | StoreUrl) -> Location:
+    return parse_location(location).absolute()
 
 
 def _checked_method(method: str) -> str:

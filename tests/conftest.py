@@ -3,10 +3,13 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.s3_server import S3Server, s3_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +27,7 @@ os.environ.update(
     MKL_NUM_THREADS="1",
     OPENBLAS_NUM_THREADS="1",
 )
-# The caller's cluster and its credentials are not the tests'.
+# The caller's cluster, buckets and credentials are not the tests'.
 for name in (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -32,6 +35,7 @@ for name in (
     "RAY_AUTH_MODE",
     "RAY_AUTH_TOKEN",
     "RAY_AUTH_TOKEN_PATH",
+    *[name for name in os.environ if name.startswith("AWS_")],
 ):
     os.environ.pop(name, None)
 
@@ -64,3 +68,20 @@ def digits_model() -> Path:
     path = ROOT / "assets" / "hunyuanvideo-digits"
     assert (path / "model_index.json").is_file(), f"{path} is part of the checkout and is not there"
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with one bucket, for all tests of this process."""
+    with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, named in this process's environment; short of patience, with a quick lease."""
+    for name, value in s3_process.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("REELQUANT_STORE_PATIENCE_S", "30")
+    monkeypatch.setenv("REELQUANT_LEASE_PERIOD_S", "0.3")
+    return s3_process

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from reelquant.checkpoint.verify import verify_checkpoint
+from pathlib import Path
+
+from reelquant.checkpoint.verify import VerificationReport, verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
-from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import AssemblySettings, AssemblyUnit, Progress, UnitOutput
 from workers.process import device_name, peak_memory_bytes, prepare_process
+
+INDEX = "model_index.json"
+"""Without it a folder is no pipeline."""
 
 
 class AssemblyWorker:
@@ -20,27 +24,21 @@ class AssemblyWorker:
 
     def run(self, unit: AssemblyUnit, progress: Progress) -> UnitOutput:
         """Writes the checkpoint, then checks it as `verify` does."""
-        output = self._run.path / unit.checkpoint
-        write_checkpoint(
-            self._settings.source.model,
-            output,
-            artifacts=[self._run.path / artifact for artifact in unit.artifacts],
-            bits=unit.bits_label,
-            method=unit.method.name,
-            calibration=dict(self._settings.calibration),
-            sparse_attention=unit.sparse_attention,
-            step_protection=unit.method.inference.protection,
-            velocity_correction=unit.velocity_correction,
-            max_shard_bytes=self._settings.max_shard_bytes,
-        )
-        progress(1, 2)
-        report = verify_checkpoint(output)
-        if report.problems:
-            raise RuntimeError(f"the assembled checkpoint {output} is not sound: {'; '.join(report.problems)}")
+        reports: list[VerificationReport] = []
+
+        def write(folder: Path) -> None:
+            self._write(folder, unit, artifacts)
+            progress(1, 2)
+            reports.append(verify_checkpoint(folder))
+            if problems := reports[-1].problems:
+                raise RuntimeError(f"the assembled checkpoint {folder} is not sound: {'; '.join(problems)}")
+
+        with self._run.store.local_files(unit.artifacts) as artifacts:
+            outputs = self._run.store.publish(unit.checkpoint, write, last=INDEX)
+        [report] = reports
         progress(2, 2)
-        files = sorted(path for path in output.rglob("*") if path.is_file())
         return UnitOutput(
-            tuple(OutputFile.describe(path, run=self._run.path) for path in files),
+            outputs,
             {
                 "method": unit.method.name,
                 "bits": unit.bits_label,
@@ -51,4 +49,18 @@ class AssemblyWorker:
             },
             device_name(self._device),
             peak_memory_bytes(self._device),
+        )
+
+    def _write(self, folder: Path, unit: AssemblyUnit, artifacts: list[Path]) -> None:
+        write_checkpoint(
+            self._settings.source.model,
+            folder,
+            artifacts=artifacts,
+            bits=unit.bits_label,
+            method=unit.method.name,
+            calibration=dict(self._settings.calibration),
+            sparse_attention=unit.sparse_attention,
+            step_protection=unit.method.inference.protection,
+            velocity_correction=unit.velocity_correction,
+            max_shard_bytes=self._settings.max_shard_bytes,
         )

@@ -15,7 +15,6 @@ from reelquant.calibration.segment_distillation import DistilledBlock, distill_s
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.schema import LayerSpec
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
-from storage.atomic_files import create_directory
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import DistillationSettings, MethodPlan, Progress, SampleUnit, SegmentUnit, UnitOutput
@@ -141,10 +140,9 @@ class DistillationWorker:
             )
             tensors.update({key: value.cpu().contiguous() for key, value in packed.items()})
             specs[full] = spec
-        path = self._run.blocks(method.name) / f"{artifact}.safetensors"
-        create_directory(path.parent)
-        write_block_artifact(path, tensors, specs)
-        return OutputFile.describe(path, run=self._run.path)
+        key = f"{self._run.blocks_key(method.name)}/{artifact}.safetensors"
+        [output] = self._run.store.publish(key, lambda path: write_block_artifact(path, tensors, specs))
+        return output
 
 
 def block_summary(distilled: DistilledBlock) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import reelquant  # noqa: F401  (registers the checkpoint format with diffusers)
 from reelquant.attention.sparse_attention import Visited
-from storage.atomic_files import create_directory, write_bytes_atomic
 from storage.manifest import OutputFile
-from storage.run_directory import RunDirectory
+from storage.run_directory import EVALUATION, RunDirectory
 from workers.fidelity import fidelity
 from workers.generation import generate
 from workers.messages import EvaluationSettings, EvaluationUnit, Progress, Sharding, UnitOutput
@@ -50,7 +49,9 @@ class EvaluationWorker:
         """Generates, stores, measures."""
         if unit.noise_floor:
             return self._noise_floor(unit, progress)
-        folder = self._settings.source.model if unit.checkpoint is None else self._run.path / unit.checkpoint
+        folder = (
+            self._settings.source.model if unit.checkpoint is None else self._run.store.local_folder(unit.checkpoint)
+        )
         pipeline = self._pipeline(folder, self._dtype)
         sparse = getattr(pipeline.transformer, "sparse_attention", None)
         if sparse is not None:
@@ -112,14 +113,11 @@ class EvaluationWorker:
         return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _film(self, unit: EvaluationUnit, video: Tensor) -> OutputFile:
-        path = self._run.evaluation / f"{unit.name}.mp4"
         film = imwrite(
             "<bytes>", video.numpy(), extension=".mp4", plugin="pyav", codec="libx264", fps=FRAMES_PER_SECOND
         )
         assert isinstance(film, bytes)
-        create_directory(path.parent)
-        write_bytes_atomic(path, film)
-        return OutputFile.describe(path, run=self._run.path)
+        return self._run.store.put(f"{EVALUATION}/{unit.name}.mp4", film)
 
     def _pipeline(self, folder: Path, dtype: torch.dtype) -> Any:
         if self._opened is None or self._opened[:2] != (folder, dtype):

@@ -10,6 +10,7 @@ from typing import Any
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from storage.location import Location
 from storage.manifest import OutputFile
 from workers.usage import Usage
 
@@ -69,7 +70,7 @@ class Sharding:
 class RunSource:
     """Where a worker reads and writes, and which model it is about."""
 
-    run: Path
+    run: Location
     model: Path
     seed: int
     numerics: Numerics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_
 from reelquant.checkpoint.safetensors_file import MemoryTensor
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec, layer_digest
 from reelquant.quantization.linear import QuantizedLinear
-from storage.atomic_files import create_directory
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
@@ -61,20 +61,22 @@ class RefinementWorker:
             "velocity_correction": None,
             "velocity": None,
         }
-        artifacts = {Path(path).name.removesuffix(".safetensors"): self._run.path / path for path in unit.artifacts}
-        for name, repair in self._repairs(unit, artifacts, names):
-            result["drift"][name] = {
-                "without": repair.without,
-                "before": repair.before,
-                "after": repair.after,
-                "accepted": repair.accepted,
-            }
-            if repair.accepted:
-                artifacts[name] = self._write(unit, artifacts[name], name, repair)
-                outputs.append(OutputFile.describe(artifacts[name], run=self._run.path))
-            advance()
-        if unit.method.velocity_correction:
-            result.update(self._velocity(unit, list(artifacts.values()), advance))
+        with contextlib.ExitStack() as copies:
+            paths = copies.enter_context(self._run.store.local_files(unit.artifacts))
+            artifacts = {path.name.removesuffix(".safetensors"): path for path in paths}
+            for name, repair in self._repairs(unit, artifacts, names):
+                result["drift"][name] = {
+                    "without": repair.without,
+                    "before": repair.before,
+                    "after": repair.after,
+                    "accepted": repair.accepted,
+                }
+                if repair.accepted:
+                    outputs.append(self._write(unit, artifacts[name], name, repair))
+                    [artifacts[name]] = copies.enter_context(self._run.store.local_files([outputs[-1].path]))
+                advance()
+            if unit.method.velocity_correction:
+                result.update(self._velocity(unit, list(artifacts.values()), advance))
         return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _repairs(
@@ -108,7 +110,7 @@ class RefinementWorker:
         bits = protection.activation_bits if protection is not None and protected else None
         return RepairSample(Sample(stream, stream, conditioning), lambda block: raise_bits(block, bits))
 
-    def _write(self, unit: RefinementUnit, artifact: Path, name: str, repair: BlockRepair) -> Path:
+    def _write(self, unit: RefinementUnit, artifact: Path, name: str, repair: BlockRepair) -> OutputFile:
         tensors, specs = read_block_artifact(artifact)
         dtype = self._bias_dtype(name)
         for inside, changed in repair.layers.items():
@@ -119,10 +121,9 @@ class RefinementWorker:
             own = {s: MemoryTensor(tensors[f"{layer}.{s}"]) for s in LAYER_SUFFIXES if f"{layer}.{s}" in tensors}
             digest = layer_digest((suffix, tensor.info, tensor.read_bytes()) for suffix, tensor in own.items())
             specs[layer] = replace(specs[layer], digest=digest)
-        path = self._run.blocks(unit.method.name) / REPAIRED / f"{name}.safetensors"
-        create_directory(path.parent)
-        write_block_artifact(path, tensors, specs)
-        return path
+        key = f"{self._run.blocks_key(unit.method.name)}/{REPAIRED}/{name}.safetensors"
+        [output] = self._run.store.publish(key, lambda path: write_block_artifact(path, tensors, specs))
+        return output
 
     def _velocity(self, unit: RefinementUnit, artifacts: list[Path], advance: Callable[[], None]) -> dict[str, Any]:
         """Both models on the stored trajectories, one after the other: they need not fit on the device together.

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.schema import RunConfig
+from storage.location import without_credentials
 
 
 class ConfigError(ValueError):
@@ -124,5 +125,5 @@ def describe(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{location}: unknown key"
     message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict) else f" (it is {item['input']!r})"
+    shown = "" if isinstance(item["input"], dict) else f" (it is {without_credentials(repr(item['input']))})"
     return f"{location}: {message}{shown}"

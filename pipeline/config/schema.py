@@ -9,12 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from pipeline.config.method import MethodConfig
+from storage.location import Location, StoreUrl, parse_location
 
 Strategy = Literal["salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"]
 WeightBits = Annotated[int, Field(ge=2, le=8)]
+
+
+def _location(value: Any) -> Location:
+    if not isinstance(value, str | Path | StoreUrl):
+        raise ValueError("must be a path or s3://bucket/prefix")
+    return parse_location(value)
+
+
+RunLocation = Annotated[Path | StoreUrl, PlainValidator(_location), PlainSerializer(str)]
 
 
 def _activation_bits(value: int) -> int:
@@ -240,8 +250,8 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """One run."""
 
-    run: Path
-    """The run directory: everything is kept there, and running again resumes there."""
+    run: RunLocation
+    """The run directory, a path or `s3://bucket/prefix`: everything is kept there, and running again resumes there."""
     model: Path
     """Local diffusers pipeline folder of the 16-bit model."""
     seed: int = Field(default=0, ge=0)

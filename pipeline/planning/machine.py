@@ -6,11 +6,12 @@ import os
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from pipeline.config.schema import RunConfig
+from storage.location import Location, StoreUrl
+from storage.run_store import open_store
 
 RESERVE_FRAC = 0.01
 """Room for what is not counted: headers, metadata, logs, the report."""
@@ -22,12 +23,14 @@ class Disk:
 
     existing_bytes: int
     """What the run directory holds already."""
-    free_bytes: int
-    """Free on its file system."""
+    free_bytes: int | None
+    """Free on its file system; None in a bucket, which is never full."""
 
 
-def disk_of(run: Path) -> Disk:
+def disk_of(run: Location) -> Disk:
     """Room at the run directory, which need not exist yet."""
+    if isinstance(run, StoreUrl):
+        return Disk(open_store(run).num_bytes(), None)
     existing = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.is_dir() else 0
     there = run.absolute()
     while not there.exists():
@@ -35,8 +38,10 @@ def disk_of(run: Path) -> Disk:
     return Disk(existing, shutil.disk_usage(there).free)
 
 
-def disk_problems(run: Path, needed_bytes: int, disk: Disk) -> list[str]:
+def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:
     """Too little room for what the run still has to write."""
+    if disk.free_bytes is None:
+        return []
     missing = needed_bytes * (1 + RESERVE_FRAC) - disk.existing_bytes
     if missing <= disk.free_bytes:
         return []

@@ -139,8 +139,10 @@ def _checkpoint_table(plan: Plan) -> Table:
 
 def _show_disk(plan: Plan, console: Console) -> None:
     there = f", {human_bytes(plan.disk.existing_bytes)} are there" if plan.disk.existing_bytes else ""
+    free = plan.disk.free_bytes
+    room = "in a bucket" if free is None else f"{human_bytes(free)} are free"
     console.print(
-        f"[bold]disk[/]     {human_bytes(plan.disk_bytes)} in all{there}; {human_bytes(plan.disk.free_bytes)} are free",
+        f"[bold]disk[/]     {human_bytes(plan.disk_bytes)} in all{there}; {room}",
         highlight=False,
         soft_wrap=True,
     )

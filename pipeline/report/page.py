@@ -31,8 +31,8 @@ from pipeline.report.quantities import bytes_text, decibels_text, seconds_text
 from pipeline.report.run_data import STAGES, RunData, read_run, reads_activations
 from pipeline.report.timeline import Timeline, read_timeline
 from pipeline.report.usage import usage_rows
-from storage.atomic_files import write_bytes_atomic
-from storage.run_directory import RunDirectory
+from storage.location import Location
+from storage.run_directory import REPORT, RunDirectory
 
 NUM_WEAKEST_LAYERS = 8
 
@@ -59,22 +59,28 @@ class Tile:
     note: str
 
 
-def write_report(run: Run) -> Path:
-    """Writes the report of an opened run; returns its path."""
-    return write_report_of(run.directory.path)
+def write_report(run: Run) -> Location:
+    """Writes the report of an opened run; returns where."""
+    return write_report_at(run.directory.location)
 
 
 def write_report_of(path: Path) -> Path:
-    """Writes the report of the run at `path`, complete or not; returns the report's path.
+    """As `write_report_at`, of a run in a folder."""
+    write_report_at(path)
+    return RunDirectory(path).report
+
+
+def write_report_at(location: Location) -> Location:
+    """Writes the report of the run at `location`, complete or not, into the run; returns where.
 
     Raises:
         ValueError: no run there, or one of a newer format.
         OSError: the report cannot be written.
     """
-    data = read_run(path)
-    target = RunDirectory(data.path).report
-    write_bytes_atomic(target, render(data).encode())
-    return target
+    data = read_run(location)
+    directory = RunDirectory(data.location)
+    directory.store.put(REPORT, render(data).encode())
+    return directory.location / REPORT
 
 
 def render(run: RunData) -> str:
@@ -137,7 +143,7 @@ def _view(run: RunData) -> dict[str, Any]:
 
 
 def _provenance(run: RunData, read: Timeline) -> dict[str, str]:
-    found = {"run": run.path.name, "commit": run.provenance.get("commit") or "not in a git checkout"}
+    found = {"run": run.location.name, "commit": run.provenance.get("commit") or "not in a git checkout"}
     if read.began is not None and read.ended is not None:
         found["began"] = f"{read.began:%Y-%m-%d %H:%M} UTC"
         found["last event"] = f"{read.ended:%Y-%m-%d %H:%M} UTC"

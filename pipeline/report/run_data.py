@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.event_log import read_events
 from storage.calibration_store import CalibrationStore
+from storage.location import Location
 from storage.manifest import DamagedRecord, Manifest, UnitRecord
-from storage.run_directory import RunDirectory
+from storage.run_directory import LOGS, RunDirectory
 
 STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
 REFERENCE = "full_precision"
@@ -37,7 +37,7 @@ class StageUnits:
 class RunData:
     """One run, read once."""
 
-    path: Path
+    location: Location
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
     stages: Mapping[str, StageUnits]
@@ -48,7 +48,7 @@ class RunData:
     @property
     def store(self) -> CalibrationStore:
         """The run's arrays."""
-        return RunDirectory(self.path).calibration_store
+        return RunDirectory(self.location).calibration_store
 
     @property
     def methods(self) -> tuple[Mapping[str, Any], ...]:
@@ -65,14 +65,14 @@ class RunData:
         return next((r for r in self.stages[stage].records if r.unit == unit), None)
 
 
-def read_run(path: Path) -> RunData:
+def read_run(location: Location) -> RunData:
     """Reads `config.json`, the manifest and the event log of a run.
 
     Raises:
         ValueError: no run there, or one of a newer format.
     """
-    directory = RunDirectory.open(path)
-    config, events = directory.config, tuple(read_events(directory.logs))
+    directory = RunDirectory.open(location)
+    config, events = directory.config, tuple(read_events(directory.location / LOGS))
     found: dict[str, dict[str, UnitRecord]] = {}
     problems: list[str] = []
     for stage in STAGES:
@@ -84,7 +84,7 @@ def read_run(path: Path) -> RunData:
     for stage, names in expected.items():
         records = found[stage].values() if names is None else [found[stage][n] for n in names if n in found[stage]]
         stages[stage] = StageUnits(tuple(records), None if names is None else len(names))
-    return RunData(directory.path, config, directory.provenance, stages, events, tuple(problems))
+    return RunData(directory.location, config, directory.provenance, stages, events, tuple(problems))
 
 
 def methods_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -99,11 +99,9 @@ def reads_activations(method: Mapping[str, Any]) -> bool:
 
 
 def _records(manifest: Manifest, stage: str, problems: list[str]) -> Iterable[UnitRecord]:
-    for path in sorted((manifest.root / stage).glob("*.json")):
-        if path.name.startswith("."):
-            continue
+    for unit in manifest.units(stage):
         try:
-            record = manifest.read(stage, path.stem)
+            record = manifest.read(stage, unit)
         except DamagedRecord as error:
             problems.append(str(error))
             continue

@@ -94,6 +94,4 @@ def sparse_attention(method: MethodPlan, distilled: Sequence[UnitRecord]) -> Spa
 
 def checkpoint_path(run: Run, method: str) -> str:
     """Where a method's checkpoint is, relative to the run directory."""
-    directory = run.directory
-    path = directory.checkpoint(None if method == run.context.methods[0].name else method)
-    return path.relative_to(directory.path).as_posix()
+    return run.directory.checkpoint_key(None if method == run.context.methods[0].name else method)

@@ -12,15 +12,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.config.loading import ConfigError, describe, parse_config, parse_override, read_values, set_value
 from pipeline.config.schema import RunConfig, Section
+from storage.location import local_path, parse_location
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _LONGEST_SLUG = 100
+_WHY_LOCAL = "the runs of a study share files through hard links"
 _OWN_KEYS = {
     "run": "the study gives every run its directory",
     "seed": "give all seeds in `seeds`",
@@ -47,10 +49,14 @@ class SettingConfig(Section):
         return self
 
 
+def _study_path(value: Any) -> Any:
+    return local_path(parse_location(value), why=_WHY_LOCAL) if isinstance(value, str) else value
+
+
 class StudyConfig(Section):
     """The file as it is written."""
 
-    study: Path
+    study: Annotated[Path, BeforeValidator(_study_path)]
     """The study's directory."""
     config: Path
     """Base of all runs' configurations; its `run` and `seed` are ignored."""
@@ -100,6 +106,11 @@ class StudyRun:
     def label(self) -> str:
         """Its directory in the study's."""
         return run_label(self.seed, self.setting.slug)
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return local_path(self.config.run, why=_WHY_LOCAL).absolute()
 
 
 @dataclass(frozen=True)

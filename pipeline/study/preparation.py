@@ -176,7 +176,7 @@ class _Counting:
 
     def __init__(self, study: Study, contexts: Mapping[str, RunContext]) -> None:
         self._runs = [(run, contexts[run.label]) for run in study.runs]
-        self._manifests = {run.label: PlannedManifest(run.config.run.absolute()) for run in study.runs}
+        self._manifests = {run.label: PlannedManifest(run.path) for run in study.runs}
         self._sizes: dict[str, dict[str, float]] = {}
         self._choices: dict[tuple[str, ...], set[str]] = {}
         """Selections that are not done, by fingerprints of the trajectories that they choose from."""
@@ -189,7 +189,7 @@ class _Counting:
         seen: set[tuple[str, str]] = set()
         for run, context in self._runs:
             manifest = self._manifests[run.label]
-            planned = Run(context, RunDirectory(run.config.run.absolute()), manifest)
+            planned = Run(context, RunDirectory(run.path), manifest)
             try:
                 plans = stage.plan(planned)
             except LookupError:  # it reads a result that is not there yet
@@ -252,10 +252,10 @@ def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
 
 
 def _real_record(run: StudyRun, stage: str, unit: str, fingerprint: str) -> UnitRecord | None:
-    if not (run.config.run / "config.json").is_file():
+    if not (run.path / "config.json").is_file():
         return None
     try:
-        record = Manifest(run.config.run.absolute()).read(stage, unit)
+        record = Manifest(run.path).read(stage, unit)
     except ValueError:  # the driver will say what is wrong with it, and do it again
         return None
     return record if record is not None and record.fingerprint == fingerprint else None

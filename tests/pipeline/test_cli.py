@@ -38,7 +38,7 @@ def fails(*arguments: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "status", "report", "verify", "submit", "logs", "stop"])
+@pytest.mark.parametrize("name", ["run", "plan", "status", "report", "fetch", "verify", "submit", "logs", "stop"])
 def test_help_of_every_command(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
@@ -48,7 +48,7 @@ def test_help_of_every_command(name: str) -> None:
 
 def test_every_command_is_tested_above() -> None:
     assert {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} >= {
-        "run", "plan", "status", "report", "verify", "submit", "logs", "stop",
+        "run", "plan", "status", "report", "fetch", "verify", "submit", "logs", "stop",
     }  # fmt: skip
 
 
@@ -81,6 +81,14 @@ def test_wrong_values_of_every_command(tmp_path: Path) -> None:
         assert "brackets [like these]" in fails(command, config, "--set", "selection.strategy=brackets [like these]")
     for command in ("status", "report"):
         assert "is not a run directory" in fails(command, str(tmp_path))
+        assert "is a URL of another kind" in fails(command, "gs://bucket/run")
+    assert "is there already" in fails("fetch", str(tmp_path), str(tmp_path))
+    assert "is not a run directory" in fails("fetch", str(tmp_path), str(tmp_path / "copy"))
+    for location in ("s3://AKIA:wJalrXUtnFEMI@bucket/run", "s3://AKIA:wJalrXUtnFEMI@bucket"):
+        output = fails("plan", config, "--set", f"run={location}")
+        assert "run: s3://***@bucket" in output
+        assert "holds credentials" in output
+        assert "wJalrXUtnFEMI" not in output
     assert "problem: " in fails("verify", str(tmp_path))
     assert not (tmp_path / "run").exists()
 

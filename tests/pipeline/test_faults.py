@@ -56,6 +56,7 @@ def test_a_driver_whose_clock_is_an_hour_behind_its_workers(head: RayHead, finis
     assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
 
+@pytest.mark.slow
 def test_the_control_service_dies_and_the_run_goes_on_with_a_new_head(
     head: RayHead, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +94,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(mount_point)], check=True)  # a worker may not be gone yet
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(finished_run: Path, small_disk: Path) -> None:
     config, run = half_of(finished_run, small_disk)
     arguments = ("run", config, "--set", "workers.max_attempts=1")

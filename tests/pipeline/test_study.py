@@ -94,6 +94,7 @@ def test_a_key_inside_a_method_that_is_only_a_name(tmp_path: Path) -> None:
             {"settings": [{"name": "{k}", "set": {"k": 1}, "axes": {"k": [1]}}]},
             "k is in set and in axes; keep one",
         ),
+        ({"study": "s3://bucket/study"}, "is in a bucket, and the runs of a study share files through hard links"),
         ({"seeds": [1, 1]}, "seeds are [1, 1]: give one or more, each once, 0 or more"),
         ({"seeds": [-1]}, "seeds are [-1]: give one or more, each once, 0 or more"),
         ({"seeds": []}, "seeds are []: give one or more, each once, 0 or more"),

@@ -106,8 +106,8 @@ def test_places_that_are_no_run(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path / "home")
     with pytest.raises(ValueError, match="is a file"):
         RunDirectory.open_or_create(tmp_path / "home" / "thesis.txt", CONFIG, {})
-    with pytest.raises(ValueError, match=r"s3://bucket/run is a URL"):
-        RunDirectory.open_or_create("s3://bucket/run", CONFIG, {})
+    with pytest.raises(ValueError, match=r"gs://bucket/run is a URL of another kind"):
+        RunDirectory.open_or_create("gs://bucket/run", CONFIG, {})
 
 
 def test_what_a_kill_during_creation_leaves_is_no_obstacle(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_repair_and_correction_end_up_in_a_sound_checkpoint(prepared: Prepared, 
         assert (block["after"] < block["before"]) == (name in accepted)
     last = drift[prepared.blocks[-1]]
     assert min(last["before"], last["after"]) < last["without"], last
-    run = prepared.source.run
+    run = RunDirectory(prepared.source.run).path
     repaired = {Path(file.path).name: file.path for file in output.outputs}
     artifacts = [run / repaired.get(Path(path).name, path) for path in prepared.artifacts]
     velocity = output.result["velocity_correction"]
@@ -208,7 +208,7 @@ def test_stored_latents_give_the_full_precision_velocity_in_float32_only(prepare
 
 
 def test_quantized_model_is_the_checkpoint(prepared: Prepared, tmp_path: Path) -> None:
-    run = prepared.source.run
+    run = RunDirectory(prepared.source.run).path
     artifacts = [run / path for path in prepared.artifacts]
     write_checkpoint(prepared.model, tmp_path / "checkpoint", artifacts=artifacts, bits="W3A5", method="rtn")
     loaded = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "checkpoint" / "transformer", torch_dtype=F32)

@@ -1,0 +1,81 @@
+"""What is wanted of a run as local files: its checkpoint, for `from_pretrained`, and its report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+
+from storage.atomic_files import create_directory, partial_path, sha256_file, write_bytes_atomic
+from storage.location import Location
+from storage.manifest import OutputFile
+from storage.run_directory import REPORT, RunDirectory
+
+_STAGE = "assembly"
+
+
+def fetch_checkpoint(location: Location, folder: Path, *, method: str | None = None) -> int:
+    """Copies the checkpoint of the run at `location` to the new folder `folder`; returns the number of files.
+
+    The folder is there with all files or not at all.
+
+    Args:
+        method: of several, the one whose checkpoint is wanted; None for the run's own.
+
+    Raises:
+        ValueError: no run, no such checkpoint yet, a file that is not what its record says, or a folder that is there already.
+        OSError: the disk is full, or the store does not answer.
+    """
+    folder = folder.absolute()
+    if os.path.lexists(folder):
+        raise ValueError(f"{folder} is there already: give a new folder")
+    directory = RunDirectory.open(location)
+    outputs = _checkpoint_files(directory, method)
+    create_directory(folder.parent)
+    partial = partial_path(folder)
+    try:
+        for output in outputs:
+            _copy(directory, output, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(outputs)
+
+
+def fetch_report(location: Location, folder: Path) -> Path:
+    """Copies the report of a run into a local folder; returns the copy's path."""
+    directory = RunDirectory.open(location)
+    copy = folder / f"{directory.location.name}-{REPORT}"
+    write_bytes_atomic(copy, directory.store.read(REPORT))
+    return copy
+
+
+def _checkpoint_files(directory: RunDirectory, method: str | None) -> tuple[OutputFile, ...]:
+    records = {record.result["checkpoint"]: record for record in directory.manifest.records(_STAGE)}
+    record = records.get(directory.checkpoint_key(method)) or next(
+        (found for found in records.values() if found.result["method"] == method), None
+    )
+    if record is None:
+        there = ", ".join(sorted(found.result["method"] for found in records.values())) or "none yet"
+        raise ValueError(
+            f"{directory.location} has no checkpoint{f' of method {method}' if method else ''} (methods assembled: {there}): "
+            "run it to its end, or name another method"
+        )
+    return record.outputs
+
+
+def _copy(directory: RunDirectory, output: OutputFile, folder: Path) -> None:
+    inside = PurePosixPath(*PurePosixPath(output.path).parts[1:])
+    if output.path.startswith("checkpoints/"):
+        inside = PurePosixPath(*inside.parts[1:])
+    target = folder / inside
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with directory.store.local_files([output.path]) as [source]:
+            shutil.copyfile(source, target)
+    except FileNotFoundError:
+        raise ValueError(f"{directory.location}/{output.path} is missing: run it again, and it is made anew") from None
+    if sha256_file(target) != output.checksum:
+        raise ValueError(
+            f"{directory.location}/{output.path} is not what its record says: run it again, and it is made anew"
+        )

@@ -1,0 +1,229 @@
+"""A run in a folder, on a local disk or a shared file system."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from storage.atomic_files import (
+    PARTIAL_SUFFIX,
+    create_directory,
+    explain_write_failure,
+    partial_path,
+    sha256_file,
+    sweep_partial_files,
+    sync_directory,
+    write_bytes_atomic,
+)
+from storage.local_lock import lock_holder, locked
+from storage.output_file import OutputFile
+from storage.run_store import Bytes, Driver, LineLog, RangeReader, StoredFile, WriteLocally
+
+LOCK_FILE = "run.lock"
+
+_PUBLISH_ATTEMPTS = 100
+
+
+class LocalStore:
+    """See :class:`storage.run_store.RunStore`."""
+
+    epoch = 0
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @property
+    def location(self) -> Path:
+        return self._root
+
+    def read(self, key: str) -> bytes:
+        try:
+            return (self._root / key).read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(error.errno, error.strerror, error.filename) from error
+
+    def stat(self, key: str) -> StoredFile:
+        path = self._root / key
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        if not path.resolve().is_relative_to(self._root.resolve()):
+            raise ValueError("a link out of the run directory")
+        found = path.stat()
+        return StoredFile(found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size))
+
+    def listed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def checksum(self, key: str) -> str:
+        return sha256_file(self._root / key)
+
+    def put(self, key: str, data: bytes, *, exclusive: bool = False) -> OutputFile:
+        path = self._root / key
+        create_directory(path.parent)
+        write_bytes_atomic(path, data, exclusive=exclusive)
+        return OutputFile(key, len(data), hashlib.sha256(data).hexdigest())
+
+    def put_record(self, key: str, data: bytes, *, is_newer: Callable[[bytes], bool]) -> None:
+        self.put(key, data)
+
+    def publish(self, key: str, write: WriteLocally, *, last: str | None = None) -> tuple[OutputFile, ...]:
+        path = self._root / key
+        create_directory(path.parent)
+        write(path)
+        files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+        return tuple(OutputFile.describe(found, run=self._root) for found in files)
+
+    def publish_array(self, key: str, write: WriteLocally, *, num_bytes: int) -> dict[str, tuple[int, str | None]]:
+        target = self._root / key
+        with explain_write_failure(target, num_bytes):
+            create_directory(target.parent)
+            partial = partial_path(target)
+            try:
+                partial.mkdir()
+                write(partial)
+                sync_directory(partial)
+                sizes: dict[str, tuple[int, str | None]] = {
+                    file.name: (file.stat().st_size, None) for file in sorted(partial.iterdir())
+                }
+                _rename(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return sizes
+
+    @contextlib.contextmanager
+    def open_ranges(self, key: str) -> Iterator[RangeReader]:
+        descriptor = os.open(self._root / key, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            yield _FileRanges(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def local_files(self, keys: Sequence[str]) -> Iterator[list[Path]]:
+        yield [self._existing(key) for key in keys]
+
+    def local_folder(self, key: str) -> Path:
+        return self._existing(key)
+
+    def _existing(self, key: str) -> Path:
+        path = self._root / key
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return path
+
+    def names(self, folder: str) -> list[str]:
+        return self._entries(folder, lambda entry: entry.is_file())
+
+    def subfolders(self, folder: str) -> list[str]:
+        return self._entries(folder, lambda entry: entry.is_dir())
+
+    def _entries(self, folder: str, wanted: Callable[[Path], bool]) -> list[str]:
+        path = self._root / folder
+        if not path.is_dir():
+            return []
+        return sorted(e.name for e in path.iterdir() if not _is_partial(e.name) and wanted(e))
+
+    def remove(self, key: str) -> None:
+        path = self._root / key
+        if path.exists():
+            path.unlink(missing_ok=True)
+            sync_directory(path.parent)
+
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._root.rglob("*") if path.is_file())
+
+    def sweep(self) -> tuple[str, ...]:
+        return sweep_partial_files(self._root)
+
+    def check_key(self, folder: str, name: str) -> None:
+        found = (self._root / folder / name).resolve()
+        if found != (self._root / folder).resolve() / name:
+            raise ValueError(f"array name {name!r} leads through a symbolic link to {found}: remove the link")
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        return locked(self._root / LOCK_FILE)
+
+    def driver(self) -> Driver:
+        return lock_holder(self._root / LOCK_FILE)
+
+    def open_log(self, folder: str, name: str) -> LineLog:
+        (self._root / folder).mkdir(parents=True, exist_ok=True)
+        return _FileLog(self._root / folder / name)
+
+    def read_log(self, folder: str, name: str) -> Iterator[str]:
+        path = self._root / folder / name
+        if path.is_file():
+            yield from path.read_text(encoding="utf-8").splitlines()
+
+
+class _FileRanges:
+    num_threads = 1
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.num_bytes = os.fstat(descriptor).st_size
+
+    def read_into(self, buffers: Sequence[Bytes], offset: int) -> None:
+        position = offset
+        for buffer in buffers:
+            view = buffer.data
+            while view:
+                count = os.preadv(self._descriptor, [view], position)
+                if not count:
+                    raise ValueError("the file shrank while it was read")
+                view, position = view[count:], position + count
+
+
+class _FileLog:
+    """Every line is written at once, so that the log tells the truth after a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._end_torn_line()
+
+    def append(self, line: str) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, writing the event log", str(self._path)) from error
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+    def _end_torn_line(self) -> None:
+        """A line cut short by a kill or a full disk must not take the next one with it."""
+        if self._path.is_file() and self._path.stat().st_size > 0:
+            with self._path.open("rb+") as file:
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith(".") and name.endswith(PARTIAL_SUFFIX)
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Rename the finished directory to its name; an older one is moved aside first and removed."""
+    for _ in range(_PUBLISH_ATTEMPTS):
+        try:
+            partial.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            sync_directory(target.parent)
+            return
+        aside = partial_path(target)
+        try:
+            target.rename(aside)
+        except FileNotFoundError:
+            continue
+        shutil.rmtree(aside)
+    raise OSError(errno.EBUSY, "other writers keep replacing the array", str(target))

@@ -1,0 +1,217 @@
+"""The operations that a run needs of the place where it lies, and nothing more; one implementation a kind of place.
+
+    storage.local_store  a folder, on a local disk or a shared file system: fsync, rename, flock
+    storage.s3_store     a prefix of an S3 bucket: whole objects, conditional put, a lease
+
+Names are keys: relative POSIX paths inside the run. What both promise:
+
+- a file is whole or absent, and durable when the call returns; nothing is ever appended to, or changed in part;
+- an exclusive put has one winner among all processes on all machines;
+- of two writers of one name, the last one stands, whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.location import Location, StoreUrl, parse_location
+from storage.output_file import OutputFile
+
+Bytes = NDArray[np.uint8]
+
+WriteLocally = Callable[[Path], object]
+"""Writes one file, or one folder of files, at the local path that it is given, which does not exist."""
+
+
+class RunLocked(ValueError):
+    """Another driver works on this run."""
+
+
+class StoreUnreachable(OSError):
+    """The store did not answer for longer than an outage may last."""
+
+
+class LeaseLost(OSError):
+    """Another driver has taken the run over; this one must not write any more."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What a store knows of a file without reading it."""
+
+    num_bytes: int
+    identity: Hashable
+    """Changes with the content, in this process's lifetime at least."""
+    e_tag: str | None = None
+    """Of an object; None in a file system."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Who drives a run, as far as can be seen from outside."""
+
+    at_work: str | None
+    """Names the driver that holds the run."""
+    died: str | None
+    """Names a driver that ended without giving the run back."""
+
+
+class RangeReader(Protocol):
+    """An open file that is read in pieces, by several threads."""
+
+    num_bytes: int
+    num_threads: int
+    """Pieces that are worth asking for at a time."""
+
+    def read_into(self, buffers: Sequence[Bytes], offset: int) -> None:
+        """Fill the buffers with consecutive bytes from ``offset`` on; ValueError if the file ends before."""
+
+
+class LineLog(Protocol):
+    """A text log with one writer."""
+
+    def append(self, line: str) -> None:
+        """Add a line, which may become visible to others a few seconds later."""
+
+    def close(self) -> None:
+        """Make everything visible."""
+
+
+class RunStore(Protocol):
+    """Where one run lies."""
+
+    @property
+    def location(self) -> Location:
+        """Where."""
+
+    def read(self, key: str) -> bytes:
+        """The whole content. Raises FileNotFoundError."""
+
+    def stat(self, key: str) -> StoredFile:
+        """Raises FileNotFoundError; ValueError for a link that leads out of the run."""
+
+    def listed(self) -> contextlib.AbstractContextManager[None]:
+        """For the body's time, :meth:`stat` may answer from what was there at its beginning: many requests become one."""
+
+    def checksum(self, key: str) -> str:
+        """SHA-256 of a file, which is read for it; 64 hex digits. Raises FileNotFoundError."""
+
+    def put(self, key: str, data: bytes, *, exclusive: bool = False) -> OutputFile:
+        """Write a small file. With ``exclusive``, raises FileExistsError if there is one."""
+
+    def put_record(self, key: str, data: bytes, *, is_newer: Callable[[bytes], bool]) -> None:
+        """Write a file that a driver which was ousted must not overwrite.
+
+        Args:
+            key: where.
+            data: the content.
+            is_newer: whether an existing content is of a later driver than ``data``; a store with a lock that
+                dies with its holder never asks.
+
+        Raises:
+            LeaseLost: there is one.
+        """
+
+    def publish(self, key: str, write: WriteLocally, *, last: str | None = None) -> tuple[OutputFile, ...]:
+        """Have ``write`` make a file or a folder locally, and put it at ``key``.
+
+        Args:
+            key: of the file, or of the folder.
+            write: see :data:`WriteLocally`; must itself be atomic (a kill leaves the path absent).
+            last: the file of a folder without which the folder means nothing: absent until all others are there.
+        """
+
+    def publish_array(self, key: str, write: WriteLocally, *, num_bytes: int) -> dict[str, tuple[int, str | None]]:
+        """Have ``write`` fill a new, empty local folder with an array's files, synced, and put it at ``key``.
+
+        Args:
+            key: of the array's folder.
+            write: need not be atomic; its errors pass.
+            num_bytes: about to be written, for the message if there is no room.
+
+        Returns:
+            By file name, data before metadata: size in bytes and e_tag.
+        """
+
+    def open_ranges(self, key: str) -> contextlib.AbstractContextManager[RangeReader]:
+        """Raises FileNotFoundError."""
+
+    def local_files(self, keys: Sequence[str]) -> contextlib.AbstractContextManager[list[Path]]:
+        """Local paths with the content of files, to be read only, for the body's time; in a folder, the files themselves.
+
+        Raises FileNotFoundError.
+        """
+
+    def local_folder(self, key: str) -> Path:
+        """The same for a folder, until this process ends or asks for another one. Raises FileNotFoundError."""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files directly in a folder, sorted; unfinished ones left out, empty if there is no folder."""
+
+    def subfolders(self, folder: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted; unfinished ones left out."""
+
+    def remove(self, key: str) -> None:
+        """Remove a file durably; fine if there is none."""
+
+    def num_bytes(self) -> int:
+        """Of all files of the run."""
+
+    def sweep(self) -> tuple[str, ...]:
+        """Remove what killed writers left, while holding the lock; returns the keys."""
+
+    def check_key(self, folder: str, name: str) -> None:
+        """Raises ValueError if ``name`` inside ``folder`` leads through a symbolic link."""
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Be the run's only driver. Raises RunLocked, naming the other one."""
+
+    def driver(self) -> Driver:
+        """Who drives the run; changes nothing."""
+
+    @property
+    def epoch(self) -> int:
+        """Counts the drivers of a run whose lock may be taken over from one that only seems dead; 0: it cannot be."""
+
+    def open_log(self, folder: str, name: str) -> LineLog:
+        """The log ``name`` in ``folder``, for its writer, which holds the lock."""
+
+    def read_log(self, folder: str, name: str) -> Iterator[str]:
+        """Its lines, oldest first; empty if there is none."""
+
+
+def open_store(location: str | Path | StoreUrl) -> RunStore:
+    """The store at a location; nothing is read or written yet. One object a process and bucket prefix, as lease and epoch
+    belong to the process.
+
+    Raises:
+        ValueError: a location of another kind, or s3:// without the package for it.
+    """
+    place = parse_location(location)
+    if isinstance(place, StoreUrl):
+        return _s3_store(place)
+    from storage.local_store import LocalStore
+
+    return LocalStore(place)
+
+
+@lru_cache(maxsize=64)
+def _s3_store(url: StoreUrl) -> RunStore:
+    try:
+        from storage.s3_store import S3Store
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("obstore"):
+            raise
+        raise ValueError(
+            f"{url} needs the package obstore, which is not installed: pip install -e '.[application,s3]', or give a local "
+            "path or one on a mounted shared file system"
+        ) from error
+    return S3Store(url)

@@ -1,0 +1,251 @@
+"""What a run needs of the place where it lies: one class of tests, a folder and a bucket."""
+
+import hashlib
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from storage.calibration_store import CalibrationStore, DamagedArray
+from storage.location import StoreUrl, local_path, parse_location
+from storage.manifest import DamagedRecord, Manifest, UnitRecord
+from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
+from storage.run_store import RunStore, open_store
+from storage.zarr_layout import ArrayLayout
+from tests.s3_server import new_prefix
+from tests.storage.exclusive_writer import put_once
+
+LARGE = 20 * 2**20
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a new run may lie."""
+    if request.param == "folder":
+        return str(tmp_path / "run")
+    request.getfixturevalue("s3")
+    return new_prefix("run")
+
+
+@pytest.fixture
+def store(place: str) -> RunStore:
+    return open_store(place)
+
+
+def record(directory: RunDirectory, unit: str, tensor: torch.Tensor) -> UnitRecord:
+    outputs = directory.calibration_store.write(f"x/{unit}", tensor)
+    return UnitRecord("trajectories", unit, "f" * 32, outputs, {"n": 1}, 1.0, "host", "cpu", 1, 1, "w")
+
+
+class TestRunStore:
+    def test_files_are_whole_or_absent(self, store: RunStore) -> None:
+        with pytest.raises(FileNotFoundError):
+            store.read("a/b.json")
+        with pytest.raises(FileNotFoundError):
+            store.stat("a/b.json")
+        assert store.names("a") == store.subfolders("a") == []
+        written = store.put("a/b.json", b"first")
+        assert store.put("a/b.json", b"second").checksum != written.checksum
+        assert store.read("a/b.json") == b"second"
+        assert store.stat("a/b.json").num_bytes == 6
+        assert store.checksum("a/b.json") == hashlib.sha256(b"second").hexdigest()
+        store.put("a/c/d.json", b"")
+        assert (store.names("a"), store.subfolders("a"), store.names("")) == (["b.json"], ["c"], [])
+        assert store.num_bytes() == 6
+        store.remove("a/b.json")
+        store.remove("a/b.json")
+        assert store.names("a") == []
+
+    def test_identity_changes_with_the_content(self, store: RunStore) -> None:
+        store.put("a", b"first")
+        before = store.stat("a")
+        assert store.stat("a") == before
+        store.put("a", b"other")
+        assert store.stat("a").identity != before.identity
+
+    def test_of_many_exclusive_writers_one_wins(self, store: RunStore, place: str) -> None:
+        store.put("a/b", b"", exclusive=True)
+        with multiprocessing.get_context("spawn").Pool(3) as pool:
+            won = pool.starmap(put_once, [(place, f"writer {number}") for number in range(3)])
+        assert sum(won) == 1
+        assert store.read("config.json") == f"writer {won.index(True)}".encode()
+
+    def test_a_large_file_is_published_whole(self, store: RunStore) -> None:
+        data = np.random.default_rng(0).bytes(LARGE)
+        [output] = store.publish("blocks/m/b.safetensors", lambda path: path.write_bytes(data))
+        assert (output.path, output.num_bytes) == ("blocks/m/b.safetensors", LARGE)
+        assert output.checksum == store.checksum(output.path) == hashlib.sha256(data).hexdigest()
+        with store.local_files([output.path]) as [copy]:
+            assert copy.name == "b.safetensors"
+            assert copy.read_bytes() == data
+
+    def test_a_folder_loses_what_is_no_longer_in_it_and_its_index_comes_last(self, store: RunStore) -> None:
+        def first(path: Path) -> None:
+            (path / "vae").mkdir(parents=True)
+            (path / "vae" / "old.json").write_text("old")
+            (path / "index.json").write_text("1")
+
+        def failing(path: Path) -> None:
+            raise RuntimeError("the unit fails")
+
+        store.publish("checkpoint", first, last="index.json")
+        with pytest.raises(RuntimeError, match="the unit fails"):
+            store.publish("checkpoint", failing, last="index.json")
+        copy = store.local_folder("checkpoint")
+        assert store.local_folder("checkpoint") == copy
+        assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*.json")) == ["index.json", "vae/old.json"]
+
+    def test_a_record_is_replaced_but_not_over_a_later_drivers(self, place: str) -> None:
+        directory = RunDirectory.open_or_create(place, {}, {})
+        manifest = directory.manifest
+        first = record(directory, "u", torch.zeros(3))
+        with directory.lock():
+            manifest.write(first)
+            manifest.write(first)
+        with directory.lock():
+            manifest.write(record(directory, "u", torch.ones(3)))
+        found = manifest.read("trajectories", "u")
+        assert found is not None
+        assert found.outputs != first.outputs
+        assert manifest.units("trajectories") == ["u"]
+
+    def test_log_lines_come_back_in_order(self, place: str) -> None:
+        directory = RunDirectory.open_or_create(place, {}, {})
+        assert list(directory.store.read_log("logs", "events.jsonl")) == []
+        for driver in range(2):
+            with directory.lock():
+                log = directory.store.open_log("logs", "events.jsonl")
+                for number in range(3):
+                    log.append(f"{driver} {number}")
+                log.close()
+        expected = [f"{driver} {number}" for driver in range(2) for number in range(3)]
+        assert list(directory.store.read_log("logs", "events.jsonl")) == expected
+
+    def test_the_second_driver_is_refused_by_name_and_the_next_takes_a_free_run(self, place: str) -> None:
+        directory = RunDirectory.open_or_create(place, {}, {})
+        assert directory.store.driver().at_work is None
+        with directory.lock():
+            assert "process" in (directory.store.driver().at_work or "")
+            with pytest.raises(RunLocked, match=r"is in use by process \d+ on host"), directory.lock():
+                pass
+        with directory.lock():
+            pass
+        assert directory.store.driver().died is None
+
+    def test_a_run_of_another_configuration_is_refused(self, place: str) -> None:
+        RunDirectory.open_or_create(place, {"a": 1}, {"commit": "1"})
+        assert RunDirectory.open(place).config == {"a": 1}
+        with pytest.raises(RunConfigMismatch, match=r"a: 1 -> 2"):
+            RunDirectory.open_or_create(place, {"a": 2}, {})
+        run = RunDirectory.open_or_create(place, {"a": 2}, {"commit": "2"}, update=True)
+        assert (run.config, run.provenance) == ({"a": 2}, {"commit": "2"})
+
+    def test_somebody_elses_place_is_refused(self, store: RunStore, place: str) -> None:
+        store.put("notes.txt", b"mine")
+        with pytest.raises(ValueError, match=r"is not empty and not a run \(holds notes.txt\)"):
+            RunDirectory.open_or_create(place, {}, {})
+        with pytest.raises(ValueError, match="is not a run directory"):
+            RunDirectory.open(place)
+
+    def test_damage_of_outputs_is_found(self, store: RunStore, place: str) -> None:
+        directory = RunDirectory.open_or_create(place, {}, {})
+        done = record(directory, "u", torch.arange(100_000, dtype=torch.float32))
+        assert directory.manifest.missing_or_damaged(done, deep=True) == []
+        data, metadata = done.outputs
+        content = bytearray(store.read(data.path))
+        content[1000] ^= 1
+        store.put(data.path, bytes(content))
+        assert directory.manifest.missing_or_damaged(done, deep=True) == [
+            f"{data.path}: SHA-256 differs from the record"
+        ]
+        store.put(data.path, bytes(content[:-1]))
+        store.remove(metadata.path)
+        problems = directory.manifest.missing_or_damaged(done, deep=False)
+        assert problems == [f"{data.path}: 400003 bytes, 400004 expected", f"{metadata.path}: missing"]
+        with pytest.raises(ValueError, match="unit trajectories/u is not done"):
+            directory.manifest.write(done)
+
+    def test_a_damaged_record_is_named(self, store: RunStore, place: str) -> None:
+        manifest = Manifest(place)
+        store.put("manifest/trajectories/u.json", b"{}")
+        with pytest.raises(DamagedRecord, match=r"run/manifest/trajectories/u\.json"):
+            manifest.read("trajectories", "u")
+        manifest.remove("trajectories", "u")
+        assert manifest.read("trajectories", "u") is None
+
+    def test_arrays_come_back_with_every_checksum_verified(self, store: RunStore, place: str) -> None:
+        arrays = CalibrationStore(parse_location(place) / "calibration.zarr")
+        tensor = torch.randn(3000, 2000).to(torch.bfloat16)
+        layout = ArrayLayout.of((3000, 2000), torch.bfloat16)
+        assert layout.num_chunks > 1
+        outputs = arrays.write("a/b", tensor)
+        arrays.write("scalar", torch.tensor(2.5))
+        arrays.write("empty", torch.zeros(0, 4))
+        assert [output.num_bytes for output in outputs] == [layout.data_bytes, len(layout.metadata())]
+        assert all(store.checksum(output.path) == output.checksum for output in outputs)
+        assert arrays.shape("a/b") == (3000, 2000)
+        assert torch.equal(arrays.read("a/b"), tensor)
+        assert torch.equal(arrays.read("a/b", rows=slice(1400, 1600)), tensor[1400:1600])
+        assert arrays.read("scalar") == 2.5
+        assert arrays.read("empty").shape == (0, 4)
+        with pytest.raises(ValueError, match="is a group"):
+            arrays.write("a", tensor)
+        with pytest.raises(ValueError, match="2 of 4 values are NaN"):
+            arrays.write("nan", torch.tensor([1.0, float("nan"), 2.0, float("nan")]))
+        content = bytearray(store.read(outputs[0].path))
+        content[5_000_000] ^= 4
+        store.put(outputs[0].path, bytes(content))
+        with pytest.raises(DamagedArray, match="chunk 0 of 2 at byte 0 does not match its crc32c"):
+            arrays.read("a/b")
+        assert torch.equal(arrays.read("a/b", rows=slice(2000, 2100)), tensor[2000:2100])
+        store.remove(outputs[0].path)
+        with pytest.raises(DamagedArray, match=r"c\.0\.0 is missing"):
+            arrays.read("a/b")
+
+    def test_the_same_objects_as_in_a_folder(self, store: RunStore, place: str, tmp_path: Path) -> None:
+        folder = CalibrationStore(tmp_path / "other" / "calibration.zarr")
+        arrays = CalibrationStore(parse_location(place) / "calibration.zarr")
+        for written in (folder, arrays):
+            written.write("x/y", torch.arange(12.0).reshape(3, 4))
+        for file in ("zarr.json", "x/zarr.json", "x/y/zarr.json", "x/y/c.0.0"):
+            assert store.read(f"calibration.zarr/{file}") == (folder.root / file).read_bytes()
+
+
+def test_locations() -> None:
+    url = parse_location("s3://bucket/a/b/")
+    assert isinstance(url, StoreUrl)
+    assert (str(url), url.name, str(url.parent), str(url / "c")) == (
+        "s3://bucket/a/b",
+        "b",
+        "s3://bucket/a",
+        "s3://bucket/a/b/c",
+    )
+    assert (url / "c/d").relative_to(url).as_posix() == "c/d"
+    assert parse_location("a/b") == Path("a/b")
+    for bad in (
+        "s3://bucket",
+        "s3://bucket/",
+        "s3://bucket/../x",
+        "s3:///x",
+        "gs://bucket/x",
+        "s3://B_/x",
+        "s3://bucket/a//b",
+    ):
+        with pytest.raises(ValueError, match=r"give a local path|is not s3://bucket/prefix"):
+            parse_location(bad)
+    with pytest.raises(ValueError, match="holds credentials") as caught:
+        parse_location("s3://AKIA:wJalr/x@bucket/run".replace("/x", ""))
+    assert "wJalr" not in str(caught.value)
+    with pytest.raises(ValueError, match="s3://bucket/a/b is in a bucket, and studies link files"):
+        local_path(url, why="studies link files")
+
+
+def test_a_record_in_a_folder_has_no_trace_of_buckets(tmp_path: Path) -> None:
+    directory = RunDirectory.open_or_create(tmp_path / "run", {}, {})
+    directory.manifest.write(record(directory, "u", torch.zeros(3)))
+    document = json.loads((directory.path / "manifest/trajectories/u.json").read_bytes())
+    assert "epoch" not in document
+    assert set(document["outputs"][0]) == {"path", "num_bytes", "checksum"}

@@ -1,0 +1,230 @@
+"""What only a bucket has: outages, lost answers, a lease that is taken over, and credentials that must not be seen."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import obstore
+import pytest
+import torch
+import zarr
+
+from storage.location import StoreUrl
+from storage.manifest import Manifest, UnitRecord
+from storage.run_directory import RunDirectory
+from storage.run_store import LeaseLost, RunLocked, StoreUnreachable, open_store
+from tests.s3_server import SECRET, S3Server, new_prefix, with_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DRIVER = """
+import sys, time
+from storage.run_directory import RunDirectory
+with RunDirectory(sys.argv[1]).lock():
+    print("at work", flush=True)
+    time.sleep(60)
+"""
+
+
+class Driver:
+    """A process that holds the run's lease and does nothing."""
+
+    def __init__(self, server: S3Server, url: str) -> None:
+        settings = {name: os.environ[name] for name in ("REELQUANT_LEASE_PERIOD_S", "REELQUANT_STORE_PATIENCE_S")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, url],
+            cwd=ROOT, env=with_settings(server, **settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "at work\n"
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def errors(self) -> str:
+        return self.process.communicate(timeout=30)[1]
+
+
+@pytest.fixture
+def drivers() -> Iterator[list[Driver]]:
+    started: list[Driver] = []
+    yield started
+    for driver in started:
+        driver.process.kill()
+        driver.process.communicate()
+
+
+def empty_record(unit: str, fingerprint: str) -> UnitRecord:
+    return UnitRecord("selection", unit, fingerprint, (), {}, 1.0, "host", "cpu", 1, 1, "worker")
+
+
+def test_an_outage_is_waited_out(s3: S3Server, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(new_prefix("run"))
+    store.put("a", b"before")
+    s3.cut()
+    threading.Timer(2.0, s3.connect).start()
+    with caplog.at_level(logging.WARNING):
+        begun = time.monotonic()
+        store.put("b", b"after", exclusive=True)
+    assert 1.5 < time.monotonic() - begun < 20
+    assert (store.read("a"), store.read("b")) == (b"before", b"after")
+    assert "does not answer" in caplog.text
+    assert "answers again after" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_longer_outage_names_the_store_and_the_ways_out(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REELQUANT_STORE_PATIENCE_S", "0.5")
+    store = open_store(url := new_prefix("run"))
+    s3.cut()
+    try:
+        with pytest.raises(StoreUnreachable) as caught:
+            store.put("a", b"")
+    finally:
+        s3.connect()
+    text = str(caught.value)
+    assert text.startswith(f"{url} has not answered for ")
+    assert "run the same command again" in text
+    assert "REELQUANT_STORE_PATIENCE_S" in text
+    assert SECRET not in text
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_lost_answer_is_no_loss(s3: S3Server, exclusive: bool) -> None:
+    store = open_store(new_prefix("run"))
+    s3.lose_answers(1)
+    store.put("a", b"written once", exclusive=exclusive)
+    assert store.read("a") == b"written once"
+    with pytest.raises(FileExistsError, match="run/a was written by another process"):
+        store.put("a", b"other", exclusive=True)
+
+
+def test_the_lease_survives_an_outage_and_lost_answers(s3: S3Server) -> None:
+    run = RunDirectory.open_or_create(new_prefix("run"), {}, {})
+    with run.lock():
+        s3.cut()
+        time.sleep(1.0)
+        s3.connect()
+        s3.lose_answers(1)
+        time.sleep(1.5)
+        run.manifest.write(empty_record("u", "1"))
+        assert run.store.driver().at_work is not None
+
+
+def test_a_killed_driver_of_this_machine_is_replaced_at_once(s3: S3Server, drivers: list[Driver]) -> None:
+    run = RunDirectory.open_or_create(new_prefix("run"), {}, {})
+    drivers.append(first := Driver(s3, str(run.location)))
+    with pytest.raises(RunLocked, match=f"process {first.process.pid} on host"), run.lock():
+        pass
+    first.send(signal.SIGKILL)
+    first.process.wait()
+    assert f"process {first.process.pid} " in (run.store.driver().died or "")
+    begun = time.monotonic()
+    with run.lock():
+        assert time.monotonic() - begun < 1.0
+        assert run.store.epoch == 2
+    assert run.store.epoch == 0
+
+
+def test_a_frozen_driver_is_replaced_after_six_periods_and_stops_when_it_wakes(
+    s3: S3Server, drivers: list[Driver]
+) -> None:
+    run = RunDirectory.open_or_create(new_prefix("run"), {}, {})
+    drivers.append(first := Driver(s3, str(run.location)))
+    first.send(signal.SIGSTOP)
+    begun = time.monotonic()
+    with run.lock():
+        assert 1.8 <= time.monotonic() - begun < 15
+        first.send(signal.SIGCONT)
+        assert "was taken over by another driver" in first.errors()
+        assert first.process.returncode not in (0, -signal.SIGINT)
+
+
+def test_an_ousted_driver_cannot_write_over_a_later_ones_records(s3: S3Server) -> None:
+    run = RunDirectory.open_or_create(new_prefix("run"), {}, {})
+    for fingerprint in ("1", "2"):
+        with run.lock():
+            run.manifest.write(empty_record("u", fingerprint))
+    with pytest.raises(LeaseLost, match="written by a later driver"):
+        run.manifest.write(empty_record("u", "3"))  # as one whose epoch is over
+    found = Manifest(run.location).read("selection", "u")
+    assert found is not None
+    assert found.fingerprint == "2"
+
+
+def test_an_upload_that_is_cut_off_leaves_no_checkpoint(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REELQUANT_STORE_PATIENCE_S", "0.3")
+    store = open_store(new_prefix("run"))
+
+    def writer(name: str, *, then_silent: bool = False) -> Callable[[Path], None]:
+        def write(path: Path) -> None:
+            path.mkdir()
+            for file in (name, "model_index.json"):
+                (path / file).write_text(file)
+            if then_silent:
+                s3.lose_answers(10**6, after=3)  # the listing, and the removal of the index and of what is old
+
+        return write
+
+    store.publish("checkpoint", writer("a"), last="model_index.json")
+    try:
+        with pytest.raises(StoreUnreachable):
+            store.publish("checkpoint", writer("b", then_silent=True), last="model_index.json")
+    finally:
+        s3.lose_answers(0)
+    assert "model_index.json" not in store.names("checkpoint")
+    store.publish("checkpoint", writer("c"), last="model_index.json")
+    assert store.names("checkpoint") == ["c", "model_index.json"]
+
+
+def test_a_store_that_ignores_conditions_is_refused(s3: S3Server) -> None:
+    run = RunDirectory.open_or_create(new_prefix("run"), {}, {})
+    s3.hides_conditions = True
+    try:
+        with pytest.raises(ValueError, match="ignores the conditions If-None-Match and If-Match"), run.lock():
+            pass
+    finally:
+        s3.hides_conditions = False
+
+
+def test_other_zarr_readers_open_the_arrays(s3: S3Server) -> None:
+    run = RunDirectory(new_prefix("run"))
+    tensor = torch.randn(3000, 1500)
+    run.calibration_store.write("x/y", tensor)
+    url = run.location
+    assert isinstance(url, StoreUrl)
+    bucket = obstore.store.S3Store(
+        url.bucket, prefix=f"{url.key}/calibration.zarr", client_options={"allow_http": True}
+    )
+    group = zarr.open_group(zarr.storage.ObjectStore(bucket, read_only=True), mode="r")
+    array = group["x/y"]
+    assert isinstance(array, zarr.Array)
+    assert torch.equal(torch.from_numpy(np.asarray(array[...])), tensor)
+
+
+def test_plain_http_must_be_allowed(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(ValueError, match="AWS_ALLOW_HTTP=true"):
+        open_store(new_prefix("run"))
+
+
+def test_a_bucket_that_is_not_there(s3: S3Server) -> None:
+    with pytest.raises(ValueError, match="there is no bucket no-such-bucket: create it"):
+        RunDirectory.open_or_create("s3://no-such-bucket/run", {}, {})
+
+
+def test_without_the_package_the_message_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "obstore.py").write_text("raise ModuleNotFoundError(\"No module named 'obstore'\", name='obstore')\n")
+    program = "from storage.run_store import open_store; open_store('s3://bucket/run')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "ValueError: s3://bucket/run needs the package obstore, which is not installed" in done.stderr
