@@ -44,8 +44,8 @@ MATRIX_FLOPS, ATTENTION_FLOPS, FLOAT32_FLOPS = 780e12, 648e12, 67e12
 """Operations a second of one H100: bfloat16 matrix products (8192^3) and cuDNN attention (57,856 tokens, 24 heads of 128),
 both measured; float32 matrix products without tensor cores, from the data sheet."""
 EFFICIENCY = 0.6
-"""Of these ceilings. HunyuanVideo at 61 frames, estimated so and measured: a denoising step at 720x1280 8.0 and 8.3 s, at 480x848
-1.8 and 2.4 s; distillation at 720x1280 (20 samples, 15 epochs) 2.9 and 2.6 h."""
+"""Of these ceilings. HunyuanVideo at 61 frames, estimated so and measured: a denoising step at 720x1280 8.0 and 8.3 s, at
+480x848 1.8 and 2.4 s; distillation at 720x1280 (20 samples, 15 epochs) 2.9 and 2.6 h."""
 
 
 @dataclass(frozen=True)
