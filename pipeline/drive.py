@@ -45,11 +45,11 @@ def drive(
         schedule = Schedule(runs, stages, planned=display.planned, settled=display.settled)
         if tasks := schedule.take_ready():
             with ray_session(SessionSettings(address=config.cluster.address)):
-                do_tasks(schedule, tasks, config, _Recorder(schedule, display, set_aside))
+                _do_tasks(schedule, tasks, config, _Recorder(schedule, display, set_aside))
     return schedule
 
 
-def do_tasks(schedule: Schedule, tasks: Sequence[Task], config: RunConfig, recorder: _Recorder) -> None:
+def _do_tasks(schedule: Schedule, tasks: Sequence[Task], config: RunConfig, recorder: _Recorder) -> None:
     """Does the tasks, and those that the schedule has ready later, in the open session."""
     recorder.metrics = UnitMetrics()
     num_ranks, num_processes = config.workers.num_ranks, num_workers(config, os.cpu_count() or 1, _num_gpus())

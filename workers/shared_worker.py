@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.messages import Progress, UnitOutput
+from workers.process import release_memory
 from workers.usage import measured
 
 LOADING_S = 1800.0
@@ -60,7 +60,7 @@ class SharedWorker:
         if self._worker is None or self._made_of != wanted:
             # Two models must not be in memory at once. A constructor that fails leaves no other worker behind.
             self._worker = self._made_of = None
-            gc.collect()
+            release_memory()
             with _progress_meanwhile(progress):
                 self._worker = unit.worker_class(unit.settings)
             self._made_of = wanted

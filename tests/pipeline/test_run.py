@@ -137,7 +137,14 @@ def wait_for(run: Path, stage: str, alive: Callable[[], bool], *, since: int = 0
 
 def worker_processes(driver: psutil.Process) -> list[psutil.Process]:
     """Ray's worker processes that hold one of our actors, below a driver."""
-    return [p for p in driver.children(recursive=True) if "UnitActor" in " ".join(p.cmdline())]
+
+    def is_worker(process: psutil.Process) -> bool:
+        try:
+            return "UnitActor" in " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # it may be a zombie
+            return False
+
+    return [process for process in driver.children(recursive=True) if is_worker(process)]
 
 
 @pytest.mark.timeout(900)
@@ -164,9 +171,10 @@ def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: P
         return len(list(read_events(run / "logs")))
 
     driver, since = start(), 0
-    kill_workers("trajectories", "selection")
+    kill_workers("trajectories")
     wait_for_overlap(run, lambda: driver.poll() is None)
     kill_all_workers()
+    kill_workers("activations")
     since = kill_driver("distillation")
     driver = start()
     kill_workers("distillation", "assembly")
