@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from workers.messages import UnitOutput
 from workers.shared_worker import SharedUnit, SharedWorker
 
 
@@ -26,9 +27,9 @@ class Plain:
         self._settings = settings
         Plain.made.append(settings.name)
 
-    def run(self, unit: int, progress: Callable[[int, int], None]) -> Any:
+    def run(self, unit: int, progress: Callable[[int, int], None]) -> UnitOutput:
         progress(1, 1)
-        return self._settings.name, unit + sum(self._settings.numbers)
+        return UnitOutput((), {self._settings.name: unit + sum(self._settings.numbers)}, "cpu", 0)
 
 
 def test_one_worker_as_long_as_the_settings_are_equal() -> None:
@@ -36,9 +37,9 @@ def test_one_worker_as_long_as_the_settings_are_equal() -> None:
     worker, calls = SharedWorker(None), []
 
     def do(name: str, unit: int) -> Any:
-        return worker.run(
-            SharedUnit(Plain, Settings(name, (1, 2)), unit), lambda done, total: calls.append((done, total))
-        )
+        shared = SharedUnit(Plain, Settings(name, (1, 2)), unit)
+        [result] = worker.run(shared, lambda done, total: calls.append((done, total))).result.items()
+        return result
 
     assert [do("a", 1), do("a", 2), do("b", 3), do("a", 4)] == [("a", 4), ("a", 5), ("b", 6), ("a", 7)]
     assert Plain.made == ["a", "b", "a"], "equal settings are the same, whichever object says them"
