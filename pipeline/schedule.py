@@ -77,7 +77,7 @@ class CurrentRecords(Manifest):
     has written: what an older configuration left behind is there until its unit is done again, and must not be built on."""
 
     def __init__(self, manifest: Manifest) -> None:
-        super().__init__(manifest.run)
+        super().__init__(manifest.location)
         self._current: dict[tuple[str, str], UnitRecord] = {}
 
     def add(self, record: UnitRecord) -> None:

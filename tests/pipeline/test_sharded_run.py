@@ -42,6 +42,7 @@ def test_a_sharded_run_gives_the_bytes_of_an_unsharded_one(finished_run: Path, t
     assert "0 units done now" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_a_unit_costs_no_byte(finished_run: Path, tmp_path: Path) -> None:
     config, run = small_run(tmp_path, workers=WORKERS), tmp_path / "run"
     driver = psutil.Popen(command("run", str(config)), cwd=ROOT)
