@@ -1,8 +1,7 @@
 """Tensors that wait in host memory for their turn on a GPU.
 
-Between the samples and the GPU lies the bus: from page-locked memory it carries about 50 GB/s, beside the
-computation; from ordinary memory a tenth of that, and the computation waits. PyTorch rounds a page-locked block up to
-a power of two bytes.
+A GPU reads page-locked memory at the rate of its bus and while it computes; ordinary memory several times slower, and the
+computation waits. PyTorch rounds a page-locked block up to a power of two bytes.
 """
 
 from __future__ import annotations
