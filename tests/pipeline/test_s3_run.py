@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,28 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 SETTINGS = {"REELQUANT_LEASE_PERIOD_S": "1.5", "REELQUANT_STORE_PATIENCE_S": "120"}
 
 
-def start(server: S3Server, log: Path, *arguments: str) -> psutil.Popen:
-    """The command in a process of its own; its output goes to `log`."""
-    with log.open("w") as output:
-        return psutil.Popen(
-            command(*arguments),
-            cwd=ROOT,
-            env=with_settings(server, **SETTINGS),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+@pytest.fixture
+def start(s3: S3Server) -> Iterator[Callable[..., psutil.Popen]]:
+    """Starts a command in a process of its own, its output in a file; what still runs at the end is killed."""
+    processes: list[psutil.Popen] = []
+
+    def begin(log: Path, *arguments: str) -> psutil.Popen:
+        with log.open("w") as output:
+            process = psutil.Popen(
+                command(*arguments),
+                cwd=ROOT,
+                env=with_settings(s3, **SETTINGS),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
 
 
 def shown(*arguments: str) -> str:
@@ -68,13 +80,18 @@ def times_finished(logs: Location, stage: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("outage_s", [6, pytest.param(30, marks=pytest.mark.slow)])
 def test_kills_damage_an_outage_and_a_second_driver_cost_no_byte(
-    finished_run: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, outage_s: float
+    finished_run: Path,
+    tmp_path: Path,
+    s3: S3Server,
+    start: Callable[..., psutil.Popen],
+    monkeypatch: pytest.MonkeyPatch,
+    outage_s: float,
 ) -> None:
     run = RunDirectory(new_prefix("run"))
     config = str(small_run(tmp_path, run=str(run.location)))
     outputs = {name: tmp_path / f"{name}.log" for name in ("killed", "driver", "second")}
 
-    killed = start(s3, outputs["killed"], "run", config)
+    killed = start(outputs["killed"], "run", config)
     wait_for("calibrated segment", lambda: run.manifest.units("distillation"), killed)
     killed.kill()
     killed.wait()
@@ -82,11 +99,11 @@ def test_kills_damage_an_outage_and_a_second_driver_cost_no_byte(
     before = {stage: set(run.manifest.units(stage)) for stage in ("trajectories", "activations", "distillation")}
     sample = damage_one_of(run)
 
-    driver = start(s3, outputs["driver"], "run", config)
+    driver = start(outputs["driver"], "run", config)
     wait_for("lease of the next driver", lambda: run.store.driver().at_work, driver)
-    second = start(s3, outputs["second"], "run", config)
-    wait_for("lost record", lambda: sample not in run.manifest.units("activations"), driver)
-    wait_for("redone sample", lambda: sample in run.manifest.units("activations"), driver)
+    second = start(outputs["second"], "run", config)
+    # Its words stay; that the record is missing does not, and may not be seen on a busy machine.
+    wait_for("word of the damage", lambda: f"activations/{sample} is redone" in outputs["driver"].read_text(), driver)
     s3.cut()
     time.sleep(outage_s)
     s3.connect()
@@ -95,7 +112,6 @@ def test_kills_damage_an_outage_and_a_second_driver_cost_no_byte(
 
     assert f"is in use by process {driver.pid} on host" in outputs["second"].read_text()
     said = outputs["driver"].read_text()
-    assert f"activations/{sample} is redone" in said
     assert "answers again after" in said
     logs = run.location / "logs"
     assert set(run.manifest.units("activations")) == before["activations"]
