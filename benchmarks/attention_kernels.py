@@ -58,6 +58,7 @@ from reelquant.ops.band_attention.reference import Correction, corrected  # noqa
 from reelquant.ops.column_sums import kernel as sums_kernel  # noqa: E402
 from reelquant.ops.column_sums.op import column_sums  # noqa: E402
 from reelquant.ops.eight_bit_attention import launch as eight_bit  # noqa: E402
+from reelquant.ops.eight_bit_attention.op import eight_bit_attention  # noqa: E402
 from reelquant.ops.eight_bit_attention.reference import KeysValues, Precision  # noqa: E402
 
 SAMPLED_ROWS = 48
@@ -312,6 +313,16 @@ def eight_bit_cases(problem: Problem, rows: list[dict[str, Any]]) -> Iterator[Ca
     for tile in [x for x in tiles if x not in best][:2]:
         yield eight_bit_both(problem, kept, 0.15, tile)
     yield eight_bit_band(problem, kept, 1.0, best[-1])
+    for density in (0.15, 1.0):
+        width_of = layout.num_video if density == 1 else width
+        yield Case(
+            "reference int8_fp8",
+            partial(eight_bit_attention, q, kept, width=width_of, implementation="reference"),
+            problem.band_flop(width_of),
+            sampled_error(problem, kinds, width_of),
+            {"density": density, "kinds": "st"},
+            once=True,
+        )
     del kept
     wide = eight_bit.quantize_keys_values_triton(k, v, precision="int8_16", **options)
     for tile in (eight_bit.EightBitTile(64, 64, 4, 3), eight_bit.EightBitTile(128, 64, 8, 3)):

@@ -168,6 +168,7 @@ def method_plan(
         dense_steps=attention.dense_steps,
         interval=attention.interval,
         residual=ResidualSpec(**attention.residual.model_dump()),
+        precision=attention.precision,
         protection=protection,
     )
     return MethodPlan(

@@ -10,6 +10,7 @@ from typing import Any
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.ops.band_attention.op import Precision
 from storage.location import Location
 from storage.manifest import OutputFile
 from workers.usage import Usage
@@ -143,6 +144,7 @@ class InferencePlan:
     dense_steps: int = 0
     interval: int = 5
     residual: ResidualSpec = field(default_factory=ResidualSpec)
+    precision: Precision = "full"
     protection: StepProtection | None = None
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from benchmarks.dit_step.schedule import MEASURED, SCHEDULE
 from reelquant.ops.band_attention.op import Precision
 
-LONG = "ours 15 %"
-"""The case of which a whole schedule is run."""
+WHOLE = ("ours 15 %", "ours 15 %, 8-bit attention")
+"""The cases of which a whole schedule is run."""
 
 
 class SparseCase(NamedTuple):
@@ -23,7 +23,7 @@ class SparseCase(NamedTuple):
 
 
 SPARSE = {
-    LONG: SparseCase(0.15),
+    "ours 15 %": SparseCase(0.15),
     "ours 25 %": SparseCase(0.25),
     "ours 15 %, dense first 10 %": SparseCase(0.15, SCHEDULE // 10),
     "ours 25 %, dense first 10 %": SparseCase(0.25, SCHEDULE // 10),

@@ -97,6 +97,9 @@ class AttentionConfig(Part):
     interval: int = Field(default=5, ge=1)
     """Steps from one refresh to the next (QuantSparse: 5); a refresh runs dense."""
     residual: ResidualConfig = ResidualConfig()
+    precision: Literal["full", "int8_16", "int8_fp8"] = "full"
+    """Of attention's products while generating, dense steps too: that of the model; INT8 scores; INT8 scores with e4m3 weights
+    and values, the fastest on Hopper. CUDA GPUs before Hopper run in full precision."""
     calibrate: Literal["sparse", "corrected", "dense"] = "sparse"
     """What distillation sees: the band alone; the band and what it misses of the full-precision attention, as right after
     a refresh; or dense attention."""

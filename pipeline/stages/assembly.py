@@ -89,6 +89,7 @@ def sparse_attention(method: MethodPlan, distilled: Sequence[UnitRecord]) -> Spa
         dense_blocks=sparse.dense_blocks,
         interval=inference.interval,
         residual=inference.residual,
+        precision=inference.precision,
     )
 
 

@@ -9,11 +9,14 @@ belongs to one generation (`runtime.generation`) and one element of its batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reelquant.attention.band_mask import band_width, visited_pairs
@@ -29,7 +32,10 @@ from reelquant.ops.band_attention.op import (
     dense_and_band_attention,
     dense_attention,
 )
+from reelquant.ops.implementation import HOPPER, obstacle
 from reelquant.runtime.generation import GenerationState, GenerationTracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Visited:
 
 @dataclass(frozen=True)
 class AttentionPrecision:
-    """In which precision attention runs (`ops/eight_bit_attention/op.py`); `full` is the checkpoint's own, the default.
+    """In which precision attention runs (`ops/eight_bit_attention/op.py`); `full` is that of its tensors, the default.
 
     The residual of a refresh is what its sparse side misses of its dense side: with a sparse side in 8 bits it also holds
     that rounding, as far as its rank goes. With both sides in the same 8 bits, one pass over one quantization makes both.
@@ -66,7 +72,8 @@ class SparseAttention:
         spec: what the checkpoint says.
         enabled: whether attention runs sparse; change it between generations.
         implementation: of `band_attention`.
-        precision: of the products; change it between generations. Not in the checkpoint: 8 bits need a Hopper GPU to be fast.
+        precision: of the products, at first the checkpoint's; change it between generations. On CUDA without the kernels
+            for 8 bits (before Hopper) attention runs in full precision, which is faster there, and says so once.
         visited: counts the pairs that ran, for the effective density.
     """
 
@@ -76,7 +83,7 @@ class SparseAttention:
         self.spec = spec
         self.enabled = True
         self.implementation: Implementation = "auto"
-        self.precision = AttentionPrecision()
+        self.precision = AttentionPrecision(sparse=spec.precision, dense=spec.precision)
         self.visited = Visited()
         self._family, self._config, self._tracker = family, config, tracker
 
@@ -113,13 +120,13 @@ class SparseAttention:
         self.visited.of += tokens**2
         if not self.enabled:
             self.visited.pairs += tokens**2
-            return dense_attention(q, k, v, precision=self.precision.dense)
+            return dense_attention(q, k, v, precision=self._runs_in(q).dense)
         layout = self._layout(state, tokens)
         width = _width(state, layout, self.spec.density)
         if self.spec.is_dense(state.step, block):
             self.visited.pairs += tokens**2
             if block in self.spec.dense_blocks or not self.spec.is_refresh(state.step):
-                return dense_attention(q, k, v, precision=self.precision.dense)
+                return dense_attention(q, k, v, precision=self._runs_in(q).dense)
             kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=True)
             dense, sparse = self._both(q, k, v, kinds, layout, width)
             self._cache(block, item).refresh(state.step, dense, sparse)
@@ -136,7 +143,8 @@ class SparseAttention:
     def _both(
         self, q: Tensor, k: Tensor, v: Tensor, kinds: str, layout: TokenLayout, width: int
     ) -> tuple[Tensor, Tensor]:
-        if self.precision.sparse == self.precision.dense != "full":
+        precision = self._runs_in(q)
+        if precision.sparse == precision.dense != "full":
             return dense_and_band_attention(
                 q,
                 k,
@@ -145,9 +153,9 @@ class SparseAttention:
                 layout=layout,
                 width=width,
                 implementation=self.implementation,
-                precision=self.precision.dense,
+                precision=precision.dense,
             )
-        dense = dense_attention(q, k, v, precision=self.precision.dense)
+        dense = dense_attention(q, k, v, precision=precision.dense)
         return dense, self._sparse(q, k, v, kinds, layout, width)
 
     def _sparse(
@@ -170,8 +178,13 @@ class SparseAttention:
             width=width,
             corrections=corrections,
             implementation=self.implementation,
-            precision=self.precision.sparse,
+            precision=self._runs_in(q).sparse,
         )
+
+    def _runs_in(self, q: Tensor) -> AttentionPrecision:
+        if self.precision != AttentionPrecision() and q.is_cuda and _lacks_eight_bits(q.device):
+            return AttentionPrecision()
+        return self.precision
 
     def _kinds(
         self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, width: int, renew: bool
@@ -202,6 +215,15 @@ class SparseAttention:
         grid = self._family.token_layout(self._config, state.latent_shape, 0)
         layout: TokenLayout = self._family.token_layout(self._config, state.latent_shape, tokens - grid.num_video)
         return layout
+
+
+@lru_cache(maxsize=64)
+def _lacks_eight_bits(device: torch.device) -> bool:
+    """Whether the kernels of attention in 8 bits cannot run there; says so once."""
+    found = obstacle(device, HOPPER)
+    if found is not None:
+        logger.warning("attention in 8 bits cannot run (%s): it runs in full precision", found)
+    return found is not None
 
 
 def _width(state: GenerationState, layout: TokenLayout, density: float) -> int:

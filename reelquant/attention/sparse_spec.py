@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from reelquant.attention.band_mask import mask_density
 from reelquant.families.family import TokenLayout
+from reelquant.ops.band_attention.op import Precision
 
 EXTRAPOLATIONS = ("constant", "linear")
 STORAGES = ("full", "low_rank", "low_rank_int8")
@@ -61,6 +62,8 @@ class SparseAttentionSpec:
     interval: int = 5
     """Steps from one refresh of the residual to the next; refreshes run dense."""
     residual: ResidualSpec = field(default_factory=ResidualSpec)
+    precision: Precision = "full"
+    """Of all attention products, dense ones too: see `ops/eight_bit_attention/op.py`."""
 
     def __post_init__(self) -> None:
         problems = self.residual.problems()
@@ -70,6 +73,8 @@ class SparseAttentionSpec:
             problems.append(f"interval is {self.interval}; at least 1 step (1 is always dense)")
         if self.dense_steps < 0:
             problems.append(f"dense_steps is {self.dense_steps}; 0 or more")
+        if self.precision not in get_args(Precision):
+            problems.append(f"precision is {self.precision!r}; one of {', '.join(get_args(Precision))}")
         for block, kinds in self.head_kinds.items():
             if not kinds or set(kinds) - {"s", "t"}:
                 problems.append(f"head_kinds of {block} are {kinds!r}; one letter a head, s or t")

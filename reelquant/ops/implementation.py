@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Implementation", "reference_only", "takes_triton"]
+__all__ = ["Implementation", "obstacle", "reference_only", "takes_triton"]
 
 Implementation = Literal["auto", "reference", "triton"]
 
@@ -56,13 +56,14 @@ def takes_triton(
         return False
     if implementation == "auto" and _kernels_held_back.get():
         return False
-    obstacle = _obstacle(device, capability) or unsuited
-    if obstacle is not None and implementation == "triton":
-        raise ValueError(f"implementation triton cannot run: {obstacle}; use reference or auto")
-    return obstacle is None
+    found = obstacle(device, capability) or unsuited
+    if found is not None and implementation == "triton":
+        raise ValueError(f"implementation triton cannot run: {found}; use reference or auto")
+    return found is None
 
 
-def _obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
+def obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
+    """Why no Triton kernel that needs `capability` can run on `device`, None if it can."""
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device}"
     if find_spec("triton") is None:

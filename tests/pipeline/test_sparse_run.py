@@ -18,6 +18,7 @@ METHOD: dict[str, Any] = {
     "pool_size": 16, "num_salient_tokens": 16, "protected_steps": 1,
     "attention": {
         "density": 0.4, "interval": 2, "dense_steps": 0, "dense_layers": 1, "calibrate": "corrected", "residual": {"rank": 8},
+        "precision": "int8_16",
     },
 }  # fmt: skip
 BITS = {"weight": 4, "activation": 6}
@@ -35,7 +36,7 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
     assert sparse["dense_blocks"] == BLOCKS[:1]
     assert set(sparse["head_kinds"]) == set(BLOCKS[1:])
     assert all(len(kinds) == 3 and set(kinds) <= {"s", "t"} for kinds in sparse["head_kinds"].values())
-    assert (sparse["interval"], sparse["residual"]["rank"]) == (2, 8)
+    assert (sparse["interval"], sparse["residual"]["rank"], sparse["precision"]) == (2, 8, "int8_16")
     (record,) = (tmp_path / "run" / "manifest" / "evaluation").glob("s2q_quantsparse-*.json")
     result = json.loads(record.read_text())["result"]
     # One block of nine dense; of three steps the first and the third are refreshes.

@@ -10,7 +10,8 @@
 | `reference` | any device; slow |
 | `triton` | CUDA of compute capability 9.0 and on, bf16 and fp16, head size 64 or 128, no gradient |
 
-`auto` takes `triton` on CUDA and raises where that cannot run: the reference would be far slower than 16-bit attention.
+`auto` takes `triton` for 16-bit tensors on CUDA and raises where that cannot run: the reference would be far slower than 16-bit
+attention. For 32-bit tensors, where speed is not the point, it takes the reference.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _takes_triton(implementation: Implementation, *tensors: Tensor, corrections:
     terms = [tensor for term in corrections for tensor in (term.rows, term.directions)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *terms)):
         raise ValueError("8-bit attention gives no gradient: call under torch.no_grad(), or with precision full")
-    if implementation == "auto" and device.type == "cuda":
+    if implementation == "auto" and device.type == "cuda" and tensors[0].dtype in (torch.bfloat16, torch.float16):
         implementation = "triton"
     unsuited = _unsuited(*tensors, corrections=corrections)
     return takes_triton(implementation, device, unsuited=unsuited, capability=HOPPER)
