@@ -33,7 +33,7 @@ _EARLY_DENSE: dict[str, Any] = {
         "density": 0.25,
         "dense_steps": 5,
         "calibrate": "dense",
-        "residual": {"extrapolation": "linear"},
+        "residual": {"extrapolation": "linear", "storage": "low_rank_int8"},
     },
 }
 _BEYOND: dict[str, Any] = {"weight_layout": "two_level", "protected_steps": 0.25}
@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 `s2q`: S²Q-VDiT, everything learned, GPTQ at the end. `quantsparse`: QuantSparse, everything learned with attention
 distillation, sparse attention with its residual cache. Ours, with what won in docs/results.md: `reelquant`, S²Q-VDiT with
 two-level weights and protected first steps; `s2q_quantsparse`, both papers together, these two, the first five steps dense, the
-residual's change extrapolated, calibration against dense attention."""
+residual's change extrapolated and kept in 8 bits, calibration against dense attention."""
 
 
 _RESERVED = ("full_precision", "noise_floor")

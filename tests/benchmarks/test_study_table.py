@@ -43,6 +43,8 @@ def test_rows_are_best_first_and_paired_where_both_have_the_video() -> None:
         ("study_density", "gptq, 0.25"),
         ("study_beyond", "s2q as its paper gives it"),
         ("study_preset", "dense s2q"),
+        ("study_residual_storage", "low_rank"),
+        ("study_attention_precision", "full"),
     ],
 )
 def test_the_page_shows_what_was_recorded(name: str, reference: str, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_sparse_attention_brings_both_papers_unless_a_preset_is_named() -> None:
         ({"attention": {"density": 1.2}}, r"attention.density.*less than or equal to 1"),
         ({"attention": {"density": 0.2, "interval": 0}}, r"attention.interval.*greater than or equal to 1"),
         ({"attention": {"density": 0.2, "residual": {"order": 3}}}, r"residual.order.*0, 1 or 2"),
-        ({"attention": {"density": 0.2, "residual": {"rank": None}}}, r"low_rank needs residual.rank"),
+        ({"attention": {"density": 0.2, "residual": {"rank": None}}}, r"low_rank_int8 needs residual.rank"),
         ({"attention": 0.2}, r"method attention is 0.2"),
         ({"preset": "gptq", "attention_distillation": "both"}, r"needs something to learn"),
         ({"lambda_local": -1}, r"lambda_local is -1.*above 0, or auto"),
