@@ -35,7 +35,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
     64: (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
     128: (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 4, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
 }
-"""Head size -> tiles for Hopper worth measuring, the default first (`benchmarks/attention_kernels.py` compares them)."""
+"""Head size -> tiles for Hopper worth measuring, the default first (`benchmarks.attention_kernels` compares them)."""
 
 SMALL_TILE = Tile(128, 64, 8, 2)
 """For GPUs before Hopper: less than 99 KiB of shared memory for both head sizes."""
