@@ -90,7 +90,7 @@ def fastest(rows: list[dict[str, Any]], default: Tile) -> Tile:
     """The tile with the least sum over both kinds of heads among those that ran for both."""
     spent: dict[Tile, list[float]] = {}
     for row in rows:
-        if row["case"] == "band triton" and row["ms"] and row.get("load") is None:
+        if row["case"] == "band triton" and row["ms"] and row["tile"] and row.get("load") is None:
             spent.setdefault(Tile(**row["tile"]), []).append(row["ms"])
     whole = {tile: sum(ms) for tile, ms in spent.items() if len(ms) == 2}
     return min(whole, key=whole.__getitem__, default=default)

@@ -7,16 +7,21 @@ inputs `spectral_norm_gram`, or with the real weight error `weight_error`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 LARGEST_DENSE_GRAM = 1024
-"""Up to this size the Gram matrix is formed and solved; above it, Lanczos steps on products with X alone."""
+"""Up to this size the Gram matrix is formed and solved; above it, Lanczos steps."""
 LANCZOS_STEPS = 128
 LANCZOS_TOLERANCE = 1e-4
 """Residual over eigenvalue at which iteration stops; the eigenvalue's own error is of second order in it."""
+STEPS_A_LOOK = 8
+"""Every how many steps the residual is read: a GPU is waited for then, and not between."""
+LEAST_BETA = 1e-13
+"""Relative to the largest diagonal entry: a new direction below it is rounding."""
 CHUNK_ROWS = 4096
 
 
@@ -55,8 +60,8 @@ def spectral_norm_gram(x: Tensor) -> Tensor:
     """Largest eigenvalue of `X^T X` for `x` [L, d] floating: float32 scalar, relative error below 1e-5.
 
     With at most 1024 tokens or features: eigvalsh of the smaller Gram matrix, in float64. Otherwise Lanczos steps
-    (power iteration that keeps its history) from a fixed start; memory O(L + d) beside `x`, the Gram matrix is never
-    formed. Raises ValueError for other shapes, NaN or inf.
+    (power iteration that keeps its history) from a fixed start, on products with `x` or, for 16 bits on CUDA, with the Gram
+    matrix (`d^2` float64). Raises ValueError for other shapes, NaN or inf.
     """
     if x.ndim != 2 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"tokens must be floating [L, d], got {x.dtype} {tuple(x.shape)}")
@@ -146,33 +151,56 @@ def _smaller_gram(x: Tensor) -> Tensor:
 
 
 def _largest_eigenvalue(x: Tensor) -> Tensor:
-    """Lanczos with full reorthogonalization on `X^T X`, float64 but for the products of float32 and narrower `x`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    """Lanczos with full reorthogonalization on `X^T X` in float64; what decides when to stop is read every few steps only."""
+    gram_times = _gram_product(x)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(x.shape[1], generator=generator, dtype=torch.float64).to(x.device)
     num_steps = min(LANCZOS_STEPS, x.shape[1])
     basis = torch.zeros(num_steps + 1, x.shape[1], dtype=torch.float64, device=x.device)
     basis[0] = start / start.norm()
-    tridiagonal = torch.zeros(num_steps, num_steps, dtype=torch.float64)
+    alphas, betas = torch.zeros(2, num_steps, dtype=torch.float64, device=x.device)
     largest = torch.zeros((), dtype=torch.float64)
     for step in range(num_steps):
-        vector = basis[step].to(dtype)
-        product = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        for chunk in x.split(CHUNK_ROWS):
-            rows = chunk.to(dtype)
-            product += rows.T @ (rows @ vector)
-        tridiagonal[step, step] = basis[step] @ product
+        product = gram_times(basis[step])
+        alphas[step] = basis[step] @ product
         known = basis[: step + 1]
         for _ in range(2):
             product -= known.T @ (known @ product)
-        beta = float(product.norm())
-        values, vectors = torch.linalg.eigh(tridiagonal[: step + 1, : step + 1])
-        largest = values[-1]
-        if beta * float(vectors[-1, -1].abs()) <= LANCZOS_TOLERANCE * float(largest) or step + 1 == num_steps:
-            break
-        tridiagonal[step, step + 1] = tridiagonal[step + 1, step] = beta
-        basis[step + 1] = product / beta
+        beta = product.norm()
+        # Where the history spans an invariant subspace what is left is rounding: a zero vector ends it.
+        beta = torch.where(beta > LEAST_BETA * alphas[: step + 1].max(), beta, 0.0)
+        betas[step] = beta
+        basis[step + 1] = torch.where(beta > 0, product / beta, 0.0)
+        done = step + 1
+        if done % STEPS_A_LOOK == 0 or done == num_steps:
+            diagonal, beside = alphas[:done].cpu(), betas[:done].cpu()
+            tridiagonal = diagonal.diag() + beside[:-1].diag(1) + beside[:-1].diag(-1)
+            values, vectors = torch.linalg.eigh(tridiagonal)
+            largest = values[-1]
+            if float(beside[-1] * vectors[-1, -1].abs()) <= LANCZOS_TOLERANCE * float(largest):
+                break
     return largest.to(x.device)
+
+
+def _gram_product(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`v -> X^T X v` in float64, for `v` [d].
+
+    On CUDA a 16-bit `x` with more tokens than features is read once, by the tensor cores, whose products of 16-bit numbers
+    are exact and summed in float32. Elsewhere the Gram matrix is not formed: products with `x`, in float32 at least.
+    """
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] >= x.shape[1]:
+        gram = torch.mm(x.T, x, out_dtype=torch.float32).double()
+        return lambda vector: gram @ vector
+    dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def product(vector: Tensor) -> Tensor:
+        total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        for chunk in x.split(CHUNK_ROWS):
+            rows = chunk.to(dtype)
+            total += rows.T @ (rows @ vector.to(dtype))
+        return total
+
+    return product
 
 
 def _check_finite(name: str, x: Tensor) -> None:

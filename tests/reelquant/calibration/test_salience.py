@@ -70,6 +70,14 @@ def test_spectral_norm_of_degenerate_wide_inputs(monkeypatch: pytest.MonkeyPatch
     assert float(spectral_norm_gram(narrow)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_spectral_norm_on_a_gpu(dtype: torch.dtype) -> None:
+    x = spectrum("outliers", 5000, 1536).to(dtype)
+    expected = float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
+    assert float(spectral_norm_gram(x.cuda())) == pytest.approx(expected, rel=1e-5)
+
+
 def test_spectral_norm_refuses_nan_and_other_shapes() -> None:
     with pytest.raises(ValueError, match="tokens holds 1 NaN"):
         spectral_norm_gram(torch.tensor([[1.0, torch.nan]]))
