@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts
 from pipeline.config.method import PRESETS, MethodConfig
 from pipeline.config.schema import RunConfig
+from pipeline.context import recipe_of
 
 LEAST: dict[str, Any] = {"run": "r", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
 

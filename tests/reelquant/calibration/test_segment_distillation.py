@@ -157,15 +157,15 @@ def test_learning_lowers_the_loss_and_rounding_keeps_it() -> None:
 
 @pytest.mark.parametrize("fraction", [0.5, 0.25])
 def test_a_part_of_the_tokens_teaches_almost_as_much(fraction: float) -> None:
-    """The losses before and after are those of all tokens; 20 video tokens a sample, so 10 and 5 of them a step."""
+    """The losses before and after are those of all tokens; of 40 video tokens a step sees 20 and 10."""
     part = replace(S2Q, tokens_per_step=fraction)
     for ours, whole, plain in zip(run(part), run(S2Q), run(RECIPES["gptq"]), strict=True):
         if ours.name == BLOCKS[0]:  # the next one's input is the learned one's output
             assert ours.result.loss_before == whole.result.loss_before
         assert ours.result.losses != whole.result.losses
         after = [block.result.loss_after or math.nan for block in (ours, whole, plain)]
-        assert after[0] < 0.85 * after[2], after  # measured: see the assertion below
-        assert after[0] < 1.15 * after[1], after
+        assert after[0] < 0.6 * after[2], after  # 0.25 to 0.35
+        assert after[0] < 1.5 * after[1], after  # 0.97 to 1.25
 
 
 def test_the_error_of_a_step_is_that_of_all_tokens_in_the_mean() -> None:
