@@ -209,6 +209,11 @@ def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig)
     """Settings of the generation that the model or its schedule cannot have."""
     attention, steps = method.attention, config.generation.num_inference_steps
     problems = []
+    if method.tokens_per_step < 1 and not hasattr(model.family, "call_block_rows"):
+        problems.append(
+            f"tokens_per_step is {method.tokens_per_step:g}, but {model.family.ARCHITECTURE} computes blocks for all tokens "
+            "only (its family module has no call_block_rows); set tokens_per_step: 1"
+        )
     if method.protected_steps > steps:
         problems.append(f"protected_steps is {method.protected_steps}, but a generation has {steps} steps")
     if attention.density < 1:

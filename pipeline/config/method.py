@@ -153,6 +153,10 @@ class MethodConfig(BaseModel):
     """Consecutive tokens averaged for the global term."""
     num_salient_tokens: int = Field(default=256, ge=1)
     """Queries of the local term."""
+    tokens_per_step: float = Field(default=1.0, gt=0, le=1)
+    """Share of the video tokens from which a learning step estimates the block's error, drawn anew in every step; below 1 a
+    step is faster (at 720p most of it is attention, which then has fewer queries) and losses of epochs are estimates. The
+    losses before and after calibration, and GPTQ, see all tokens."""
     attention: AttentionConfig = AttentionConfig()
     protected_steps: int | float = Field(default=0, ge=0)
     """First steps with finer activations (method §9.3); below 1, their share of all steps."""
@@ -207,6 +211,8 @@ class MethodConfig(BaseModel):
                 f"method {self.name}: attention_distillation {self.attention_distillation} needs something to learn; set "
                 "channel_scale, rotation or clip to learned, or attention_distillation to none"
             )
+        if self.tokens_per_step < 1:
+            self._check_tokens_per_step(learns=bool(learned))
         if self.protected_steps >= 1 and self.protected_steps != int(self.protected_steps):
             raise ValueError(
                 f"method {self.name}: protected_steps is {self.protected_steps}; a whole number of steps, or a share below 1"
@@ -223,3 +229,16 @@ class MethodConfig(BaseModel):
                 f"method {self.name}: solve asymmetric needs rounding gptq, but rounding is {self.rounding}"
             )
         return self
+
+    def _check_tokens_per_step(self, *, learns: bool) -> None:
+        if not learns:
+            raise ValueError(
+                f"method {self.name}: tokens_per_step {self.tokens_per_step:g} needs something to learn; set channel_scale, "
+                "rotation or clip to learned, or tokens_per_step to 1"
+            )
+        if self.attention.density < 1 and self.attention.calibrate != "dense":
+            raise ValueError(
+                f"method {self.name}: tokens_per_step is {self.tokens_per_step:g}, but blocks are calibrated against "
+                f"{self.attention.calibrate} attention, which is computed for all tokens or none; set attention.calibrate to "
+                "dense, attention.density to 1, or tokens_per_step to 1"
+            )

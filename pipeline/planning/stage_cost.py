@@ -9,8 +9,9 @@ encoders take none, the VAE is there to decode.
 
 Distillation: the segment's blocks; three streams `[L, d]` (full precision, quantized, target; two in a segment of one
 block) and the rotary tables `8 L_video d_head`, of all samples on a CPU, of the one in use on a GPU (the others wait in
-host memory); plus the larger of one learning step of the largest block (forward, loss, backward) and its rounding,
-`8 L d_in + 16 d_in^2` bytes (weighted inputs and Hessian, both float32).
+host memory); plus the largest, of the largest block, of one learning step (forward, loss, backward, of the tokens that a step
+sees), one forward pass of all tokens without gradients, and its rounding, `8 L d_in + 16 d_in^2` bytes (weighted inputs and
+Hessian, both float32).
 
 Refinement: one block of both models and one forward pass of it, with four streams as in the distillation and five
 `[L, d]` in float32 for the sums; or, for the velocity, the transformer's weights and one forward pass.
@@ -33,7 +34,8 @@ from pipeline.planning.meta_run import META, MetaRun, run_on_meta, tensors_of
 from pipeline.planning.model_size import component_on_meta, components
 from pipeline.planning.store_size import hidden_size
 from pipeline.planning.token_counts import TokenCounts
-from reelquant.calibration.block_distillation import Sample, calibrated_copy, weighted_error
+from reelquant.calibration.block_distillation import Sample, calibrated_copy, step_error
+from reelquant.calibration.recipe import Recipe
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
 from workers.salience_hooks import WEIGHT_VALUES
@@ -221,15 +223,17 @@ class CostModel:
         bits = {k.removeprefix(f"{name}."): v for k, v in method.bits.items() if k.startswith(f"{name}.")}
         sample = self._sample()
 
-        def calibrate() -> Tensor | None:
+        def calibrate(recipe: Recipe) -> Tensor | None:
             copied, _ = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
-            if not recipe.needs_activations:
-                return None
-            return weighted_error(family.call_block(copied, sample.quantized, sample.conditioning), sample.at(block))
+            return step_error(family, copied, sample.at(block), recipe, seed=0) if recipe.needs_activations else None
 
-        learning = run_on_meta(calibrate, holding=tensors_of(block), gradients=recipe.learns)
+        learning = run_on_meta(partial(calibrate, recipe), holding=tensors_of(block), gradients=recipe.learns)
+        peak = learning.peak_bytes
+        if recipe.tokens_per_step < 1:
+            whole = run_on_meta(partial(calibrate, replace(recipe, tokens_per_step=1.0)), holding=tensors_of(block))
+            peak = max(peak, whole.peak_bytes)
         if not recipe.needs_activations:
-            return weights, learning.peak_bytes - weights, Operations()
+            return weights, peak - weights, Operations()
         forward = Operations.of(run_on_meta(lambda: family.call_block(block, sample.quantized, sample.conditioning)))
         length, width = sample.quantized.shape
         passes = 4.0  # targets, loss before and after, the stream to the next block
@@ -246,7 +250,7 @@ class CostModel:
         operations += forward * passes
         if recipe.learns:
             operations += Operations.of(learning) * recipe.epochs
-        extra = max(learning.peak_bytes - weights, weights + rounding)
+        extra = max(peak - weights, weights + rounding)
         return weights, extra, operations * self._context.config.selection.num_samples
 
     def _group_inputs(self, name: str, method: MethodPlan) -> list[list[tuple[int, int]]]:

@@ -47,7 +47,7 @@ class CalibratedBlock:
 
     name: str
     losses: tuple[float, ...]
-    """Mean of every epoch."""
+    """Mean of every epoch; estimates where steps see a part of the tokens."""
     loss_before: float | None
     loss_after: float | None
     layer_sqnr_db: Mapping[str, float]

@@ -125,6 +125,7 @@ def _view(run: RunData) -> dict[str, Any]:
         "salience_parts": plots.salience_parts(salience) if salience else None,
         "losses": {name: plots.losses(found, name) for name, found in blocks.items()},
         "learning": [name for name, found in blocks.items() if any(block.losses for block in found)],
+        "estimated": {m["name"]: m["tokens_per_step"] for m in run.methods if m.get("tokens_per_step", 1.0) < 1},
         "sqnr": {name: plots.sqnr(found, name, plots.sqnr_limits(blocks)) for name, found in blocks.items()},
         "sqnr_by_block": plots.sqnr_by_block(blocks),
         "drift": {name: plots.drift(found.blocks, name) for name, found in refined.items()},

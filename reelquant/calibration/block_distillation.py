@@ -1,7 +1,8 @@
 """Block-wise distillation (both papers, §5 of the method): one block, its samples, and what is learned of it.
 
 The quantized block is given the input that the quantized blocks before it produce, and learns to give the output that the
-full-precision block gives for the full-precision input: loss `1/L sum_j lambda_j ||block_FP(x_j) - block_q(x_j)||^2`.
+full-precision block gives for the full-precision input: loss `1/L sum_j lambda_j ||block_FP(x_j) - block_q(x_j)||^2`. A step
+may estimate it from a random part of the tokens; what is compared before and after learning is always that of all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedL
 from reelquant.calibration.host_memory import moved, page_locked
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.calibration.sparse_block import sample_band_errors
+from reelquant.calibration.token_rows import TokenRows, token_rows
 from reelquant.calibration.token_weights import token_weights
 from reelquant.quantization.smoothing import smoothing_scale
 
@@ -117,7 +119,7 @@ class BlockResult:
     """What is reported of one block."""
 
     losses: list[float] = field(default_factory=list)
-    """Mean loss of every epoch."""
+    """Mean loss of every epoch; an estimate where a step sees a part of the tokens (`Recipe.tokens_per_step`)."""
     loss_before: float | None = None
     """With the transform's start values, before learning."""
     loss_after: float | None = None
@@ -216,10 +218,25 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def weighted_error(output: Tensor, sample: SampleView) -> Tensor:
-    """`1/L sum_j lambda_j ||target_j - output_j||^2`, float32 (S²Q-VDiT eq. 12)."""
-    error = (output.float() - sample.target.float()).square().sum(dim=-1)
-    return (error if sample.weights is None else error * sample.weights).mean()
+def weighted_error(output: Tensor, sample: SampleView, rows: TokenRows | None = None) -> Tensor:
+    """`1/L sum_j lambda_j ||target_j - output_j||^2`, float32 (S²Q-VDiT eq. 12); its estimate from `output` at `rows`."""
+    target, weights = sample.target, sample.weights
+    if rows is not None:
+        target = target.index_select(0, rows.indices)
+        weights = None if weights is None else weights.index_select(0, rows.indices)
+    error = (output.float() - target.float()).square().sum(dim=-1)
+    error = error if weights is None else error * weights
+    return error.mean() if rows is None else rows.mean(error)
+
+
+def step_error(family: ModuleType, block: nn.Module, sample: SampleView, recipe: Recipe, *, seed: int) -> Tensor:
+    """The error of one step: of all tokens, or of the share that `recipe` has a step see, drawn by `seed`."""
+    rows = token_rows(sample.conditioning.layout, recipe.tokens_per_step, seed=seed)
+    if rows is None:
+        return weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
+    rows = rows.to(sample.quantized.device)
+    output = family.call_block_rows(block, sample.quantized, sample.conditioning, rows.indices)
+    return weighted_error(output, sample, rows)
 
 
 def mean_loss(family: ModuleType, block: nn.Module, samples: Sequence[Sample]) -> float:
@@ -243,6 +260,9 @@ def learn(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Learns channel scales, rotations and clips of `block` in place.
 
+    Args:
+        seed: of the order of the samples, and with the number of the step of the tokens that it sees.
+
     Returns: the mean block error of every epoch, and by name the mean weighted attention terms.
 
     Raises:
@@ -260,7 +280,7 @@ def learn(
             step = epoch * len(samples) + position
             sample = samples[index].at(block)
             with terms.watching():
-                error = weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
+                error = step_error(family, block, sample, recipe, seed=seed + step)
             loss = error if sample.attention is None else error + terms.weighted(sample.attention, error)
             value = float(loss.detach())
             if not math.isfinite(value):

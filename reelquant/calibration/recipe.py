@@ -67,6 +67,9 @@ class Recipe:
     """Consecutive tokens that are averaged for the global term (QuantSparse: 128)."""
     num_salient_tokens: int = 256
     """Queries of the local term (QuantSparse: 256)."""
+    tokens_per_step: float = 1.0
+    """Share of the video tokens, in (0, 1], from which a step estimates the block's error (`token_rows`); below 1 for dense
+    attention only."""
     sparse: SparseCalibration | None = None
     """None for dense attention."""
 

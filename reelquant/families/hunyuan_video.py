@@ -3,7 +3,7 @@
 Every family module has the same names: `ARCHITECTURE`, `block_names`, `build_block`, `group_levels`, `auxiliary_kind`,
 `token_layout`, `rotary_embedding`, `Conditioning`, `call_block`, `conditioning_input`, `watch_attention`,
 `set_attention_core`, `num_heads`, `output_layers`; where its blocks can run fused, also `fusion_obstacle` and
-`fused_forward`.
+`fused_forward`; where a part of a block's tokens can be computed alone, also `call_block_rows`.
 
 A stream is one tensor `[L, d]` of one sample: the video tokens in frame-major order, then the text tokens without padding.
 Padding is masked as a key everywhere in the model, so dropping it changes no real token.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from reelquant.families.family import InputGroup, OutputLayer, TokenLayout
 from reelquant.families.hunyuan_video_attention import prepare_core, set_attention_core, watch_attention
 from reelquant.families.hunyuan_video_fused import fused_forward, fusion_obstacle
+from reelquant.families.hunyuan_video_rows import block_rows
 
 __all__ = [
     "ARCHITECTURE",
@@ -34,6 +35,7 @@ __all__ = [
     "block_names",
     "build_block",
     "call_block",
+    "call_block_rows",
     "conditioning_input",
     "fused_forward",
     "fusion_obstacle",
@@ -184,6 +186,17 @@ def call_block(block: nn.Module, hidden: Tensor, conditioning: Conditioning) -> 
     video, text = hidden[: -conditioning.num_text].unsqueeze(0), hidden[-conditioning.num_text :].unsqueeze(0)
     video, text = block(video, text, conditioning.temb, None, conditioning.rotary)
     return torch.cat([video[0], text[0]])
+
+
+def call_block_rows(block: nn.Module, hidden: Tensor, conditioning: Conditioning, rows: Tensor) -> Tensor:
+    """`call_block(...)[rows]`, computed for these tokens alone: `[L, d] -> [R, d]`.
+
+    Args:
+        rows: int64 `[R]`, some video tokens and after them all text tokens. An attention core must take fewer queries than
+            keys: dense attention does, a band does not.
+    """
+    prepare_core(block, conditioning)
+    return block_rows(block, hidden.unsqueeze(0), conditioning.temb, rotary=conditioning.rotary, rows=rows)[0]
 
 
 def conditioning_input(temb: Tensor) -> Tensor:

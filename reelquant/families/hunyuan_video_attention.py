@@ -87,20 +87,69 @@ def watch_attention(block: nn.Module, observe: Callable[[Tensor, Tensor, Tensor]
     """While open, every call of `block` hands `observe` its queries, keys and values `[H, L, D]`, after norm and rotation."""
     attention: Any = block.get_submodule("attn")
     previous = attention.processor
-    inner = getattr(previous, "core", _dense_core)
-
-    def core(item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        observe(q, k, v)
-        out: Tensor = inner(item, q, k, v)
-        return out
-
-    if hasattr(inner, "prepare"):
-        core.prepare = inner.prepare  # type: ignore[attr-defined]
-    attention.set_processor(CoreAttentionProcessor(core))
+    attention.set_processor(CoreAttentionProcessor(_WatchingCore(_core_of(attention), observe)))
     try:
         yield
     finally:
         attention.set_processor(previous)
+
+
+class _WatchingCore:
+    """Hands every call's queries, keys and values to `observe`, then lets the core that was there attend."""
+
+    def __init__(self, inner: AttentionCore, observe: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        self.inner, self.observe = inner, observe
+        if hasattr(inner, "prepare"):
+            self.prepare = inner.prepare
+
+    def __call__(self, item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.watched(q, k, v)(item, q, k, v)
+
+    def watched(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionCore:
+        """Shows all watchers, this one and those inside, what they wait for; returns the core that attends."""
+        self.observe(q, k, v)
+        return self.inner.watched(q, k, v) if isinstance(self.inner, _WatchingCore) else self.inner
+
+
+def attend_rows(
+    attn: Any, inputs: Tensor, chosen: Tensor, *, rows: Tensor, rotary: tuple[Tensor, Tensor], text: Tensor | None
+) -> Tensor:
+    """Attention of some tokens to all, before the output projection: `[1, R, d]`.
+
+    Only they ask: queries of the others are made where `watch_attention` is open, and never attended with.
+
+    Args:
+        inputs: `[1, L, d]` the normalized stream; only the video's `[1, n, d]` where the text has projections of its own.
+        chosen: `[1, R, d]` (or the video's) of `inputs`, at `rows`.
+        rows: int64 `[R]` of the joint stream; after those of the video come all text tokens.
+        text: `[1, m, d]` where the text has projections of its own.
+    """
+    core = _core_of(attn)
+    num_text = inputs.shape[1] - len(rotary[0])
+    if isinstance(core, _WatchingCore):
+        asked, tables = inputs, rotary
+    else:
+        video_rows = rows[: chosen.shape[1] - num_text]
+        asked, tables = chosen, (rotary[0][video_rows], rotary[1][video_rows])
+    query = _rotated(_normalized(attn.norm_q, _heads(attn, attn.to_q(asked))), tables, num_text=num_text)
+    key = _rotated(_normalized(attn.norm_k, _heads(attn, attn.to_k(inputs))), rotary, num_text=num_text)
+    value = _heads(attn, attn.to_v(inputs))
+    if text is not None:
+        more = [_heads(attn, layer(text)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        query = torch.cat([query, _normalized(attn.norm_added_q, more[0])], dim=1)
+        key = torch.cat([key, _normalized(attn.norm_added_k, more[1])], dim=1)
+        value = torch.cat([value, more[2]], dim=1)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if isinstance(core, _WatchingCore):
+        core = core.watched(q, k, v)
+        q = q.index_select(1, rows)
+    out: Tensor = core(0, q, k, v).transpose(0, 1).flatten(1).unsqueeze(0)
+    return out.to(query.dtype)
+
+
+def _core_of(attention: Any) -> AttentionCore:
+    core: AttentionCore = getattr(attention.processor, "core", _dense_core)
+    return core
 
 
 def _dense_core(_item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class RunShape:
     segment_length: int = 2
     methods: tuple[str, ...] = ("s2q", "rtn")
     epochs: int = 3
+    tokens_per_step: float = 1.0
     video: tuple[int, int, int] = (5, 24, 32)
     """Frames, height, width."""
     recognizer: bool = True
@@ -53,7 +54,7 @@ class RunMaker:
 
     def __init__(self, path: Path, shape: RunShape) -> None:
         self.shape = shape
-        methods = [MethodConfig.model_validate({"preset": m, **self._epochs(m)}) for m in shape.methods]
+        methods = [MethodConfig.model_validate({"preset": m, **self._learning(m)}) for m in shape.methods]
         self.config = RunConfig.model_validate(
             {
                 "run": path,
@@ -80,8 +81,9 @@ class RunMaker:
         create_directory(self.directory.logs)
         self.event("run_started", host="node-a", pid=1)
 
-    def _epochs(self, method: str) -> dict[str, int]:
-        return {"epochs": self.shape.epochs} if method == "s2q" else {}
+    def _learning(self, method: str) -> dict[str, Any]:
+        learning = {"epochs": self.shape.epochs, "tokens_per_step": self.shape.tokens_per_step}
+        return learning if method == "s2q" else {}
 
     def everything(self, **fell_back: str) -> RunMaker:
         """All stages."""

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts
 from pipeline.config.method import PRESETS, MethodConfig
 from pipeline.config.schema import RunConfig
+from pipeline.context import recipe_of
 
 LEAST: dict[str, Any] = {"run": "r", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
 
@@ -243,6 +244,16 @@ def test_sparse_attention_brings_both_papers_unless_a_preset_is_named() -> None:
     )
 
 
+def test_a_part_of_the_tokens_reaches_the_recipe() -> None:
+    assert recipe_of(MethodConfig.model_validate("s2q"), ()).tokens_per_step == 1.0
+    for changes in (
+        {"preset": "s2q"},
+        {"preset": "s2q_quantsparse"},
+        {"preset": "s2q", "attention_distillation": "both"},
+    ):
+        assert recipe_of(MethodConfig.model_validate({**changes, "tokens_per_step": 0.5}), ()).tokens_per_step == 0.5
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
@@ -253,6 +264,21 @@ def test_sparse_attention_brings_both_papers_unless_a_preset_is_named() -> None:
         ({"attention": {"density": 0.2, "residual": {"rank": None}}}, r"low_rank_int8 needs residual.rank"),
         ({"attention": 0.2}, r"method attention is 0.2"),
         ({"preset": "gptq", "attention_distillation": "both"}, r"needs something to learn"),
+        ({"tokens_per_step": 0}, r"tokens_per_step.*greater than 0"),
+        ({"tokens_per_step": 1.5}, r"tokens_per_step.*less than or equal to 1"),
+        (
+            {"preset": "gptq", "tokens_per_step": 0.5},
+            r"method gptq: tokens_per_step 0.5 needs something to learn; set .* to learned, or tokens_per_step to 1",
+        ),
+        (
+            {"preset": "quantsparse", "tokens_per_step": 0.25},
+            r"tokens_per_step is 0.25, but .* sparse attention.*attention.calibrate to dense, attention.density to 1, or "
+            r"tokens_per_step to 1",
+        ),
+        (
+            {"tokens_per_step": 0.25, "attention": {"density": 0.2, "calibrate": "corrected"}},
+            r"against corrected attention",
+        ),
         ({"lambda_local": -1}, r"lambda_local is -1.*above 0, or auto"),
         ({"protected_activation_bits": 3}, r"protected_activation_bits is 3"),
         ({"protected_steps": 2.5}, r"protected_steps is 2.5; a whole number of steps, or a share below 1"),

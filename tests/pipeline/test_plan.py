@@ -116,6 +116,21 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     assert hours["evaluation"] == pytest.approx(hours["trajectories"] * 32 / 10)
 
 
+def test_a_part_of_the_tokens_makes_steps_cheaper() -> None:
+    def distillation(fraction: float) -> tuple[float, float]:
+        config = large(f"method={{preset: s2q, tokens_per_step: {fraction}}}", "selection.num_samples=20")
+        [stage] = [stage for stage in plan_config(config, shapes_only=True).stages if stage.name == "distillation"]
+        assert stage.gpu_hours is not None
+        assert stage.peak_memory_bytes is not None
+        return stage.gpu_hours, stage.peak_memory_bytes / 2**30
+
+    (whole, half, quarter), memory = zip(*map(distillation, (1.0, 0.5, 0.25)), strict=True)
+    # All tokens' keys and values, and what is done once a sample and block, stay: targets, column sums, Hessians.
+    assert half / whole == pytest.approx(0.62, abs=0.03)
+    assert quarter / whole == pytest.approx(0.43, abs=0.03)
+    assert memory[0] > memory[1] + 10 > memory[2] + 10
+
+
 def test_a_shared_model_takes_its_part_of_a_gpu() -> None:
     def memory(*overrides: str) -> dict[str, float]:
         plan = plan_config(large(*overrides), shapes_only=True)

@@ -91,6 +91,13 @@ def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Pat
     assert len(figures) == 7  # strips, salience, its parts, losses, SQNR, Gantt chart, timeline
 
 
+def test_losses_from_a_part_of_the_tokens_are_said_to_be_estimates(complete: Path, tmp_path: Path) -> None:
+    part = RunMaker(tmp_path / "run", replace(SMALL, tokens_per_step=0.25)).everything()
+    words = "losses are estimates from 25 % of the video tokens, drawn anew in every step; those before and after are of all."
+    assert _page_of(part.directory.path).text.count(words) == 1, "rtn learns nothing"
+    assert "are estimates" not in _page_of(complete).text
+
+
 def test_page_is_self_contained_and_repeatable(complete: Path) -> None:
     page = _page_of(complete)
     assert not page.tags & {"script", "link", "iframe", "object", "embed"}

@@ -18,6 +18,8 @@ from reelquant.calibration.block_distillation import (
     learn,
     mean_loss,
     prepare_targets,
+    step_error,
+    weighted_error,
 )
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
@@ -41,6 +43,7 @@ RECIPES = {
     "s2q": S2Q,
     "s2q asymmetric": replace(S2Q, solve="asymmetric"),
     "s2q two-level": replace(S2Q, weight_layout="two_level"),
+    "s2q, half of the tokens": replace(S2Q, tokens_per_step=0.5),
     "s2q with attention terms": replace(S2Q, attention_distillation="both", pool_size=8, num_salient_tokens=6),
 }
 SPARSE = SparseCalibration(density=0.5, dense_blocks=(), attention="sparse")
@@ -150,6 +153,50 @@ def test_learning_lowers_the_loss_and_rounding_keeps_it() -> None:
     assert after[0] is not None
     assert after[1] is not None
     assert after[0] < 0.8 * after[1], after
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.25])
+def test_a_part_of_the_tokens_teaches_almost_as_much(fraction: float) -> None:
+    """The losses before and after are those of all tokens; of 40 video tokens a step sees 20 and 10."""
+    part = replace(S2Q, tokens_per_step=fraction)
+    for ours, whole, plain in zip(run(part), run(S2Q), run(RECIPES["gptq"]), strict=True):
+        if ours.name == BLOCKS[0]:  # the next one's input is the learned one's output
+            assert ours.result.loss_before == whole.result.loss_before
+        assert ours.result.losses != whole.result.losses
+        after = [block.result.loss_after or math.nan for block in (ours, whole, plain)]
+        assert after[0] < 0.6 * after[2], after  # 0.25 to 0.35
+        assert after[0] < 1.5 * after[1], after  # 0.97 to 1.25
+
+
+def test_the_error_of_a_step_is_that_of_all_tokens_in_the_mean() -> None:
+    for name in BLOCKS:
+        samples, _ = make_samples(1)
+        reference = outlier_blocks()[name].requires_grad_(False)
+        prepare_targets(family, reference, samples, S2Q)
+        block, _ = calibrated_copy(
+            reference, family.group_levels(name), bits=bits_of(name), recipe=S2Q, activation_amax={}
+        )
+        sample = samples[0].at(block)
+        with torch.no_grad():
+            exact = weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
+            assert torch.equal(step_error(family, block, sample, S2Q, seed=3), exact), "all tokens: today's bits"
+            quarter = replace(S2Q, tokens_per_step=0.25)
+            errors = [step_error(family, block, sample, quarter, seed=seed) for seed in range(300)]
+        estimates = torch.stack(errors).double()
+        spread = float(estimates.std())
+        assert 0.02 < spread / float(exact) < 0.5
+        assert abs(float(estimates.mean() - exact)) < 4 * spread / len(errors) ** 0.5
+
+
+@pytest.mark.parametrize("terms", ["none", "both"])
+def test_which_tokens_a_step_sees_is_decided_by_the_seed(terms: str) -> None:
+    recipe = replace(S2Q, tokens_per_step=0.3, attention_distillation=terms, pool_size=8, num_salient_tokens=6)  # type: ignore[arg-type]
+    for first, second in zip(run(recipe), run(recipe), strict=True):
+        assert first.result.losses == second.result.losses
+        assert first.result.attention_losses == second.result.attention_losses
+        assert bool(first.result.attention_losses) == (terms == "both")
+        for name, layer in first.layers.items():
+            assert torch.equal(layer.codes, second.layers[name].codes), name
 
 
 def test_two_calibrations_give_the_same_integers() -> None:
