@@ -57,6 +57,7 @@ def linear_table(document: dict[str, Any]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "dit_step": ("dit_step", record.table),
     "dit_step_kernels": ("dit_step", kernel_table.tables),
+    "dit_step_480p": ("dit_step_480p", record.table),
     "generation_time": ("generation_time", generation_time.table),
     "kernel_parity": ("kernel_parity", kernel_parity.table),
     "attention_kernels": ("attention_kernels", attention_table),

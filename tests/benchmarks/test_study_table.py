@@ -45,6 +45,7 @@ def test_rows_are_best_first_and_paired_where_both_have_the_video() -> None:
         ("study_preset", "dense s2q"),
         ("study_residual_storage", "low_rank"),
         ("study_attention_precision", "full"),
+        ("study_tokens_per_step", "all tokens"),
     ],
 )
 def test_the_page_shows_what_was_recorded(name: str, reference: str, tmp_path: Path) -> None:
