@@ -36,6 +36,7 @@ LABELS = {
     "band triton 25 %": ("band 25 %", 0, -14),
     "band, then corrected 15 %": ("15 %, corrected apart", -26, -14),
     "refresh, one pass 15 %": ("dense and band", 7, -4),
+    "8-bit attention, sparse step, ours 25 %, 8-bit attention": ("8 bits, 15 and 25 %", 7, -4),
     "linear, double out, default": ("INT8, ours", -52, -3),
     "linear, double out, fp8 _scaled_mm": ("FP8", -23, -3),
     "linear, double out, bf16 torch.mm": ("bf16", -27, -3),
@@ -78,6 +79,10 @@ def attention_points(document: Mapping[str, Any]) -> Iterator[Point]:
         yield Point(name, "torch" if name.startswith("dense") else "attention", intensity, rate)
 
 
+OF_TORCH = ("bf16 torch.mm", "_int_mm", "fp8 _scaled_mm")
+"""Variants of a product that are torch's."""
+
+
 def linear_points(document: Mapping[str, Any]) -> Iterator[Point]:
     """Products over all tokens, and what memory bounds."""
     for row in document["rows"]:
@@ -86,6 +91,8 @@ def linear_points(document: Mapping[str, Any]) -> Iterator[Point]:
             continue
         if row["group"] == "linear":
             ours = row["variant"] == "default"
+            if not ours and row["variant"] not in OF_TORCH:
+                continue  # another tile of ours
             intensity = _product_intensity(row["case"], in_bytes=2 if "bf16" in row["variant"] else 1, epilogue=ours)
             yield Point(name, "products" if ours else "torch", intensity, row["tops"] * 1e12)
         elif row["variant"] == "default":
