@@ -63,6 +63,10 @@ class RayHead:
         """Where jobs are submitted."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
+    def more_arguments(self) -> list[str]:
+        """Of `ray start`."""
+        return []
+
     def start(self) -> None:
         """Start the head and wait until its dashboard answers."""
         command = [
@@ -70,7 +74,7 @@ class RayHead:
             f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
             f"--dashboard-agent-listen-port={self._agent_port}", f"--metrics-export-port={self._metrics_port}",
             f"--temp-dir={self.directory / 'ray'}", f"--num-cpus={self._num_cpus}",
-            "--object-store-memory=80000000", "--disable-usage-stats",
+            "--object-store-memory=80000000", "--disable-usage-stats", *self.more_arguments(),
         ]  # fmt: skip
         log = self.directory / "ray_start.log"
         with log.open("a") as output:
