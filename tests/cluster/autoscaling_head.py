@@ -14,7 +14,7 @@ import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 from cluster.session_directory import session_directory
-from tests.cluster.ray_head import RayHead
+from tests.cluster.ray_head import QUICK_HEALTH_CHECKS, RayHead
 
 IDLE_TIMEOUT_S = 5.0
 """After which the autoscaler takes a node away."""
@@ -36,6 +36,7 @@ class AutoscalingHead(RayHead):
             num_cpus=0,
             RAY_FAKE_CLUSTER="1",
             AUTOSCALER_UPDATE_INTERVAL_S="1",  # 5 s otherwise
+            **QUICK_HEALTH_CHECKS,
             **({"RAY_enable_autoscaler_v2": "1"} if version == 2 else {}),
             RAY_CLOUD_INSTANCE_ID=FAKE_HEAD_NODE_ID,
             RAY_OVERRIDE_NODE_ID_FOR_TESTING=FAKE_HEAD_NODE_ID,
@@ -75,6 +76,12 @@ class AutoscalingHead(RayHead):
             "available_node_types": {FAKE_HEAD_NODE_TYPE: nothing, **nodes},
             "head_node_type": FAKE_HEAD_NODE_TYPE,
             "file_mounts": {},
+            **{f"{prefix}setup_commands": [] for prefix in ("", "head_", "worker_")},
+            **{f"{kind}_start_ray_commands": [] for kind in ("head", "worker")},
+            **{
+                name: []
+                for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands")
+            },
         }
         path = self.directory / "autoscaling.json"
         path.write_text(json.dumps(config))

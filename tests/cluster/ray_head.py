@@ -19,6 +19,14 @@ from cluster.session_directory import session_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 
+QUICK_HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A dead node is noticed after 3 s, a frozen one after 10 s."""
+
 
 def free_ports(num: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody listens on at the moment, below those that the system hands out by itself."""
