@@ -96,6 +96,12 @@ class AutoscalingHead(RayHead):
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 
+    def take_away(self, raylet: psutil.Process) -> None:
+        """End a node at once, as a cloud does that wants its machine back."""
+        for process in [*raylet.children(recursive=True), raylet]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
 
 @contextlib.contextmanager
 def autoscaling_head(node_types: Mapping[str, Mapping[str, Any]], *, version: int = 2) -> Iterator[AutoscalingHead]:

@@ -113,9 +113,7 @@ def test_a_node_taken_away_in_between_costs_its_units_one_attempt(head: Autoscal
     def take_away(name: str) -> None:
         if not taken and attempts(marks, "victim-0") and attempts(marks, "victim-1"):
             taken.append(head.raylets()[-1])
-            for process in [*taken[0].children(recursive=True), taken[0]]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            head.take_away(taken[0])
             (marks / "go").touch()
 
     watcher = Watcher({"progress": take_away})
