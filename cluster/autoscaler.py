@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 _logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 5
+_IN_ITS_LOG = "the reason is in its log, monitor.log among Ray's logs on the head"
 _untyped_driver: Any = ray_driver
 _untyped_messages: Any = autoscaler_pb2
 
@@ -26,7 +27,7 @@ class AutoscalerState:
     num_coming: int
     """Nodes that it has asked for and that are not there yet."""
     failures: tuple[str, ...]
-    """Why nodes that it asked for have not come."""
+    """Why nodes that it asked for have not come, the same reason once."""
     is_infeasible: bool
     """Something waits for which its node types, with their largest numbers, leave no room."""
 
@@ -34,7 +35,7 @@ class AutoscalerState:
         coming = f"the autoscaler is starting {self.num_coming} node{'s' if self.num_coming != 1 else ''}"
         if self.num_coming == 0:
             coming = "the autoscaler is starting no node"
-        return "; ".join([coming, *(f"it could not start a node: {failure}" for failure in self.failures)])
+        return "; ".join([coming, *(f"it has failed to start nodes: {failure}" for failure in self.failures)])
 
 
 def autoscaler_state() -> AutoscalerState | None:
@@ -51,8 +52,8 @@ def autoscaler_state() -> AutoscalerState | None:
     # Actors of a placement group that has no place yet are in the list too, with resources that bear the group's name.
     waiting = [request.resources_bundle for request in state.infeasible_resource_requests]
     single = [bundle for bundle in waiting if not any("_group_" in name for name in bundle)]
-    reasons = [failed.reason.strip() for failed in state.failed_instance_requests]
-    failures = dict.fromkeys(reason.splitlines()[-1] for reason in reasons if reason)
+    reasons = [failed.reason.strip() or _IN_ITS_LOG for failed in state.failed_instance_requests]
+    failures = dict.fromkeys(reason.splitlines()[-1] for reason in reasons)
     return AutoscalerState(
         sum(request.count for request in state.pending_instance_requests) + len(state.pending_instances),
         tuple(failures),

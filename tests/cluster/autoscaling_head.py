@@ -14,7 +14,9 @@ import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 from cluster.session_directory import session_directory
-from tests.cluster.ray_head import QUICK_HEALTH_CHECKS, RayHead
+from tests.cluster.ray_head import QUICK_HEALTH_CHECKS, ROOT, RayHead
+
+FAKE = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
 IDLE_TIMEOUT_S = 5.0
 """After which the autoscaler takes a node away."""
@@ -26,15 +28,19 @@ class AutoscalingHead(RayHead):
     Args:
         directory: the cluster's own.
         node_types: by name, resources and `max_workers`.
+        provider: class of the cloud's part.
         version: of the autoscaler; 2 is what `ray up` has started since Ray 2.50.
     """
 
-    def __init__(self, directory: Path, node_types: Mapping[str, Mapping[str, Any]], *, version: int = 2) -> None:
-        self._node_types = node_types
+    def __init__(
+        self, directory: Path, node_types: Mapping[str, Mapping[str, Any]], *, provider: str = FAKE, version: int = 2
+    ) -> None:
+        self._node_types, self._provider = node_types, provider
         super().__init__(
             directory,
             num_cpus=0,
             RAY_FAKE_CLUSTER="1",
+            PYTHONPATH=str(ROOT),  # of the provider's class
             AUTOSCALER_UPDATE_INTERVAL_S="1",  # 5 s otherwise
             **QUICK_HEALTH_CHECKS,
             **({"RAY_enable_autoscaler_v2": "1"} if version == 2 else {}),
@@ -63,7 +69,7 @@ class AutoscalingHead(RayHead):
             "provider": {
                 # Not "fake_multinode": its defaults are in the file that is not in the wheel.
                 "type": "external",
-                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "module": self._provider,
                 "gcs_address": self.address,
                 "head_node_id": FAKE_HEAD_NODE_ID,
                 "launch_multiple": True,
@@ -104,10 +110,12 @@ class AutoscalingHead(RayHead):
 
 
 @contextlib.contextmanager
-def autoscaling_head(node_types: Mapping[str, Mapping[str, Any]], *, version: int = 2) -> Iterator[AutoscalingHead]:
+def autoscaling_head(
+    node_types: Mapping[str, Mapping[str, Any]], *, provider: str = FAKE, version: int = 2
+) -> Iterator[AutoscalingHead]:
     """A head that is gone in the end, and its nodes with it."""
     with session_directory(Path("/tmp")) as directory:
-        head = AutoscalingHead(directory, node_types, version=version)
+        head = AutoscalingHead(directory, node_types, provider=provider, version=version)
         try:
             yield head
         finally:

@@ -16,6 +16,7 @@ from cluster.actor_pool import Unit, WorkersFailed, run_units
 from cluster.driver_environment import environment, loopback_only
 from cluster.session import SessionSettings, ray_session
 from tests.cluster.autoscaling_head import IDLE_TIMEOUT_S, AutoscalingHead, autoscaling_head
+from tests.cluster.no_machines import NoMachines
 from tests.cluster.sample_replicas import SampleReplica
 from tests.cluster.sample_workers import SampleWorker, Settings
 from tests.cluster.test_actor_pool import Recorder, attempts, doubles
@@ -131,7 +132,7 @@ def test_nodes_leave_and_demand_is_withdrawn_while_the_last_unit_is_at_work(head
 
     def look(name: str) -> None:
         assert time.monotonic() < deadline, demanded
-        if (now := len(demand())) != (demanded or [None])[-1]:
+        if (now := len(demand())) not in demanded[-1:]:
             demanded.append(now)
         if attempts(marks, "double-0") and now == 0 and len(head.raylets()) == 1:
             (marks / "go").touch()
@@ -157,6 +158,19 @@ def test_what_no_node_can_hold_is_an_error_before_the_long_wait_ends(head: Autos
 def test_a_replica_larger_than_the_largest_cluster_is_an_error(head: AutoscalingHead, marks: Path) -> None:
     with pytest.raises(WorkersFailed, match=r"1 worker of 4 ranks of 1 CPUs and 1 GPUs: .* max_workers"):
         run(SampleReplica, doubles(4), marks, num_workers=1, num_ranks=4, placement_timeout_s=14)
+
+
+def test_a_cloud_without_machines_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = Watcher()
+    with (
+        autoscaling_head(GPU_NODES, provider=f"{NoMachines.__module__}.{NoMachines.__name__}") as head,
+        session_in(head, tmp_path, monkeypatch) as marks,
+    ):
+        with pytest.raises(WorkersFailed, match="no node had room for a worker within 14 s: waiting for 1 worker of"):
+            run(SampleWorker, doubles(1), marks, num_workers=1, placement_timeout_s=14, events=watcher)
+        log = (head.directory / "ray" / "session_latest" / "logs" / "monitor.log").read_text()
+    assert "it has failed to start nodes: the reason is in its log, monitor.log" in watcher.told[-1]
+    assert "InsufficientInstanceCapacity" in log
 
 
 @pytest.mark.slow
