@@ -66,7 +66,7 @@ def run_units(
         max_attempts: attempts at a unit, and at starting a worker.
         stall_timeout_s: longest silence of a worker during a unit.
         startup_timeout_s: longest construction of a worker: loading a model, for example.
-        placement_timeout_s: longest wait for the first node with room, while no worker is placed at all. Half a minute where
+        placement_timeout_s: longest wait for the first node with room, while no worker is placed at all. A minute where
             the cluster's autoscaler has no node type with room.
         progress_interval_s: how often a busy worker is asked how far it is.
         idle_timeout_s: a worker for which nothing waits ends after so long; sooner where one of the other kind finds no place.

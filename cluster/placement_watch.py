@@ -15,8 +15,8 @@ from cluster.worker_slot import SlotState, WorkerSlot
 
 _NOTICE_S = 5.0
 """A free place is found sooner; also how often the cluster is asked again."""
-_INFEASIBLE_S = 30.0
-"""Some rounds of an autoscaler, which looks every 5 s."""
+_INFEASIBLE_S = 60.0
+"""Some rounds of an autoscaler, which looks every 5 s and counts nodes that are on their way out."""
 
 
 class PlacementWatch:

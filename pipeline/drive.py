@@ -41,7 +41,7 @@ def drive(
 
     Raises:
         UnitsFailed: without `set_aside`, after all units are finished that do not depend on those that failed.
-        WorkersFailed: no worker could be started.
+        WorkersFailed: no worker could be started, or none had a place.
     """
     config = runs[0].run.context.config
     with RunProgress(console) as display:
