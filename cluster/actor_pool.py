@@ -46,7 +46,7 @@ def run_units(
     max_attempts: int = 3,
     stall_timeout_s: float,
     startup_timeout_s: float = 1800.0,
-    placement_timeout_s: float = 600.0,
+    placement_timeout_s: float = 1800.0,
     progress_interval_s: float = 0.5,
     idle_timeout_s: float = 60.0,
     events: PoolEvents | None = None,
@@ -66,14 +66,15 @@ def run_units(
         max_attempts: attempts at a unit, and at starting a worker.
         stall_timeout_s: longest silence of a worker during a unit.
         startup_timeout_s: longest construction of a worker: loading a model, for example.
-        placement_timeout_s: longest wait for the first node with room, while no worker is placed at all.
+        placement_timeout_s: longest wait for the first node with room, while no worker is placed at all. A minute where
+            the cluster's autoscaler has no node type with room.
         progress_interval_s: how often a busy worker is asked how far it is.
-        idle_timeout_s: a worker for which nothing waits ends after so long.
+        idle_timeout_s: a worker for which nothing waits ends after so long; sooner where one of the other kind finds no place.
 
     Raises:
         ValueError: two units of one name, a limit out of range, or a worker that no machine of a local session can hold.
         UnitsFailed: after all other units are finished.
-        WorkersFailed: no worker could be started.
+        WorkersFailed: no worker could be started, or none had a place.
     """
     session = active_session()
     check_arguments(units, num_workers, 1 if num_ranks is None else num_ranks, num_cpus=num_cpus, num_gpus=num_gpus)

@@ -39,9 +39,8 @@ def room(session: Session, recipe: WorkerRecipe) -> int:
         return 2**31
     held, num_ranks = session.capacity(num_cpus=recipe.num_cpus, num_gpus=recipe.num_gpus), recipe.num_ranks or 1
     if held < num_ranks:
-        ranks = f"{num_ranks} ranks of " if num_ranks > 1 else ""
         raise ValueError(
-            f"a worker asks for {ranks}{recipe.num_cpus:g} CPUs and {recipe.num_gpus:g} GPUs, this session has "
+            f"a worker asks for {recipe.size_in_words()}, this session has "
             f"{session.num_cpus:g} and {session.num_gpus:g}: ask for less, or use a session with more"
         )
     return held // num_ranks

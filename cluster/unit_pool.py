@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.crew import Crew
+from cluster.placement_watch import PlacementWatch
 from cluster.pool_limits import PoolLimits
 from cluster.rank import Rank
 from cluster.ticket_queue import Ticket, TicketQueue
@@ -34,6 +35,7 @@ class UnitPool:
         self._results: dict[str, Any] = {}
         self._failures: dict[str, UnitFailure] = {}
         self._start_error = ""
+        self._placement = PlacementWatch(limits.placement_timeout_s, events.waiting)
         self._tick_s = min(limits.progress_interval_s, limits.stall_timeout_s / 4, 0.5)
         self._add(units)
 
@@ -198,19 +200,9 @@ class UnitPool:
             if now - slot.changed_at > self._limits.startup_timeout_s:
                 late = next(rank for rank in slot.ranks if rank.call is not None)
                 self._lose(slot, late, f"not loaded after {self._limits.startup_timeout_s:g} s, at:\n{late.stack()}")
-        self._check_placement(now)
-        self._crew.end_idle(self._limits.idle_timeout_s, [kind for kind, queue in self._pending.items() if not queue])
+        self._placement.check(self._crew)
+        self._crew.end_idle(self._limits.idle_timeout_s)
         return time.monotonic()
-
-    def _check_placement(self, now: float) -> None:
-        placing = self._crew.in_state(SlotState.PLACING)
-        if not placing or self._crew.in_state(SlotState.LOADING, SlotState.IDLE, SlotState.BUSY):
-            return
-        if min(now - slot.changed_at for slot in placing) > self._limits.placement_timeout_s:
-            raise WorkersFailed(
-                f"no node had room for a worker within {self._limits.placement_timeout_s:g} s: free now are "
-                f"{ray.available_resources()}; add nodes, ask for less a worker, or raise placement_timeout_s"
-            )
 
     def _lose(self, slot: WorkerSlot, rank: Rank, error: str, *, retryable: bool = True) -> None:
         """The slot's processes are of no more use, because of `rank`: end them, and see to what they were doing."""

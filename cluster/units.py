@@ -67,6 +67,9 @@ class PoolEvents:
     def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
         """An attempt has failed; `error` is a traceback or says how the process ended."""
 
+    def waiting(self, description: str) -> None:
+        """No worker has a place in the cluster: what is waited for, whenever that changes."""
+
     def released(self) -> Sequence[Unit]:
         """Units that may begin only now. Asked for after every unit that is finished or set aside."""
         return ()

@@ -54,6 +54,11 @@ class WorkerRecipe:
     num_ranks: int | None = None
     """Of a replica; None for a worker of one process that is none."""
 
+    def size_in_words(self) -> str:
+        """Such as "2 ranks of 1 CPUs and 1 GPUs"."""
+        ranks = f"{self.num_ranks} ranks of " if self.num_ranks is not None and self.num_ranks > 1 else ""
+        return f"{ranks}{self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs"
+
 
 class WorkerSlot:
     """A slot makes actors, one set after another, and hands them their work."""
@@ -68,19 +73,19 @@ class WorkerSlot:
         self.changed_at = 0.0
         """When the state last changed. Monotonic seconds of the driver."""
         self.num_failed_starts = 0
-        self._recipe = recipe
+        self.recipe = recipe
         self._session = session
         self._group: Any = None
 
     @property
     def num_ranks(self) -> int:
         """Actors that fill the slot."""
-        return self._recipe.num_ranks or 1
+        return self.recipe.num_ranks or 1
 
     @property
     def single(self) -> bool:
         """Whether its worker is one process, and no replica."""
-        return self._recipe.num_ranks is None
+        return self.recipe.num_ranks is None
 
     @property
     def waits(self) -> bool:
@@ -89,7 +94,7 @@ class WorkerSlot:
 
     def start(self) -> None:
         """Make actors and ask them where they are."""
-        recipe = self._recipe
+        recipe = self.recipe
         resources = {"num_cpus": recipe.num_cpus, "num_gpus": recipe.num_gpus}
         if recipe.num_ranks is None:
             self.ranks = [Rank(self.name, _REMOTE_ACTOR.options(**resources).remote(), self._session)]
@@ -114,9 +119,9 @@ class WorkerSlot:
         self._enter(SlotState.LOADING)
         for index, other in enumerate(self.ranks):
             membership = None
-            if self._recipe.num_ranks is not None:
+            if self.recipe.num_ranks is not None:
                 membership = Membership(index, self.num_ranks, places[0].address, places[0].free_port)
-            other.ask(other.actor.load.remote(self._recipe.worker_class, self._recipe.settings, membership))
+            other.ask(other.actor.load.remote(self.recipe.worker_class, self.recipe.settings, membership))
 
     def rest(self) -> None:
         """The actors wait for a unit."""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.actor_pool import PoolEvents, Unit, UnitFailure, UnitsFailed, run_units
 from cluster.metrics import UnitMetrics
-from cluster.session import SessionSettings, ray_session
+from cluster.session import SessionSettings, active_session, ray_session
 from pipeline.config.schema import RunConfig
 from pipeline.progress import RunProgress
 from pipeline.schedule import DrivenRun, Schedule, Task
@@ -20,6 +20,9 @@ from pipeline.stages.stage import Stage
 from storage.manifest import UnitRecord
 from workers.messages import UnitOutput
 from workers.shared_worker import SharedUnit, SharedWorker
+
+MOST_ON_A_CLUSTER = 256
+"""Worker processes at once where nobody says how many."""
 
 SetAside = Callable[[Task, Sequence[DrivenRun], UnitFailure], None]
 """Called with a task that is given up, the runs that it is missing in, and why."""
@@ -38,7 +41,7 @@ def drive(
 
     Raises:
         UnitsFailed: without `set_aside`, after all units are finished that do not depend on those that failed.
-        WorkersFailed: no worker could be started.
+        WorkersFailed: no worker could be started, or none had a place.
     """
     config = runs[0].run.context.config
     with RunProgress(console) as display:
@@ -52,7 +55,7 @@ def drive(
 def _do_tasks(schedule: Schedule, tasks: Sequence[Task], config: RunConfig, recorder: _Recorder) -> None:
     """Does the tasks, and those that the schedule has ready later, in the open session."""
     recorder.metrics = UnitMetrics()
-    num_ranks, num_processes = config.workers.num_ranks, num_workers(config, os.cpu_count() or 1, _num_gpus())
+    num_ranks, num_processes = config.workers.num_ranks, _num_processes(config)
     failures: dict[str, UnitFailure] = {}
     try:
         results = run_units(
@@ -66,6 +69,7 @@ def _do_tasks(schedule: Schedule, tasks: Sequence[Task], config: RunConfig, reco
             num_ranks=num_ranks,
             max_attempts=config.workers.max_attempts,
             stall_timeout_s=config.workers.stall_timeout_s,
+            placement_timeout_s=config.workers.placement_timeout_s,
             events=recorder,
         )
     except UnitsFailed as error:
@@ -101,6 +105,9 @@ class _Recorder(PoolEvents):
             )
             for task in tasks
         ]
+
+    def waiting(self, description: str) -> None:
+        self._display.waiting(description)
 
     def released(self) -> list[Unit]:
         return self.units(self._schedule.take_ready())
@@ -170,6 +177,14 @@ class _Recorder(PoolEvents):
 
     def _log(self, task: Task, event: str, **values: Any) -> None:
         task.driven.log.write(event, stage=task.stage.name, unit=task.unit.name, **values)
+
+
+def _num_processes(config: RunConfig) -> int:
+    """Worker processes in the open session. A cluster has room that this machine knows nothing of, and its autoscaler makes
+    more: `auto` is one for every unit that waits, as far as there is room."""
+    if config.workers.num_workers == "auto" and not active_session().local:
+        return MOST_ON_A_CLUSTER
+    return num_workers(config, os.cpu_count() or 1, _num_gpus())
 
 
 def num_workers(config: RunConfig, cpus: int, gpus: int) -> int:

@@ -50,6 +50,10 @@ class RunProgress:
         """The stage has so many units more."""
         self.of(stage).planned(num)
 
+    def waiting(self, description: str) -> None:
+        """No worker has a place yet."""
+        self._console.print(f"[yellow]{escape(description)}", highlight=False)
+
     def settled(self, stage: Stage) -> None:
         """A unit of the stage is done without a worker."""
         self.of(stage).settled()

@@ -192,7 +192,8 @@ class WorkersConfig(Section):
     """How much runs at once, and on how many GPUs the full-precision model lies. Changes no result."""
 
     num_workers: int | Literal["auto"] = "auto"
-    """Worker processes per stage; `auto`: one per GPU, or one per `numerics.threads` CPU cores."""
+    """Worker processes per stage; `auto`: one per GPU, or one per `numerics.threads` CPU cores; on a cluster as many as there
+    are units and room, which an autoscaler makes up to its `max_workers`."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one worker; 0 runs on the CPU, 1 is usual on a GPU machine."""
     sharding: Literal["none", "fsdp", "deepspeed"] = "none"
@@ -209,6 +210,8 @@ class WorkersConfig(Section):
     """Tries of a unit whose worker dies, before it is set aside."""
     stall_timeout_s: float = Field(default=900.0, gt=0)
     """Silence of a worker that counts as death."""
+    placement_timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for a cluster's first node with room for a worker: an autoscaler's node has to boot and to install."""
 
     @model_validator(mode="after")
     def _check(self) -> WorkersConfig:

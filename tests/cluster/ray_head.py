@@ -19,6 +19,14 @@ from cluster.session_directory import session_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 
+QUICK_HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A dead node is noticed after 3 s, a frozen one after 10 s."""
+
 
 def free_ports(num: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody listens on at the moment, below those that the system hands out by itself."""
@@ -63,6 +71,10 @@ class RayHead:
         """Where jobs are submitted."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
+    def more_arguments(self) -> list[str]:
+        """Of `ray start`."""
+        return []
+
     def start(self) -> None:
         """Start the head and wait until its dashboard answers."""
         command = [
@@ -70,7 +82,7 @@ class RayHead:
             f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
             f"--dashboard-agent-listen-port={self._agent_port}", f"--metrics-export-port={self._metrics_port}",
             f"--temp-dir={self.directory / 'ray'}", f"--num-cpus={self._num_cpus}",
-            "--object-store-memory=80000000", "--disable-usage-stats",
+            "--object-store-memory=80000000", "--disable-usage-stats", *self.more_arguments(),
         ]  # fmt: skip
         log = self.directory / "ray_start.log"
         with log.open("a") as output:

@@ -1,5 +1,6 @@
 """The cluster files that ship: accepted by Ray or of the shape that KubeRay wants, and none of them open to strangers."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,11 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated import autoscaler_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "configs" / "clusters"
@@ -23,7 +29,7 @@ KUBERAY_FIELDS: dict[str, set[str]] = {
     "RayCluster": {
         "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "headGroupSpec", "rayVersion", "workerGroupSpecs",
     },
-    "autoscaler": {"idleTimeoutSeconds", "upscalingMode", "resources", "env"},
+    "autoscaler": {"idleTimeoutSeconds", "upscalingMode", "resources", "env", "version"},
     "head": {"rayStartParams", "template", "serviceType"},
     "workers": {"groupName", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas", "template"},
     "pod": {"containers", "terminationGracePeriodSeconds", "tolerations", "nodeSelector", "volumes"},
@@ -85,6 +91,68 @@ def test_a_head_without_gpu_and_gpu_workers_that_come_and_go(config: dict[str, A
         assert node_type["min_workers"] == 0 < node_type["max_workers"] <= config["max_workers"]
 
 
+class TestAutoscaling:
+    """Ray's own autoscaler reads the file and says which nodes it would start."""
+
+    @pytest.fixture
+    def autoscaling(self, config: dict[str, Any]) -> Any:
+        return AutoscalingConfig(config, skip_content_hash=True)  # the files to hash are the user's
+
+    @staticmethod
+    def launches(autoscaling: Any, wanted: list[tuple[dict[str, float], int]], *, ranks: int = 1) -> dict[str, int]:
+        """Nodes by type for actors that wait, `(resources, number)`, or for placement groups of so many of each."""
+        messages: Any = autoscaler_pb2
+        logger: Any = logging.getLogger(__name__)
+        requests = [(ResourceRequestUtil.make(bundle), number) for bundle, number in wanted]
+        single = [messages.ResourceRequestByCount(request=request, count=number) for request, number in requests]
+        gangs = [
+            messages.GangResourceRequest(requests=[request] * ranks) for request, num in requests for _ in range(num)
+        ]
+        reply = ResourceDemandScheduler(AutoscalerEventLogger(logger)).schedule(
+            SchedulingRequest(
+                disable_launch_config_check=True,
+                node_type_configs=autoscaling.get_node_type_configs(),
+                max_num_nodes=autoscaling.get_max_num_nodes(),
+                idle_timeout_s=autoscaling.get_idle_timeout_s(),
+                resource_requests=single if ranks == 1 else [],
+                gang_resource_requests=gangs if ranks > 1 else [],
+            )
+        )
+        return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+    def test_nodes_for_the_workers_that_wait_and_no_more_than_allowed(self, autoscaling: Any) -> None:
+        worker = {"CPU": 1.0, "GPU": 1.0}
+        assert self.launches(autoscaling, []) == {}
+        assert self.launches(autoscaling, [(worker, 3)]) == {"gpu": 3}
+        assert self.launches(autoscaling, [(worker, 12)]) == {"gpu": 8}
+        assert self.launches(autoscaling, [({"CPU": 1.0, "GPU": 0.5}, 3)]) == {"gpu": 2}
+
+    def test_nodes_for_a_replica_or_none(self, autoscaling: Any) -> None:
+        worker = {"CPU": 1.0, "GPU": 1.0}
+        assert self.launches(autoscaling, [(worker, 1)], ranks=4) == {"gpu": 4}
+        assert self.launches(autoscaling, [(worker, 1)], ranks=9) == {}
+
+    def test_a_node_stays_for_longer_than_a_worker_without_work(self, autoscaling: Any) -> None:
+        assert autoscaling.get_idle_timeout_s() == 600
+        assert autoscaling.get_head_node_type() == "head"
+
+
+def test_machines_at_hand_are_all_started_and_stay() -> None:
+    """Ray's autoscaler does not know what they have, and would start none for a worker that waits."""
+    prepared = prepare_config(load(ONPREM))
+    [nodes] = prepared["available_node_types"].values()
+    assert nodes["min_workers"] == nodes["max_workers"] == len(prepared["provider"]["worker_ips"])
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=lambda path: path.name)
+def test_the_commands_in_its_head_start_runs_on_the_cluster(path: Path) -> None:
+    """On the head nothing but the address says so: without it the head itself, where no GPU is, would be all there is."""
+    text = path.read_text().replace("\n#     ", " ")
+    [command] = [line for line in text.splitlines() if "python -m pipeline run" in line]
+    assert "--set cluster.address=auto" in command
+    assert "--set run=/mnt/runs/" in command
+
+
 def test_nodes_run_the_same_ray(config: dict[str, Any]) -> None:
     assert config["docker"]["image"].startswith(f"rayproject/ray:{ray.__version__}-py311")
 
@@ -142,6 +210,8 @@ class TestKubeRay:
     def test_gpu_workers_that_come_and_go(self, job: dict[str, Any]) -> None:
         cluster = job["spec"]["rayClusterSpec"]
         assert cluster["enableInTreeAutoscaling"] is True
+        assert cluster["autoscalerOptions"]["version"] == "v2", "says why a worker waits"
+        assert cluster["autoscalerOptions"]["idleTimeoutSeconds"] == 600
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         for group in cluster["workerGroupSpecs"]:
             assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"]

@@ -15,18 +15,11 @@ from cluster.actor_pool import Unit, run_units
 from cluster.driver_environment import environment, loopback_only
 from cluster.session import SessionSettings, ray_session
 from cluster.session_directory import session_directory
-from tests.cluster.ray_head import free_ports
+from tests.cluster.ray_head import QUICK_HEALTH_CHECKS, free_ports
 from tests.cluster.sample_workers import SampleWorker, Settings
 from tests.cluster.test_actor_pool import Recorder, attempts, doubles
 
 STALL_TIMEOUT_S = 6.0
-
-QUICK_HEALTH_CHECKS = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 class Nodes:

@@ -40,3 +40,11 @@ def test_two_stages_at_once(terminal: bool) -> None:
     shown = console.file.getvalue()
     expected = ["2/3", "1/2"] if terminal else ["Distillation: 2/3  segment-000", "Evaluation: 1/2  prompt-000"]
     assert all(text in shown for text in expected), shown
+
+
+def test_what_a_run_without_workers_waits_for() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with RunProgress(console) as display:
+        display.waiting("waiting for 2 workers of 1 CPUs and 1 GPUs: the cluster has 1 node [head]")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "waiting for 2 workers of 1 CPUs and 1 GPUs: the cluster has 1 node [head]\n"
