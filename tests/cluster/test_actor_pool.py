@@ -20,6 +20,8 @@ class Recorder(PoolEvents):
 
     def __init__(self, when: dict[str, Callable[[str], None]] | None = None) -> None:
         self.events: list[tuple[Any, ...]] = []
+        self.out_of_memory: list[bool] = []
+        """Of every failed attempt."""
         self.when = when or {}
 
     def started(self, name: str, worker: str) -> None:
@@ -35,7 +37,8 @@ class Recorder(PoolEvents):
         if "finished" in self.when:
             self.when["finished"](name)
 
-    def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
+    def failed(self, name: str, attempt: int, error: str, will_retry: bool, *, out_of_memory: bool = False) -> None:
+        self.out_of_memory.append(out_of_memory)
         self.events.append(("failed", name, attempt, error, will_retry))
 
     def of(self, kind: str) -> list[tuple[Any, ...]]:

@@ -182,9 +182,7 @@ def test_the_kernels_are_the_reference(layout: TokenLayout, head_dim: int, preci
         torch.testing.assert_close(found.value_scale, kept.value_scale)
         corrections = drawn_corrections(q, 16, num=2)
         whole_width = layout.num_video
-        exact, exact_whole = (
-            exactly(q, k, v, kinds="sts", layout=layout, width=each) for each in (width, whole_width)
-        )
+        exact, exact_whole = (exactly(q, k, v, kinds="sts", layout=layout, width=each) for each in (width, whole_width))
         reference, reference_whole = (
             eight_bit_attention(q, kept, width=each, implementation="reference").double().cpu()
             for each in (width, whole_width)
