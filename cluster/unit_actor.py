@@ -47,8 +47,8 @@ class LeanWorker(Worker, Protocol):
     """The protocol of a worker class that can do a unit with less memory and the same result."""
 
     def save_memory(self) -> None:
-        """Give back what is not needed. The next unit, which has run out of memory here or in another process, and all units like
-        it are to be done with less."""
+        """Give back what is not needed. The next unit, which has run out of memory in this process or another, and all units
+        like it are to be done with less."""
 
 
 class ReplicaWorker(Worker, Protocol):
@@ -115,6 +115,8 @@ class Outcome:
     """False after a ValueError: the same input gives the same error."""
     out_of_memory: bool
     """The worker raised a MemoryError."""
+    saved_memory: bool
+    """It says so (attribute `saved_memory`): it did the unit as `LeanWorker.save_memory` asks for, without having been told."""
     seconds: float
     pulse: Pulse
 
@@ -182,11 +184,12 @@ class UnitActor:
     def _call(self, serial: int, function: Callable[[], Any]) -> Outcome:
         self._work_thread = threading.get_ident()
         self._pulse = Pulse(serial=serial, count=0, done=0, total=0)
-        result, error, retryable, out_of_memory = None, None, True, False
+        result, error, retryable, out_of_memory, saved_memory = None, None, True, False, False
         start = time.perf_counter()
         try:
             result = function()
         except Exception as exception:  # noqa: BLE001 - each belongs to the unit and is reported with its traceback
             error, retryable = traceback.format_exc(), not isinstance(exception, ValueError)
-            out_of_memory = isinstance(exception, MemoryError)
-        return Outcome(result, error, retryable, out_of_memory, time.perf_counter() - start, self._pulse)
+            out_of_memory, saved_memory = isinstance(exception, MemoryError), getattr(exception, "saved_memory", False)
+        seconds = time.perf_counter() - start
+        return Outcome(result, error, retryable, out_of_memory, saved_memory, seconds, self._pulse)

@@ -157,7 +157,7 @@ class UnitPool:
             self._events.progress(ticket.name, outcome.pulse.done, outcome.pulse.total)
         # After any error of its own, a rank no longer enters what the others wait in.
         if outcome.error is not None and outcome.out_of_memory:
-            self._take_out_of_memory(slot, rank, outcome.error)
+            self._take_out_of_memory(slot, rank, outcome)
             return
         if outcome.error is not None and (outcome.retryable or slot.num_ranks > 1):
             self._lose(slot, rank, outcome.error, retryable=outcome.retryable)
@@ -174,20 +174,21 @@ class UnitPool:
         else:
             self._fail(ticket, outcome.error, will_retry=False)
 
-    def _take_out_of_memory(self, slot: WorkerSlot, rank: Rank, error: str) -> None:
-        """Once more in the same process, which is told to save memory; then in a new one, whose memory is in one piece; and then no
+    def _take_out_of_memory(self, slot: WorkerSlot, rank: Rank, outcome: Outcome) -> None:
+        """Once more in the same process, which is told to save memory; then in a new one, whose memory is in one piece; then no
         more: it would be the same again."""
-        ticket = rank.ticket
+        ticket, error = rank.ticket, outcome.error
         assert ticket is not None
-        told, ticket.lean = ticket.lean, True
-        if slot.single and not told and ticket.attempt < self._limits.max_attempts:
+        assert error is not None
+        was_lean, ticket.lean = ticket.lean or outcome.saved_memory, True
+        if slot.single and not was_lean and ticket.attempt < self._limits.max_attempts:
             self._events.failed(ticket.name, ticket.attempt, error, True, out_of_memory=True)
             rank.rest()
             ticket.serial = next(self._serials)
             self._give(slot, [ticket], None)
             return
         ticket.fresh = True
-        self._lose(slot, rank, error, retryable=not (told and slot.num_rounds == 1), out_of_memory=True)
+        self._lose(slot, rank, error, retryable=not (was_lean and slot.num_rounds == 1), out_of_memory=True)
 
     def _take_pulse(self, slot: WorkerSlot, rank: Rank) -> None:
         reference, rank.pulse_call = rank.pulse_call, None

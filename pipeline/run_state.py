@@ -196,7 +196,7 @@ def _read_timeline(
             stage.running = [unit for unit in stage.running if unit != event["unit"]]
             stage.retries += event["event"] == "unit_failed"
             stage.out_of_memory += event.get("reason") == OUT_OF_MEMORY
-            if event.get("lean"):
+            if event.get("lean") and event["unit"] not in stage.lean:
                 stage.lean.append(event["unit"])
     running = {name: stage.running for name, stage in stages.items()}
     close()

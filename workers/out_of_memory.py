@@ -36,6 +36,11 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 class OutOfMemory(MemoryError):
     """A unit ran out of memory; the message has everything that is known of it, in one line."""
 
+    def __init__(self, message: str, *, saved_memory: bool) -> None:
+        super().__init__(message)
+        self.saved_memory = saved_memory
+        """Whether it was done with less memory already."""
+
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception, or one that it was raised from, says that there was too little memory."""
@@ -74,7 +79,8 @@ def out_of_memory(
     how = " although it saved memory" if lean else ""
     own = "" if on_gpu else "fewer workers at once (workers.num_workers); a machine with more memory; "
     name = f"{device_name(device)} ({device})" if on_gpu else device_name(device)
-    return OutOfMemory(f"{unit} ran out of memory on {name}{how}: {'; '.join(told)}. Ways out: {own}{advice}")
+    message = f"{unit} ran out of memory on {name}{how}: {'; '.join(told)}. Ways out: {own}{advice}"
+    return OutOfMemory(message, saved_memory=lean)
 
 
 def _asked_bytes(error: BaseException | None) -> int | None:

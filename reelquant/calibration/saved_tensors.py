@@ -20,6 +20,7 @@ less: a step is of one block, so whatever part is computed again stands in memor
 from __future__ import annotations
 
 import tempfile
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -45,7 +46,7 @@ def saved_tensors(*, elsewhere: bool) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor on the shelf: its values by falling stride, without those that an expanded axis repeats."""
+    """A tensor on the shelf: its values as `_in_memory_order` has them."""
 
     like: Tensor
     """On the meta device: size, strides and dtype."""
@@ -86,6 +87,7 @@ class _Shelf:
     def _write(self, values: Tensor) -> int:
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the graph lives
+            weakref.finalize(self, self._file.close)
         offset = self._end
         self._file.seek(offset)
         self._end += self._file.write(_bytes(values))
@@ -99,12 +101,12 @@ class _Shelf:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A view of every distinct element, axes by falling stride: contiguous where the tensor has no gaps."""
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0 and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim)))
+    """A view of every distinct element, axes of more than one by falling stride: contiguous where there are no gaps."""
+    single = [size == 1 or stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    tensor = tensor[tuple(0 if one else slice(None) for one in single)]
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
