@@ -131,7 +131,7 @@ def test_failed_units(run: RunDirectory) -> None:
 def test_memory_that_was_short(run: RunDirectory) -> None:
     half_done(run)
     values = {"stage": "distillation", "unit": "s2q-segment-000"}
-    assert "memory" not in shown(run.path)
+    assert "memory  " not in shown(run.path)
     log_at(run, 94, "unit_failed", attempt=1, error="OutOfMemory: x", will_retry=True, reason="out of memory", **values)
     assert "memory  distillation: 1 try ran out of it\n" in shown(run.path)
     for second in (96, 98):  # done again by a later driver: named once

@@ -24,7 +24,9 @@ from workers.out_of_memory import is_out_of_memory
 from workers.shared_worker import SharedWorker
 
 ROOT = Path(__file__).resolve().parents[2]
-EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""Environment of the tests on a CPU."""
+ON_GPU = {"OMP_NUM_THREADS": "1"}
 TIGHT, HOPELESS = 95, 30
 """MiB. On a CPU the two blocks take 130 and 120 MiB as usual, 70 and 50 with what is saved for the backward pass elsewhere."""
 PROGRAM = """
@@ -59,18 +61,18 @@ print(json.dumps(told))
 """
 
 
-def told_by(program: str, *arguments: str) -> Any:
+def told_by(program: str, *arguments: str, environment: dict[str, str]) -> Any:
     """What a process of its own prints as JSON."""
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=ROOT, env={**os.environ, **EXACT_MALLOC}, capture_output=True,
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True,
         text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("save memory in this process from now on") == 1, "said once"
-    return json.loads(done.stdout)
+    return {"stderr": done.stderr, **json.loads(done.stdout)}
 
 
 def check(told: Any, device: str) -> None:
+    assert told["stderr"].count("save memory in this process from now on") == 1, "said once"
     refused = told["refused"]["error"]
     assert f"distillation/a ran out of memory on {device}" in refused
     assert "asked for " in refused
@@ -88,7 +90,9 @@ def check(told: Any, device: str) -> None:
 def test_a_unit_that_runs_out_of_memory_is_done_with_less_and_gives_the_same_bytes(
     digits_model: Path, tmp_path: Path
 ) -> None:
-    told = told_by(PROGRAM, str(tmp_path / "made"), str(digits_model), str(TIGHT), str(HOPELESS))
+    told = told_by(
+        PROGRAM, str(tmp_path / "made"), str(digits_model), str(TIGHT), str(HOPELESS), environment=EXACT_MALLOC
+    )
     check(told, "cpu (")
     assert "RLIMIT_DATA lets this process have" in told["refused"]["error"]
 
@@ -97,19 +101,20 @@ def test_a_unit_that_runs_out_of_memory_is_done_with_less_and_gives_the_same_byt
 def test_a_gpu_that_runs_out_of_memory_does_it_with_less_and_gives_the_same_bytes(
     digits_model: Path, tmp_path: Path
 ) -> None:
-    told = told_by(PROGRAM, str(tmp_path / "made"), str(digits_model), *gpu_limits(tmp_path, digits_model))
+    limits = gpu_limits(tmp_path, digits_model)
+    told = told_by(PROGRAM, str(tmp_path / "made"), str(digits_model), *limits, environment=ON_GPU)
     check(told, torch.cuda.get_device_name(0))
     assert "in pieces that no tensor used" in told["refused"]["error"]
 
 
 def gpu_limits(folder: Path, digits_model: Path) -> tuple[str, str]:
-    """MiB: half-way between what the larger block takes with less and as usual, and half of the former."""
+    """MiB: half-way between what the allocator takes for both blocks with less and what the tensors of the first one take as
+    usual; and a quarter of the former."""
     peaks = told_by(
         """
 import json, sys, torch
 from pathlib import Path
 from tests.workers.limited_memory import BLOCKS, LimitedDistillation, make_run, shared_unit
-from workers.shared_worker import SharedWorker
 
 class Watched(LimitedDistillation):
     def _read_ahead(self):
@@ -120,23 +125,22 @@ class Watched(LimitedDistillation):
 
 settings = make_run(Path(sys.argv[1]), Path(sys.argv[2]))
 peaks = []
-for save in (False, True):
+for save in (False, False, True):  # the first one makes the workspaces of libraries
     worker = Watched(settings)
     if save:
         worker.save_memory()
-    largest = 0
-    for block in BLOCKS:
-        worker.run(shared_unit(settings, "a", block).payload, lambda *_: None)
-        largest = max(largest, torch.cuda.max_memory_reserved() - worker.base)
-    peaks.append(largest / 2**20)
-print("save memory in this process from now on", file=sys.stderr)
-print(json.dumps(peaks))
+    worker.run(shared_unit(settings, "a", BLOCKS[0]).payload, lambda *_: None)
+    usual, lean = torch.cuda.max_memory_allocated() - worker.base, torch.cuda.max_memory_reserved() - worker.base
+    worker.run(shared_unit(settings, "a", BLOCKS[1]).payload, lambda *_: None)
+    peaks.append((usual, max(lean, torch.cuda.max_memory_reserved() - worker.base)))
+print(json.dumps({"usual": peaks[1][0] / 2**20, "lean": peaks[2][1] / 2**20}))
 """,
-        str(folder / "measured"),
-        str(digits_model),
+        *(str(folder / "measured"), str(digits_model)),
+        environment=ON_GPU,
     )
-    assert peaks[1] < 0.8 * peaks[0], peaks
-    return str(round((peaks[0] + peaks[1]) / 2)), str(round(peaks[1] / 2))
+    usual, lean = peaks["usual"], peaks["lean"]
+    assert lean < 0.9 * usual, peaks
+    return str(round((usual + lean) / 2)), str(round(lean / 4))
 
 
 class Recorder(PoolEvents):
