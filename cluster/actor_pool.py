@@ -6,6 +6,7 @@
 | no `progress` for `stall_timeout_s` | the same: Ray itself never notices a process that hangs |
 | the worker raises | the same: after a CUDA error a process is of no more use |
 | the worker raises ValueError | the unit is set aside at once, the process goes on |
+| the worker raises MemoryError | the unit again in the same process, told to save memory; then in a new one; then set aside |
 | any of it happens to a rank of a replica | all ranks are ended; the units under way are tried again, each alone |
 | a unit fails `max_attempts` times | it is set aside, the others are finished, then `UnitsFailed` names it |
 | a worker cannot be started `max_attempts` times in a row | its slot is closed; when all are: `WorkersFailed` |

@@ -63,7 +63,7 @@ class Rank:
         self._pulse = None
         self._next_pulse_at = 0.0
         ahead = None if following is None else following.payload
-        self.ask(self.actor.run.remote(ticket.serial, ticket.payload, shadow=shadow, ahead=ahead))
+        self.ask(self.actor.run.remote(ticket.serial, ticket.payload, shadow=shadow, ahead=ahead, lean=ticket.lean))
 
     def rest(self) -> None:
         """The actor has answered."""

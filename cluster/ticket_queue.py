@@ -11,6 +11,7 @@ class Ticket:
     """One unit on its way through the pool."""
 
     serial: int
+    """Of this attempt, or of those before it that were made in other processes."""
     name: str
     payload: Any
     affinity: str = ""
@@ -27,6 +28,10 @@ class Ticket:
     """`Unit.prepared`."""
     promised_to: str = ""
     """The worker that prepares it."""
+    lean: bool = False
+    """It has run out of memory: its worker is told to do it with less."""
+    fresh: bool = False
+    """Only for a worker that has done nothing yet: it has run out of memory in one that was told."""
 
 
 class TicketQueue:
@@ -34,6 +39,7 @@ class TicketQueue:
 
     def __init__(self, tickets: Iterable[Ticket] = ()) -> None:
         self._levels: dict[int, dict[str, deque[Ticket]]] = {}
+        self._fresh: deque[Ticket] = deque()
         for ticket in tickets:
             self.append(ticket)
 
@@ -42,22 +48,33 @@ class TicketQueue:
 
     def by_priority(self) -> dict[int, int]:
         """How many wait, by priority."""
-        return {priority: sum(map(len, level.values())) for priority, level in self._levels.items()}
+        waiting = Counter(ticket.priority for ticket in self._fresh)
+        waiting.update({priority: sum(map(len, level.values())) for priority, level in self._levels.items()})
+        return dict(waiting)
+
+    def has_for(self, last: str | None) -> bool:
+        """Whether something waits that `take` may give to a worker that did a unit of the affinity `last`."""
+        return bool(self._levels) or (last is None and bool(self._fresh))
 
     def append(self, ticket: Ticket) -> None:
-        """Behind all of its priority and affinity."""
+        """Behind all of its priority and affinity, or of those for new workers."""
+        if ticket.fresh:
+            self._fresh.append(ticket)
+            return
         self._levels.setdefault(ticket.priority, {}).setdefault(ticket.affinity, deque()).append(ticket)
 
     def take(self, last: str | None, at_work: Iterable[str], worker: str = "") -> Ticket:
         """The next ticket for a worker that did a unit of the affinity `last`, None for a new worker.
 
-        Among those of the first priority it goes on with its own affinity. Where none of that waits, it takes the affinity
-        at which the fewest workers are (`at_work`: of every busy one), of equal ones that which came first. In the affinity
-        it takes what it was promised, then what nobody was, then anything.
+        A new worker takes what only a new one may. Among those of the first priority a worker goes on with its own affinity.
+        Where none of that waits, it takes the affinity at which the fewest workers are (`at_work`: of every busy one), of equal
+        ones that which came first. In the affinity it takes what it was promised, then what nobody was, then anything.
 
         Raises:
-            IndexError: nothing waits.
+            IndexError: nothing waits for it.
         """
+        if last is None and self._fresh:
+            return self._fresh.popleft()
         if not self._levels:
             raise IndexError("no ticket waits")
         priority = min(self._levels)

@@ -43,6 +43,14 @@ class PreparingWorker(Worker, Protocol):
         such that nothing depends on it. It may never come, or come in another process."""
 
 
+class LeanWorker(Worker, Protocol):
+    """The protocol of a worker class that can do a unit with less memory and the same result."""
+
+    def save_memory(self) -> None:
+        """Give back what is not needed. The next unit, which has run out of memory in this process or another, and all units
+        like it are to be done with less."""
+
+
 class ReplicaWorker(Worker, Protocol):
     """The protocol of a worker class whose ranks hold something together. It finds its place as a program started by
     `torchrun` does: in the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
@@ -105,6 +113,10 @@ class Outcome:
     """The traceback, when the worker raised."""
     retryable: bool
     """False after a ValueError: the same input gives the same error."""
+    out_of_memory: bool
+    """The worker raised a MemoryError."""
+    saved_memory: bool
+    """It says so (attribute `saved_memory`): it did the unit as `LeanWorker.save_memory` asks for, without having been told."""
     seconds: float
     pulse: Pulse
 
@@ -137,10 +149,18 @@ class UnitActor:
 
         return self._call(-1, construct)
 
-    def run(self, serial: int, payload: Any, *, shadow: bool, ahead: Any = None) -> Outcome:
-        """Do one unit, or shadow it. `serial` tells its pulses from those of the unit before; `ahead` is to be prepared."""
+    def run(self, serial: int, payload: Any, *, shadow: bool, ahead: Any = None, lean: bool = False) -> Outcome:
+        """Do one unit, or shadow it.
+
+        Args:
+            serial: tells its pulses from those of the unit before.
+            ahead: to be prepared.
+            lean: the unit has run out of memory before.
+        """
 
         def do() -> Any:
+            if lean and hasattr(self._worker, "save_memory"):
+                self._worker.save_memory()
             if ahead is not None:
                 self._worker.prepare(ahead)
             return (self._worker.shadow if shadow else self._worker.run)(payload, self._report)
@@ -164,10 +184,12 @@ class UnitActor:
     def _call(self, serial: int, function: Callable[[], Any]) -> Outcome:
         self._work_thread = threading.get_ident()
         self._pulse = Pulse(serial=serial, count=0, done=0, total=0)
-        result, error, retryable = None, None, True
+        result, error, retryable, out_of_memory, saved_memory = None, None, True, False, False
         start = time.perf_counter()
         try:
             result = function()
         except Exception as exception:  # noqa: BLE001 - each belongs to the unit and is reported with its traceback
             error, retryable = traceback.format_exc(), not isinstance(exception, ValueError)
-        return Outcome(result, error, retryable, time.perf_counter() - start, self._pulse)
+            out_of_memory, saved_memory = isinstance(exception, MemoryError), getattr(exception, "saved_memory", False)
+        seconds = time.perf_counter() - start
+        return Outcome(result, error, retryable, out_of_memory, saved_memory, seconds, self._pulse)

@@ -1,5 +1,6 @@
 """The loop of a pool: hand out units, wait for answers, see to what does not come; `cluster.actor_pool` says what holds."""
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ class UnitPool:
     def __init__(self, crew: Crew, units: Sequence[Unit], limits: PoolLimits, events: PoolEvents) -> None:
         self._crew = crew
         self._order: list[str] = []
+        self._serials = itertools.count()
         self._pending = {kind: TicketQueue() for kind in crew.kinds}
         self._limits = limits
         self._events = events
@@ -62,10 +64,9 @@ class UnitPool:
     def _add(self, units: Iterable[Unit]) -> None:
         for unit in units:
             single = unit.single or False not in self._pending
-            serial = len(self._order)
             self._order.append(unit.name)
             ticket = Ticket(
-                serial,
+                next(self._serials),
                 unit.name,
                 unit.payload,
                 unit.affinity,
@@ -81,8 +82,9 @@ class UnitPool:
     def _hand_out(self) -> None:
         shares = self._crew.shares({kind: queue.by_priority() for kind, queue in self._pending.items()})
         for kind, queue in self._pending.items():
-            for slot in self._crew.in_state(SlotState.IDLE, kind=kind)[: shares[kind]]:
-                if queue:
+            idle = [s for s in self._crew.in_state(SlotState.IDLE, kind=kind) if queue.has_for(s.last_affinity)]
+            for slot in idle[: shares[kind]]:
+                if queue.has_for(slot.last_affinity):
                     self._assign(slot, queue)
                     shares[kind] -= 1
         self._crew.start(shares)
@@ -95,9 +97,12 @@ class UnitPool:
     def _assign(self, slot: WorkerSlot, queue: TicketQueue) -> None:
         at_work = [ticket.affinity for busy in self._crew.in_state(SlotState.BUSY) for ticket in _under_way(busy)]
         tickets = queue.take_round(slot.last_affinity, at_work, slot.num_ranks, slot.name)
+        self._give(slot, tickets, queue.promise(tickets[0].affinity, slot.name) if slot.single else None)
+
+    def _give(self, slot: WorkerSlot, tickets: Sequence[Ticket], following: Ticket | None) -> None:
         for ticket in tickets:
             ticket.attempt += 1
-        slot.assign(tickets, queue.promise(tickets[0].affinity, slot.name) if slot.single else None)
+        slot.assign(tickets, following)
         for ticket, rank in zip(tickets, slot.ranks, strict=False):
             self._events.started(ticket.name, rank.name)
 
@@ -153,6 +158,9 @@ class UnitPool:
         if rank.see(outcome.pulse) and not is_shadow:
             self._events.progress(ticket.name, outcome.pulse.done, outcome.pulse.total)
         # After any error of its own, a rank no longer enters what the others wait in.
+        if outcome.error is not None and outcome.out_of_memory:
+            self._take_out_of_memory(slot, rank, outcome)
+            return
         if outcome.error is not None and (outcome.retryable or slot.num_ranks > 1):
             self._lose(slot, rank, outcome.error, retryable=outcome.retryable)
             return
@@ -167,6 +175,22 @@ class UnitPool:
             self._add(self._events.released())
         else:
             self._fail(ticket, outcome.error, will_retry=False)
+
+    def _take_out_of_memory(self, slot: WorkerSlot, rank: Rank, outcome: Outcome) -> None:
+        """Once more in the same process, which is told to save memory; then in a new one, whose memory is in one piece; then no
+        more: it would be the same again."""
+        ticket, error = rank.ticket, outcome.error
+        assert ticket is not None
+        assert error is not None
+        was_lean, ticket.lean = ticket.lean or outcome.saved_memory, True
+        if slot.single and not was_lean and ticket.attempt < self._limits.max_attempts:
+            self._events.failed(ticket.name, ticket.attempt, error, True, out_of_memory=True)
+            rank.rest()
+            ticket.serial = next(self._serials)
+            self._give(slot, [ticket], None)
+            return
+        ticket.fresh = True
+        self._lose(slot, rank, error, retryable=not (was_lean and slot.num_rounds == 1), out_of_memory=True)
 
     def _take_pulse(self, slot: WorkerSlot, rank: Rank) -> None:
         reference, rank.pulse_call = rank.pulse_call, None
@@ -204,7 +228,9 @@ class UnitPool:
         self._crew.end_idle(self._limits.idle_timeout_s)
         return time.monotonic()
 
-    def _lose(self, slot: WorkerSlot, rank: Rank, error: str, *, retryable: bool = True) -> None:
+    def _lose(
+        self, slot: WorkerSlot, rank: Rank, error: str, *, retryable: bool = True, out_of_memory: bool = False
+    ) -> None:
         """The slot's processes are of no more use, because of `rank`: end them, and see to what they were doing."""
         tickets, was_starting = _under_way(slot), slot.state is not SlotState.BUSY
         end_slots([slot])
@@ -218,16 +244,17 @@ class UnitPool:
         for ticket in tickets:
             ticket.alone = slot.num_ranks > 1
             if ticket is rank.ticket:
-                self._fail(ticket, error, will_retry=retryable and ticket.attempt < self._limits.max_attempts)
+                will_retry = retryable and ticket.attempt < self._limits.max_attempts
+                self._fail(ticket, error, will_retry=will_retry, out_of_memory=out_of_memory)
             else:  # not by its own fault, and at most once: it will be alone
                 self._fail(ticket, f"ended with its replica, whose {rank.name} failed:\n{error}", will_retry=True)
 
-    def _fail(self, ticket: Ticket, error: str, *, will_retry: bool) -> None:
+    def _fail(self, ticket: Ticket, error: str, *, will_retry: bool, out_of_memory: bool = False) -> None:
         if will_retry:
             self._pending[ticket.single].append(ticket)
         else:
             self._failures[ticket.name] = UnitFailure(ticket.attempt, error)
-        self._events.failed(ticket.name, ticket.attempt, error, will_retry)
+        self._events.failed(ticket.name, ticket.attempt, error, will_retry, out_of_memory=out_of_memory)
         if not will_retry:
             self._add(self._events.released())
 

@@ -64,7 +64,7 @@ class PoolEvents:
     def finished(self, name: str, result: Any, seconds: float, attempt: int) -> None:
         """The unit is done after `seconds` in the worker's `run`."""
 
-    def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
+    def failed(self, name: str, attempt: int, error: str, will_retry: bool, *, out_of_memory: bool = False) -> None:
         """An attempt has failed; `error` is a traceback or says how the process ended."""
 
     def waiting(self, description: str) -> None:

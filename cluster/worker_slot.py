@@ -70,6 +70,8 @@ class WorkerSlot:
         """The present actors."""
         self.last_affinity: str | None = None
         """Of the last unit of the present actors."""
+        self.num_rounds = 0
+        """How often the present actors were given work."""
         self.changed_at = 0.0
         """When the state last changed. Monotonic seconds of the driver."""
         self.num_failed_starts = 0
@@ -137,6 +139,7 @@ class WorkerSlot:
             following: what a worker of one process prepares meanwhile.
         """
         self.last_affinity = tickets[0].affinity
+        self.num_rounds += 1
         self._enter(SlotState.BUSY)
         for index, rank in enumerate(self.ranks):
             shadow = index >= len(tickets)
@@ -147,7 +150,7 @@ class WorkerSlot:
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
-        self.ranks, self.last_affinity = [], None
+        self.ranks, self.last_affinity, self.num_rounds = [], None, 0
         self._enter(SlotState.EMPTY)
 
     def retire(self) -> None:

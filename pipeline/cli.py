@@ -55,7 +55,7 @@ def run(
         planned = plan_config(load_config(config, overrides or ()))
         planned.require_feasible()
         opened = open_run(planned.context, update=update)
-        summary = run_stages(opened, console)
+        summary = run_stages(opened, console, planned_bytes=planned.worker_bytes)
         report = write_report(opened)
         done, kept = sum(summary.done.values()), sum(summary.kept.values())
         console.print(f"{done} units done now, {kept} were done before")

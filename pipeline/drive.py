@@ -14,6 +14,7 @@ from cluster.actor_pool import PoolEvents, Unit, UnitFailure, UnitsFailed, run_u
 from cluster.metrics import UnitMetrics
 from cluster.session import SessionSettings, active_session, ray_session
 from pipeline.config.schema import RunConfig
+from pipeline.event_log import OUT_OF_MEMORY
 from pipeline.progress import RunProgress
 from pipeline.schedule import DrivenRun, Schedule, Task
 from pipeline.stages.stage import Stage
@@ -97,7 +98,13 @@ class _Recorder(PoolEvents):
         return [
             Unit(
                 task.pool_name,
-                SharedUnit(task.stage.worker_class, task.settings, task.unit.payload),
+                SharedUnit(
+                    task.stage.worker_class,
+                    task.settings,
+                    task.unit.payload,
+                    name=task.pool_name,
+                    planned_bytes=task.driven.planned_bytes.get(task.stage.name),
+                ),
                 task.affinity,
                 priority=task.priority,
                 prepared=hasattr(task.stage.worker_class, "prepare"),
@@ -147,15 +154,18 @@ class _Recorder(PoolEvents):
             self.refused[name] = UnitFailure(attempt, str(error))
             self.failed(name, attempt, str(error), will_retry=False)
             return
-        told = {} if usage is None else {"usage": asdict(usage)}
+        told: dict[str, Any] = {} if usage is None else {"usage": asdict(usage)}
+        if output.lean:
+            told["lean"] = True
         self._log(task, "unit_finished", seconds=record.seconds, attempt=attempt, **told)
         self._display.of(task.stage).finished(task.name, record.seconds)
         self._count(record)
         self._schedule.finished(task, record)
 
-    def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
+    def failed(self, name: str, attempt: int, error: str, will_retry: bool, *, out_of_memory: bool = False) -> None:
         task = self._tasks[name]
-        self._log(task, "unit_failed", attempt=attempt, error=error, will_retry=will_retry)
+        reason = {"reason": OUT_OF_MEMORY} if out_of_memory else {}
+        self._log(task, "unit_failed", attempt=attempt, error=error, will_retry=will_retry, **reason)
         self._display.of(task.stage).failed(task.name, attempt, error, will_retry)
         if will_retry:
             return

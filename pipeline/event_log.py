@@ -13,6 +13,9 @@ from storage.run_store import open_store
 _NAME = "events.jsonl"
 """In a bucket, where nothing is appended to, numbered parts of it (`storage.s3_log`)."""
 
+OUT_OF_MEMORY = "out of memory"
+"""`reason` of a `unit_failed`; a `unit_finished` with `lean` was done with less memory than usual, and the same result."""
+
 
 class EventLog:
     """The log in a run's folder `logs`; a line is written at once, in a bucket after two seconds, so that the log tells the

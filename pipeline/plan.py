@@ -59,6 +59,11 @@ class Plan:
         """What all stages write."""
         return sum(stage.disk_bytes for stage in self.stages)
 
+    @property
+    def worker_bytes(self) -> dict[str, int]:
+        """Peak memory of one worker, by stage."""
+        return {s.name: s.peak_memory_bytes for s in self.stages if s.peak_memory_bytes is not None}
+
     def require_feasible(self) -> None:
         """Stops a run that would fail.
 

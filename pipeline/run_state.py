@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.loading import parse_config
 from pipeline.config.schema import RunConfig
-from pipeline.event_log import read_events
+from pipeline.event_log import OUT_OF_MEMORY, read_events
 from storage.location import Location
 from storage.manifest import DamagedRecord, UnitRecord
 from storage.run_directory import LOGS, RunDirectory
@@ -32,6 +32,10 @@ class StageStatus:
     """Units handed out by the last driver and not finished."""
     retries: int = 0
     """Failed attempts at units, those that were done later too."""
+    out_of_memory: int = 0
+    """Those of them that ran out of memory."""
+    lean: list[str] = field(default_factory=list)
+    """Units that were done with less memory than usual, and more time, because memory was short."""
     work_s: float = 0.0
     """Seconds in all done units."""
     wall_s: float = 0.0
@@ -191,6 +195,9 @@ def _read_timeline(
         elif event["event"] in ("unit_finished", "unit_failed"):
             stage.running = [unit for unit in stage.running if unit != event["unit"]]
             stage.retries += event["event"] == "unit_failed"
+            stage.out_of_memory += event.get("reason") == OUT_OF_MEMORY
+            if event.get("lean") and event["unit"] not in stage.lean:
+                stage.lean.append(event["unit"])
     running = {name: stage.running for name, stage in stages.items()}
     close()
     for name, units in running.items():

@@ -85,15 +85,19 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def run_stages(run: Run, console: Console) -> RunSummary:
+def run_stages(run: Run, console: Console, *, planned_bytes: Mapping[str, int] | None = None) -> RunSummary:
     """Does all that is not done yet, under the run's lock.
+
+    Args:
+        planned_bytes: of memory for one worker, by stage; for messages where memory is short.
 
     Raises:
         RunLocked: another driver works on the run.
         UnitsFailed, WorkersFailed: units that could not be done; everything else is kept.
     """
     with driven_runs({"": run}, console) as [driven]:
-        counts = drive([driven], STAGES, console).counts
+        planned = replace(driven, planned_bytes=planned_bytes or {})
+        counts = drive([planned], STAGES, console).counts
         driven.log.write("run_finished")
     return RunSummary(dict(counts.done), dict(counts.kept))
 

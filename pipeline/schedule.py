@@ -11,7 +11,7 @@ A unit of two runs is the same where name and fingerprint are: the same files wi
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ class DrivenRun:
     log: EventLog
     label: str = ""
     """Stands in front of its units' names where several runs are driven at once."""
+    planned_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What the plan says one worker takes, by stage; for messages."""
 
     def full_name(self, unit: str) -> str:
         """Of a unit, in the pool and for people."""

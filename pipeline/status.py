@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.planning.plan_tables import new_table, print_sentence
-from pipeline.run_state import RunStatus, read_status
+from pipeline.run_state import RunStatus, StageStatus, read_status
 from storage.location import Location
 
 _SHOWN_FAILURES = 8
@@ -42,8 +42,16 @@ def _details(status: RunStatus) -> Iterator[tuple[str, str, str]]:
     for found in status.stages.values():
         if found.damaged:
             yield "yellow", "damaged", f"{found.name}: {_some(found.damaged)}; a resume redoes them"
+        if found.out_of_memory or found.lean:
+            yield "yellow", "memory", _memory_text(found)
         if found.running:
             yield "cyan", "at work" if status.holder else "cut off", f"{found.name}: {_some(found.running)}"
+
+
+def _memory_text(stage: StageStatus) -> str:
+    tries = f"{stage.out_of_memory} {'try' if stage.out_of_memory == 1 else 'tries'} ran out of it"
+    lean = f"; done with less, and more time: {_some(stage.lean)}" if stage.lean else ""
+    return f"{stage.name}: {tries}{lean}"
 
 
 def _state(status: RunStatus) -> str:

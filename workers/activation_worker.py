@@ -12,6 +12,7 @@ from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import ActivationSettings, Progress, SampleUnit, UnitOutput
 from workers.model_source import family_of_model
+from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process
 from workers.sharded_model import open_full_precision, release_blocks
 
@@ -23,6 +24,8 @@ class _LastBoundary(Exception):
 class ActivationWorker:
     """Holds the full-precision model; its unit is one sample. Writes `activations/<sample>/<block>` `[L, d]` bfloat16 and
     `activations/<sample>/temb` `[d]` float32."""
+
+    MEMORY_ADVICE = SHARDING_ADVICE + GENERATION_ADVICE
 
     def __init__(self, settings: ActivationSettings) -> None:
         self._settings = settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ from workers.read_ahead import ReadAhead
 class DistillationWorker:
     """Holds no model; its unit is one segment of one method. Writes `blocks/<method>/<block>.safetensors`."""
 
+    MEMORY_ADVICE: ClassVar[str] = (
+        "one worker a GPU (workers.num_gpus: 1); a GPU with more memory; fewer blocks at once "
+        "(distillation.segment_length: 1), on a CPU also fewer samples (selection.num_samples); a method that learns nothing "
+        "(method.preset: gptq); a smaller video (generation.height, generation.width, generation.num_frames). What depends on "
+        "a changed field is made anew"
+    )
+
     def __init__(self, settings: DistillationSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
@@ -36,6 +43,11 @@ class DistillationWorker:
         self._entries = ReadAhead(self._store.read)
         self._ahead: tuple[str, ...] = ()
         self._rotaries: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._lean = False
+
+    def save_memory(self) -> None:
+        """Learns with less memory from now on (`reelquant.calibration.saved_tensors`), and reads nothing ahead."""
+        self._lean = True
 
     def prepare(self, unit: SegmentUnit) -> None:
         """Has the entry activations of the segment read while the next one is calibrated."""
@@ -44,6 +56,13 @@ class DistillationWorker:
     def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
         """Calibrates and writes the segment's blocks, or rounds the linears outside the blocks if it has none."""
         self._entries.stop()
+        try:
+            return self._do(unit, progress)
+        except BaseException:
+            self._entries.stop()  # reading would outlive this worker, and hold memory
+            raise
+
+    def _do(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
         outputs: list[OutputFile] = []
         result: dict[str, Any] = {"method": unit.method.name, "blocks": {}}
         if unit.blocks:
@@ -75,12 +94,13 @@ class DistillationWorker:
             seed_of=lambda block: unit_seed(source.seed, "distillation", block),
             fall_back=self._settings.fall_back,
             progress=progress,
+            lean=self._lean,
         )
 
     def _read_ahead(self) -> None:
         """After the unit's own arrays, with which it would compete."""
         ahead, self._ahead = self._ahead, ()
-        self._entries.begin(ahead)
+        self._entries.begin(() if self._lean else ahead)
 
     def _entry_names(self, unit: SegmentUnit) -> tuple[str, ...]:
         """Arrays of the streams in front of the segment, one a sample; none if its method reads none."""

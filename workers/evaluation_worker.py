@@ -17,6 +17,7 @@ from storage.run_directory import EVALUATION, RunDirectory
 from workers.fidelity import fidelity
 from workers.generation import generate
 from workers.messages import EvaluationSettings, EvaluationUnit, Progress, Sharding, UnitOutput
+from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.perceptual import PerceptualDistance
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.recognition import DigitRecognizer
@@ -35,6 +36,8 @@ class EvaluationWorker:
     Writes the array `evaluation/<unit>/video` `[F, H, W, 3]` uint8, from which metrics are taken, and
     `evaluation/<unit>.mp4` for people, if the settings have films. Metrics are those of 8-bit frames.
     """
+
+    MEMORY_ADVICE = SHARDING_ADVICE + GENERATION_ADVICE
 
     def __init__(self, settings: EvaluationSettings) -> None:
         self._settings = settings

@@ -31,6 +31,8 @@ class UnitOutput:
     """Of the worker process (resident set), or of the GPU where there is one."""
     usage: Usage | None = None
     """What the unit took, by who ran it."""
+    lean: bool = False
+    """Whether it was done with less memory than usual, by who ran it; the outputs are the same."""
 
 
 @dataclass(frozen=True)

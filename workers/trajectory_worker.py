@@ -9,6 +9,7 @@ from storage.run_directory import RunDirectory
 from workers.generation import generate
 from workers.messages import Progress, PromptUnit, TrajectorySettings, UnitOutput
 from workers.model_source import family_of_model
+from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.salience_hooks import SalienceHooks
 from workers.sharded_model import open_full_precision
@@ -21,6 +22,8 @@ class TrajectoryWorker:
     `temb [T, d]`, `video [F, H, W, 3]` uint8, and the salience of each of the T candidates: `diffusion [T]`,
     `latent [T]`, `block_input [T, blocks]`, `weight_error [T]`.
     """
+
+    MEMORY_ADVICE = SHARDING_ADVICE + GENERATION_ADVICE
 
     def __init__(self, settings: TrajectorySettings) -> None:
         self._settings = settings

@@ -207,7 +207,7 @@ class WorkersConfig(Section):
     offload_path: Path | None = None
     """Folder on a fast local disk, for `offload: nvme`."""
     max_attempts: int = Field(default=3, ge=1)
-    """Tries of a unit whose worker dies, before it is set aside."""
+    """Tries of a unit whose worker dies or runs out of memory, before it is set aside."""
     stall_timeout_s: float = Field(default=900.0, gt=0)
     """Silence of a worker that counts as death."""
     placement_timeout_s: float = Field(default=1800.0, gt=0)

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.context import Run
+from pipeline.event_log import OUT_OF_MEMORY
 from pipeline.report import plots, run_plots
 from pipeline.report.calibration import CalibratedBlock, Refined, read_blocks, read_refined, read_salience
 from pipeline.report.frames import compare_frames
@@ -133,6 +134,7 @@ def _view(run: RunData) -> dict[str, Any]:
         "weakest": {name: _weakest_layers(found) for name, found in blocks.items()},
         "without_data": [method["name"] for method in run.methods if not reads_activations(method)],
         "stages": [_stage_row(run, read, stage) for stage in STAGES],
+        "memory": _memory_sentences(run),
         "usage": usage_rows(read, STAGES, threads=run.config["numerics"]["threads"]),
         "timeline": run_plots.timeline(read, STAGES),
         "gantt": run_plots.gantt(read, STAGES),
@@ -245,6 +247,19 @@ def _stage_row(run: RunData, read: Timeline, stage: str) -> StageRow:
         bytes_text(max((record.peak_memory_bytes for record in records), default=None)),
         sum(record.attempt > 1 for record in records),
     )
+
+
+def _memory_sentences(run: RunData) -> list[str]:
+    """About every stage in which memory was short, all drivers taken together."""
+    said = []
+    for stage in STAGES:
+        events = [event for event in run.events if event.get("stage") == stage]
+        num = sum(event.get("reason") == OUT_OF_MEMORY for event in events)
+        lean = list(dict.fromkeys(str(event["unit"]) for event in events if event.get("lean")))
+        if num or lean:
+            how = f" Done with less memory and more time, with the same result: {', '.join(lean)}." if lean else ""
+            said.append(f"In the stage {stage} {num} attempt{'s' * (num != 1)} ran out of memory.{how}")
+    return said
 
 
 def _machines(run: RunData) -> list[tuple[str, str, int]]:

@@ -26,6 +26,7 @@ from reelquant.calibration.attention_terms import AttentionTerms
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear, GroupTransform
 from reelquant.calibration.host_memory import moved, page_locked
 from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.calibration.saved_tensors import saved_tensors
 from reelquant.calibration.sparse_block import sample_band_errors
 from reelquant.calibration.token_rows import TokenRows, token_rows
 from reelquant.calibration.token_weights import token_weights
@@ -257,11 +258,13 @@ def learn(
     recipe: Recipe,
     seed: int,
     progress: Callable[[int, int], None],
+    lean: bool = False,
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Learns channel scales, rotations and clips of `block` in place.
 
     Args:
         seed: of the order of the samples, and with the number of the step of the tokens that it sees.
+        lean: keep what a step saves for its backward pass elsewhere (`saved_tensors`); the result is the same.
 
     Returns: the mean block error of every epoch, and by name the mean weighted attention terms.
 
@@ -279,7 +282,7 @@ def learn(
         for position, index in enumerate(torch.randperm(len(samples), generator=order).tolist()):
             step = epoch * len(samples) + position
             sample = samples[index].at(block)
-            with terms.watching():
+            with saved_tensors(elsewhere=lean), terms.watching():
                 error = step_error(family, block, sample, recipe, seed=seed + step)
             loss = error if sample.attention is None else error + terms.weighted(sample.attention, error)
             value = float(loss.detach())

@@ -47,6 +47,7 @@ def distill_segment(
     seed_of: Callable[[str], int],
     fall_back: bool,
     progress: Callable[[int, int], None],
+    lean: bool = False,
 ) -> Iterator[DistilledBlock]:
     """Calibrates the consecutive `blocks` of a segment one after the other.
 
@@ -58,6 +59,7 @@ def distill_segment(
         conditioning_rows: `[M, d]`, the timestep embeddings of all candidates.
         fall_back: round a block that diverges without learning instead of raising.
         progress: called with steps done and steps in all.
+        lean: take less memory and more time (`saved_tensors`); the result is the same.
 
     Raises:
         BlockDiverged: a block's loss is not finite and `fall_back` is off.
@@ -76,7 +78,7 @@ def distill_segment(
         core = _calibration_core(family, name, reference, samples, recipe=recipe, errors=errors)
         quantized, distilled = _distill_block(
             family, name, reference, samples, bits=bits[name], recipe=recipe, rows=rows, seed=seed_of(name),
-            fall_back=fall_back, progress=advance, core=core,
+            fall_back=fall_back, progress=advance, core=core, lean=lean,
         )  # fmt: skip
         if errors is not None:
             distilled.result.head_kinds = kinds_of(errors)
@@ -106,6 +108,7 @@ def _distill_block(
     fall_back: bool,
     progress: Callable[[int, int], None],
     core: CalibrationCore | None,
+    lean: bool,
 ) -> tuple[nn.Module, DistilledBlock]:
     levels = family.group_levels(name)
     amax = _activation_amax(family, reference, levels, samples) if recipe.channel_scale == "smoothquant" else {}
@@ -117,7 +120,15 @@ def _distill_block(
     if recipe.learns:
         try:
             result.losses, result.attention_losses = learn(
-                family, name, block, groups=groups, samples=samples, recipe=recipe, seed=seed, progress=progress
+                family,
+                name,
+                block,
+                groups=groups,
+                samples=samples,
+                recipe=recipe,
+                seed=seed,
+                progress=progress,
+                lean=lean,
             )
         except BlockDiverged as error:
             if not fall_back:

@@ -36,6 +36,7 @@ class SampleWorker:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.thread = threading.get_ident()
+        self.saves_memory = False
         starts = len(list(settings.marks.glob("start.*")))
         (settings.marks / f"start.{os.getpid()}").touch()
         if settings.fail_start == "value":
@@ -50,6 +51,10 @@ class SampleWorker:
         assert threading.get_ident() == self.thread
         what, *arguments = unit
         return getattr(self, f"do_{what}")(progress, *arguments)
+
+    def save_memory(self) -> None:
+        """Note it."""
+        self.saves_memory = True
 
     def mark(self, name: str) -> int:
         """Note an attempt at `name`; return how many there were before."""
@@ -91,6 +96,18 @@ class SampleWorker:
         """Raise an exception."""
         self.mark(name)
         raise {"value": ValueError, "runtime": RuntimeError}[kind](f"bad luck in {name}")
+
+    def do_too_much(self, progress: Callable[[int, int], None], name: str) -> None:
+        """Ask for more memory than any machine has."""
+        self.mark(name)
+        bytearray(2**60)
+
+    def do_lean(self, progress: Callable[[int, int], None], name: str) -> bool:
+        """Ask for too much until told to save memory; say so."""
+        self.mark(name)
+        if not self.saves_memory:
+            bytearray(2**60)
+        return self.saves_memory
 
     def do_unpicklable(self, progress: Callable[[int, int], None]) -> Unpicklable:
         """Return what cannot be sent."""

@@ -20,6 +20,8 @@ class Recorder(PoolEvents):
 
     def __init__(self, when: dict[str, Callable[[str], None]] | None = None) -> None:
         self.events: list[tuple[Any, ...]] = []
+        self.out_of_memory: list[bool] = []
+        """Of every failed attempt."""
         self.when = when or {}
 
     def started(self, name: str, worker: str) -> None:
@@ -35,7 +37,8 @@ class Recorder(PoolEvents):
         if "finished" in self.when:
             self.when["finished"](name)
 
-    def failed(self, name: str, attempt: int, error: str, will_retry: bool) -> None:
+    def failed(self, name: str, attempt: int, error: str, will_retry: bool, *, out_of_memory: bool = False) -> None:
+        self.out_of_memory.append(out_of_memory)
         self.events.append(("failed", name, attempt, error, will_retry))
 
     def of(self, kind: str) -> list[tuple[Any, ...]]:
@@ -201,6 +204,42 @@ def test_another_exception_is_retried_in_a_new_process(tmp_path: Path) -> None:
         run([Unit("bad", ("raise", "bad", "runtime"))], tmp_path, max_attempts=2)
     pids = {path.name.split(".")[1] for path in tmp_path.glob("bad.*")}
     assert len(pids) == 2
+
+
+def marked_pids(marks: Path, name: str) -> list[str]:
+    """Processes that did attempts at a unit, in order."""
+    paths = sorted(marks.glob(f"{name}.*"), key=lambda path: int(path.name.split(".")[2]))
+    return [path.name.split(".")[1] for path in paths]
+
+
+def test_a_unit_out_of_memory_is_tried_in_its_process_told_to_save_then_in_a_new_one_then_set_aside(
+    tmp_path: Path,
+) -> None:
+    recorder = Recorder()
+    units = [Unit("meet-0", ("meet", "meet-0", 2)), Unit("meet-1", ("meet", "meet-1", 2))]
+    units += [Unit("poison", ("too_much", "poison")), *doubles(6), Unit("last", ("lean", "last"))]
+    with pytest.raises(UnitsFailed, match="MemoryError") as caught:
+        run(units, tmp_path, max_attempts=9, events=recorder)
+    assert caught.value.failures.keys() == {"poison"}
+    first, second, third = marked_pids(tmp_path, "poison")
+    assert first == second != third, "in the process that is told to save memory, then in another"
+    others = {pid for unit in units if unit.name != "poison" for pid in marked_pids(tmp_path, unit.name)}
+    before = [path for path in tmp_path.glob(f"*.{third}.*") if not path.name.startswith("poison")]
+    poison = max(int(path.name.split(".")[2]) for path in tmp_path.glob("poison.*"))
+    assert [path for path in before if int(path.name.split(".")[2]) < poison] == [], f"a new process, none of {others}"
+    assert [(name, attempt, again) for name, attempt, _, again in recorder.of("failed") if name == "poison"] == [
+        ("poison", 1, True), ("poison", 2, True), ("poison", 3, False),
+    ]  # fmt: skip
+    assert all(recorder.out_of_memory)
+    assert caught.value.results["last"] is True
+    assert attempts(tmp_path, "last") == 2
+
+
+def test_attempts_out_of_memory_count(tmp_path: Path) -> None:
+    with pytest.raises(UnitsFailed, match="MemoryError") as caught:
+        run([Unit("poison", ("too_much", "poison"))], tmp_path, max_attempts=2)
+    assert caught.value.failures["poison"].attempts == 2
+    assert len(set(marked_pids(tmp_path, "poison"))) == 1
 
 
 def test_a_result_that_cannot_be_sent_is_an_error_of_its_unit(tmp_path: Path) -> None:

@@ -51,6 +51,20 @@ def test_a_round_is_of_one_affinity() -> None:
     assert not waiting
 
 
+def test_a_ticket_for_a_new_worker_waits_for_one_which_takes_it_first() -> None:
+    waiting = queue("ab")
+    waiting.append(Ticket(2, "2a", None, "a", priority=1, fresh=True))
+    assert waiting.by_priority() == {0: 2, 1: 1}
+    assert taken(waiting, "a") == "0a"
+    assert taken(waiting, None) == "2a"
+    waiting.append(Ticket(2, "2a", None, "a", fresh=True))
+    assert taken(waiting, "a") == "1b"
+    assert len(waiting) == 1
+    assert (waiting.has_for("a"), waiting.has_for(None)) == (False, True)
+    with pytest.raises(IndexError, match="no ticket waits"):
+        waiting.take("a", "")
+
+
 def test_a_ticket_that_is_to_be_alone_is_a_round_of_its_own() -> None:
     waiting = queue("aa")
     waiting.append(Ticket(2, "2a", None, "a", alone=True))

@@ -216,6 +216,20 @@ def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path, damage: Callable[[
     assert "Stage times" in page.text
 
 
+def test_memory_that_was_short_is_said(tmp_path: Path) -> None:
+    made = RunMaker(tmp_path / "run", SMALL).everything()
+    path = made.directory.path
+    assert "ran out of memory" not in write_report_of(path).read_text()
+    unit = {"stage": "distillation", "unit": "s2q-segment-000"}
+    for attempt in (1, 2):
+        made.event("unit_failed", attempt=attempt, error="e", will_retry=True, reason="out of memory", **unit)
+    made.event("unit_finished", seconds=1.0, attempt=3, lean=True, **unit)
+    assert (
+        "In the stage distillation 2 attempts ran out of memory. Done with less memory and more time, with the same result: "
+        "s2q-segment-000." in write_report_of(path).read_text()
+    )
+
+
 def test_records_of_an_older_configuration_are_left_out(tmp_path: Path) -> None:
     """`--update` to fewer methods and prompts leaves their records behind."""
     run = RunMaker(tmp_path / "run", SMALL).everything()

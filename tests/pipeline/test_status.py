@@ -128,6 +128,19 @@ def test_failed_units(run: RunDirectory) -> None:
     assert "activations 1, distillation ?" in text
 
 
+def test_memory_that_was_short(run: RunDirectory) -> None:
+    half_done(run)
+    values = {"stage": "distillation", "unit": "s2q-segment-000"}
+    assert "memory  " not in shown(run.path)
+    log_at(run, 94, "unit_failed", attempt=1, error="OutOfMemory: x", will_retry=True, reason="out of memory", **values)
+    assert "memory  distillation: 1 try ran out of it\n" in shown(run.path)
+    for second in (96, 98):  # done again by a later driver: named once
+        log_at(run, second, "unit_finished", attempt=2, lean=True, **values)
+    text = " ".join(shown(run.path).split())
+    assert "memory distillation: 1 try ran out of it; done with less, and more time: s2q-segment-000 " in text
+    assert rows(shown(run.path))["Distillation"][1] == "1"
+
+
 def test_running_run_is_not_disturbed(run: RunDirectory) -> None:
     half_done(run)
     with run.lock():

@@ -116,7 +116,7 @@ def test_attention_in_8_bits_is_near_and_off_by_default(sparse: Any, expected: T
             found = latents(sparse, PROMPTS[0])
             assert 0 < error(found, expected) < largest
             if sparse_side == dense_side:
-                stored = open_pipeline(replace(SPEC, precision=sparse_side))
+                stored = open_pipeline(replace(SPEC, precision=sparse_side))  # type: ignore[arg-type]
                 assert torch.equal(latents(stored, PROMPTS[0]), found)
     finally:
         attention.precision = AttentionPrecision()

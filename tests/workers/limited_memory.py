@@ -1,0 +1,112 @@
+"""Distillation of one block at a size where memory counts, in processes that may have no more than they are given."""
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+
+from pipeline.config.method import MethodConfig
+from pipeline.context import recipe_of
+from reelquant.calibration.recipe import LayerBits
+from storage.run_directory import RunDirectory
+from workers.distillation_worker import DistillationWorker
+from workers.messages import (
+    DistillationSettings,
+    MethodPlan,
+    Numerics,
+    Progress,
+    PromptUnit,
+    RunSource,
+    SampleUnit,
+    SegmentUnit,
+    UnitOutput,
+)
+from workers.model_source import family_of_model, linear_shapes, transformer_config
+from workers.process import release_memory
+from workers.shared_worker import SharedUnit
+
+BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
+LATENTS = (8, 9, 32, 32) if not torch.cuda.is_available() else (8, 9, 64, 64)
+"""2,304 video tokens; four times as many on a GPU, whose allocator takes memory in larger pieces."""
+NUM_TEXT = 16
+NUM_TOKENS = LATENTS[1] * (LATENTS[2] // 2) * (LATENTS[3] // 2) + NUM_TEXT
+PROMPT = PromptUnit("prompt-000", "the digit 3 moving left")
+SAMPLE = SampleUnit("prompt-000-step-000", "prompt-000", 0)
+
+
+LIMITS = "REELQUANT_TEST_LIMITS"
+"""Environment variable: JSON, MiB by name of a segment."""
+
+
+class LimitedDistillation(DistillationWorker):
+    """A worker whose allocations fail for real: the system, or CUDA's allocator, refuses them.
+
+    A segment that `LIMITS` names may have so much more than its process has when blocks and samples are loaded (until then
+    there is a mapping of the whole file for every tensor). The limit stands until the next segment.
+    """
+
+    def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
+        self._more_mib = json.loads(os.environ.get(LIMITS, "{}")).get(unit.name)
+        limit_memory(None)
+        return super().run(unit, progress)
+
+    def _read_ahead(self) -> None:
+        super()._read_ahead()
+        self._entries.stop()  # its thread has a stack
+        limit_memory(self._more_mib)
+
+
+def limit_memory(more_mib: int | None) -> None:
+    """Lets this process have so much more memory of its own than it needs now, or GPU memory where there is a GPU."""
+    release_memory()
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        allowed = total if more_mib is None else torch.cuda.memory_allocated() + more_mib * 2**20
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+        return
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    allowed = most if more_mib is None else psutil.Process().memory_info().data + more_mib * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, most))
+
+
+def make_run(folder: Path, digits_model: Path) -> DistillationSettings:
+    """A run that has what distillation reads: a model of two blocks, random streams of `NUM_TOKENS` tokens."""
+    model = folder / "model"
+    (model / "transformer").mkdir(parents=True)
+    shutil.copy(digits_model / "model_index.json", model)
+    changed = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+    torch.manual_seed(0)
+    built = HunyuanVideoTransformer3DModel.from_config({**transformer_config(digits_model), **changed})
+    built.to(torch.bfloat16).save_pretrained(model / "transformer")
+    family, config = family_of_model(model), transformer_config(model)
+    heads, size = family.num_heads(config)
+    run = RunDirectory.open_or_create(folder / "run", {}, {})
+    generator = torch.Generator().manual_seed(0)
+    store = run.calibration_store
+    store.write(f"trajectories/{PROMPT.name}/latents", torch.randn(2, *LATENTS, generator=generator))
+    store.write(f"trajectories/{PROMPT.name}/prompt_embeds", torch.randn(NUM_TEXT, 128, generator=generator))
+    store.write(f"trajectories/{PROMPT.name}/temb", torch.randn(1, heads * size, generator=generator))
+    store.write(f"activations/{SAMPLE.name}/temb", torch.randn(heads * size, generator=generator))
+    for block in BLOCKS:
+        stream = torch.randn(NUM_TOKENS, heads * size, generator=generator)
+        store.write(f"activations/{SAMPLE.name}/{block}", stream.to(torch.bfloat16))
+    source = RunSource(folder / "run", model, 0, Numerics("float32", 1))
+    return DistillationSettings(source, (SAMPLE,), (PROMPT,), False)
+
+
+def shared_unit(settings: DistillationSettings, name: str, block: str) -> SharedUnit:
+    """One block as a segment of its own."""
+    family, config = family_of_model(settings.source.model), transformer_config(settings.source.model)
+    recipe = recipe_of(MethodConfig(preset="s2q", rotation_block=64, epochs=2), BLOCKS)
+    bits = {
+        name: LayerBits(4, 16 if name.rpartition(".")[2] == "linear" else 6)
+        for name in linear_shapes(config, family)
+        if name.startswith(BLOCKS)
+    }
+    segment = SegmentUnit(name, MethodPlan(name, recipe, bits), (block,))
+    return SharedUnit(LimitedDistillation, settings, segment, name=f"distillation/{name}", planned_bytes=700 * 2**20)
