@@ -85,15 +85,29 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def run_stages(run: Run, console: Console) -> RunSummary:
-    """Does all that is not done yet, under the run's lock.
+def stages_until(last: str | None) -> tuple[Stage, ...]:
+    """The stages up to `last` and with it; all for None.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    names = [stage.name for stage in STAGES]
+    if last is None:
+        return STAGES
+    if last not in names:
+        raise ValueError(f"--until {last}: there is no such stage; one of {', '.join(names)}")
+    return STAGES[: names.index(last) + 1]
+
+
+def run_stages(run: Run, console: Console, *, stages: tuple[Stage, ...] = STAGES) -> RunSummary:
+    """Does all of the stages that is not done yet, under the run's lock.
 
     Raises:
         RunLocked: another driver works on the run.
         UnitsFailed, WorkersFailed: units that could not be done; everything else is kept.
     """
     with driven_runs({"": run}, console) as [driven]:
-        counts = drive([driven], STAGES, console).counts
+        counts = drive([driven], stages, console).counts
         driven.log.write("run_finished")
     return RunSummary(dict(counts.done), dict(counts.kept))
 
