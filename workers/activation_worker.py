@@ -79,7 +79,8 @@ class ActivationWorker:
             block: nn.Module = transformer.get_submodule(name)
             handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: at_boundary(name, args)))
         try:
-            with torch.inference_mode():
+            # No inference mode: FSDP on one rank reads the versions of tensors, which it has not.
+            with torch.no_grad():
                 transformer(**self._inputs(unit))
         except _LastBoundary:
             release_blocks(transformer, self._settings.sharding)
