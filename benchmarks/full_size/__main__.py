@@ -8,7 +8,7 @@ calls `python -m pipeline` as a user does, with real Ray workers and a real stor
 
 | part | what is called |
 |---|---|
-| `model` | nothing: the folder is written, or used if it is in `--folder` |
+| `model` | nothing: the folder is written, or used if it is there (`--folder`, `--model-folder`) |
 | `plan` | `pipeline plan`, with all its checks of the weights |
 | `activations` | `pipeline run --until activations`: trajectories with salience, selection, activations; one shared model |
 | `distillation` | `pipeline run --until assembly`: all segments, a worker a GPU; and the checkpoint, if `load` follows |
@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         one = setting.workers == 1  # there is nothing to compare
         parts = [part for part in PARTS if part in options.parts and not (one and part == "alone")]
-        well = FullSize(setting, folder.resolve(), deadline=deadline, save=save).do(parts)
+        model = (options.model_folder or folder / "model").resolve()
+        well = FullSize(setting, folder.resolve(), model=model, deadline=deadline, save=save).do(parts)
     print(table(json.loads(options.output.read_text(encoding="utf-8"))))
     if not well:
         raise SystemExit(1)
@@ -88,6 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--segment-length", type=int, default=8)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--folder", type=Path, help="for model and runs, kept: a later call with it goes on")
+    parser.add_argument("--model-folder", type=Path, help="for the model, kept; default: in --folder")
     parser.add_argument("--budget-s", type=float, help="seconds after which the part at work is stopped")
     parser.add_argument("--label", help="of the run in the record; default such as '480p fsdp'")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")

@@ -46,15 +46,13 @@ def _part(stage: dict[str, Any]) -> str:
 
 
 def _store(runs: dict[str, Any]) -> Iterator[str]:
-    yield "| run | a pass makes, GB/s | the store takes, GB/s | slower | read, GB/s | waited for reads |"
-    yield "|---|---|---|---|---|---|"
+    yield "| run | step with salience, s | a pass makes, GB/s | store takes, GB/s | slower | read, GB/s | waited for reads |"
+    yield "|---|---|---|---|---|---|---|"
     for label, run in runs.items():
         if store := run.get("store"):
             waited = f"{100 * store['read_wait_frac']:.1f} %" if "read_wait_frac" in store else "-"
-            yield (
-                f"| {label} | {_rate(store['made_per_s'])} | {_rate(store['written_per_s'])} | {store['bottleneck']} | "
-                f"{_rate(store.get('read_per_s'))} | {waited} |"
-            )
+            made, taken, read = (_rate(store.get(name)) for name in ("made_per_s", "written_per_s", "read_per_s"))
+            yield f"| {label} | {max(run['step_s']):.2f} | {made} | {taken} | {store['bottleneck']} | {read} | {waited} |"
 
 
 def _speed_up(runs: dict[str, Any]) -> Iterator[str]:
