@@ -44,9 +44,9 @@ def write_pipeline(folder: Path, transformer: Mapping[str, Any], device: torch.d
         vae_width: channels of the VAE's outermost blocks, a multiple of 32; 128 is HunyuanVideo's.
     """
     write_transformer(folder / "transformer", dict(transformer), device)
-    shutil.copytree(REAL / "scheduler", folder / "scheduler")
+    shutil.copytree(REAL / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(DIGITS / name, folder / name)
+        shutil.copytree(DIGITS / name, folder / name, dirs_exist_ok=True)
     torch.manual_seed(0)
     with device:
         vae = AutoencoderKLHunyuanVideo.from_config(_vae_config(vae_width))

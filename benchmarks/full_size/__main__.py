@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--offload-path", type=Path)
     parser.add_argument("--workers", type=int, help="GPUs to use, default all; processes on a CPU, default 2")
     parser.add_argument("--threads", type=int, help="CPU threads of a worker; default: up to 8")
-    parser.add_argument("--steps", type=int, default=3, help="denoising steps of a trajectory; there is one a worker")
+    parser.add_argument("--steps", type=int, default=3, help="denoising steps of a trajectory")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq")

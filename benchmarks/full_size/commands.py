@@ -67,7 +67,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def branch_run(run: Path, target: Path) -> None:
     """The run as it is now, at another place, with the same calibration data: its files are linked, and nobody writes into
     one that is there. Its log and its lock stay behind."""
-    target.mkdir()
-    shutil.copyfile(run / "config.json", target / "config.json")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    shutil.copyfile(run / "config.json", partial / "config.json")
     for name in ("calibration.zarr", "manifest"):
-        shutil.copytree(run / name, target / name, copy_function=os.link)
+        shutil.copytree(run / name, partial / name, copy_function=os.link)
+    partial.rename(target)

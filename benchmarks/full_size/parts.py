@@ -53,7 +53,7 @@ class FullSize:
         self._config, self._loaded = folder / "run.yaml", folder / "load.json"
         self._device = torch.device("cuda" if setting.on_gpu else "cpu")
         self._parts: tuple[str, ...] = ()
-        self._sync = threading.Thread(target=self._sync_model)
+        self._sync, self._sync_s = threading.Thread(target=self._sync_model), 0.0
         self._plan: Plan | None = None
         self._record: dict[str, Any] = {
             "environment": machine(self._device),
@@ -88,6 +88,7 @@ class FullSize:
             print(f"== {name}: {found['seconds']:.1f} s {found.get('error') or found.get('stopped', '')}", flush=True)
             if ("error" in found or "stopped" in found) and name not in LAST:
                 break
+        self._wait_for_disk()
         return well
 
     def _write_model(self) -> dict[str, Any]:
@@ -110,17 +111,21 @@ class FullSize:
         began = time.monotonic()
         for path in self._model_files():
             sync_file(path)
-        self._record["parts"]["model"]["sync_s"] = time.monotonic() - began
+        self._sync_s = time.monotonic() - began
+
+    def _wait_for_disk(self) -> None:
+        if self._sync.is_alive():
+            self._sync.join()
 
     def _make_plan(self) -> dict[str, Any]:
         return {"command_s": call("pipeline", "plan", self._configured(), deadline=self._deadline)}
 
     def _fill_store(self) -> dict[str, Any]:
-        if self._sync.is_alive():
-            self._sync.join()
+        self._wait_for_disk()
         seconds = self._pipeline("--until", "activations")
-        branch_run(self._run, self._alone)
-        return {"command_s": seconds}
+        if not self._alone.is_dir():
+            branch_run(self._run, self._alone)
+        return {"command_s": seconds, "model_sync_s": self._sync_s}
 
     def _distill(self) -> dict[str, Any]:
         last = "assembly" if "load" in self._parts else "distillation"
@@ -132,9 +137,10 @@ class FullSize:
         given = ("--checkpoint", checkpoint, "--video", video, "--output", self._loaded)
         seconds = call("benchmarks.full_size.loading", *given, deadline=self._deadline)
         found: dict[str, Any] = json.loads(self._loaded.read_text(encoding="utf-8"))
+        self._record["parts"]["load"] |= found
         if not found["latents_finite"]:
             raise ValueError(f"the latents that {checkpoint} makes are not finite")
-        return {"command_s": seconds, **found}
+        return {"command_s": seconds}
 
     def _distill_alone(self) -> dict[str, Any]:
         config = self._setting.write_config(

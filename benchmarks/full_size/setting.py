@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Setting:
     threads: int
     """CPU threads of one worker."""
     steps: int
-    """Denoising steps of a trajectory; there is one a worker."""
+    """Denoising steps of a trajectory."""
     samples: int
     """Calibration samples."""
     epochs: int
@@ -57,6 +58,8 @@ class Setting:
         workers = options.workers or gpus or 2
         if 0 < gpus < workers:
             raise SystemExit(f"--workers {workers}: there are {gpus} GPUs here")
+        if options.offload != "none" and options.sharding == "none":
+            raise SystemExit(f"--offload {options.offload} needs --sharding fsdp or deepspeed")
         height, width, num_frames = (int(part) for part in options.video.split("x"))
         given = {name: getattr(options, name) for name in cls.__dataclass_fields__ if hasattr(options, name)}
         path = None if options.offload_path is None else str(options.offload_path.absolute())
@@ -66,9 +69,10 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Such as `480p fsdp`."""
+        """Such as `480p fsdp`, with what is not usual."""
         offload = f", offload {self.offload}" if self.offload != "none" else ""
-        return f"{self.video[0]}p {self.sharding}{offload}"
+        nearest = ", to nearest" if self.rounding == "nearest" else ""
+        return f"{self.video[0]}p {self.sharding}{offload}{nearest}"
 
     def transformer(self) -> dict[str, Any]:
         """Its configuration: HunyuanVideo-13B's with these sizes."""
@@ -101,7 +105,8 @@ class Setting:
             },
             "prompts": {
                 "calibration": str(PROMPTS / "scenes_calibration.txt"),
-                "num_calibration": self.workers,
+                # One a worker, and more where so few steps have too few candidates.
+                "num_calibration": max(self.workers, math.ceil(self.samples / self.steps)),
                 "held_out": str(PROMPTS / "scenes_held_out.txt"),
                 "num_held_out": 1,
             },

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.full_size.__main__ import main, write_record
-from benchmarks.full_size.figures import STAGES
+from benchmarks.full_size.figures import STAGES, speed_up
 from benchmarks.full_size.tables import table
+from storage.manifest import Manifest
 
 SMALL = ["--heads", "1", "--double", "1", "--single", "2", "--text-width", "128", "--vae-width", "32"]
 SHORT = ["--video", "48x64x5", "--steps", "2", "--samples", "2", "--segment-length", "1", "--threads", "1"]
@@ -62,6 +63,17 @@ def test_every_part_of_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "| 48p fsdp | 2 workers |" in shown
     assert table(json.loads(output.read_text())) in shown
 
+    # Had the time been up after two units:
+    for unit in ("reelquant-segment-001", "reelquant-auxiliary"):
+        Manifest(folder / "alone").remove("distillation", unit)
+    found = speed_up(folder / "run", folder / "alone")
+    assert found is not None
+    assert found["how"] == "projected from 2 of 4 units"
+    assert found["alone_wall_s"] == pytest.approx(record["speed_up"]["alone_wall_s"], rel=2)
+    for unit in Manifest(folder / "alone").units("distillation"):
+        Manifest(folder / "alone").remove("distillation", unit)
+    assert speed_up(folder / "run", folder / "alone") is None
+
     # A second call goes on in the folder: everything is done, and another run stands beside the first.
     main(
         [
@@ -83,6 +95,7 @@ def test_every_part_of_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert again["48p fsdp"] == record
     assert not again["again"]["parts"]["model"]["written"]
     assert again["again"]["stages"] == stages
+    assert again["again"]["speed_up"] is None
     with pytest.raises(SystemExit):
         main([*SMALL, "--double", "2", *SHORT, "--folder", str(folder), "--output", str(output), "--parts", "model"])
     assert "holds a model of other sizes" in runs_of(output)["48p fsdp"]["parts"]["model"]["error"]
