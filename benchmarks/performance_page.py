@@ -26,6 +26,7 @@ from benchmarks import (
     sharded_forward,
 )
 from benchmarks.dit_step import kernel_table, record
+from benchmarks.full_size import tables as full_size
 from benchmarks.study_table import write_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -65,6 +66,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "linear_kernels": ("linear_kernels", linear_table),
     "sharded_forward": ("sharded_forward", sharded_forward.table),
     "distillation_time": ("distillation_time", distillation_time.table),
+    "full_size": ("full_size", full_size.table),
 }
 """By section: its record, and what makes a table of it."""
 

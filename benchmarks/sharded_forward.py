@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,49 +36,15 @@ from torch import Tensor, nn
 
 import reelquant.families.hunyuan_video as family
 from benchmarks.attention_memory import environment
-from benchmarks.random_model import fill_randomly, transformer_config
+from benchmarks.random_checkpoint import write_transformer
+from benchmarks.random_model import transformer_config
 from workers.messages import Numerics, Sharding
-from workers.model_source import build_on_meta
 from workers.process import peak_memory_bytes, prepare_process
 from workers.process_group import join_process_group
 from workers.salience_hooks import SalienceHooks
 from workers.sharded_model import open_sharded_transformer
 
-FILE_BYTES = 4 * 10**9
 TEXT_TOKENS = 256
-
-
-def write_checkpoint(folder: Path, config: dict[str, Any], device: torch.device) -> None:
-    """`config.json` and bf16 safetensors of about `FILE_BYTES`, drawn on `device` one block at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    weight_map: dict[str, str] = {}
-
-    def flush() -> None:
-        name = f"diffusion_pytorch_model-{len(set(weight_map.values())):05d}.safetensors"
-        save_file(tensors, folder / name)
-        weight_map.update(dict.fromkeys(tensors, name))
-        tensors.clear()
-
-    for index, (prefix, module) in enumerate(parts(build_on_meta(config, family))):
-        drawn = fill_randomly(nn.Module.to(module, torch.bfloat16).to_empty(device=device), seed=index)
-        tensors.update({f"{prefix}.{name}": value.cpu() for name, value in drawn.state_dict().items()})
-        module.to("meta")
-        if sum(tensor.nbytes for tensor in tensors.values()) > FILE_BYTES:
-            flush()
-    flush()
-    index_file = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))  # last: it says that the folder is whole
-
-
-def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every block, and of everything beside the blocks."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from ((f"{name}.{index}", block) for index, block in enumerate(child))
-        else:
-            yield name, child
 
 
 def inputs(config: dict[str, Any], layout: list[int], *, rank: int, device: torch.device) -> dict[str, Any]:
@@ -246,7 +211,7 @@ def measure(options: argparse.Namespace, temporary: Path) -> None:
     config = {**transformer_config(), **sizes}
     start = time.perf_counter()
     if not (options.folder / "config.json").is_file():
-        write_checkpoint(options.folder, config, device)
+        write_transformer(options.folder, config, device)
     elif json.loads((options.folder / "config.json").read_text()) != config:
         raise SystemExit(f"{options.folder} holds a model of other sizes: give another folder, or none")
     written_s = time.perf_counter() - start

@@ -42,6 +42,9 @@ def run(
     update: Annotated[
         bool, typer.Option("--update", help="Take a changed configuration; redo only what depends on the change.")
     ] = False,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="STAGE", help="Only the stages up to this one, such as assembly.")
+    ] = None,
 ) -> None:
     """Do everything of the run that is not done yet; also how a run is resumed."""
     console = Console()
@@ -49,20 +52,23 @@ def run(
         from pipeline.config.loading import load_config
         from pipeline.plan import plan_config
         from pipeline.report.page import write_report
-        from pipeline.runner import open_run, run_stages
+        from pipeline.runner import open_run, run_stages, stages_until
         from storage.location import StoreUrl
 
+        stages = stages_until(until)
         planned = plan_config(load_config(config, overrides or ()))
         planned.require_feasible()
         opened = open_run(planned.context, update=update)
-        summary = run_stages(opened, console, planned_bytes=planned.worker_bytes)
+        summary = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes)
         report = write_report(opened)
         done, kept = sum(summary.done.values()), sum(summary.kept.values())
         console.print(f"{done} units done now, {kept} were done before")
-        directory = opened.directory
-        console.print(f"checkpoint: {directory.location / directory.checkpoint_key()}", soft_wrap=True, highlight=False)
+        directory, assembled = opened.directory, bool(opened.manifest.units("assembly"))
+        if assembled:
+            path = directory.location / directory.checkpoint_key()
+            console.print(f"checkpoint: {path}", soft_wrap=True, highlight=False)
         console.print(f"report:     {report}", soft_wrap=True, highlight=False)
-        if isinstance(directory.location, StoreUrl):
+        if assembled and isinstance(directory.location, StoreUrl):
             console.print(f"get it:     python -m pipeline fetch {directory.location} FOLDER", highlight=False)
 
 

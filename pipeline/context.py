@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -196,8 +197,10 @@ def recipe_of(method: MethodConfig, blocks: tuple[str, ...]) -> Recipe:
 def folder_fingerprint(folder: Path) -> str:
     """Hash over names and contents of all files of a folder."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as hashers:  # a large model is some files of 5 GB
+        for path, checksum in zip(paths, hashers.map(sha256_file, paths), strict=True):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{checksum}\n".encode())
     return digest.hexdigest()[:32]
 
 

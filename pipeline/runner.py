@@ -85,8 +85,24 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def run_stages(run: Run, console: Console, *, planned_bytes: Mapping[str, int] | None = None) -> RunSummary:
-    """Does all that is not done yet, under the run's lock.
+def stages_until(last: str | None) -> tuple[Stage, ...]:
+    """The stages up to `last` and with it; all for None.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    names = [stage.name for stage in STAGES]
+    if last is None:
+        return STAGES
+    if last not in names:
+        raise ValueError(f"--until {last}: there is no such stage; one of {', '.join(names)}")
+    return STAGES[: names.index(last) + 1]
+
+
+def run_stages(
+    run: Run, console: Console, *, stages: tuple[Stage, ...] = STAGES, planned_bytes: Mapping[str, int] | None = None
+) -> RunSummary:
+    """Does all of the stages that is not done yet, under the run's lock.
 
     Args:
         planned_bytes: of memory for one worker, by stage; for messages where memory is short.
@@ -97,7 +113,7 @@ def run_stages(run: Run, console: Console, *, planned_bytes: Mapping[str, int] |
     """
     with driven_runs({"": run}, console) as [driven]:
         planned = replace(driven, planned_bytes=planned_bytes or {})
-        counts = drive([planned], STAGES, console).counts
+        counts = drive([planned], stages, console).counts
         driven.log.write("run_finished")
     return RunSummary(dict(counts.done), dict(counts.kept))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -37,13 +38,17 @@ class ActivationWorker:
         self._store = RunDirectory(settings.source.run).calibration_store
 
     def run(self, unit: SampleUnit, progress: Progress) -> UnitOutput:
-        """One forward pass, at most up to the last boundary."""
+        """One forward pass, at most up to the last boundary; `write_s` of its result is the time in the store."""
         outputs: list[OutputFile] = []
-        boundaries = self._settings.boundaries
+        boundaries, write_s = self._settings.boundaries, 0.0
 
         def store(name: str, video: Tensor, text: Tensor) -> None:
+            nonlocal write_s
+            # The copy waits for the GPU: from here on it is the store's time.
             stream = torch.cat([video[0], text[0]]).to(torch.bfloat16).cpu()
+            began = time.perf_counter()
             outputs.extend(self._store.write(f"activations/{unit.name}/{name}", stream))
+            write_s += time.perf_counter() - began
             progress(boundaries.index(name) + 1, len(boundaries))
 
         handle = self._pipeline.transformer.time_text_embed.register_forward_hook(self._keep_temb(unit, outputs))
@@ -53,7 +58,7 @@ class ActivationWorker:
             handle.remove()
         return UnitOutput(
             tuple(outputs),
-            {"prompt": unit.prompt_name, "step": unit.step},
+            {"prompt": unit.prompt_name, "step": unit.step, "write_s": round(write_s, 3)},
             device_name(self._device),
             peak_memory_bytes(self._device),
         )
@@ -77,7 +82,8 @@ class ActivationWorker:
             block: nn.Module = transformer.get_submodule(name)
             handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: at_boundary(name, args)))
         try:
-            with torch.inference_mode():
+            # No inference mode: FSDP on one rank reads the versions of tensors, which it has not.
+            with torch.no_grad():
                 transformer(**self._inputs(unit))
         except _LastBoundary:
             release_blocks(transformer, self._settings.sharding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -44,6 +45,7 @@ class DistillationWorker:
         self._ahead: tuple[str, ...] = ()
         self._rotaries: dict[Any, tuple[Tensor, Tensor]] = {}
         self._lean = False
+        self._read_s = 0.0
 
     def save_memory(self) -> None:
         """Learns with less memory from now on (`reelquant.calibration.saved_tensors`), and reads nothing ahead."""
@@ -54,8 +56,11 @@ class DistillationWorker:
         self._ahead = self._entry_names(unit)
 
     def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
-        """Calibrates and writes the segment's blocks, or rounds the linears outside the blocks if it has none."""
+        """Calibrates and writes the segment's blocks, or rounds the linears outside the blocks if it has none.
+
+        `read_s` of its result is the time that it waited for entry activations."""
         self._entries.stop()
+        self._read_s = 0.0
         try:
             return self._do(unit, progress)
         except BaseException:
@@ -72,6 +77,7 @@ class DistillationWorker:
         else:
             self._read_ahead()
             outputs.append(self._write(unit.method, "auxiliary", "", self._auxiliary_layers(unit.method)))
+        result["read_s"] = round(self._read_s, 3)
         return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _distill(self, unit: SegmentUnit, progress: Progress) -> Any:
@@ -109,7 +115,9 @@ class DistillationWorker:
         return tuple(f"activations/{sample.name}/{unit.blocks[0]}" for sample in self._settings.samples)
 
     def _sample(self, sample: SampleUnit, entry: str) -> Sample:
+        began = time.perf_counter()
         stream = self._entries.take(entry).to(self._dtype)
+        self._read_s += time.perf_counter() - began
         temb = self._store.read(f"activations/{sample.name}/temb").unsqueeze(0)
         latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
         num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]

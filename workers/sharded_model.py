@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from workers.messages import Sharding
-from workers.model_source import open_pipeline
+from workers.model_source import open_pipeline, read_pipeline
 from workers.process_group import join_process_group
 
 
@@ -36,10 +35,7 @@ def open_full_precision(folder: Path, *, device: torch.device, dtype: torch.dtyp
         return open_pipeline(folder, device=device, dtype=dtype)
     device = join_process_group(device)
     transformer = open_sharded_transformer(folder / "transformer", device=device, dtype=dtype, sharding=sharding)
-    pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, transformer=transformer
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = read_pipeline(folder, dtype=dtype, transformer=transformer)
     if device.type == "cuda":
         offload_components(pipeline, device)
     return pipeline

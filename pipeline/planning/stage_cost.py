@@ -1,7 +1,7 @@
 """Peak memory and floating-point operations of every stage, counted by running the model's code on the meta device.
 
 Memory of a stage that generates videos (trajectories, evaluation): the whole pipeline's weights, plus the larger of one
-forward pass of the transformer and decoding of one video, the VAE's weights apart; trajectories also
+forward pass of the transformer and decoding of one video in tiles, the VAE's weights apart; trajectories also
 `8 L d + 20 min(max(n d), 2^23)` bytes for the salience hooks (a copy of a block's input, float32 copies of a piece of a
 layer's weight). Activations: the weights and one forward pass. Where trajectories and activations share the model, it takes
 its `gpus_per_replica`-th part of a GPU (nothing with offload) and two whole blocks, the one that runs and the next; the text
@@ -22,6 +22,7 @@ comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counte
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -304,20 +305,34 @@ class CostModel:
         return run_on_meta(forward, holding=tensors_of(transformer))
 
     def _decode_bytes(self) -> int:
-        """Peak of decoding one video, without the VAE's weights."""
+        """Peak of decoding one video, without the VAE's weights: of its first tile, and twice the video, in tiles and put
+        together, if there are others."""
         vae = component_on_meta(self._context.model.folder, "vae")
         if vae is None:
             return 0
         decoder = cast(Any, _cast(vae, self._dtype))
-        latents = torch.empty(1, *self._counts.latent_shape, dtype=self._dtype, device=META)
+        whole = self._counts.latent_shape
+        tile = tuple(map(min, whole, (whole[0], *_tile_shape(decoder))))
+        latents = torch.empty(1, *tile, dtype=self._dtype, device=META)
         run = run_on_meta(lambda: decoder.decode(latents, return_dict=False), holding=tensors_of(decoder))
-        return run.peak_bytes - _bytes_of(decoder)
+        video = 2 * math.prod(self._counts.video_shape) * self._dtype.itemsize if tile != whole else 0
+        return run.peak_bytes - _bytes_of(decoder) + video
 
     def _component_bytes(self, name: str) -> int:
         if not (self._context.model.folder / name / "config.json").is_file():
             return 0
         built = component_on_meta(self._context.model.folder, name)
         return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
+
+
+def _tile_shape(vae: Any) -> tuple[int, int, int]:
+    """Latents `(F, H, W)` that a VAE decodes at once when it tiles: a first tile of time has one frame more than later ones."""
+    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    return (
+        vae.tile_sample_min_num_frames // temporal + 1,
+        vae.tile_sample_min_height // spatial,
+        vae.tile_sample_min_width // spatial,
+    )
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -14,13 +14,13 @@ from pipeline.context import Run
 from storage.manifest import UnitRecord, fingerprint
 
 STAGE_VERSIONS = {
-    "trajectories": 2,
+    "trajectories": 3,
     "selection": 1,
     "activations": 1,
     "distillation": 1,
     "refinement": 1,
     "assembly": 1,
-    "evaluation": 1,
+    "evaluation": 2,
 }
 """Raised when the same inputs give other outputs than before: units of older versions are done again."""
 

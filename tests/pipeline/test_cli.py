@@ -52,6 +52,11 @@ def test_every_command_is_tested_above() -> None:
     }  # fmt: skip
 
 
+def test_an_unknown_stage_is_named_before_anything_else() -> None:
+    message = fails("run", "nowhere.yaml", "--until", "activation")
+    assert "--until activation: there is no such stage; one of trajectories, selection, activations," in message
+
+
 def test_configurations_ship() -> None:
     assert {"configs/demo.yaml", "configs/hunyuanvideo-13b.yaml"} <= set(CONFIGS)
 

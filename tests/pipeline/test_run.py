@@ -93,6 +93,21 @@ def test_one_worker_gives_the_bytes_of_two(finished_run: Path, tmp_path: Path) -
     assert files(tmp_path / "run" / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
 
+def test_a_run_that_ends_after_a_stage_goes_on_from_there(finished_run: Path, tmp_path: Path) -> None:
+    config, run = str(small_run(tmp_path)), tmp_path / "run"
+    done = call("run", config, "--until", "activations")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 units done now, 0 were done before" in done.stdout
+    assert "checkpoint:" not in done.stdout
+    assert not (run / "blocks").exists()
+    assert "This run is not finished" in (run / "report.html").read_text()
+    done = call("run", config, "--until", "assembly")
+    assert "5 units done now, 6 were done before" in done.stdout, done.stdout + done.stderr
+    assert f"checkpoint: {run / 'checkpoint'}" in done.stdout
+    assert Manifest(run).units("evaluation") == []
+    assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
+
+
 def test_stages_overlap_where_their_inputs_allow(finished_run: Path) -> None:
     bars = read_timeline(read_events(finished_run / "run" / "logs")).bars
     together = {

@@ -2,7 +2,7 @@
 
     python -m tests.workers.replica_ranks RUN KIND [OFFLOAD]
 
-with its place in the environment; KIND `none` does the work of both ranks alone.
+with its place in the environment; a rank without others does the work of both.
 """
 
 import json
@@ -44,7 +44,7 @@ def main(run: Path, sharding: Sharding) -> None:
     """Does this rank's units, then shadows rank 0 or is shadowed."""
     source = RunSource(run, MODEL, 0, Numerics("auto", 1))
     rank = int(os.environ.get("RANK", "0"))
-    own = slice(None) if sharding.kind == "none" else slice(rank, rank + 1)
+    own = slice(None) if os.environ.get("WORLD_SIZE") == "1" else slice(rank, rank + 1)
     trajectories = TrajectoryWorker(TrajectorySettings(source, GENERATION, 4, 256, sharding))
     for prompt in PROMPTS[own]:
         trajectories.run(prompt, ignore)

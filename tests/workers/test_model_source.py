@@ -56,6 +56,37 @@ def test_a_truncated_file_and_nan_weights_are_named(model: Path) -> None:
     assert "truncated or damaged" in "\n".join(model_problems(model))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_weight_anywhere_is_found(model: Path, value: float) -> None:
+    tensors = load_file(weights(model))
+    for name, place in (("single_transformer_blocks.0.proj_mlp.weight", -1), ("x_embedder.proj.bias", 0)):
+        kept = tensors[name].clone()
+        tensors[name].view(-1)[place] = value
+        save_file({**tensors, "empty": torch.empty(0)}, weights(model))
+        [problem] = model_problems(model)
+        assert problem.endswith(f"NaN or infinite weights in {name}")
+        tensors[name] = kept
+
+
+def test_videos_are_decoded_in_tiles_of_space(digits_model: Path) -> None:
+    vae = open_pipeline(digits_model, device=torch.device("cpu"), dtype=torch.float32).vae
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, vae.config.latent_channels, 3, 20, 24, generator=generator)
+    calls: list[torch.Size] = []
+    handle = vae.decoder.register_forward_pre_hook(lambda _module, args: calls.append(args[0].shape[-2:]))
+    with torch.no_grad():
+        one_tile = vae.decode(latents).sample
+        assert set(calls) == {(20, 24)}
+        vae.use_tiling = False
+        assert torch.equal(one_tile, vae.decode(latents).sample), "one tile is the whole video"
+        vae.use_tiling = True
+        calls.clear()
+        vae.decode(torch.randn(1, vae.config.latent_channels, 1, 20, 72, generator=generator))
+    handle.remove()
+    assert (20, 64) in calls
+    assert (20, 72) not in calls
+
+
 def test_a_block_is_loaded_without_the_model(digits_model: Path) -> None:
     pipeline = open_pipeline(digits_model, device=torch.device("cpu"), dtype=torch.float32)
     for name in ("transformer_blocks.2", "single_transformer_blocks.5"):

@@ -59,8 +59,9 @@ def unsharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return store(run)
 
 
-def test_fsdp_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path) -> None:
-    run_ranks("tests.workers.replica_ranks", str(tmp_path), "fsdp")
+@pytest.mark.parametrize("num_ranks", [NUM_RANKS, 1])
+def test_fsdp_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path, num_ranks: int) -> None:
+    run_ranks("tests.workers.replica_ranks", str(tmp_path), "fsdp", num_ranks=num_ranks)
     sharded = store(tmp_path)
     assert sharded.keys() == unsharded.keys()
     assert [name for name in sharded if sharded[name] != unsharded[name]] == []

@@ -1,0 +1,109 @@
+"""The whole pipeline at full size: HunyuanVideo-13B's architecture with random weights, until its checkpoint is loaded again.
+
+    python -m benchmarks.full_size --output benchmarks/results/full_size.json
+    python -m benchmarks.full_size --video 720x1280x61 --samples 1 --output ...
+
+Writes a diffusers pipeline folder (real transformer, VAE and scheduler; text encoders of the real widths with few layers), then
+calls `python -m pipeline` as a user does, with real Ray workers and a real store, cheaply but with every stage:
+
+| part | what is called |
+|---|---|
+| `model` | nothing: the folder is written, or used if it is there (`--folder`, `--model-folder`) |
+| `plan` | `pipeline plan`, with all its checks of the weights |
+| `activations` | `pipeline run --until activations`: trajectories with salience, selection, activations; one shared model |
+| `distillation` | `pipeline run --until assembly`: all segments, a worker a GPU; and the checkpoint, if `load` follows |
+| `load` | a fresh process: plain `from_pretrained`, and two denoising steps |
+| `alone` | `pipeline run --until distillation` by one worker, of the same calibration data: linked after `activations` |
+
+`alone` comes last, as it takes longest. With `--budget-s` it is stopped when the time is up, and the speed-up follows from what
+one worker has done by then. The record is written after every part, and a part that fails leaves the others' figures. Figures
+are those of the run directory (records, event log), beside those of the plan. The bars: bytes within 1 % of the plan, memory
+and time within 25 %.
+
+`--output` may hold runs of other settings: one of the same `--label` is replaced, others stay. On a CPU (`--heads 1 --double 1
+--single 2 --text-width 128 --vae-width 32 --video 48x64x5`) figures only show that it works.
+
+Predicted for two H100 at 480 x 848 x 61, FSDP: 16 GiB at the peak of trajectories; 0.5 GB/s of activations a GPU, and a store
+that takes more; a distillation that takes half as long on two; GPTQ's solves, which the plan leaves out, more than half of its
+time at 4 samples and one epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.full_size.parts import PARTS, FullSize
+from benchmarks.full_size.setting import Setting
+from benchmarks.full_size.tables import table
+from pipeline import cli, runner  # noqa: F401  (what the pipeline needs must be there before 24 GiB are written)
+from pipeline.report import page  # noqa: F401
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    began = time.monotonic()
+    options = parse(arguments)
+    setting = Setting.of(options)
+    label = options.label or setting.label
+    deadline = began + options.budget_s if options.budget_s else None
+
+    def save(record: dict[str, Any]) -> None:
+        write_record(options.output, label, record)
+
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        one = setting.workers == 1  # there is nothing to compare
+        parts = [part for part in PARTS if part in options.parts and not (one and part == "alone")]
+        model = (options.model_folder or folder / "model").resolve()
+        well = FullSize(setting, folder.resolve(), model=model, deadline=deadline, save=save).do(parts)
+    print(table(json.loads(options.output.read_text(encoding="utf-8"))))
+    if not well:
+        raise SystemExit(1)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", default="480x848x61", metavar="HEIGHTxWIDTHxFRAMES")
+    parser.add_argument("--double", type=int, default=20, help="double-stream blocks")
+    parser.add_argument("--single", type=int, default=40, help="single-stream blocks")
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--text-width", type=int, default=4096, help="of the text encoder's output; a multiple of 128")
+    parser.add_argument("--vae-width", type=int, default=128, help="of the VAE's outer blocks; a multiple of 32")
+    parser.add_argument("--sharding", choices=["fsdp", "deepspeed", "none"], default="fsdp")
+    parser.add_argument("--offload", choices=["none", "cpu", "nvme"], default="none")
+    parser.add_argument("--offload-path", type=Path)
+    parser.add_argument("--workers", type=int, help="GPUs to use, default all; processes on a CPU, default 2")
+    parser.add_argument("--threads", type=int, help="CPU threads of a worker; default: up to 8")
+    parser.add_argument("--steps", type=int, default=3, help="denoising steps of a trajectory")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq")
+    parser.add_argument("--segment-length", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--folder", type=Path, help="for model and runs, kept: a later call with it goes on")
+    parser.add_argument("--model-folder", type=Path, help="for the model, kept; default: in --folder")
+    parser.add_argument("--budget-s", type=float, help="seconds after which the part at work is stopped")
+    parser.add_argument("--label", help="of the run in the record; default such as '480p fsdp'")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
+    return parser.parse_args(arguments)
+
+
+def write_record(path: Path, label: str, record: dict[str, Any]) -> None:
+    """Puts the run into the file, in place of an older one of its label; the file is whole at every moment."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else {}
+    document = {"environment": record["environment"], "runs": {**runs, label: record}}
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

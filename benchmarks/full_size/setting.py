@@ -1,0 +1,123 @@
+"""What is run: sizes of model and video, and the pipeline's configuration that follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.random_model import ROOT, transformer_config
+
+PROMPTS = ROOT / "configs" / "prompts"
+STALL_TIMEOUT_S = 300.0
+"""Several times the longest silence expected, that of an assembly, which writes and reads 7 GiB; well within a slot of ten
+minutes, so that a worker that hangs is named with its stack."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run of the benchmark."""
+
+    video: tuple[int, int, int]
+    """Height, width, frames."""
+    double: int
+    """Double-stream blocks."""
+    single: int
+    """Single-stream blocks."""
+    heads: int
+    text_width: int
+    """Of the text encoder's output."""
+    vae_width: int
+    """Channels of the VAE's outermost blocks."""
+    sharding: str
+    offload: str
+    offload_path: str | None
+    workers: int
+    """GPUs that are used, or processes on a CPU; all of them share the full-precision model, where it is sharded."""
+    on_gpu: bool
+    threads: int
+    """CPU threads of one worker."""
+    steps: int
+    """Denoising steps of a trajectory."""
+    samples: int
+    """Calibration samples."""
+    epochs: int
+    rounding: str
+    segment_length: int
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Setting:
+        """From the command line, with what this machine has in place of what is not said."""
+        gpus = torch.cuda.device_count()
+        workers = options.workers or gpus or 2
+        if 0 < gpus < workers:
+            raise SystemExit(f"--workers {workers}: there are {gpus} GPUs here")
+        if options.offload != "none" and options.sharding == "none":
+            raise SystemExit(f"--offload {options.offload} needs --sharding fsdp or deepspeed")
+        height, width, num_frames = (int(part) for part in options.video.split("x"))
+        given = {name: getattr(options, name) for name in cls.__dataclass_fields__ if hasattr(options, name)}
+        path = None if options.offload_path is None else str(options.offload_path.absolute())
+        threads = options.threads or max(1, min(8, (os.cpu_count() or 1) // workers))
+        derived = {"workers": workers, "on_gpu": gpus > 0, "threads": threads, "offload_path": path}
+        return cls(**{**given, **derived, "video": (height, width, num_frames)})
+
+    @property
+    def label(self) -> str:
+        """Such as `480p fsdp`, with what is not usual."""
+        offload = f", offload {self.offload}" if self.offload != "none" else ""
+        nearest = ", to nearest" if self.rounding == "nearest" else ""
+        return f"{self.video[0]}p {self.sharding}{offload}{nearest}"
+
+    def transformer(self) -> dict[str, Any]:
+        """Its configuration: HunyuanVideo-13B's with these sizes."""
+        sizes = {"num_layers": self.double, "num_single_layers": self.single, "num_attention_heads": self.heads}
+        return {**transformer_config(), **sizes, "text_embed_dim": self.text_width}
+
+    def as_json(self) -> dict[str, Any]:
+        """For the record; where files lie is no part of it."""
+        return {name: value for name, value in asdict(self).items() if name != "offload_path"}
+
+    def write_config(self, path: Path, *, run: Path, model: Path, workers: int | None = None) -> Path:
+        """The pipeline's configuration file.
+
+        Args:
+            workers: for stages that do not run the full-precision model: so many workers of one GPU, and no replica.
+        """
+        height, width, num_frames = self.video
+        how: dict[str, Any] = {"num_gpus": 1 if self.on_gpu else 0, "num_workers": workers or self.workers}
+        if workers is None and self.sharding != "none":
+            how |= {"sharding": self.sharding, "gpus_per_replica": self.workers, "offload": self.offload}
+            how |= {"offload_path": self.offload_path} if self.offload == "nvme" else {}
+        config = {
+            "run": str(run),
+            "model": str(model),
+            "generation": {
+                "height": height,
+                "width": width,
+                "num_frames": num_frames,
+                "num_inference_steps": self.steps,
+            },
+            "prompts": {
+                "calibration": str(PROMPTS / "scenes_calibration.txt"),
+                # One a worker, and more where so few steps have too few candidates.
+                "num_calibration": max(self.workers, math.ceil(self.samples / self.steps)),
+                "held_out": str(PROMPTS / "scenes_held_out.txt"),
+                "num_held_out": 1,
+            },
+            "selection": {"num_samples": self.samples},
+            "method": {"preset": "reelquant", "epochs": self.epochs, "rounding": self.rounding},
+            # Of random weights nobody knows whether a block diverges: it is rounded then, and counted.
+            "distillation": {"segment_length": self.segment_length, "on_failure": "gptq"},
+            "evaluation": {"films": False},
+            "numerics": {"threads": self.threads},
+            "workers": {**how, "max_attempts": 2, "stall_timeout_s": STALL_TIMEOUT_S},
+            "cluster": {"address": "local"},
+        }
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
