@@ -8,10 +8,10 @@ no strides in page-locked memory, and a matrix product of another layout may rou
 Counted on the meta device for one step (forward, loss, backward) of HunyuanVideo 13B at 720x1280 and 61 frames, 57,856 tokens
 x 3072, bfloat16, method `reelquant`; the block's weights are among it:
 
-| block | as usual | saved elsewhere | of which went there | transforms and weights computed again in the backward pass |
-|---|---|---|---|---|
-| double-stream | 40.1 GiB | 17.8 GiB | 33.7 GiB (28.3 without doubles) | 33.0 GiB |
-| single-stream | 38.4 GiB | 21.3 GiB | 27.4 GiB (22.4 without doubles) | 35.5 GiB |
+| block | as usual | saved elsewhere | moved there |
+|---|---|---|---|
+| double-stream | 31.1 GiB | 15.2 GiB | 23.0 GiB |
+| single-stream | 31.8 GiB | 18.0 GiB | 18.9 GiB |
 
 What is left are the operands of one operation at the widest layer. Computing parts again (activation checkpointing) saves far
 less: a step is of one block, so whatever part is computed again stands in memory at once beside that operation's operands.

@@ -18,8 +18,8 @@ from tests.workers.test_out_of_memory import EXACT_MALLOC, HOPELESS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-TIGHT = 112
-"""MiB: a segment of three blocks takes 130 as usual, and 95 with what is saved for the backward pass elsewhere."""
+TIGHT = 114
+"""MiB: a segment of three blocks takes more than 119 as usual, and 100 to 112 with what is saved for the backward elsewhere."""
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_two_gpus_select_what_one_selects(tmp_path: Path) -> None:
     found = {}
     for name, workers in {"one": {"num_gpus": 1}, "two": {"num_gpus": 1, **WORKERS}}.items():
         (tmp_path / name).mkdir()
-        done = call("run", str(small_run(tmp_path / name, workers=workers)))
+        done = call("run", str(small_run(tmp_path / name, workers=workers)), "--until", "selection")
         assert done.returncode == 0, done.stdout + done.stderr
         found[name] = Manifest(tmp_path / name / "run").records("selection")[0].result["scores"]
     assert found["one"].keys() == found["two"].keys()

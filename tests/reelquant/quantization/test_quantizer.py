@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from reelquant.quantization.quantizer import fake_quantize, max_code, quantize
+from reelquant.quantization.quantizer import SMALLEST_SCALE, fake_quantize, max_code, quantize
 
 
 @given(bits=st.integers(2, 8), rows=st.integers(1, 5), width=st.integers(1, 33), seed=st.integers(0, 999))
@@ -104,3 +105,48 @@ def test_other_errors_name_the_value() -> None:
         fake_quantize(torch.ones(1, 2), 4, 1, torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"floating tensor, got torch\.int64"):
         fake_quantize(torch.ones(2, 2, dtype=torch.int64), 4, 1)
+
+
+def plainly_fake_quantized(x: Tensor, bits: int, dim: int, clip: float | Tensor) -> Tensor:
+    """By operations that autograd knows; straight-through by `x - x.detach()`."""
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = max_code(bits)
+    scale = (values.abs().amax(dim, keepdim=True) * clip / largest).clamp_min(SMALLEST_SCALE)
+    steps = values / scale
+    inside = steps.detach().round().abs() <= largest
+    codes = steps.detach().round().clamp(-largest, largest)
+    # Inside: code + (steps - steps) passes the gradient of steps on; outside nothing but the scale has one.
+    passed = codes + torch.where(inside, steps - steps.detach(), torch.zeros_like(steps))
+    return (passed * scale).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [1.0, torch.tensor([0.7]), torch.linspace(0.5, 1, 40)[:, None]])
+def test_gradients_are_those_of_plain_operations(dtype: torch.dtype, clip: float | Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn, grad = (torch.randn(40, 96, generator=generator).to(dtype) for _ in range(2))
+    drawn[3], drawn[:, ::7] = 0, drawn[:, ::7] * 9
+    drawn[5, 2] = -drawn[5].abs().max()  # two elements have the largest magnitude
+    found: list[list[Tensor]] = []
+    for function in (fake_quantize, plainly_fake_quantized):
+        x = drawn.clone().requires_grad_()
+        factor = clip.clone().to(torch.promote_types(dtype, torch.float32)) if isinstance(clip, Tensor) else clip
+        learned = [x, factor.requires_grad_()] if isinstance(factor, Tensor) else [x]
+        out = function(x, 4, 1, factor)
+        found.append([out.detach(), *torch.autograd.grad(out, learned, grad)])
+    tight = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= tight * plain.norm()
+
+
+def test_a_learning_step_keeps_the_input_as_it_came_and_nothing_else_of_its_size() -> None:
+    x = torch.randn(64, 512, dtype=torch.bfloat16).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fake_quantize(x, 4, -1, torch.ones(1, requires_grad=True))
+    assert sum(kept.values()) <= x.nbytes + 3 * 64 * 4
