@@ -49,7 +49,8 @@ class Driver:
         self.process.send_signal(number)
 
     def errors(self) -> str:
-        return self.process.communicate(timeout=30)[1]
+        """Once it has ended; one that was frozen within a request first waits that request out (30 s)."""
+        return self.process.communicate(timeout=90)[1]
 
 
 @pytest.fixture

@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Environment of the tests on a CPU."""
 ON_GPU = {"OMP_NUM_THREADS": "1"}
-TIGHT, HOPELESS = 85, 30
-"""MiB. On a CPU the two blocks take 105 and 100 MiB as usual, 55 and 65 with what is saved for the backward pass elsewhere."""
+TIGHT, HOPELESS = 106, 30
+"""MiB. In a new process on a CPU the first block takes 126 to 130 MiB as usual, 90 to 95 with what is saved for the backward
+pass elsewhere; less in one that has done the like before."""
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
