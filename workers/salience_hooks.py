@@ -17,6 +17,17 @@ WEIGHT_VALUES = 2**23
 """Values of a weight that are widened to float32 at a time. Every output has its own scale: it may be cut between them."""
 
 
+def sampled_weight_error(rows: Tensor, weight: Tensor, bits: int) -> Tensor:
+    """`||X (Q(W) - W)^T||^2 / ||X W^T||^2`, a float32 scalar: inputs `rows` [n, d], a `weight` [out, d] rounded to `bits`."""
+    rows = rows.float()
+    noise = signal = torch.zeros((), device=rows.device)
+    for part in weight.split(max(1, WEIGHT_VALUES // weight.shape[1])):
+        exact = part.float()
+        signal = signal + (rows @ exact.T).square().sum()
+        noise = noise + (rows @ (fake_quantize(exact, bits, 1) - exact).T).square().sum()
+    return noise / signal.clamp_min(1e-30)
+
+
 class SalienceHooks:
     """Collects, for every forward pass of a transformer (= one denoising step of one prompt), the features of `C_quant`."""
 
@@ -84,13 +95,8 @@ class SalienceHooks:
     def _see_layer(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         """Computes the layer's output itself: the weight of a sharded model is whole before the layer runs, and not after."""
         rows = inputs[0].reshape(-1, layer.in_features)
-        rows = rows[:: max(1, len(rows) // self._max_tokens)].float()
-        noise = signal = torch.zeros((), device=rows.device)
-        for weight in layer.weight.split(max(1, WEIGHT_VALUES // layer.in_features)):
-            exact = weight.float()
-            signal = signal + (rows @ exact.T).square().sum()
-            noise = noise + (rows @ (fake_quantize(exact, self._weight_bits, 1) - exact).T).square().sum()
-        self._weight_error = self._weight_error + noise / signal.clamp_min(1e-30)
+        rows = rows[:: max(1, len(rows) // self._max_tokens)]
+        self._weight_error = self._weight_error + sampled_weight_error(rows, layer.weight, self._weight_bits)
 
     def _patches(self, latents: Tensor) -> Tensor:
         """`[C, F, H, W] -> [tokens, C * patch volume]`."""

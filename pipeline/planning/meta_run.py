@@ -1,14 +1,16 @@
 """Counts what a piece of model code needs by running it on the meta device: no weights, no memory, no GPU.
 
 The code that runs is the model's own, so the count cannot grow stale. Counted are the bytes of all live tensors (as
-`torch.cuda.max_memory_allocated` sees them, without the workspaces of libraries and the allocator's rounding) and the
-floating-point operations of matrix products, convolutions and attention. Attention is counted as a fused kernel: it
-keeps its inputs, its output and one number a row for the backward pass, never the L x L scores.
+`torch.cuda.max_memory_allocated` sees them, without the workspaces of libraries and the allocator's rounding), the
+floating-point operations of matrix products, convolutions and attention, and the bytes that all other operations read and
+write. Attention is counted as a fused kernel: it keeps its inputs, its output and one number a row for the backward pass,
+never the L x L scores.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -34,6 +36,8 @@ class MetaRun:
         """Of matrix products and convolutions."""
         self.attention_flops = 0
         """Of attention: 4 L_q L_k d forward, 10 L_q L_k d backward."""
+        self.moved_bytes = 0
+        """Read and written by all that is neither of these, each operation for itself; views move nothing."""
         self._live_bytes = 0
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
@@ -84,7 +88,38 @@ class _Dispatch(TorchDispatchMode):
                 self._run.see(leaf)
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self._run.matrix_flops += count(*args, **(kwargs or {}), out_val=out)
+        elif not _only_makes_room(func):
+            given = () if _only_writes(func) else (args, kwargs or {})
+            self._run.moved_bytes += sum(
+                _held_bytes(leaf) for leaf in tree_leaves((given, out)) if isinstance(leaf, Tensor)
+            )
         return out
+
+
+def _only_makes_room(func: Any) -> bool:
+    """Whether an operation gives a view, or memory that nobody has written."""
+    views = [
+        result for result in func._schema.returns if result.alias_info is not None and not result.alias_info.is_write
+    ]
+    return bool(views) or "empty" in func._schema.name or func._schema.name in ("aten::_unsafe_view", "aten::detach")
+
+
+def _only_writes(func: Any) -> bool:
+    return func._schema.name.removeprefix("aten::") in (
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "fill_",
+        "zero_",
+    )
+
+
+def _held_bytes(tensor: Tensor) -> int:
+    """Of its elements; those of an expanded dimension lie in one place."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
+    return math.prod(sizes) * tensor.element_size()
 
 
 class _Attention(TorchFunctionMode):

@@ -41,8 +41,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     _show_disk(plan, console)
     if any(stage.gpu_hours is not None for stage in plan.stages):
         console.print(
-            "GPU-hours are a rough estimate: counted operations at 60 % of an H100's measured rates,\n"
-            "without text encoding, video decoding, loading and the solves of GPTQ.",
+            "GPU-hours are an estimate: counted operations and bytes at 80 % of an H100's measured rates,\n"
+            "without text encoding, loading and the solves of GPTQ.",
             style="dim",
             highlight=False,
             soft_wrap=True,

@@ -23,7 +23,7 @@ comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counte
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -39,42 +39,54 @@ from reelquant.calibration.block_distillation import Sample, calibrated_copy, st
 from reelquant.calibration.recipe import Recipe
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
-from workers.salience_hooks import WEIGHT_VALUES
+from workers.salience_hooks import WEIGHT_VALUES, sampled_weight_error
 
 PROCESS_BYTES = 460 * 2**20
 """Resident memory of a worker process that has opened a pipeline of no size (measured)."""
 MATRIX_FLOPS, ATTENTION_FLOPS, FLOAT32_FLOPS = 780e12, 648e12, 67e12
 """Operations a second of one H100: bfloat16 matrix products (8192^3) and cuDNN attention (57,856 tokens, 24 heads of 128),
 both measured; float32 matrix products without tensor cores, from the data sheet."""
-EFFICIENCY = 0.6
-"""Of these ceilings. HunyuanVideo at 61 frames, estimated so and measured: a denoising step at 720x1280 8.0 and 8.3 s, at
-480x848 1.8 and 2.4 s; distillation at 720x1280 (20 samples, 15 epochs) 2.9 and 2.6 h."""
+MOVED_BYTES = 3.016e12
+"""Bytes a second of one H100, read and written: a copy of 2 GiB, measured."""
+EFFICIENCY = 0.8
+"""Of these ceilings. HunyuanVideo-13B at 61 frames, estimated so and measured:
+
+| | estimated | measured |
+|---|---|---|
+| denoising step at 720x1280, at 480x848 | 7.3, 2.1 s | 8.3, 2.3 s |
+| with the salience hooks at 480x848, shared by two GPUs | 2.7 s | 3.8 s |
+| distillation step at 720x1280, double and single block | 0.54, 0.53 s | 0.54, 0.49 s |
+| seeing 40 % of the tokens | 0.27, 0.25 s | 0.30, 0.26 s |
+| seeing 25 % | 0.20, 0.18 s | 0.23, 0.19 s |
+"""
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations by kind; adds up and scales."""
+    """Floating-point operations by kind, and bytes; adds up and scales."""
 
     matrix: float = 0.0
     attention: float = 0.0
     float32: float = 0.0
+    moved: float = 0.0
+    """Bytes that all else reads and writes."""
 
     @classmethod
     def of(cls, run: MetaRun) -> Operations:
         """What a meta run counted."""
-        return cls(run.matrix_flops, run.attention_flops)
+        return cls(run.matrix_flops, run.attention_flops, moved=run.moved_bytes)
 
     def __add__(self, other: Operations) -> Operations:
-        return Operations(self.matrix + other.matrix, self.attention + other.attention, self.float32 + other.float32)
+        return Operations(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, factor: float) -> Operations:
-        return Operations(self.matrix * factor, self.attention * factor, self.float32 * factor)
+        return Operations(*(mine * factor for mine in astuple(self)))
 
     @property
     def gpu_hours(self) -> float:
         """Hours of one H100 at `EFFICIENCY` of its ceilings."""
         seconds = self.matrix / MATRIX_FLOPS + self.attention / ATTENTION_FLOPS + self.float32 / FLOAT32_FLOPS
-        return seconds / EFFICIENCY / 3600
+        return (seconds + self.moved / MOVED_BYTES) / EFFICIENCY / 3600
 
 
 @dataclass(frozen=True)
@@ -137,8 +149,10 @@ class CostModel:
         hooks = 8 * self._counts.longest_stream * hidden_size(self._context) + 20 * min(largest, WEIGHT_VALUES)
         steps = len(self._context.calibration_prompts) * self._context.config.generation.num_inference_steps
         vae = self._weights.get("vae", 0) if workers.num_ranks is not None and workers.num_gpus > 0 else 0
-        peak = max(self._forward_bytes + hooks, self._decode_bytes() + vae)
-        return StageCost(self._replica_bytes + peak, Operations.of(self._forward) * steps)
+        decoding, decoded = self._decode()
+        peak = max(self._forward_bytes + hooks, decoding + vae)
+        operations = (Operations.of(self._forward) + self._salience()) * steps
+        return StageCost(self._replica_bytes + peak, operations + decoded * len(self._context.calibration_prompts))
 
     def activations(self) -> StageCost:
         """One forward pass a sample, up to the last boundary."""
@@ -149,9 +163,10 @@ class CostModel:
 
     def evaluation(self) -> StageCost:
         """One generation a held-out prompt and model; a quantized model is counted like the full-precision one."""
-        steps = len(self._context.held_out_prompts) * self._context.config.generation.num_inference_steps
-        operations = Operations.of(self._forward) * (steps * (1 + len(self._context.methods)))
-        return StageCost(self._pipeline_bytes + max(self._forward_bytes, self._decode_bytes()), operations)
+        decoding, decoded = self._decode()
+        one = Operations.of(self._forward) * self._context.config.generation.num_inference_steps + decoded
+        operations = one * (len(self._context.held_out_prompts) * (1 + len(self._context.methods)))
+        return StageCost(self._pipeline_bytes + max(self._forward_bytes, decoding), operations)
 
     def distillation(self) -> StageCost:
         """All methods."""
@@ -224,21 +239,24 @@ class CostModel:
         bits = {k.removeprefix(f"{name}."): v for k, v in method.bits.items() if k.startswith(f"{name}.")}
         sample = self._sample()
 
-        def calibrate(recipe: Recipe) -> Tensor | None:
+        with META:
             copied, _ = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
-            return step_error(family, copied, sample.at(block), recipe, seed=0) if recipe.needs_activations else None
-
-        learning = run_on_meta(partial(calibrate, recipe), holding=tensors_of(block), gradients=recipe.learns)
-        peak = learning.peak_bytes
-        if recipe.tokens_per_step < 1:
-            whole = run_on_meta(partial(calibrate, replace(recipe, tokens_per_step=1.0)), holding=tensors_of(block))
-            peak = max(peak, whole.peak_bytes)
+        held = tensors_of(block) + tensors_of(copied)
         if not recipe.needs_activations:
-            return weights, peak - weights, Operations()
+            return weights, run_on_meta(lambda: None, holding=held).peak_bytes - weights, Operations()
+
+        def step(recipe: Recipe) -> Tensor:
+            return step_error(family, copied, sample.at(block), recipe, seed=0)
+
+        learning = run_on_meta(partial(step, recipe), holding=held, gradients=recipe.learns)
+        quantized = run_on_meta(partial(step, replace(recipe, tokens_per_step=1.0)), holding=held)
+        peak = max(learning.peak_bytes, quantized.peak_bytes)
         forward = Operations.of(run_on_meta(lambda: family.call_block(block, sample.quantized, sample.conditioning)))
         length, width = sample.quantized.shape
-        passes = 4.0  # targets, loss before and after, the stream to the next block
-        operations = Operations(float32=2.0 * length * length * width) if recipe.token_weights else Operations()
+        passes = 1.0  # for the targets
+        operations = Operations.of(quantized) * 3  # loss before and after, the stream to the next block
+        if recipe.token_weights:
+            operations += Operations(attention=4.0 * length * length * width)  # column sums: the scores twice
         if recipe.channel_scale == "smoothquant":
             passes += len(levels) - 1
         rounding = 0
@@ -304,19 +322,39 @@ class CostModel:
 
         return run_on_meta(forward, holding=tensors_of(transformer))
 
-    def _decode_bytes(self) -> int:
-        """Peak of decoding one video, without the VAE's weights: of its first tile, and twice the video, in tiles and put
-        together, if there are others."""
+    def _salience(self) -> Operations:
+        """Of the salience hooks in one pass: every block's Gram matrix, every weight rounded and tried on some tokens."""
+        model, length = self._context.model, self._counts.longest_stream
+        operations = Operations(matrix=2.0 * len(model.blocks) * length * hidden_size(self._context) ** 2)
+        selection, known = self._context.config.selection, dict[tuple[int, int], Operations]()
+        bits, num_tokens = (
+            selection.weight_error_bits or self._context.config.bits.weight,
+            selection.weight_error_tokens,
+        )
+        for shape in model.linears.values():
+            if shape not in known:
+                weight = torch.empty(*shape, dtype=self._dtype, device=META)
+                rows = torch.empty(min(num_tokens, length), shape[1], dtype=self._dtype, device=META)
+                run = run_on_meta(partial(sampled_weight_error, rows, weight, bits))
+                known[shape] = Operations(float32=run.matrix_flops, moved=run.moved_bytes)
+            operations += known[shape]
+        return operations
+
+    def _decode(self) -> tuple[int, Operations]:
+        """Decoding one video: its peak without the VAE's weights, which is that of its first tile, and twice the video, in
+        tiles and put together, if there are others; and what is done, for all tiles as for the first."""
         vae = component_on_meta(self._context.model.folder, "vae")
         if vae is None:
-            return 0
+            return 0, Operations()
         decoder = cast(Any, _cast(vae, self._dtype))
         whole = self._counts.latent_shape
         tile = tuple(map(min, whole, (whole[0], *_tile_shape(decoder))))
         latents = torch.empty(1, *tile, dtype=self._dtype, device=META)
         run = run_on_meta(lambda: decoder.decode(latents, return_dict=False), holding=tensors_of(decoder))
         video = 2 * math.prod(self._counts.video_shape) * self._dtype.itemsize if tile != whole else 0
-        return run.peak_bytes - _bytes_of(decoder) + video
+        pairs = zip(whole[1:], tile[1:], _tile_strides(decoder), strict=True)
+        num_tiles = math.prod(1 if size == of_tile else math.ceil(size / stride) for size, of_tile, stride in pairs)
+        return run.peak_bytes - _bytes_of(decoder) + video, Operations.of(run) * num_tiles
 
     def _component_bytes(self, name: str) -> int:
         if not (self._context.model.folder / name / "config.json").is_file():
@@ -332,6 +370,16 @@ def _tile_shape(vae: Any) -> tuple[int, int, int]:
         vae.tile_sample_min_num_frames // temporal + 1,
         vae.tile_sample_min_height // spatial,
         vae.tile_sample_min_width // spatial,
+    )
+
+
+def _tile_strides(vae: Any) -> tuple[int, int, int]:
+    """Latents from one tile to the next."""
+    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    return (
+        vae.tile_sample_stride_num_frames // temporal,
+        vae.tile_sample_stride_height // spatial,
+        vae.tile_sample_stride_width // spatial,
     )
 
 

@@ -110,10 +110,11 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     assert memory["activations"] == pytest.approx(38.6 + 6.0, abs=0.3)
     hours = {name: stage.gpu_hours for name, stage in stages.items() if stage.gpu_hours is not None}
     assert set(hours) == {"trajectories", "activations", "distillation", "evaluation"}
-    # 500 steps, measured 8.3 s each on an H100 with diffusers as it comes; blocks of 40 samples, measured and projected.
-    assert hours["trajectories"] * 3600 / 500 == pytest.approx(8.3, rel=0.1)
+    # Steps measured at 8.3 s each on an H100 with diffusers as it comes, videos decoded in 13 s; the hooks take more. Blocks of
+    # 40 samples, their targets and steps measured and projected.
+    assert hours["evaluation"] * 3600 / 32 == pytest.approx(50 * 8.3 + 13, rel=0.2)
+    assert 1.05 < hours["trajectories"] / 10 / (hours["evaluation"] / 32) < 1.3
     assert hours["distillation"] == pytest.approx(2 * 2.63, rel=0.25)
-    assert hours["evaluation"] == pytest.approx(hours["trajectories"] * 32 / 10)
 
 
 def test_a_part_of_the_tokens_makes_steps_cheaper() -> None:

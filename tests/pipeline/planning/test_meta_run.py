@@ -38,6 +38,21 @@ def test_views_share_their_storage_and_weights_count_from_the_beginning() -> Non
     assert run.matrix_flops == 2 * 5 * 10 * 20
 
 
+def test_moved_is_what_other_operations_read_and_write() -> None:
+    layer = nn.Linear(10, 20, device=META)
+    x, row = empty(5, 10), empty(10)
+
+    def work() -> None:
+        seen = x.view(50).reshape(5, 10).T.T  # views
+        torch.empty_like(seen)
+        total = seen + row.expand(5, 10)  # reads 50 and 10, writes 50
+        total.mul_(2)  # 50, 50
+        torch.zeros_like(total)  # 50
+        layer(total)  # a matrix product
+
+    assert run_on_meta(work, holding=[*tensors_of(layer), x, row]).moved_bytes == 4 * (110 + 100 + 50)
+
+
 @pytest.mark.parametrize("keywords", [False, True])
 def test_attention_is_fused(keywords: bool) -> None:
     q, k, v = empty(1, 3, 7, 16, grad=True), empty(1, 3, 11, 16), empty(1, 3, 11, 16)
