@@ -36,6 +36,8 @@ from storage.s3_requests import Requests, seconds_from_environment
 
 _logger = logging.getLogger(__name__)
 
+_INTERRUPT = signal.SIGUSR1
+"""What a driver that has lost its lease sends its own main thread."""
 _PERIODS = 6
 """Of silence, watched by a contender, until it takes over."""
 
@@ -107,6 +109,8 @@ class S3Lease:
         self._held = self._acquire()
         ended = threading.Event()
         interrupts = threading.current_thread() is threading.main_thread()
+        # Not Ctrl-C's signal: that is ignored by what a script starts in the background.
+        before = signal.signal(_INTERRUPT, signal.default_int_handler) if interrupts else None
         beats = threading.Thread(target=self._beat, args=(ended, interrupts), name="lease", daemon=True)
         beats.start()
         try:
@@ -119,6 +123,8 @@ class S3Lease:
             ended.set()
             self._release()
             beats.join()
+            if interrupts:
+                signal.signal(_INTERRUPT, before)
 
     def driver(self) -> Driver:
         """Who drives the run: waits up to two periods for a sign of life from another machine."""
@@ -192,7 +198,7 @@ class S3Lease:
                     _logger.warning("%s", error)
             if self._lost:
                 if interrupts:
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
                 return
 
     def _release(self) -> None:

@@ -25,8 +25,9 @@ from tests.s3_server import SECRET, S3Server, new_prefix, with_settings
 ROOT = Path(__file__).resolve().parents[2]
 
 DRIVER = """
-import sys, time
+import signal, sys, time
 from storage.run_directory import RunDirectory
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
 with RunDirectory(sys.argv[1]).lock():
     print("at work", flush=True)
     time.sleep(60)
