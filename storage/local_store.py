@@ -123,10 +123,11 @@ class LocalStore:
         return self._entries(folder, lambda entry: entry.is_dir())
 
     def _entries(self, folder: str, wanted: Callable[[Path], bool]) -> list[str]:
-        path = self._root / folder
-        if not path.is_dir():
+        try:  # asking first would miss one that another process takes away now
+            entries = list((self._root / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(e.name for e in path.iterdir() if not _is_partial(e.name) and wanted(e))
+        return sorted(e.name for e in entries if not _is_partial(e.name) and wanted(e))
 
     def remove(self, key: str) -> None:
         path = self._root / key
