@@ -29,9 +29,9 @@ class DistillationWorker:
 
     MEMORY_ADVICE: ClassVar[str] = (
         "one worker a GPU (workers.num_gpus: 1); a GPU with more memory; fewer blocks at once "
-        "(distillation.segment_length: 1), on a CPU also fewer samples (selection.num_samples); a method that learns nothing "
-        "(method.preset: gptq); a smaller video (generation.height, generation.width, generation.num_frames). What depends on "
-        "a changed field is made anew"
+        "(distillation.segment_length: 1), on a CPU also fewer samples (selection.num_samples); steps that see a part of the "
+        "tokens (method.tokens_per_step: 0.5), or a method that learns nothing (method.preset: gptq); a smaller video "
+        "(generation.height, generation.width, generation.num_frames). What depends on a changed field is made anew"
     )
 
     def __init__(self, settings: DistillationSettings) -> None:
