@@ -62,7 +62,7 @@ class RunContext:
             config.run.resolve(),
             config.model.resolve(),
             config.seed,
-            Numerics(config.numerics.dtype, config.numerics.threads),
+            Numerics(**config.numerics.model_dump()),
         )
 
     @property
@@ -85,8 +85,10 @@ class RunContext:
         return tuple(blocks[i : i + step] for i in range(0, len(blocks), step))
 
     def base_fingerprint(self) -> dict[str, Any]:
-        """What every unit that runs the model depends on."""
-        return {"model": self.model_fingerprint, "seed": self.config.seed, "numerics": asdict(self.source.numerics)}
+        """What every unit that runs the model depends on. Not on `deterministic`: what is done is right either way."""
+        numerics = asdict(self.source.numerics)
+        del numerics["deterministic"]
+        return {"model": self.model_fingerprint, "seed": self.config.seed, "numerics": numerics}
 
 
 @dataclass(frozen=True)

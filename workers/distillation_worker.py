@@ -20,7 +20,7 @@ from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import DistillationSettings, MethodPlan, Progress, SampleUnit, SegmentUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
-from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
+from workers.process import deterministic_kernels, device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.read_ahead import ReadAhead
 
 
@@ -62,7 +62,8 @@ class DistillationWorker:
         self._entries.stop()
         self._read_s = 0.0
         try:
-            return self._do(unit, progress)
+            with deterministic_kernels(asked=self._settings.source.numerics.deterministic):
+                return self._do(unit, progress)
         except BaseException:
             self._entries.stop()  # reading would outlive this worker, and hold memory
             raise

@@ -43,6 +43,8 @@ class Numerics:
     """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU."""
     threads: int
     """CPU threads of one worker. The number of workers changes no result; this one may."""
+    deterministic: bool = False
+    """On a GPU: gradients by deterministic kernels."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def make_run(folder: Path, digits_model: Path) -> DistillationSettings:
     for block in BLOCKS:
         stream = torch.randn(NUM_TOKENS, heads * size, generator=generator)
         store.write(f"activations/{SAMPLE.name}/{block}", stream.to(torch.bfloat16))
-    source = RunSource(folder / "run", model, 0, Numerics("float32", 1))
+    source = RunSource(folder / "run", model, 0, Numerics("float32", 1, deterministic=True))
     return DistillationSettings(source, (SAMPLE,), (PROMPT,), False)
 
 

@@ -1,0 +1,83 @@
+"""The same gradients every time: what is asked of torch, and on a GPU what comes of it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from reelquant.calibration.block_distillation import Sample
+from reelquant.calibration.recipe import Recipe
+from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
+from reelquant.families import hunyuan_video as family
+from tests.reelquant.calibration.test_saved_tensors import LEARNING
+from tests.reelquant.calibration.test_segment_distillation import BLOCKS, bits_of
+from workers.process import deterministic_kernels
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    asked = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.use_deterministic_algorithms(asked[0], warn_only=asked[1])
+
+
+def mode() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [((True, True), (True, False)), ((True, False), (True, False)), ((False, False), (False, False))],
+    ids=["as on a GPU", "as on a CPU", "never prepared"],
+)
+def test_only_deterministic_kernels_if_asked(before: tuple[bool, bool], inside: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with deterministic_kernels(asked=True):
+        assert mode() == inside
+    assert mode() == before
+    with pytest.raises(KeyError), deterministic_kernels(asked=True):
+        raise KeyError
+    assert mode() == before, "after an error too"
+    with deterministic_kernels(asked=False):
+        assert mode() == before
+
+
+CONFIG: dict[str, Any] = {
+    "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 4, "attention_head_dim": 64, "mlp_ratio": 2.0,
+    "qk_norm": "rms_norm", "rope_axes_dim": (16, 24, 24), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
+}  # fmt: skip
+LAYOUT = family.token_layout(CONFIG, (4, 6, 64, 64), 32)
+"""6,176 tokens: enough for many thread blocks to add to one gradient."""
+
+
+def learned(recipe: Recipe, dtype: torch.dtype) -> list[DistilledBlock]:
+    torch.manual_seed(0)
+    width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
+    cos, sin = family.rotary_embedding(CONFIG, LAYOUT)
+    rows = torch.randn(2, width).to("cuda", dtype)
+    samples = []
+    for row in rows:
+        stream = torch.randn(LAYOUT.num_tokens, width).to(dtype)
+        samples.append(Sample(stream, stream, family.Conditioning(row.unsqueeze(0), (cos.cuda(), sin.cuda()), LAYOUT)))
+    blocks = {name: family.build_block(CONFIG, name).eval().to("cuda", dtype) for name in BLOCKS}
+    return list(
+        distill_segment(
+            family, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
+            conditioning_rows=rows, seed_of=len, fall_back=False, progress=lambda *_: None,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("recipe", LEARNING.values(), ids=LEARNING)
+def test_a_gpu_learns_the_same_bits_twice(recipe: Recipe, dtype: torch.dtype) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with deterministic_kernels(asked=True):
+        first, second = learned(recipe, dtype), learned(recipe, dtype)
+    assert [block.result for block in first] == [block.result for block in second]
+    for one, other in zip(first, second, strict=True):
+        for name, layer in one.layers.items():
+            assert torch.equal(layer.codes, other.layers[name].codes), name
