@@ -87,6 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq")
     parser.add_argument("--segment-length", type=int, default=8)
+    parser.add_argument("--deterministic", action="store_true", help="the same bytes with any number of GPUs; slower")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--folder", type=Path, help="for model and runs, kept: a later call with it goes on")
     parser.add_argument("--model-folder", type=Path, help="for the model, kept; default: in --folder")

@@ -34,7 +34,7 @@ def call(*arguments: str | Path, deadline: float | None = None) -> float:
         Failed: it ended with an error.
         OutOfTime: it was stopped.
     """
-    shown = " ".join(map(str, arguments))
+    shown = " ".join(argument.name if isinstance(argument, Path) else argument for argument in arguments)
     began = time.monotonic()
     if deadline is not None and began >= deadline:
         raise OutOfTime(f"the time was up before: {shown}")

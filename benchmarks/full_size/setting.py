@@ -50,6 +50,8 @@ class Setting:
     epochs: int
     rounding: str
     segment_length: int
+    deterministic: bool
+    """Whether a segment distilled twice has the same bytes."""
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Setting:
@@ -72,7 +74,8 @@ class Setting:
         """Such as `480p fsdp`, with what is not usual."""
         offload = f", offload {self.offload}" if self.offload != "none" else ""
         nearest = ", to nearest" if self.rounding == "nearest" else ""
-        return f"{self.video[0]}p {self.sharding}{offload}{nearest}"
+        deterministic = ", deterministic" if self.deterministic else ""
+        return f"{self.video[0]}p {self.sharding}{offload}{nearest}{deterministic}"
 
     def transformer(self) -> dict[str, Any]:
         """Its configuration: HunyuanVideo-13B's with these sizes."""
@@ -115,7 +118,7 @@ class Setting:
             # Of random weights nobody knows whether a block diverges: it is rounded then, and counted.
             "distillation": {"segment_length": self.segment_length, "on_failure": "gptq"},
             "evaluation": {"films": False},
-            "numerics": {"threads": self.threads},
+            "numerics": {"threads": self.threads, "deterministic": self.deterministic},
             "workers": {**how, "max_attempts": 2, "stall_timeout_s": STALL_TIMEOUT_S},
             "cluster": {"address": "local"},
         }

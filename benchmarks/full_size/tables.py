@@ -14,8 +14,8 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _sizes(runs: dict[str, Any]) -> Iterator[str]:
-    yield "| run | video | blocks | model | workers | steps, samples, epochs | rounding |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| run | video | blocks | model | workers | steps, samples, epochs | rounding | commit |"
+    yield "|---|---|---|---|---|---|---|---|"
     for label, run in runs.items():
         setting = run["settings"]
         height, width, frames = setting["video"]
@@ -23,7 +23,8 @@ def _sizes(runs: dict[str, Any]) -> Iterator[str]:
         work = f"{setting['steps']}, {setting['samples']}, {setting['epochs']}"
         yield (
             f"| {label} | {height} × {width} × {frames} | {setting['double']} + {setting['single']} | {model} GiB | "
-            f"{setting['workers']} × {run['environment']['device']} | {work} | {setting['rounding']} |"
+            f"{setting['workers']} × {run['environment']['device']} | {work} | {setting['rounding']} | "
+            f"{run['environment']['commit'][:7]} |"
         )
 
 
