@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelquant.calibration.salience import quantization_salience, spectral_norm_gram
+from reelquant.calibration.salience import quantization_salience
+from reelquant.calibration.spectral_norm import SpectralNorms
 from reelquant.quantization.quantizer import fake_quantize
 
 WEIGHT_VALUES = 2**23
@@ -36,7 +37,7 @@ class SalienceHooks:
         self._weight_bits, self._max_tokens = weight_bits, max_tokens
         self._num_text = 0
         self._weight_error = torch.zeros(())
-        self._block_row: list[Tensor] = []
+        self._block_norms = SpectralNorms()
         self.latent: list[Tensor] = []
         """Per step: the paper's feature, of the patchified latent tokens."""
         self.block_input: list[Tensor] = []
@@ -79,10 +80,10 @@ class SalienceHooks:
         self.timesteps.append(float(kwargs["timestep"][0]))
         self.latent.append(quantization_salience(self._patches(kwargs["hidden_states"][0].float())).cpu())
         self._weight_error = torch.zeros((), device=kwargs["hidden_states"].device)
-        self._block_row = []
+        self._block_norms = SpectralNorms()
 
     def _end(self, *_: Any) -> None:
-        self.block_input.append(torch.stack(self._block_row).cpu())
+        self.block_input.append(self._block_norms.take())
         self.weight_error.append(self._weight_error.cpu())
 
     def _keep_temb(self, _module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -90,7 +91,7 @@ class SalienceHooks:
 
     def _see_block(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         video, text = inputs[0][0], inputs[1][0, : self._num_text]
-        self._block_row.append(spectral_norm_gram(torch.cat([video, text])))
+        self._block_norms.add(video, text)
 
     def _see_layer(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         """Computes the layer's output itself: the weight of a sharded model is whole before the layer runs, and not after."""
