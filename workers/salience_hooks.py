@@ -44,12 +44,15 @@ def _energies_in_float32(rows: Tensor, weight: Tensor, bits: int) -> tuple[Tenso
 
 
 def _energies_in_16_bits(rows: Tensor, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    energies = torch.zeros(2, device=rows.device)
+    noise = signal = torch.zeros((), device=rows.device)
     for part in weight.split(max(1, HALF_WEIGHT_VALUES // weight.shape[1])):
-        for energy, values in zip(energies, (part, rounding_error(part, bits=bits)), strict=True):
-            energy += torch.mm(rows, values.T, out_dtype=torch.float32).square_().sum()
-    signal, noise = energies
+        signal = signal + _energy_in_16_bits(rows, part)
+        noise = noise + _energy_in_16_bits(rows, rounding_error(part, bits=bits))
     return signal, noise
+
+
+def _energy_in_16_bits(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(rows, weight.T, out_dtype=torch.float32).square_().sum()
 
 
 class SalienceHooks:

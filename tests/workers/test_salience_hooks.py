@@ -47,3 +47,15 @@ def test_weight_error_in_16_bits(
     assert float(sampled_weight_error(rows.cuda(), weight.cuda(), bits)) == pytest.approx(float(on_gpu), rel=1e-4)
     apart = torch.empty(out, 2 * d, dtype=dtype, device="cuda")[:, ::2].copy_(weight)
     assert float(sampled_weight_error(rows.cuda(), apart, bits)) == pytest.approx(float(on_gpu), rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_memory_in_16_bits() -> None:
+    rows, weight = (torch.randn(n, 3072, dtype=torch.bfloat16, device="cuda") for n in (256, 30_000))
+    sampled_weight_error(rows, weight, 4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sampled_weight_error(rows, weight, 4)
+    at_once = salience_hooks.HALF_WEIGHT_VALUES
+    # The errors of one piece, and its products with the rows.
+    assert torch.cuda.max_memory_allocated() - before < 2 * at_once + 4 * 256 * at_once / 3072 + 2**21
