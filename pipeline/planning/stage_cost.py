@@ -1,11 +1,12 @@
 """Peak memory and floating-point operations of every stage, counted by running the model's code on the meta device.
 
 Memory of a stage that generates videos (trajectories, evaluation): the whole pipeline's weights, plus the larger of one
-forward pass of the transformer and decoding of one video in tiles, the VAE's weights apart; trajectories also
-`8 L d + 20 min(max(n d), 2^23)` bytes for the salience hooks (a copy of a block's input, float32 copies of a piece of a
-layer's weight). Activations: the weights and one forward pass. Where trajectories and activations share the model, it takes
-its `gpus_per_replica`-th part of a GPU (nothing with offload) and two whole blocks, the one that runs and the next; the text
-encoders take none, the VAE is there to decode.
+forward pass of the transformer and decoding of one video in tiles, the VAE's weights apart; trajectories also what the
+salience hooks take: on a GPU in 16 bits `4 d^2 min(8, blocks) + 2 min(max(n d), 2^25)` bytes (Gram matrices that wait for
+each other, the errors of a piece of a layer's weight), otherwise `8 L d + 20 min(max(n d), 2^23)` (a copy of a block's input,
+float32 copies of a piece of a layer's weight). Activations: the weights and one forward pass. Where trajectories and
+activations share the model, it takes its `gpus_per_replica`-th part of a GPU (nothing with offload) and two whole blocks, the
+one that runs and the next; the text encoders take none, the VAE is there to decode.
 
 Distillation: the segment's blocks; three streams `[L, d]` (full precision, quantized, target; two in a segment of one
 block) and the rotary tables `8 L_video d_head`, of all samples on a CPU, of the one in use on a GPU (the others wait in
@@ -37,12 +38,15 @@ from pipeline.planning.store_size import hidden_size
 from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, step_error
 from reelquant.calibration.recipe import Recipe
+from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
-from workers.salience_hooks import WEIGHT_VALUES, sampled_weight_error
+from workers.salience_hooks import HALF_WEIGHT_VALUES, WEIGHT_VALUES, sampled_weight_error
 
 PROCESS_BYTES = 460 * 2**20
 """Resident memory of a worker process that has opened a pipeline of no size (measured)."""
+LANCZOS_STEPS = 32
+"""Until the spectral norm of a block's input has converged (HunyuanVideo-13B with random weights)."""
 MATRIX_FLOPS, ATTENTION_FLOPS, FLOAT32_FLOPS = 780e12, 648e12, 67e12
 """Operations a second of one H100: bfloat16 matrix products (8192^3) and cuDNN attention (57,856 tokens, 24 heads of 128),
 both measured; float32 matrix products without tensor cores, from the data sheet."""
@@ -54,7 +58,7 @@ EFFICIENCY = 0.8
 | | estimated | measured |
 |---|---|---|
 | denoising step at 720x1280, at 480x848 | 7.3, 2.1 s | 8.3, 2.3 s |
-| with the salience hooks at 480x848, shared by two GPUs | 2.7 s | 3.8 s |
+| with the salience hooks at 480x848, shared by two GPUs | 2.2 s | - |
 | distillation step at 720x1280, double and single block | 0.54, 0.53 s | 0.54, 0.49 s |
 | seeing 40 % of the tokens | 0.27, 0.25 s | 0.30, 0.26 s |
 | seeing 25 % | 0.20, 0.18 s | 0.23, 0.19 s |
@@ -144,13 +148,11 @@ class CostModel:
 
     def trajectories(self) -> StageCost:
         """One generation a prompt, with the salience hooks."""
-        model, workers = self._context.model, self._context.config.workers
-        largest = max(out * inputs for out, inputs in model.linears.values())
-        hooks = 8 * self._counts.longest_stream * hidden_size(self._context) + 20 * min(largest, WEIGHT_VALUES)
+        workers = self._context.config.workers
         steps = len(self._context.calibration_prompts) * self._context.config.generation.num_inference_steps
         vae = self._weights.get("vae", 0) if workers.num_ranks is not None and workers.num_gpus > 0 else 0
         decoding, decoded = self._decode()
-        peak = max(self._forward_bytes + hooks, decoding + vae)
+        peak = max(self._forward_bytes + self._salience_bytes(), decoding + vae)
         operations = (Operations.of(self._forward) + self._salience()) * steps
         return StageCost(self._replica_bytes + peak, operations + decoded * len(self._context.calibration_prompts))
 
@@ -322,23 +324,46 @@ class CostModel:
 
         return run_on_meta(forward, holding=tensors_of(transformer))
 
+    @property
+    def _on_tensor_cores(self) -> bool:
+        """Whether the salience hooks multiply in 16 bits."""
+        return self._context.config.workers.num_gpus > 0 and self._dtype.itemsize == 2
+
+    def _salience_bytes(self) -> int:
+        """Of the salience hooks, beside a forward pass."""
+        model, d = self._context.model, hidden_size(self._context)
+        largest = max(out * inputs for out, inputs in model.linears.values())
+        if self._on_tensor_cores:
+            return 4 * d * d * min(GRAMS_AT_ONCE, len(model.blocks)) + 2 * min(largest, HALF_WEIGHT_VALUES)
+        return 8 * self._counts.longest_stream * d + 20 * min(largest, WEIGHT_VALUES)
+
     def _salience(self) -> Operations:
-        """Of the salience hooks in one pass: every block's Gram matrix, every weight rounded and tried on some tokens."""
-        model, length = self._context.model, self._counts.longest_stream
-        operations = Operations(matrix=2.0 * len(model.blocks) * length * hidden_size(self._context) ** 2)
-        selection, known = self._context.config.selection, dict[tuple[int, int], Operations]()
-        bits, num_tokens = (
-            selection.weight_error_bits or self._context.config.bits.weight,
-            selection.weight_error_tokens,
-        )
+        """Of the salience hooks in one pass: every block's spectral norm, every weight rounded and tried on some tokens.
+
+        On a GPU in 16 bits a chunk of tokens reads and writes the Gram matrix, a Lanczos step reads it, and a weight is read
+        and its errors are written; on it the products are in 16 bits.
+        """
+        model, length, d = self._context.model, self._counts.longest_stream, hidden_size(self._context)
+        passes = 2 * math.ceil(length / SUMMED_ROWS) + LANCZOS_STEPS if self._on_tensor_cores else 0
+        operations = Operations(matrix=2.0 * length * d**2, moved=4.0 * passes * d**2) * len(model.blocks)
+        known = dict[tuple[int, int], Operations]()
         for shape in model.linears.values():
             if shape not in known:
-                weight = torch.empty(*shape, dtype=self._dtype, device=META)
-                rows = torch.empty(min(num_tokens, length), shape[1], dtype=self._dtype, device=META)
-                run = run_on_meta(partial(sampled_weight_error, rows, weight, bits))
-                known[shape] = Operations(float32=run.matrix_flops, moved=run.moved_bytes)
+                known[shape] = self._weight_error(*shape)
             operations += known[shape]
         return operations
+
+    def _weight_error(self, num_outputs: int, num_inputs: int) -> Operations:
+        selection = self._context.config.selection
+        num_tokens = min(selection.weight_error_tokens, self._counts.longest_stream)
+        if self._on_tensor_cores:
+            values = num_outputs * num_inputs
+            return Operations(matrix=4.0 * num_tokens * values, moved=2.0 * self._dtype.itemsize * values)
+        weight = torch.empty(num_outputs, num_inputs, dtype=self._dtype, device=META)
+        rows = torch.empty(num_tokens, num_inputs, dtype=self._dtype, device=META)
+        bits = selection.weight_error_bits or self._context.config.bits.weight
+        run = run_on_meta(partial(sampled_weight_error, rows, weight, bits))
+        return Operations(float32=run.matrix_flops, moved=run.moved_bytes)
 
     def _decode(self) -> tuple[int, Operations]:
         """Decoding one video: its peak without the VAE's weights, which is that of its first tile, and twice the video, in

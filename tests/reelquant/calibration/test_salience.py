@@ -7,9 +7,7 @@ from reelquant.calibration import salience
 from reelquant.calibration.salience import (
     diffusion_salience,
     minmax,
-    quantization_salience,
     select_salient,
-    spectral_norm_gram,
     weight_error,
 )
 
@@ -35,54 +33,6 @@ def test_diffusion_salience_of_zero_and_broken_latents() -> None:
         diffusion_salience(latents)
     with pytest.raises(ValueError, match=r"\[T \+ 1, ...\]"):
         diffusion_salience(torch.ones(1, 4))
-
-
-def spectrum(kind: str, num: int, d: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(num + d)
-    x = torch.randn(num, d, generator=generator)
-    if kind == "outliers":
-        x = x * torch.exp(1.5 * torch.randn(d, generator=generator)) + 2
-    return x
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "outliers"])
-@pytest.mark.parametrize(("num", "d"), [(1, 9), (513, 3), (5000, 65), (37, 1500), (1031, 1101), (1400, 1030)])
-def test_spectral_norm(kind: str, num: int, d: int) -> None:
-    x = spectrum(kind, num, d)
-    got = spectral_norm_gram(x)
-    assert got.shape == ()
-    assert got.dtype == torch.float32
-    error = abs(float(got) / float(torch.linalg.matrix_norm(x.double(), 2)) ** 2 - 1)
-    assert error < 1e-5, error  # measured: below 5e-7
-    assert torch.equal(quantization_salience(x), got)
-
-
-def test_spectral_norm_of_degenerate_wide_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(salience, "LARGEST_DENSE_GRAM", 8)
-    assert float(spectral_norm_gram(torch.zeros(20, 30))) == 0.0
-    assert float(spectral_norm_gram(3 * torch.eye(40))) == pytest.approx(9.0)
-    rank_one = torch.outer(torch.arange(1.0, 31), torch.arange(1.0, 21))
-    assert float(spectral_norm_gram(rank_one)) == pytest.approx(float(rank_one.square().sum()), rel=1e-6)
-    double = torch.randn(50, 60, dtype=torch.float64)
-    assert float(spectral_norm_gram(double)) == pytest.approx(float(torch.linalg.matrix_norm(double, 2)) ** 2, rel=1e-6)
-    narrow = double.to(torch.bfloat16)
-    expected = float(torch.linalg.matrix_norm(narrow.double(), 2)) ** 2
-    assert float(spectral_norm_gram(narrow)) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_spectral_norm_on_a_gpu(dtype: torch.dtype) -> None:
-    x = spectrum("outliers", 5000, 1536).to(dtype)
-    expected = float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
-    assert float(spectral_norm_gram(x.cuda())) == pytest.approx(expected, rel=1e-5)
-
-
-def test_spectral_norm_refuses_nan_and_other_shapes() -> None:
-    with pytest.raises(ValueError, match="tokens holds 1 NaN"):
-        spectral_norm_gram(torch.tensor([[1.0, torch.nan]]))
-    with pytest.raises(ValueError, match=r"\[L, d\]"):
-        spectral_norm_gram(torch.ones(3))
 
 
 def test_minmax() -> None:

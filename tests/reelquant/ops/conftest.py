@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 # Triton 3.6 takes int() of an array with one element, which numpy 2.4 no longer converts. Its interpreter rounds to e4m3 with
-# a carry that is lost; torch's rounding is the hardware's. Kernels overflow and make NaN on purpose, as the hardware does
-# without a word.
+# a carry that is lost, and cuts off to bfloat16; torch's rounding is the hardware's. Kernels overflow and make NaN on purpose,
+# as the hardware does without a word.
 PROCESS = """
 import importlib.util, sys, warnings
 import numpy
@@ -29,13 +29,15 @@ def patch_with_index(tensor, scope):
 interpreter._patch_lang_tensor = patch_with_index
 convert = interpreter._convert_float
 
-def convert_to_e4m3_too(values, source, target, mode):
-    if source != tl.float32 or target != tl.float8e4nv:
+def convert_as_torch(values, source, target, mode):
+    if source != tl.float32 or target not in (tl.float8e4nv, tl.bfloat16):
         return convert(values, source, target, mode)
     wide = torch.from_numpy(numpy.ascontiguousarray(values).view(numpy.float32).copy())
+    if target == tl.bfloat16:
+        return wide.to(torch.bfloat16).view(torch.uint16).numpy()
     return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
-interpreter._convert_float = convert_to_e4m3_too
+interpreter._convert_float = convert_as_torch
 numpy.seterr(all="ignore")
 spec = importlib.util.spec_from_file_location("interpreted", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
