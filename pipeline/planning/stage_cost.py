@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from pipeline.context import RunContext
 from pipeline.planning.meta_run import META, MetaRun, run_on_meta, tensors_of
 from pipeline.planning.model_size import component_on_meta, components
-from pipeline.planning.store_size import hidden_size
+from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, step_error
 from reelquant.calibration.recipe import Recipe
@@ -52,6 +52,8 @@ MATRIX_FLOPS, ATTENTION_FLOPS, FLOAT32_FLOPS = 780e12, 648e12, 67e12
 both measured; float32 matrix products without tensor cores, from the data sheet."""
 MOVED_BYTES = 3.016e12
 """Bytes a second of one H100, read and written: a copy of 2 GiB, measured."""
+STORED_BYTES = 1.2e9
+"""Bytes a second that a worker writes into the store in front of an SSD or in memory (measured: 1.1 to 1.36 GB/s)."""
 EFFICIENCY = 0.8
 """Of these ceilings. HunyuanVideo-13B at 61 frames, estimated so and measured:
 
@@ -74,6 +76,8 @@ class Operations:
     float32: float = 0.0
     moved: float = 0.0
     """Bytes that all else reads and writes."""
+    stored: float = 0.0
+    """Bytes written into the store, for which a GPU waits."""
 
     @classmethod
     def of(cls, run: MetaRun) -> Operations:
@@ -88,9 +92,9 @@ class Operations:
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of one H100 at `EFFICIENCY` of its ceilings."""
+        """Hours of one H100 at `EFFICIENCY` of its ceilings, and of the store."""
         seconds = self.matrix / MATRIX_FLOPS + self.attention / ATTENTION_FLOPS + self.float32 / FLOAT32_FLOPS
-        return (seconds + self.moved / MOVED_BYTES) / EFFICIENCY / 3600
+        return ((seconds + self.moved / MOVED_BYTES) / EFFICIENCY + self.stored / STORED_BYTES) / 3600
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,11 @@ class CostModel:
         return StageCost(self._replica_bytes + peak, operations + decoded * len(self._context.calibration_prompts))
 
     def activations(self) -> StageCost:
-        """One forward pass a sample, up to the last boundary."""
+        """One forward pass a sample, up to the last boundary, and its streams into the store."""
         last = self._context.model.blocks.index(self._context.segments[-1][0])
         share = last / len(self._context.model.blocks)
         operations = Operations.of(self._forward) * (share * self._context.config.selection.num_samples)
+        operations += Operations(stored=activation_bytes(self._context, self._counts))
         return StageCost(self._replica_bytes + self._forward_bytes, operations)
 
     def evaluation(self) -> StageCost:
@@ -241,18 +246,24 @@ class CostModel:
         bits = {k.removeprefix(f"{name}."): v for k, v in method.bits.items() if k.startswith(f"{name}.")}
         sample = self._sample()
 
-        with META:
+        made: list[nn.Module] = []
+
+        def make() -> None:
             copied, _ = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
+            made.append(copied)
+
+        making = run_on_meta(make, holding=tensors_of(block))
+        [copied] = made
         held = tensors_of(block) + tensors_of(copied)
         if not recipe.needs_activations:
-            return weights, run_on_meta(lambda: None, holding=held).peak_bytes - weights, Operations()
+            return weights, making.peak_bytes - weights, Operations.of(making)
 
         def step(recipe: Recipe) -> Tensor:
             return step_error(family, copied, sample.at(block), recipe, seed=0)
 
         learning = run_on_meta(partial(step, recipe), holding=held, gradients=recipe.learns)
         quantized = run_on_meta(partial(step, replace(recipe, tokens_per_step=1.0)), holding=held)
-        peak = max(learning.peak_bytes, quantized.peak_bytes)
+        peak = max(making.peak_bytes, learning.peak_bytes, quantized.peak_bytes)
         forward = Operations.of(run_on_meta(lambda: family.call_block(block, sample.quantized, sample.conditioning)))
         length, width = sample.quantized.shape
         passes = 1.0  # for the targets
@@ -272,7 +283,9 @@ class CostModel:
         if recipe.learns:
             operations += Operations.of(learning) * recipe.epochs
         extra = max(peak - weights, weights + rounding)
-        return weights, extra, operations * self._context.config.selection.num_samples
+        operations *= self._context.config.selection.num_samples
+        # Once a block: its clips are searched for; both blocks run for what is told of its layers.
+        return weights, extra, operations + Operations.of(making) + forward + Operations.of(quantized)
 
     def _group_inputs(self, name: str, method: MethodPlan) -> list[list[tuple[int, int]]]:
         """`(tokens, inputs)` of every input group that reads tokens, by level."""
