@@ -21,6 +21,7 @@ from pipeline.config.loading import ConfigError
 from pipeline.context import Run
 from pipeline.event_log import read_events
 from pipeline.run_state import read_status
+from pipeline.runner import stages_until
 from pipeline.study.adoption import adopt
 from pipeline.study.command import do_study, plan_study
 from pipeline.study.expansion import load_study, slug_of
@@ -311,6 +312,9 @@ def test_units_are_counted_once_where_runs_share_them(tmp_path: Path) -> None:
     }  # fmt: skip
     assert counts["evaluation"] == (12, 8, False), "full precision and noise floor once a seed"
     assert not (tmp_path / "study").exists()
+    early = prepare_study(load_study(small_study(tmp_path)), stages_until("distillation")).counts
+    assert early == prepared.counts[: len(early)]
+    assert early[-1].name == "distillation"
     several = small_study(
         tmp_path,
         seeds=[0],
@@ -352,6 +356,9 @@ def test_command_line_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_pa
     result = CliRunner().invoke(app, ["study", str(write(tmp_path, reference="[best]")), "--plan"])
     assert result.exit_code == 1
     assert "no setting is named '[best]'" in result.output
+    result = CliRunner().invoke(app, ["study", str(write(tmp_path)), "--plan", "--until", "distilation"])
+    assert result.exit_code == 1
+    assert "--until distilation: there is no such stage; one of trajectories, " in result.output
     assert "Usage:" in CliRunner().invoke(app, ["study", "--help"]).output
 
 
