@@ -10,11 +10,11 @@ from rich.markup import escape
 
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage
+from pipeline.study.collection import collect_results
 from pipeline.study.driver import run_study
 from pipeline.study.expansion import load_study
 from pipeline.study.page import write_results
 from pipeline.study.preparation import prepare_study
-from pipeline.study.results import collect_results
 from pipeline.study.tables import show_results
 
 
