@@ -83,6 +83,7 @@ def test_without_videos_block_errors_are_all_there_is_by_kind_too() -> None:
         ("study_residual_storage", "low_rank"),
         ("study_attention_precision", "full"),
         ("study_tokens_per_step", "all tokens"),
+        ("study_tokens_per_step_blocks", "all tokens"),
     ],
 )
 def test_the_page_shows_what_was_recorded(name: str, reference: str, tmp_path: Path) -> None:
