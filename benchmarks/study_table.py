@@ -4,20 +4,27 @@
 
 Reads a study's `results.json`, or what was recorded of one:
 `{"settings": {name: {seed: {prompt: {"psnr_db": ..., "ssim": ..., "recognized": ..., "effective_density": ...}}}}}`.
-Differences are paired over (seed, prompt) with the reference, with the 95 % interval of their mean.
+Differences are paired over (seed, prompt) with the reference, with the 95 % interval of their mean. Where block errors were
+recorded, so are theirs over blocks, with the interval of the seeds (`pipeline.study.block_errors`); fewer dB are better. A
+study without videos has them by kind of block too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.study.intervals import mean_interval
+from pipeline.study.block_errors import BlockErrors, block_kind, difference_interval
+from pipeline.study.intervals import Interval, mean_interval
 
 Videos = dict[tuple[str, str], dict[str, Any]]
+Errors = dict[int, BlockErrors]
+"""Of one setting's blocks, by seed."""
 WORST_SHARE = 0.05
 
 
@@ -34,13 +41,27 @@ def by_setting(document: dict[str, Any]) -> dict[str, Any]:
     return found | {name: seeds for name, seeds in shared.items() if seeds}
 
 
+def block_errors(document: dict[str, Any], reference: str) -> dict[str, Errors]:
+    """Of the settings that have them, empty if the reference has none; records without any are older than they are."""
+    settings = document["settings"]
+    found = {
+        setting["name"]: {
+            int(seed): BlockErrors(**result["block_errors"])
+            for seed, result in setting["seeds"].items()
+            if result.get("block_errors")
+        }
+        for setting in (() if isinstance(settings, dict) else settings)
+    }
+    return {name: errors for name, errors in found.items() if errors} if found.get(reference) else {}
+
+
 def videos(seeds: dict[str, dict[str, dict[str, Any]]]) -> Videos:
     """One setting's values by (seed, prompt)."""
     return {(seed, prompt): values for seed, prompts in seeds.items() for prompt, values in prompts.items()}
 
 
-def row(name: str, seeds: dict[str, dict[str, dict[str, Any]]], reference: Videos) -> str:
-    """One line of the table."""
+def video_cells(seeds: dict[str, dict[str, dict[str, Any]]], reference: Videos) -> list[str]:
+    """Density, PSNR, its difference, the worst videos' PSNR, SSIM and share of recognized ones of one setting."""
     own = videos(seeds)
     measured = sorted(values["psnr_db"] for values in own.values() if "psnr_db" in values)
     psnr = worst = ssim = paired = density = "-"
@@ -52,14 +73,26 @@ def row(name: str, seeds: dict[str, dict[str, dict[str, Any]]], reference: Video
         ssim = f"{statistics.fmean(v['ssim'] for v in own.values()):.4f}"
         apart = [v["psnr_db"] - reference[k]["psnr_db"] for k, v in own.items() if "psnr_db" in reference.get(k, {})]
         if len(apart) > 1 and any(apart):
-            interval = mean_interval(apart)
-            assert interval is not None
-            paired = f"{interval.mean:+.2f} ± {interval.half_width:.2f}"
+            paired = difference(mean_interval(apart))
     if any("effective_density" in values for values in own.values()):
         density = f"{100 * statistics.fmean(v['effective_density'] for v in own.values()):.1f} %"
     read = [float(values["recognized"]) for values in own.values() if "recognized" in values]
     recognized = f"{100 * statistics.fmean(read):.1f} %" if read else "-"
-    return f"| {name} | {len(seeds)} | {density} | {psnr} | {paired} | {worst} | {ssim} | {recognized} |"
+    return [density, psnr, paired, worst, ssim, recognized]
+
+
+def block_cells(own: Errors, reference: Errors, kinds: Sequence[str]) -> list[str]:
+    """Difference of one setting's block errors to the reference's: of all blocks, and of each of the kinds."""
+    if own is reference:
+        return ["-"] * (1 + len(kinds))
+    return [difference(difference_interval(own, reference, kind=kind)) for kind in (None, *kinds)]
+
+
+def difference(interval: Interval | None) -> str:
+    """With its 95 % interval, which a single value has none of."""
+    if interval is None:
+        return "-"
+    return f"{interval.mean:+.2f}" + ("" if interval.half_width is None else f" ± {interval.half_width:.2f}")
 
 
 def table(document: dict[str, Any], reference: str) -> str:
@@ -72,17 +105,30 @@ def table(document: dict[str, Any], reference: str) -> str:
     if reference not in settings:
         raise ValueError(f"no setting {reference!r}: there are {', '.join(sorted(settings))}")
     base = videos(settings[reference])
+    errors = block_errors(document, reference)
+    has_videos = not errors or any(settings.values())
+    kinds = {block_kind(block) for own in errors.values() for seed in own.values() for block in seed.losses}
+    shown_kinds = [] if has_videos or len(kinds) < 2 else sorted(kinds)
 
-    def quality(name: str) -> float:
+    def quality(name: str) -> tuple[float, float]:
         found = [values["psnr_db"] for values in videos(settings[name]).values() if "psnr_db" in values]
-        return -statistics.fmean(found) if found else -1e9
+        blocks = [seed.mean_db for seed in errors.get(name, {}).values()]
+        return (-statistics.fmean(found) if found else -1e9, statistics.fmean(blocks) if blocks else math.inf)
 
-    head = (
-        f"| setting | seeds | effective density | PSNR, dB | to {reference}, dB | worst 5 %, dB | SSIM | recognized |\n"
-        "|---|---|---|---|---|---|---|---|"
-    )
-    names = sorted(settings, key=quality)
-    return "\n".join([head, *(row(name.replace("-", " "), settings[name], base) for name in names)])
+    def cells(name: str) -> list[str]:
+        own = errors.get(name, {})
+        filmed = video_cells(settings[name], base) if has_videos else []
+        blocks = block_cells(own, errors[reference], shown_kinds) if errors else []
+        return [name.replace("-", " "), f"{len(settings[name] or own)}", *filmed, *blocks]
+
+    head = ["setting", "seeds"]
+    if has_videos:
+        head += ["effective density", "PSNR, dB", f"to {reference}, dB", "worst 5 %, dB", "SSIM", "recognized"]
+    if errors:
+        head += [f"block error, to {reference}, dB", *(f"`{kind}`, dB" for kind in shown_kinds)]
+    lines = [head, *(cells(name) for name in sorted(settings, key=quality))]
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
 
 
 def write_table(page: Path, name: str, text: str) -> None:

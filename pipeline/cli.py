@@ -25,6 +25,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the configuration; repeatable."),
 ]
+UntilOption = Annotated[
+    str | None, typer.Option("--until", metavar="STAGE", help="Only the stages up to this one, such as assembly.")
+]
 
 AddressOption = Annotated[
     str,
@@ -42,9 +45,7 @@ def run(
     update: Annotated[
         bool, typer.Option("--update", help="Take a changed configuration; redo only what depends on the change.")
     ] = False,
-    until: Annotated[
-        str | None, typer.Option("--until", metavar="STAGE", help="Only the stages up to this one, such as assembly.")
-    ] = None,
+    until: UntilOption = None,
 ) -> None:
     """Do everything of the run that is not done yet; also how a run is resumed."""
     console = Console()
@@ -105,16 +106,19 @@ def study(
     update: Annotated[
         bool, typer.Option("--update", help="Take changed configurations; redo only what depends on the change.")
     ] = False,
+    until: UntilOption = None,
 ) -> None:
     """Compare settings over several seeds: everything they have in common is done once. Also how a study is resumed."""
     console = Console()
     with _errors(console, resumable=not plan):
+        from pipeline.runner import stages_until
         from pipeline.study.command import do_study, plan_study
 
+        stages = stages_until(until)
         if not (
-            plan_study(study_file, overrides or (), console)
+            plan_study(study_file, overrides or (), console, stages=stages)
             if plan
-            else do_study(study_file, overrides or (), console, update=update)
+            else do_study(study_file, overrides or (), console, update=update, stages=stages)
         ):
             raise typer.Exit(1)
 

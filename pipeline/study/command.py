@@ -8,31 +8,35 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.runner import STAGES
+from pipeline.stages.stage import Stage
+from pipeline.study.collection import collect_results
 from pipeline.study.driver import run_study
 from pipeline.study.expansion import load_study
 from pipeline.study.page import write_results
 from pipeline.study.preparation import prepare_study
-from pipeline.study.results import collect_results
 from pipeline.study.tables import show_results
 
 
-def plan_study(path: Path, overrides: Sequence[str], console: Console) -> bool:
+def plan_study(path: Path, overrides: Sequence[str], console: Console, *, stages: tuple[Stage, ...] = STAGES) -> bool:
     """Says what the study in `path` is; whether nothing is in its way. Writes nothing."""
-    prepared = prepare_study(load_study(path, overrides))
+    prepared = prepare_study(load_study(path, overrides), stages)
     prepared.show(console)
     return not prepared.problems
 
 
-def do_study(path: Path, overrides: Sequence[str], console: Console, *, update: bool) -> bool:
-    """Does what is left of the study in `path`, writes and shows its results; whether no setting failed.
+def do_study(
+    path: Path, overrides: Sequence[str], console: Console, *, update: bool, stages: tuple[Stage, ...] = STAGES
+) -> bool:
+    """Does what is left of the study's stages, writes and shows what they measured; whether no setting failed.
 
     Raises:
         ValueError: the file, a setting, the model or the study's directory is not right.
         WorkersFailed: no worker could be started.
     """
-    prepared = prepare_study(load_study(path, overrides))
+    prepared = prepare_study(load_study(path, overrides), stages)
     prepared.require_feasible()
-    outcome = run_study(prepared, console, update=update)
+    outcome = run_study(prepared, console, update=update, stages=stages)
     results = collect_results(prepared.study, outcome)
     page = write_results(results)
     console.line()

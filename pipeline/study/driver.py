@@ -18,6 +18,7 @@ from pipeline.drive import drive
 from pipeline.run_state import last_line
 from pipeline.runner import STAGES, driven_runs, open_run, provenance
 from pipeline.schedule import DrivenRun, Task
+from pipeline.stages.stage import Stage
 from pipeline.study.preparation import PreparedStudy
 from storage.atomic_files import create_directory, write_json_atomic
 from storage.run_directory import RunConfigMismatch, RunDirectory
@@ -56,8 +57,10 @@ class StudyOutcome:
     """By label, the first of each run."""
 
 
-def run_study(prepared: PreparedStudy, console: Console, *, update: bool = False) -> StudyOutcome:
-    """Does all that is not done yet, under the locks of the study and of all its runs.
+def run_study(
+    prepared: PreparedStudy, console: Console, *, update: bool = False, stages: tuple[Stage, ...] = STAGES
+) -> StudyOutcome:
+    """Does all of the stages that is not done yet, under the locks of the study and of all its runs.
 
     Raises:
         ValueError: the study's directory is something else, or one of its runs has another configuration.
@@ -72,7 +75,7 @@ def run_study(prepared: PreparedStudy, console: Console, *, update: bool = False
         runs = _open_runs(prepared, update=update)
         outcome = StudyOutcome(runs)
         with driven_runs(runs, console) as driven:
-            schedule = drive(driven, STAGES, console, set_aside=_SetAside(console, outcome.failures))
+            schedule = drive(driven, stages, console, set_aside=_SetAside(console, outcome.failures))
             outcome.runs = {label: schedule.view(label) for label in runs}
             for run in driven:
                 if run.label not in outcome.failures:

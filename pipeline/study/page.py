@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def render(results: StudyResults) -> str:
             "fidelity": plots.fidelity(results, rows),
             "along_axes": plots.along_axes(results, rows),
             "prompts": _prompt_rows(results, rows),
+            "blocks": _block_rows(results),
             "overrides": [
                 (setting.name, [(key, str(value)) for key, value in setting.overrides.items()])
                 for setting in results.study.settings
@@ -87,4 +89,22 @@ def _prompt_rows(results: StudyResults, rows: Sequence[Row]) -> list[tuple[str, 
             [NOTHING if found.get((seed, prompt)) is None else f"{found[seed, prompt]:.2f}" for found in by_setting],
         )
         for seed, prompt in videos
+    ]
+
+
+def _block_rows(results: StudyResults) -> list[tuple[str, list[str]]]:
+    """Mean over seeds of every block's error, to the reference where there is one; one column a setting."""
+    reference = results.study.written.reference
+    columns: list[dict[str, list[float]]] = []
+    for setting in results.study.settings:
+        values: dict[str, list[float]] = {}
+        for seed, found in results.block_errors(setting.name).items():
+            base = None if reference is None else results.block_errors(reference).get(seed)
+            shown = found.decibels if reference is None else base and found.difference_db(base)
+            for block, value in (shown or {}).items():
+                values.setdefault(block, []).append(value)
+        columns.append(values)
+    blocks = dict.fromkeys(block for values in columns for block in values)
+    return [
+        (block, [f"{statistics.fmean(v[block]):+.2f}" if block in v else NOTHING for v in columns]) for block in blocks
     ]

@@ -23,6 +23,7 @@ from pipeline.planning.plan_tables import human_bytes, new_table, print_sentence
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, count_tokens
 from pipeline.runner import STAGES
+from pipeline.stages.stage import Stage
 from pipeline.study.expansion import Study, StudyRun
 from storage.manifest import Manifest, UnitRecord
 from storage.run_directory import RunDirectory
@@ -97,8 +98,8 @@ class PreparedStudy:
             console.print("[green]Nothing known beforehand is in the way.[/]", highlight=False)
 
 
-def prepare_study(study: Study) -> PreparedStudy:
-    """Reads models and prompts once, and checks every setting.
+def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedStudy:
+    """Reads models and prompts once, and checks every setting; units and bytes are those of `stages`, the first ones in order.
 
     Raises:
         ConfigError: prompts or model are not usable enough to count units; everything else that is wrong is listed too.
@@ -120,7 +121,7 @@ def prepare_study(study: Study) -> PreparedStudy:
     if len(by_setting) < len(study.settings):
         raise ConfigError(list(dict.fromkeys(problems)))
     contexts = {run.label: replace(by_setting[run.setting.slug], config=run.config) for run in study.runs}
-    counts = _Counting(study, contexts).counts()
+    counts = _Counting(study, contexts).counts(stages)
     disk = disk_of(study.path)
     problems += [
         f"{problem}; or make the study smaller"
@@ -181,8 +182,8 @@ class _Counting:
         self._choices: dict[tuple[str, ...], set[str]] = {}
         """Selections that are not done, by fingerprints of the trajectories that they choose from."""
 
-    def counts(self) -> tuple[StageCount, ...]:
-        return tuple(self._stage(stage) for stage in STAGES)
+    def counts(self, stages: tuple[Stage, ...]) -> tuple[StageCount, ...]:
+        return tuple(self._stage(stage) for stage in stages)
 
     def _stage(self, stage: Any) -> StageCount:
         count = StageCount(stage.name)

@@ -10,19 +10,13 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.context import Run
 from pipeline.runner import provenance
-from pipeline.schedule import done_record
-from pipeline.stages.distillation import Distillation
-from pipeline.stages.evaluation import Evaluation
-from pipeline.stages.stage import known_units
-from pipeline.study.driver import Failure, StudyOutcome
-from pipeline.study.expansion import Setting, Study, StudyRun
+from pipeline.study.block_errors import BlockErrors, difference_interval
+from pipeline.study.expansion import Setting, Study
 from pipeline.study.intervals import Interval, mean_interval
-from storage.manifest import UnitRecord
 
 FORMAT_VERSION = 1
 FULL_PRECISION = "full precision"
@@ -46,6 +40,10 @@ class SeedResult:
     compression: float | None = None
     distillation_seconds: float | None = None
     """Sum over its segments, whichever run did them; the workers' construction is in it."""
+    block_errors: BlockErrors | None = None
+    """None where the method measures none, because it reads no activations."""
+    distilled_on: tuple[str, ...] = ()
+    """Devices."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,10 @@ class Row:
     transformer_bytes: float | None = None
     compression: float | None = None
     distillation_seconds: float | None = None
+    block_error_db: float | None = None
+    """Mean over seeds and blocks."""
+    block_error_difference: Interval | None = None
+    """To the reference in dB, with its 95 % interval over the seeds."""
     failures: tuple[str, ...] = ()
 
 
@@ -90,13 +92,18 @@ class StudyResults:
         """The settings in the file's order, then full precision and noise floor where they were measured."""
         reference = self.study.written.reference
         against = self._values(reference) if reference is not None else {}
+        blocks_against = self.block_errors(reference) if reference is not None else {}
         rows = []
         for setting in self.study.settings:
             seeds = self.settings[setting.name]
             failures = tuple(f"seed {seed}: {found.failure}" for seed, found in seeds.items() if found.failure)
             prompts = {seed: found.prompts for seed, found in seeds.items() if found.prompts}
             others = {} if setting.name == reference else against
-            rows.append(_row(setting.name, setting, prompts, others, sizes=list(seeds.values()), failures=failures))
+            row = _row(setting.name, setting, prompts, others, sizes=list(seeds.values()), failures=failures)
+            errors = self.block_errors(setting.name)
+            apart = difference_interval(errors, blocks_against) if setting.name != reference else None
+            mean_db = _mean(found.mean_db for found in errors.values())
+            rows.append(replace(row, block_error_db=mean_db, block_error_difference=apart))
         for name, found in ((FULL_PRECISION, self.full_precision), (NOISE_FLOOR, self.noise_floor)):
             if found:
                 rows.append(_row(name, None, found, {}))
@@ -138,6 +145,11 @@ class StudyResults:
         writer.writerows(flat)
         return text.getvalue()
 
+    def block_errors(self, name: str) -> dict[int, BlockErrors]:
+        """Of a setting, by seed, where they were measured."""
+        seeds = self.settings[name].items()
+        return {seed: found.block_errors for seed, found in seeds if found.block_errors is not None}
+
     def _values(self, name: str) -> dict[tuple[int, str], float]:
         seeds = {seed: found.prompts for seed, found in self.settings[name].items()}
         return _by_video(seeds, "psnr_db")
@@ -146,7 +158,6 @@ class StudyResults:
 def flat_row(row: Row) -> dict[str, Any]:
     """A row as plain values, for CSV and JSON."""
     axes = row.setting.axes if row.setting is not None else {}
-    difference = row.difference
     return {
         "setting": row.name,
         **axes,
@@ -154,79 +165,25 @@ def flat_row(row: Row) -> dict[str, Any]:
         "n": row.n,
         "psnr_db": row.psnr_db,
         "psnr_db_sd": row.psnr_db_sd,
-        "difference_db": None if difference is None else difference.mean,
-        "difference_db_low": None if difference is None else difference.low,
-        "difference_db_high": None if difference is None else difference.high,
+        **_flat_interval("difference_db", row.difference),
         "worst_5_percent_db": row.worst_db,
         "ssim": row.means.get("ssim"),
         "recognized": row.means.get("recognized"),
         "compression": row.compression,
         "transformer_bytes": row.transformer_bytes,
         "distillation_seconds": row.distillation_seconds,
+        "block_error_db": row.block_error_db,
+        **_flat_interval("block_error_difference_db", row.block_error_difference),
         "seconds_per_step": row.means.get("seconds_per_step"),
         **{key: value for key, value in row.means.items() if key not in _COLUMN_METRICS},
         "failed": "; ".join(row.failures),
     }
 
 
-def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
-    """Reads what the runs measured. Of a run that failed before its evaluation nothing is taken: what lies there may be of an
-    older configuration."""
-    settings: dict[str, dict[int, SeedResult]] = {setting.name: {} for setting in study.settings}
-    shared: dict[str, dict[int, dict[str, UnitRecord]]] = {FULL_PRECISION: {}, NOISE_FLOOR: {}}
-    ambiguous, devices = False, []
-    for planned in study.runs:
-        failure = outcome.failures.get(planned.label)
-        result, records = _seed_result(planned, outcome.runs[planned.label], failure)
-        settings[planned.setting.name][planned.seed] = result
-        for kind, found in records.items():
-            devices += [record.device for record in found.values()]
-            known = shared[kind].setdefault(planned.seed, {}) if kind in shared else {}
-            for prompt, record in found.items():
-                ambiguous |= known.setdefault(prompt, record).fingerprint != record.fingerprint and kind in shared
-    full, floor = ({} if ambiguous else _numbers_by_seed(found) for found in shared.values())
-    return StudyResults(study, settings, full, floor, tuple(dict.fromkeys(devices)))
-
-
-def _seed_result(
-    planned: StudyRun, run: Run, failure: Failure | None
-) -> tuple[SeedResult, dict[str, dict[str, UnitRecord]]]:
-    """The result, and the evaluation's records by kind (a setting's own under its name) and prompt."""
-    message = None if failure is None else str(failure)
-    if failure is not None and failure.stage != Evaluation.name:
-        return SeedResult(planned.label, message), {}
-    records: dict[str, dict[str, UnitRecord]] = {}
-    for unit in known_units(Evaluation(), run):
-        record = done_record(run, Evaluation.name, unit)
-        if record is not None:
-            model = FULL_PRECISION if unit.payload.checkpoint is None else planned.setting.name
-            kind = NOISE_FLOOR if unit.payload.noise_floor else model
-            records.setdefault(kind, {})[unit.payload.prompt.name] = record
-    assembled = run.manifest.read("assembly", run.context.methods[0].name)
-    size = {} if assembled is None else assembled.result
-    segments = [unit for unit in known_units(Distillation(), run) if unit.payload.blocks]
-    distilled = [done_record(run, Distillation.name, unit) for unit in segments]
-    own = records.pop(planned.setting.name, {})
-    result = SeedResult(
-        planned.label,
-        message,
-        _numbers(own),
-        size.get("transformer_bytes"),
-        size.get("compression"),
-        round(sum(record.seconds for record in distilled if record is not None), 3),
-    )
-    return result, records
-
-
-def _numbers(records: Mapping[str, UnitRecord]) -> dict[str, dict[str, float]]:
-    return {
-        prompt: {key: value for key, value in record.result.items() if isinstance(value, bool | int | float)}
-        for prompt, record in records.items()
-    }
-
-
-def _numbers_by_seed(seeds: Mapping[int, Mapping[str, UnitRecord]]) -> dict[int, Prompts]:
-    return {seed: _numbers(found) for seed, found in seeds.items() if found}
+def _flat_interval(name: str, interval: Interval | None) -> dict[str, float | None]:
+    if interval is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def _by_video(seeds: Mapping[int, Prompts], metric: str) -> dict[tuple[int, str], float]:

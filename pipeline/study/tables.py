@@ -22,16 +22,19 @@ _WIDEST = 1000
 def columns(results: StudyResults, rows: Sequence[Row]) -> list[str]:
     """Headings; those that no row has anything to say under are left out."""
     reference = results.study.written.reference
+    blocks = any(row.block_error_db is not None for row in rows if reference in (None, row.name))
+    videos = not blocks or any(row.n for row in rows)
     found = {
         "Setting": True,
-        "n": True,
+        "n": videos,
         "density": any("effective_density" in row.means for row in rows),
-        "PSNR, dB": True,
-        f"to {reference}, dB": reference is not None,
-        "worst 5 %, dB": True,
-        "SSIM": True,
+        "PSNR, dB": videos,
+        f"to {reference}, dB": videos and reference is not None,
+        "worst 5 %, dB": videos,
+        "SSIM": videos,
         "recognized": any("recognized" in row.means for row in rows),
-        "smaller": True,
+        _block_heading(reference): blocks,
+        "smaller": videos or any(row.compression is not None for row in rows),
         "distillation": True,
         "failed": any(row.failures for row in rows),
     }
@@ -42,6 +45,7 @@ def cells(results: StudyResults, row: Row, rows: Sequence[Row]) -> list[str]:
     """The texts of a row, one a heading of `columns`."""
     reference = results.study.written.reference
     full = row.name == FULL_PRECISION and row.setting is None
+    block_error = _number(row.block_error_db, 2) if reference is None else difference_text(row.block_error_difference)
     texts = {
         "Setting": row.name,
         "n": f"{row.n}" if row.n else NOTHING,
@@ -51,11 +55,16 @@ def cells(results: StudyResults, row: Row, rows: Sequence[Row]) -> list[str]:
         "worst 5 %, dB": _number(row.worst_db, 2),
         "SSIM": _number(row.means.get("ssim"), 4),
         "recognized": f"{100 * row.means['recognized']:.1f} %" if "recognized" in row.means else NOTHING,
+        _block_heading(reference): "reference" if row.name == reference else block_error,
         "smaller": "16 bits" if full else NOTHING if row.compression is None else f"{row.compression:.2f}×",
         "distillation": seconds_text(row.distillation_seconds),
         "failed": "; ".join(row.failures),
     }
     return [texts[name] for name in columns(results, rows)]
+
+
+def _block_heading(reference: str | None) -> str:
+    return "block error, dB" if reference is None else f"block error, to {reference}, dB"
 
 
 def psnr_text(row: Row) -> str:

@@ -32,6 +32,43 @@ def test_rows_are_best_first_and_paired_where_both_have_the_video() -> None:
         table(DOCUMENT, "x")
 
 
+def seed(first: float, second: float, **prompts: dict[str, float]) -> dict[str, object]:
+    losses = {"transformer_blocks.0": first, "single_transformer_blocks.0": second}
+    return {"prompts": prompts, "block_errors": {"losses": losses, "basis": "samples"}}
+
+
+def study(**settings: dict[str, object]) -> dict[str, object]:
+    found = [{"name": name, "seeds": seeds} for name, seeds in settings.items()]
+    return {"settings": found, "full_precision": {}, "noise_floor": {}}
+
+
+def test_block_errors_are_a_column_more() -> None:
+    film = {"psnr_db": 20.0, "ssim": 0.5}
+    plain: dict[str, object] = {"prompts": {"p": film}, "block_errors": None}
+    document = study(all={"0": seed(1.0, 1.0, p=film)}, part={"0": seed(10.0, 1.0, p=film)}, rtn={"0": plain})
+    head, _, *lines = table(document, "all").splitlines()
+    assert head.endswith("| recognized | block error, to all, dB |")
+    assert table(document, "rtn").splitlines()[0].endswith("| recognized |"), "there is nothing to compare with"
+    assert lines == [
+        "| all | 1 | - | 20.00 | - | 20.00 | 0.5000 | - | - |",
+        "| part | 1 | - | 20.00 | - | 20.00 | 0.5000 | - | +5.00 |",
+        "| rtn | 1 | - | 20.00 | - | 20.00 | 0.5000 | - | - |",
+    ]
+
+
+def test_without_videos_block_errors_are_all_there_is_by_kind_too() -> None:
+    document = study(
+        part={"0": seed(10.0, 1.0), "1": seed(10.0, 10.0)}, all={"0": seed(1.0, 1.0), "1": seed(1.0, 1.0)}, rtn={}
+    )
+    assert table(document, "all").splitlines() == [
+        "| setting | seeds | block error, to all, dB | `single_transformer_blocks`, dB | `transformer_blocks`, dB |",
+        "|---|---|---|---|---|",
+        "| all | 2 | - | - | - |",
+        "| part | 2 | +7.50 ± 31.77 | +5.00 ± 63.53 | +10.00 ± 0.00 |",
+        "| rtn | 0 | - | - | - |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "reference"),
     [
@@ -46,6 +83,7 @@ def test_rows_are_best_first_and_paired_where_both_have_the_video() -> None:
         ("study_residual_storage", "low_rank"),
         ("study_attention_precision", "full"),
         ("study_tokens_per_step", "all tokens"),
+        ("study_tokens_per_step_blocks", "all tokens"),
     ],
 )
 def test_the_page_shows_what_was_recorded(name: str, reference: str, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from pipeline.config.loading import ConfigError
 from pipeline.context import Run
 from pipeline.event_log import read_events
 from pipeline.run_state import read_status
+from pipeline.runner import stages_until
 from pipeline.study.adoption import adopt
 from pipeline.study.command import do_study, plan_study
 from pipeline.study.expansion import load_study, slug_of
@@ -311,6 +314,9 @@ def test_units_are_counted_once_where_runs_share_them(tmp_path: Path) -> None:
     }  # fmt: skip
     assert counts["evaluation"] == (12, 8, False), "full precision and noise floor once a seed"
     assert not (tmp_path / "study").exists()
+    early = prepare_study(load_study(small_study(tmp_path)), stages_until("distillation")).counts
+    assert early == prepared.counts[: len(early)]
+    assert early[-1].name == "distillation"
     several = small_study(
         tmp_path,
         seeds=[0],
@@ -352,7 +358,41 @@ def test_command_line_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_pa
     result = CliRunner().invoke(app, ["study", str(write(tmp_path, reference="[best]")), "--plan"])
     assert result.exit_code == 1
     assert "no setting is named '[best]'" in result.output
+    result = CliRunner().invoke(app, ["study", str(write(tmp_path)), "--plan", "--until", "distilation"])
+    assert result.exit_code == 1
+    assert "--until distilation: there is no such stage; one of trajectories, " in result.output
     assert "Usage:" in CliRunner().invoke(app, ["study", "--help"]).output
+
+
+@pytest.mark.ray
+def test_until_distillation_block_errors_are_compared(tmp_path: Path) -> None:
+    path, study = small_study(tmp_path, seeds=[3], reference="gptq 0.01"), tmp_path / "study"
+    document = yaml.safe_load(path.read_text())
+    document["settings"][1]["axes"]["method.damping"] = [0.01, 0.1]
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    done = call("study", str(path), "--until", "distillation")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PSNR" not in done.stdout
+    runs = {name: study / "seed-3" / name for name in ("naive-b", "gptq-0.01", "gptq-0.1")}
+    assert not any((run / "checkpoint").exists() for run in runs.values())
+    results = json.loads((study / "results.json").read_text())
+    found = {setting["name"]: setting["seeds"]["3"] for setting in results["settings"]}
+    assert all(result["prompts"] == {} for result in found.values())
+    assert found["naive <b>"]["block_errors"] is None, "its method reads no activations"
+    first, second = (found[name]["block_errors"] for name in ("gptq 0.01", "gptq 0.1"))
+    assert first["basis"] == second["basis"], "the same samples"
+    assert found["gptq 0.01"]["distilled_on"] == [Manifest(runs["gptq-0.01"]).records("distillation")[0].device]
+    measured = {
+        block: summary["loss_after"]
+        for record in Manifest(runs["gptq-0.01"]).records("distillation")
+        for block, summary in record.result["blocks"].items()
+    }
+    assert first["losses"] == measured
+    assert len(measured) == 9
+    apart = [10 * math.log10(second["losses"][block] / loss) for block, loss in measured.items()]
+    rows = {row["setting"]: row for row in csv.DictReader((study / "results.csv").read_text().splitlines())}
+    assert float(rows["gptq 0.1"]["block_error_difference_db"]) == pytest.approx(statistics.fmean(apart))
+    assert rows["naive <b>"]["block_error_db"] == ""
 
 
 @pytest.mark.ray
@@ -398,6 +438,7 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert 5 < values["psnr_db"] < 60
     assert by_name["gptq 0.01"]["compression"] > 3
     assert by_name["gptq 0.01"]["distillation_seconds"] > 0
+    assert len(by_name["gptq 0.01"]["block_errors"]["losses"]) == 9
     assert 20 < results["noise_floor"]["3"]["prompt-000"]["psnr_db"] < 100
     lines = (study / "results.csv").read_text().splitlines()
     rows = {row["setting"]: row for row in csv.DictReader(lines)}

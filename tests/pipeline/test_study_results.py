@@ -5,6 +5,7 @@ import io
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
+from pipeline.study.block_errors import BlockErrors
 from pipeline.study.expansion import load_study
 from pipeline.study.intervals import mean_interval, t_cdf, t_quantile
 from pipeline.study.page import render
@@ -22,6 +24,10 @@ REFERENCE, OTHER, BROKEN = "a | b <i>", "interval 3", "interval 5"
 PSNR = {
     REFERENCE: {0: [20.0, 30.0], 1: [24.0, 28.0]},
     OTHER: {0: [21.0, 32.0], 1: [24.0, 31.0]},
+}
+LOSSES = {
+    REFERENCE: {0: [1.0, 1e-3], 1: [1e-1, 1e-2]},
+    OTHER: {0: [10.0, 1e-2], 1: [1.0, 1e-3]},
 }
 
 
@@ -43,7 +49,9 @@ def results(tmp_path: Path) -> StudyResults:
             f"prompt-{index:03d}": {"psnr_db": value, "ssim": 0.5, "recognized": index == 0, "effective_density": 0.25}
             for index, value in enumerate(PSNR[name][number])
         }
-        return SeedResult(f"seed-{number}/x", None, prompts, 1000, 3.5, 10.0 + number)
+        losses = {f"blocks.{index}": loss for index, loss in enumerate(LOSSES[name][number])}
+        errors = BlockErrors(losses, f"samples of seed {number}")
+        return SeedResult(f"seed-{number}/x", None, prompts, 1000, 3.5, 10.0 + number, errors, ("cpu",))
 
     found = {name: {number: seed(name, number) for number in (0, 1)} for name in PSNR}
     found[BROKEN] = {number: SeedResult(f"seed-{number}/y", "distillation/u: diverged") for number in (0, 1)}
@@ -88,6 +96,13 @@ def test_rows(results: StudyResults) -> None:
     assert rows[REFERENCE].difference is None
     assert (rows[BROKEN].n, rows[BROKEN].psnr_db, len(rows[BROKEN].failures)) == (0, None, 2)
     assert rows[NOISE_FLOOR].psnr_db == 50.5
+    assert other.block_error_db == pytest.approx(-10.0)
+    assert other.block_error_difference is not None
+    # Seeds differ by 10 and 0 dB.
+    assert other.block_error_difference.mean == pytest.approx(5.0)
+    assert other.block_error_difference.half_width == pytest.approx(stats.t.ppf(0.975, 1) * 5.0)
+    assert rows[REFERENCE].block_error_difference is None
+    assert rows[BROKEN].block_error_db is None
 
 
 def test_files(results: StudyResults) -> None:
@@ -95,9 +110,15 @@ def test_files(results: StudyResults) -> None:
     assert rows[OTHER]["selection.num_samples"] == "3"
     assert rows[OTHER]["effective_density"] == "0.25"
     assert rows[BROKEN]["failed"] == "seed 0: distillation/u: diverged; seed 1: distillation/u: diverged"
-    assert rows[BROKEN]["psnr_db"] == ""
+    assert rows[BROKEN]["psnr_db"] == rows[BROKEN]["block_error_difference_db"] == ""
+    assert float(rows[OTHER]["block_error_difference_db"]) == pytest.approx(5.0)
+    assert float(rows[OTHER]["block_error_difference_db_low"]) == pytest.approx(5 - 5 * stats.t.ppf(0.975, 1))
     document = json.loads(json.dumps(results.document(), allow_nan=False))
     assert document["settings"][1]["seeds"]["1"]["prompts"]["prompt-001"]["psnr_db"] == 31.0
+    assert document["settings"][1]["seeds"]["1"]["block_errors"] == {
+        "losses": {"blocks.0": 1.0, "blocks.1": 0.001}, "basis": "samples of seed 1"
+    }  # fmt: skip
+    assert document["settings"][2]["seeds"]["1"]["block_errors"] is None
     assert [row["setting"] for row in document["table"]] == list(rows)
 
 
@@ -106,6 +127,8 @@ def test_tables(results: StudyResults) -> None:
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert lines[2].startswith("| a \\| b <i> | 4 | 25.0 % | 25.50 ± 0.71 | reference | 20.00 |")
     assert "+1.50 [-0.55, +3.55]" in lines[3]
+    assert "| block error, to a \\| b <i>, dB |" in lines[0]
+    assert "| +5.00 [-58.53, +68.53] |" in lines[3]
     assert "seed 0: distillation/u: diverged" in lines[4]
     for width, terminal in ((500, False), (60, False), (80, True)):
         console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
@@ -116,10 +139,30 @@ def test_tables(results: StudyResults) -> None:
         assert "diverged" in text
 
 
+def test_without_videos_the_table_is_that_of_the_block_errors(results: StudyResults) -> None:
+    early = {
+        name: {
+            number: replace(found, prompts={}, transformer_bytes=None, compression=None)
+            for number, found in seeds.items()
+        }
+        for name, seeds in results.settings.items()
+    }
+    lines = markdown_table(replace(results, settings=early, full_precision={}, noise_floor={})).splitlines()
+    assert lines[0] == "| Setting | block error, to a \\| b <i>, dB | distillation | failed |"
+    assert lines[2] == "| a \\| b <i> | reference | 10.5 s |  |"
+    assert lines[3] == "| interval 3 | +5.00 [-58.53, +68.53] | 10.5 s |  |"
+    assert lines[4].startswith("| interval 5 | – | ")
+    unmeasured = {number: replace(found, block_errors=None) for number, found in results.settings[REFERENCE].items()}
+    found = replace(results, settings={**results.settings, REFERENCE: unmeasured})
+    assert "block error" not in markdown_table(found), "there is nothing to compare with"
+
+
 def test_page(results: StudyResults) -> None:
     page = render(results)
     assert "a | b &lt;i&gt;" in page
     assert "<i>" not in page
     assert page == render(results), "the same bytes"
+    assert "<td>blocks.0</td>" in page
+    assert "+10.00</td>" in page, "block 0 lost 10 dB with both seeds"
     assert page.count("<figure>") == 1, "an axis of which only one place was measured has no line"
     assert "2 runs failed and are not in the means" in page

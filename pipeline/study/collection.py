@@ -1,0 +1,104 @@
+"""Reads what the runs of a study measured from their manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pipeline.context import Run
+from pipeline.schedule import done_record
+from pipeline.stages.distillation import Distillation
+from pipeline.stages.evaluation import Evaluation
+from pipeline.stages.selection import selected_samples
+from pipeline.stages.stage import known_units, require_all
+from pipeline.study.block_errors import BlockErrors
+from pipeline.study.driver import Failure, StudyOutcome
+from pipeline.study.expansion import Study, StudyRun
+from pipeline.study.results import FULL_PRECISION, NOISE_FLOOR, Prompts, SeedResult, StudyResults
+from storage.manifest import UnitRecord, fingerprint
+
+
+def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
+    """Reads what the runs measured. Of a run that failed before its evaluation nothing is taken: what lies there may be of an
+    older configuration."""
+    settings: dict[str, dict[int, SeedResult]] = {setting.name: {} for setting in study.settings}
+    shared: dict[str, dict[int, dict[str, UnitRecord]]] = {FULL_PRECISION: {}, NOISE_FLOOR: {}}
+    ambiguous, devices = False, []
+    for planned in study.runs:
+        failure = outcome.failures.get(planned.label)
+        result, records = _seed_result(planned, outcome.runs[planned.label], failure)
+        settings[planned.setting.name][planned.seed] = result
+        for kind, found in records.items():
+            devices += [record.device for record in found.values()]
+            known = shared[kind].setdefault(planned.seed, {}) if kind in shared else {}
+            for prompt, record in found.items():
+                ambiguous |= known.setdefault(prompt, record).fingerprint != record.fingerprint and kind in shared
+    full, floor = ({} if ambiguous else _numbers_by_seed(found) for found in shared.values())
+    return StudyResults(study, settings, full, floor, tuple(dict.fromkeys(devices)))
+
+
+def _seed_result(
+    planned: StudyRun, run: Run, failure: Failure | None
+) -> tuple[SeedResult, dict[str, dict[str, UnitRecord]]]:
+    """The result, and the evaluation's records by kind (a setting's own under its name) and prompt."""
+    message = None if failure is None else str(failure)
+    if failure is not None and failure.stage != Evaluation.name:
+        return SeedResult(planned.label, message), {}
+    records: dict[str, dict[str, UnitRecord]] = {}
+    for unit in known_units(Evaluation(), run):
+        record = done_record(run, Evaluation.name, unit)
+        if record is not None:
+            model = FULL_PRECISION if unit.payload.checkpoint is None else planned.setting.name
+            kind = NOISE_FLOOR if unit.payload.noise_floor else model
+            records.setdefault(kind, {})[unit.payload.prompt.name] = record
+    assembled = run.manifest.read("assembly", run.context.methods[0].name)
+    size = {} if assembled is None else assembled.result
+    distilled = _segments(run)
+    own = records.pop(planned.setting.name, {})
+    result = SeedResult(
+        planned.label,
+        message,
+        _numbers(own),
+        size.get("transformer_bytes"),
+        size.get("compression"),
+        round(sum(record.seconds for record in distilled), 3),
+        _block_errors(run, distilled),
+        tuple(dict.fromkeys(record.device for record in distilled)),
+    )
+    return result, records
+
+
+def _segments(run: Run) -> list[UnitRecord]:
+    """Records of the distillation units that hold blocks."""
+    units = [unit for unit in known_units(Distillation(), run) if unit.payload.blocks]
+    return [record for unit in units if (record := done_record(run, Distillation.name, unit)) is not None]
+
+
+def _block_errors(run: Run, segments: Sequence[UnitRecord]) -> BlockErrors | None:
+    """None where no loss was measured. A block of which nothing is rounded has no error, and no decibels."""
+    losses = {
+        block: summary["loss_after"]
+        for record in segments
+        for block, summary in record.result["blocks"].items()
+        if summary["loss_after"]
+    }
+    if not losses:
+        return None
+    recipe = run.context.methods[0].recipe
+    records = require_all(run, "activations", [sample.name for sample in selected_samples(run)])
+    basis = {
+        "activations": [record.fingerprint for record in records],
+        "lambda_min": recipe.lambda_min if recipe.token_weights else None,
+        "attention": recipe.sparse.attention if recipe.sparse is not None else None,
+    }
+    return BlockErrors(losses, fingerprint(basis))
+
+
+def _numbers(records: Mapping[str, UnitRecord]) -> dict[str, dict[str, float]]:
+    return {
+        prompt: {key: value for key, value in record.result.items() if isinstance(value, bool | int | float)}
+        for prompt, record in records.items()
+    }
+
+
+def _numbers_by_seed(seeds: Mapping[int, Mapping[str, UnitRecord]]) -> dict[int, Prompts]:
+    return {seed: _numbers(found) for seed, found in seeds.items() if found}
