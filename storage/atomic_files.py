@@ -115,10 +115,16 @@ def sweep_partial_files(root: Path) -> tuple[str, ...]:
         for name in [entry for entry in folders + files if entry.startswith(".") and entry.endswith(PARTIAL_SUFFIX)]:
             path = Path(directory, name)
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
                 folders.remove(name)
+                # Of a writer that was given up and lives: it must not put in place what is half removed.
+                aside = path.with_name(f".{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+                try:
+                    path.rename(aside)
+                except FileNotFoundError:
+                    continue
+                shutil.rmtree(aside)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
             removed.append(path.relative_to(root).as_posix())
     return tuple(sorted(removed))
 

@@ -7,6 +7,7 @@ tells the unit's worker to take less (`save_memory`); then in a new process, whe
 from __future__ import annotations
 
 import errno
+import os
 import re
 import resource
 
@@ -21,15 +22,18 @@ GENERATION_ADVICE = (
 )
 """Ways out where a model runs as a whole."""
 SHARDING_ADVICE = (
-    "share the full-precision model among GPUs (workers.sharding: fsdp or deepspeed, workers.gpus_per_replica: 2 or more), "
-    "or keep it in host memory as well (workers.offload: cpu); "
+    "share the full-precision model among GPUs, or more of them (workers.sharding: fsdp or deepspeed, "
+    "workers.gpus_per_replica: 2 or more), or keep it in host memory as well (workers.offload: cpu); "
 )
 """Where that model is the full-precision one, these too; they change no result."""
 _SIGNS = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc"
     r"|CUDA(?: error:)? out of memory|CU(?:BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED"
+    r"|Cuda failure (?:\d+ )?'out of memory'|Failed to CUDA (?:m|c)alloc"  # NCCL, which has buffers of its own
 )
-_ASKED = re.compile(r"(?:[Tt]ried to allocate|[Uu]nable to allocate) ([\d.]+) (bytes|[KMGT]iB)")
+_ASKED = re.compile(
+    r"(?:[Tt]ried to allocate|[Uu]nable to allocate|Failed to CUDA (?:m|c)alloc(?: async)?) ([\d.]+) (bytes|[KMGT]iB)"
+)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -79,6 +83,8 @@ def out_of_memory(
     how = " although it saved memory" if lean else ""
     own = "" if on_gpu else "fewer workers at once (workers.num_workers); a machine with more memory; "
     name = f"{device_name(device)} ({device})" if on_gpu else device_name(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of a replica, where every rank calls its GPU the first
+        name = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, {name}"
     message = f"{unit} ran out of memory on {name}{how}: {'; '.join(told)}. Ways out: {own}{advice}"
     return OutOfMemory(message, saved_memory=lean)
 

@@ -26,6 +26,7 @@ from reelquant.checkpoint.schema import (
     layer_tensors,
     layers_from_dict,
 )
+from reelquant.checkpoint.whole_folder import sync_folder
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import max_code
 from reelquant.quantization.weight_grid import GROUP_SIZE, LARGEST_INT8, WeightGrid
@@ -171,15 +172,6 @@ def value_problem(suffix: str, tensor: Tensor) -> str | None:
     if suffix in ("weight_scale", "group_scale", "channel_scale", "activation_clip") and not bool((tensor > 0).all()):
         return f"{suffix} has {int((tensor <= 0).sum())} values that are not positive"
     return None
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
-from reelquant.checkpoint.layer_packing import open_block_artifact, sync_folder
+from reelquant.checkpoint.layer_packing import open_block_artifact
 from reelquant.checkpoint.reader import (
     INDEX_NAME,
     TRANSFORMER,
@@ -27,6 +27,7 @@ from reelquant.checkpoint.reader import (
 )
 from reelquant.checkpoint.safetensors_file import StoredTensor, write_file
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, LayerSpec, QuantizationSpec, group_problems, layer_tensors
+from reelquant.checkpoint.whole_folder import whole_folder
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".msgpack", ".pt", ".ckpt")
@@ -88,16 +89,11 @@ def write_checkpoint(
     )
     # A layer's weight gives way; its bias stays, unless the artifact has one.
     kept = {name: tensor for name, tensor in weights.items() if name not in {f"{layer}.weight" for layer in layers}}
-    partial = output.with_name(f".{output.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    _copy_components(source, partial)
-    transformer = partial / TRANSFORMER
-    _write_json(transformer / "config.json", {**config, "quantization_config": spec.to_dict()})
-    _write_shards(transformer, {**kept, **replacements}, max_shard_bytes)
-    for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
-        sync_folder(folder)
-    _put_in_place(partial, output)
+    with whole_folder(output) as written:
+        _copy_components(source, written)
+        transformer = written / TRANSFORMER
+        _write_json(transformer / "config.json", {**config, "quantization_config": spec.to_dict()})
+        _write_shards(transformer, {**kept, **replacements}, max_shard_bytes)
     return spec
 
 
@@ -200,15 +196,3 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    replaced = output.with_name(f".{output.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    sync_folder(output.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)

@@ -13,7 +13,7 @@ from pipeline.event_log import read_events
 from tests.pipeline.small_run import ROOT, call, files, small_run
 from tests.pipeline.test_faults import half_of
 from tests.pipeline.test_run import count
-from tests.workers.limited_memory import LIMITS
+from tests.workers.memory_limit import LIMITS
 from tests.workers.test_out_of_memory import EXACT_MALLOC, HOPELESS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -1,5 +1,6 @@
 """SIGKILL at any moment: what is on disk is whole or absent. Real processes, real kills."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -10,14 +11,18 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from storage.atomic_files import sweep_partial_files
 from storage.calibration_store import CalibrationStore
+from storage.local_store import LocalStore
 from storage.manifest import Manifest, UnitRecord
 from storage.run_directory import RunDirectory, RunLocked
 
 NUM_KILLS = 12
+NUM_FILES = 300
 
 # Each process is forked from a server that has torch loaded: some milliseconds instead of two seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -75,6 +80,20 @@ def drive_with_a_forked_child(connection: Connection, path: Path) -> None:
         time.sleep(60)
 
 
+def put_folders_in_place(connection: Connection, root: Path) -> None:
+    """Again and again, and goes on when somebody takes them away."""
+
+    def write(folder: Path) -> None:
+        for index in range(NUM_FILES):
+            (folder / str(index)).touch()
+
+    store = LocalStore(root)
+    while True:
+        with contextlib.suppress(OSError):
+            store.publish_array("array", write, num_bytes=0)
+            connection.send("in place")
+
+
 def race_for_the_lock(connection: Connection, path: Path) -> None:
     run = RunDirectory.open(path)
     connection.send("ready")
@@ -110,6 +129,22 @@ def test_killed_array_writer_leaves_a_whole_array_or_none(tmp_path: Path) -> Non
     assert stray, "no kill hit a write"
     assert store.sweep_partial_files() == tuple(sorted(f"x/{path.name}" for path in stray))
     assert {path.name for path in (store.root / "x").iterdir()} <= {"a", "zarr.json"}
+
+
+def test_a_sweep_never_leaves_half_of_what_a_living_writer_puts_in_place(tmp_path: Path) -> None:
+    victim, swept = Victim(put_folders_in_place, tmp_path), 0
+    writer = psutil.Process(victim.process.pid)
+    for attempt in range(NUM_KILLS):
+        victim.receive()
+        time.sleep(0.0013 * attempt)
+        swept += len(sweep_partial_files(tmp_path))
+        writer.suspend()
+        while writer.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        assert [len(list(folder.iterdir())) for folder in tmp_path.glob("array")] in ([], [NUM_FILES])
+        writer.resume()
+    victim.kill()
+    assert swept, "no sweep met a writer"
 
 
 def test_killed_driver_leaves_records_whose_outputs_are_whole_and_a_free_lock(tmp_path: Path) -> None:

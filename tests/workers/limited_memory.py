@@ -2,11 +2,9 @@
 
 import json
 import os
-import resource
 import shutil
 from pathlib import Path
 
-import psutil
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
@@ -14,6 +12,7 @@ from pipeline.config.method import MethodConfig
 from pipeline.context import recipe_of
 from reelquant.calibration.recipe import LayerBits
 from storage.run_directory import RunDirectory
+from tests.workers.memory_limit import LIMITS, limit_memory
 from workers.distillation_worker import DistillationWorker
 from workers.messages import (
     DistillationSettings,
@@ -27,7 +26,6 @@ from workers.messages import (
     UnitOutput,
 )
 from workers.model_source import family_of_model, linear_shapes, transformer_config
-from workers.process import release_memory
 from workers.shared_worker import SharedUnit
 
 BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
@@ -37,10 +35,6 @@ NUM_TEXT = 16
 NUM_TOKENS = LATENTS[1] * (LATENTS[2] // 2) * (LATENTS[3] // 2) + NUM_TEXT
 PROMPT = PromptUnit("prompt-000", "the digit 3 moving left")
 SAMPLE = SampleUnit("prompt-000-step-000", "prompt-000", 0)
-
-
-LIMITS = "REELQUANT_TEST_LIMITS"
-"""Environment variable: JSON, MiB by name of a segment."""
 
 
 class LimitedDistillation(DistillationWorker):
@@ -59,19 +53,6 @@ class LimitedDistillation(DistillationWorker):
         super()._read_ahead()
         self._entries.stop()  # its thread has a stack
         limit_memory(self._more_mib)
-
-
-def limit_memory(more_mib: int | None) -> None:
-    """Lets this process have so much more memory of its own than it needs now, or GPU memory where there is a GPU."""
-    release_memory()
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        allowed = total if more_mib is None else torch.cuda.memory_allocated() + more_mib * 2**20
-        torch.cuda.set_per_process_memory_fraction(allowed / total)
-        return
-    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    allowed = most if more_mib is None else psutil.Process().memory_info().data + more_mib * 2**20
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, most))
 
 
 def make_run(folder: Path, digits_model: Path) -> DistillationSettings:

@@ -18,7 +18,8 @@ import torch
 
 from cluster.actor_pool import PoolEvents, Unit, UnitsFailed, run_units
 from cluster.session import SessionSettings, ray_session
-from tests.workers.limited_memory import BLOCKS, LIMITS, make_run, shared_unit
+from tests.workers.limited_memory import BLOCKS, make_run, shared_unit
+from tests.workers.memory_limit import LIMITS
 from workers.messages import UnitOutput
 from workers.out_of_memory import is_out_of_memory
 from workers.shared_worker import SharedWorker
@@ -33,7 +34,8 @@ pass elsewhere; less in one that has done the like before."""
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from tests.workers.limited_memory import BLOCKS, LIMITS, make_run, shared_unit
+from tests.workers.limited_memory import BLOCKS, make_run, shared_unit
+from tests.workers.memory_limit import LIMITS
 from workers.out_of_memory import OutOfMemory
 from workers.shared_worker import SharedWorker
 
@@ -196,5 +198,9 @@ def test_what_is_out_of_memory_and_what_is_not() -> None:
     wrapped = RuntimeError("the block could not be read")
     wrapped.__cause__ = MemoryError()
     assert is_out_of_memory(wrapped)
+    nccl = "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\nLast error:\n"
+    assert is_out_of_memory(RuntimeError(nccl + "Failed to CUDA calloc async 6291456 bytes"))
+    assert is_out_of_memory(RuntimeError(nccl + "Cuda failure 2 'out of memory'"))
+    assert not is_out_of_memory(RuntimeError(nccl + "Cuda failure 1 'invalid argument'"))
     assert not is_out_of_memory(refusal(lambda: torch.ones(2) @ torch.ones(3)))
     assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))

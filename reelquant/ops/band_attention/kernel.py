@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from reelquant.ops.attention_rows import place_of_program, rows_of_block, seen_from, seen_to, write_rows
+
 
 @triton.jit
 def _tile(
@@ -82,29 +84,6 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit
-def _write(
-    out, out_head, out_stride, acc, total, head, token, stored,
-    rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
-    HEAD_DIM: tl.constexpr, RANK_A: tl.constexpr, RANK_B: tl.constexpr,
-):  # fmt: skip
-    """Normalizes, adds `rows @ directions^T` of up to two terms, and writes the rows that are `stored`."""
-    result = acc / total[:, None]
-    column = tl.arange(0, HEAD_DIM)
-    if RANK_A > 0:
-        rank = tl.arange(0, RANK_A)
-        rows = tl.load(rows_a + head * rows_a_head + token[:, None] * rows_a_stride + rank[None, :])
-        directions = tl.load(directions_a + (head * HEAD_DIM + column)[None, :] * RANK_A + rank[:, None])
-        result = tl.dot(rows.to(directions.dtype), directions, result)
-    if RANK_B > 0:
-        rank = tl.arange(0, RANK_B)
-        rows = tl.load(rows_b + head * rows_b_head + token[:, None] * rows_b_stride + rank[None, :])
-        directions = tl.load(directions_b + (head * HEAD_DIM + column)[None, :] * RANK_B + rank[:, None])
-        result = tl.dot(rows.to(directions.dtype), directions, result)
-    target = out + head * out_head + token[:, None] * out_stride + column[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=stored[:, None])
-
-
 @triton.jit(do_not_specialize=["num_heads", "num_video", "num_text", "places", "width"])
 def band_attention_kernel(
     q, k, v, k_box, v_box, out, dense_out, heads, rows_a, directions_a, rows_b, directions_b,
@@ -115,24 +94,13 @@ def band_attention_kernel(
     K_INSIDE: tl.constexpr, V_INSIDE: tl.constexpr, BOTH: tl.constexpr, RANK_A: tl.constexpr, RANK_B: tl.constexpr,
 ):  # fmt: skip
     """See the module. `FRAMES` is 1 for spatial heads: position and token are the same then. Grid: one program a block."""
-    text_blocks, video_blocks = tl.cdiv(num_text, ROWS), tl.cdiv(num_video, ROWS)
-    text_programs = num_heads * text_blocks
-    is_text = tl.program_id(0) < text_programs
-    index = tl.where(is_text, tl.program_id(0), tl.program_id(0) - text_programs)
-    blocks = tl.where(is_text, text_blocks, video_blocks)
+    is_text, index, blocks = place_of_program(num_heads, num_video, num_text, ROWS)
     head = tl.load(heads + index // blocks)
     wide_head = head.to(tl.int64)
-    first = index % blocks * ROWS
-    limit = tl.where(is_text, num_text, num_video)
-    last = tl.minimum(first + ROWS, limit) - 1
-    reach = tl.where(is_text, num_video + num_text, width)
-
-    row = first + tl.arange(0, ROWS)
-    stored = row < limit
-    row = tl.minimum(row, limit - 1)
+    first, last, row, stored, reach = rows_of_block(is_text, index % blocks, num_video, num_text, width, ROWS)
     token = tl.where(is_text, num_video + row, row % FRAMES * places + row // FRAMES).to(tl.int64)
     queries = tl.load(q + wide_head * q_head + token[:, None] * q_stride + tl.arange(0, HEAD_DIM)[None, :])
-    low, high = tl.maximum(row - reach + 1, 0), tl.minimum(row + reach, num_video)
+    low, high = seen_from(row, reach), seen_to(row, reach, num_video)
 
     MAIN: tl.constexpr = "box" if LOAD == "tma" and FRAMES > 1 else LOAD
     ALIGN: tl.constexpr = FRAMES if MAIN == "box" else 1
@@ -146,9 +114,9 @@ def band_attention_kernel(
     wide: tl.constexpr = COLUMNS // ALIGN
     offsets = in_order % wide * FRAMES + in_order // wide if MAIN == "box" else in_order
 
-    begin = tl.maximum(first - reach + 1, 0)
-    full_from, full_to = tl.maximum(last - reach + 1, 0), tl.minimum(first + reach, num_video)
-    end = tl.minimum(last + reach, num_video)
+    begin = seen_from(first, reach)
+    full_from, full_to = seen_from(last, reach), seen_to(first, reach, num_video)
+    end = seen_to(last, reach, num_video)
     left_from = begin // ALIGN * ALIGN
     left = tl.cdiv(full_from - left_from, COLUMNS)
     middle_from = left_from + left * COLUMNS
@@ -175,7 +143,7 @@ def band_attention_kernel(
         num_video + num_text, places, scale,
         1, COLUMNS, HEAD_DIM, LOAD, K_INSIDE, V_INSIDE, True,
     )  # fmt: skip
-    _write(
+    write_rows(
         out, out_head, out_stride, acc, total, wide_head, token, stored,
         rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
         HEAD_DIM, RANK_A, RANK_B,
@@ -204,7 +172,7 @@ def band_attention_kernel(
             high, high * 0 + num_video, offsets, num_video, places, scale,
             FRAMES, COLUMNS, HEAD_DIM, MAIN, K_INSIDE, V_INSIDE, True,
         )  # fmt: skip
-        _write(
+        write_rows(
             dense_out, dense_head, dense_stride, acc, total, wide_head, token, stored,
             rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
             HEAD_DIM, 0, 0,

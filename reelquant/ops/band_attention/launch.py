@@ -161,7 +161,7 @@ def _arguments(
 
 
 def correction_arguments(q: Tensor, corrections: Sequence[Correction]) -> dict[str, Any]:
-    """Of a kernel that adds up to two corrections by `kernel._write`."""
+    """Of a kernel that adds up to two corrections by `attention_rows.write_rows`."""
     named: dict[str, Any] = {}
     kept = [correction for correction in corrections if correction.scale != 0]
     for letter, term in zip("ab", [*kept, None, None], strict=False):

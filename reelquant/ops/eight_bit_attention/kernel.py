@@ -36,7 +36,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from reelquant.ops.band_attention.kernel import _write
+from reelquant.ops.attention_rows import place_of_program, rows_of_block, seen_from, seen_to, write_rows
 
 CHUNK = 512
 """Tokens of one partial sum."""
@@ -112,21 +112,10 @@ def eight_bit_attention_kernel(
     RANK_A: tl.constexpr, RANK_B: tl.constexpr,
 ):  # fmt: skip
     """See the module. Grid: one program a head and block of queries, those of the text first: they run longest."""
-    text_blocks, video_blocks = tl.cdiv(num_text, ROWS), tl.cdiv(num_video, ROWS)
-    text_programs = num_heads * text_blocks
-    is_text = tl.program_id(0) < text_programs
-    index = tl.where(is_text, tl.program_id(0), tl.program_id(0) - text_programs)
-    blocks = tl.where(is_text, text_blocks, video_blocks)
+    is_text, index, blocks = place_of_program(num_heads, num_video, num_text, ROWS)
     head = index // blocks
     wide_head = head.to(tl.int64)
-    first = index % blocks * ROWS
-    limit = tl.where(is_text, num_text, num_video)
-    last = tl.minimum(first + ROWS, limit) - 1
-    reach = tl.where(is_text, num_video + num_text, width)
-
-    row = first + tl.arange(0, ROWS)
-    stored = row < limit
-    row = tl.minimum(row, limit - 1)
+    first, last, row, stored, reach = rows_of_block(is_text, index % blocks, num_video, num_text, width, ROWS)
     turned = tl.load(temporal + head) != 0
     token = tl.where(is_text, num_video + row, tl.where(turned, row % frames * places + row // frames, row)).to(
         tl.int64
@@ -136,11 +125,11 @@ def eight_bit_attention_kernel(
     queries = (exact * (127.0 / largest)[:, None] + _ROUND - _ROUND).to(tl.int8)
     query_scale = largest * (scale / 127.0)
 
-    low, high = tl.maximum(row - reach + 1, 0), tl.minimum(row + reach, num_video)
-    begin, end = tl.maximum(first - reach + 1, 0), tl.minimum(last + reach, num_video)
+    low, high = seen_from(row, reach), seen_to(row, reach, num_video)
+    begin, end = seen_from(first, reach), seen_to(last, reach, num_video)
     left_from, right_to = begin // COLUMNS, tl.cdiv(end, COLUMNS)
-    middle_from = tl.cdiv(tl.maximum(last - reach + 1, 0), COLUMNS)
-    middle_to = tl.maximum(tl.minimum(first + reach, num_video) // COLUMNS, middle_from)
+    middle_from = tl.cdiv(seen_from(last, reach), COLUMNS)
+    middle_to = tl.maximum(seen_to(first, reach, num_video) // COLUMNS, middle_from)
     text_end = text_from + num_text
 
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -161,7 +150,7 @@ def eight_bit_attention_kernel(
     )  # fmt: skip
     column = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
     by, plus = tl.load(value_scale + column), tl.load(value_mean + column)
-    _write(
+    write_rows(
         out, out_head, out_stride, acc * by[None, :] + total[:, None] * plus[None, :], total, wide_head, token, stored,
         rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
         HEAD_DIM, RANK_A, RANK_B,
@@ -180,7 +169,7 @@ def eight_bit_attention_kernel(
             tail_from, tl.cdiv(num_video, COLUMNS) - tail_from, low, high, text_from, text_end, num_video,
             COLUMNS, HEAD_DIM, GROUP, True, True, EIGHT_BIT_VALUES, PROMOTE,
         )  # fmt: skip
-        _write(
+        write_rows(
             dense_out, dense_head, dense_stride, acc * by[None, :] + total[:, None] * plus[None, :], total,
             wide_head, token, stored,
             rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,

@@ -100,13 +100,10 @@ def test_two_writes_give_the_same_bytes(tiny_source: Path, tiny_artifacts: list[
     assert files(first) == files(second)
 
 
-def test_replaces_an_older_checkpoint_and_what_a_killed_writer_left(
+def test_replaces_an_older_checkpoint(
     tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     output = write(tiny_source, tmp_path / "out", tiny_artifacts, max_shard_bytes=1)
-    (tmp_path / ".out.partial" / "transformer").mkdir(parents=True)
-    (tmp_path / ".out.partial" / "transformer" / "stale.safetensors").write_text("x")
-    (tmp_path / ".out.replaced").mkdir()
     write(tiny_source, output, tiny_artifacts)
     assert files(output) == files(tiny_checkpoint)
     assert os.listdir(tmp_path) == ["out"]
@@ -125,6 +122,7 @@ def test_failed_write_leaves_the_older_checkpoint(
     with pytest.raises(OSError, match="No space left"):
         write(tiny_source, output, tiny_artifacts)
     assert files(output) == before
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_folders_that_cannot_be_used_are_refused(
