@@ -15,10 +15,10 @@ calls `python -m pipeline` as a user does, with real Ray workers and a real stor
 | `load` | a fresh process: plain `from_pretrained`, and two denoising steps |
 | `alone` | `pipeline run --until distillation` by one worker, of the same calibration data: linked after `activations` |
 
-`alone` comes last, as it takes longest. With `--budget-s` it is stopped when the time is up, and the speed-up follows from what
-one worker has done by then. The record is written after every part, and a part that fails leaves the others' figures. Figures
-are those of the run directory (records, event log), beside those of the plan. The bars: bytes within 1 % of the plan, memory
-and time within 25 %.
+`alone` comes last, as it takes longest, or with `--beside` at the same time as `distillation`. With `--budget-s` it is stopped
+when the time is up, and the speed-up follows from what one worker has done by then. The record is written after every part, and
+a part that fails leaves the others' figures. Figures are those of the run directory (records, event log), beside those of the
+plan. The bars: bytes within 1 % of the plan, memory and time within 25 %.
 
 `--output` may hold runs of other settings: one of the same `--label` is replaced, others stay. On a CPU (`--heads 1 --double 1
 --single 2 --text-width 128 --vae-width 32 --video 48x64x5`) figures only show that it works.
@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        one = setting.workers == 1  # there is nothing to compare
-        parts = [part for part in PARTS if part in options.parts and not (one and part == "alone")]
+        skipped = setting.workers == 1 or setting.beside  # there is nothing to compare, or it is done before
+        parts = [part for part in PARTS if part in options.parts and not (skipped and part == "alone")]
         model = (options.model_folder or folder / "model").resolve()
         well = FullSize(setting, folder.resolve(), model=model, deadline=deadline, save=save).do(parts)
     print(table(json.loads(options.output.read_text(encoding="utf-8"))))
@@ -88,6 +88,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq")
     parser.add_argument("--segment-length", type=int, default=8)
     parser.add_argument("--deterministic", action="store_true", help="the same bytes with any number of GPUs; slower")
+    parser.add_argument(
+        "--beside", action="store_true", help="`alone` at the same time as `distillation`, on a GPU more than --workers"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--folder", type=Path, help="for model and runs, kept: a later call with it goes on")
     parser.add_argument("--model-folder", type=Path, help="for the model, kept; default: in --folder")

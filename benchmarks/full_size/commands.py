@@ -24,11 +24,12 @@ class OutOfTime(RuntimeError):
     """The command was stopped, as the time was up."""
 
 
-def call(*arguments: str | Path, deadline: float | None = None) -> float:
+def call(*arguments: str | Path, deadline: float | None = None, gpus: str | None = None) -> float:
     """Runs `python -m` with the arguments at the checkout's root, its output shown; returns seconds.
 
     Args:
         deadline: on `time.monotonic`, when it is stopped as by Ctrl-C.
+        gpus: those that it sees, as in `CUDA_VISIBLE_DEVICES`; default: as this process.
 
     Raises:
         Failed: it ended with an error.
@@ -41,6 +42,8 @@ def call(*arguments: str | Path, deadline: float | None = None) -> float:
     print(f"+ python -m {shown}", flush=True)
     # In this process's group: whatever ends this one ends the driver, and that its workers.
     environ = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    if gpus is not None:
+        environ["CUDA_VISIBLE_DEVICES"] = gpus
     process = subprocess.Popen([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environ)
     try:
         code = process.wait(None if deadline is None else deadline - began)

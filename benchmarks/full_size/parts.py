@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,24 @@ class FullSize:
 
     def _distill(self) -> dict[str, Any]:
         last = "assembly" if "load" in self._parts else "distillation"
-        return {"command_s": self._pipeline("--until", last)}
+        if not self._setting.beside:
+            return {"command_s": self._pipeline("--until", last)}
+        of_all, of_one = self._gpus_beside() if self._setting.on_gpu else (None, None)
+        with ThreadPoolExecutor(1) as pool:
+            alone = pool.submit(self._distill_alone, of_one)
+            found = {"command_s": self._pipeline("--until", last, gpus=of_all)}
+            try:
+                found_alone = alone.result()
+                self._record["parts"]["alone"] = found_alone | {"seconds": found_alone["command_s"]}
+            except OutOfTime as error:
+                self._record["parts"]["alone"] = {"stopped": str(error)}
+        return found
+
+    def _gpus_beside(self) -> tuple[str, str]:
+        """For all workers, and for the one at the same time."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpus, workers = visible.split(","), self._setting.workers
+        return ",".join(gpus[:workers]), gpus[workers]
 
     def _load(self) -> dict[str, Any]:
         video = "x".join(map(str, self._setting.video))
@@ -142,14 +160,15 @@ class FullSize:
             raise ValueError(f"the latents that {checkpoint} makes are not finite")
         return {"command_s": seconds}
 
-    def _distill_alone(self) -> dict[str, Any]:
+    def _distill_alone(self, gpu: str | None = None) -> dict[str, Any]:
         config = self._setting.write_config(
             self._config.with_name("alone.yaml"), run=self._alone, model=self._model, workers=1
         )
-        return {"command_s": call("pipeline", "run", config, "--until", "distillation", deadline=self._deadline)}
+        given = ("pipeline", "run", config, "--until", "distillation")
+        return {"command_s": call(*given, deadline=self._deadline, gpus=gpu)}
 
-    def _pipeline(self, *arguments: str) -> float:
-        return call("pipeline", "run", self._configured(), *arguments, deadline=self._deadline)
+    def _pipeline(self, *arguments: str, gpus: str | None = None) -> float:
+        return call("pipeline", "run", self._configured(), *arguments, deadline=self._deadline, gpus=gpus)
 
     def _configured(self) -> Path:
         return self._setting.write_config(self._config, run=self._run, model=self._model)

@@ -52,6 +52,8 @@ class Setting:
     segment_length: int
     deterministic: bool
     """Whether a segment distilled twice has the same bytes."""
+    beside: bool
+    """Whether one worker distills at the same time as all, on a GPU more."""
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Setting:
@@ -60,6 +62,8 @@ class Setting:
         workers = options.workers or gpus or 2
         if 0 < gpus < workers:
             raise SystemExit(f"--workers {workers}: there are {gpus} GPUs here")
+        if options.beside and 0 < gpus <= workers:
+            raise SystemExit(f"--beside needs a GPU more than the {workers} of --workers: there are {gpus} here")
         if options.offload != "none" and options.sharding == "none":
             raise SystemExit(f"--offload {options.offload} needs --sharding fsdp or deepspeed")
         height, width, num_frames = (int(part) for part in options.video.split("x"))
