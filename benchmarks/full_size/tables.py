@@ -33,6 +33,8 @@ def _stages(runs: dict[str, Any]) -> Iterator[str]:
     yield "|" + "---|" * 11
     for label, run in runs.items():
         for name, stage in run.get("stages", {}).items():
+            if name == "selection":  # some numbers, on a CPU
+                continue
             units = f"{stage['units']}" if stage["units"] == stage["planned_units"] else _part(stage)
             yield (
                 f"| {label} | {name} | {units} | {stage['load_s']:.1f} | {stage['wall_s']:.1f} | {stage['sum_s']:.1f} | "
