@@ -26,9 +26,10 @@ from reelquant.checkpoint.schema import (
     layer_tensors,
     layers_from_dict,
 )
+from reelquant.ops.fake_quantization.reference import LARGEST_INT8
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import max_code
-from reelquant.quantization.weight_grid import GROUP_SIZE, LARGEST_INT8, WeightGrid
+from reelquant.quantization.weight_grid import GROUP_SIZE, WeightGrid
 
 _METADATA_KEY = "reelquant"
 
