@@ -8,7 +8,8 @@ At the sizes of HunyuanVideo at 720 x 1280, 61 frames (57,600 video tokens, 256 
 - ``linear``: the six products of a block with what follows them, over tile configurations, beside bf16 `torch.mm`,
   `torch._int_mm` (int32 out) and `torch._scaled_mm` (fp8, row-wise scales), which compute the product alone,
 - ``text``: products of the text stream, 60 and 256 tokens, rated by the bytes of the weight,
-- ``expansion``: stored weights to INT8; ``input``: norm to codes; ``qk``: norm and rotary embedding of q and k.
+- ``expansion``: stored weights to INT8; ``input``: norm to codes; ``qk``: norm and rotary embedding of q and k,
+- ``fake``: fake quantization of a learning step, forward and both ways, beside torch; bytes are those of the kernels.
 
 Codes come from Gaussian data with loud channels, 8 bits, and Gaussian weights at 4 bits in two levels: a card at its power
 limit is faster on zeros. Medians of `triton.testing.do_bench` (L2 flushed); small launches as CUDA graphs over buffers that
@@ -16,7 +17,7 @@ together exceed L2. Whatever fails is recorded with its error, and the rest goes
 recorded as skipped: the defaults of all parts come first, then the alternatives.
 
 Predicted on an H100 (3.0 TB/s copy, 780 TFLOP/s bf16): linear 1100-1200 TOPS, expansion and qk 80-90 % of the copy, input
-with norm 0.20-0.25 ms (floor 0.178).
+with norm 0.20-0.25 ms (floor 0.178). fake, both ways: 0.6 ms for 3072, 2.4 ms for 12,288, 0.25 ms for a weight.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -309,6 +311,45 @@ def qk(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool) -> 
         record.add("qk", case, f"{tokens} tokens, {num_warps} warps, {num_stages} stages", partial(measure, options))
 
 
+def fakes(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool) -> None:
+    """Fake quantization with gradients."""
+    from reelquant.ops.implementation import reference_only
+    from reelquant.quantization.quantizer import fake_quantize
+    from reelquant.quantization.weight_grid import fake_quantize_weight
+
+    def measure(x: Tensor, run: Callable[[Tensor, Tensor], Tensor], *, both: bool, kernels: bool) -> Row:
+        clip = torch.full((1,) if x.dtype == torch.bfloat16 else (len(x), 1), 0.9, device="cuda")
+        learned, grad = [x.requires_grad_(), clip.requires_grad_()], torch.randn_like(x)
+
+        def call() -> tuple[Tensor, ...]:
+            out = run(x, clip)
+            return torch.autograd.grad(out, learned, grad) if both else (out.detach(),)
+
+        with reference_only():
+            expected = call()
+        with nullcontext() if kernels else reference_only():
+            errors = [
+                float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(call(), expected, strict=True)
+            ]
+            times = timed(call)
+        return {**moved(times, x.nbytes * (5 if both else 2), ceiling), "relative_error": max(errors)}
+
+    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "rows": lambda x, clip: fake_quantize(x, 6, -1, clip),
+        "two levels": lambda x, clip: fake_quantize_weight(x, 4, clip, "two_level"),
+    }
+    cases = [("rows", JOINT, WIDTH), ("rows", JOINT, 4 * WIDTH), ("two levels", 4 * WIDTH, WIDTH)]
+    for kind, rows, d in () if alternatives else cases[:1] if quick else cases:
+        x = loud(rows, d) if kind == "rows" else torch.randn(rows, d, device="cuda")
+        for both in (False, True):
+            case = f"{kind} {rows}x{d}{', with gradients' if both else ''}"
+            for variant in ("default", "torch"):
+                measured = partial(measure, x, runs[kind], both=both, kernels=variant == "default")
+                record.add("fake", case, variant, measured)
+        del x, measured
+        torch.cuda.empty_cache()
+
+
 def means(rows: list[Row]) -> dict[str, float]:
     """TOPS over the products, operations over time, for variants that ran on every case."""
     found: dict[str, list[Row]] = {}
@@ -323,7 +364,7 @@ def means(rows: list[Row]) -> dict[str, float]:
     }
 
 
-PARTS = {"linear": linear, "input": inputs, "qk": qk, "expansion": expansion, "text": text}
+PARTS = {"linear": linear, "input": inputs, "qk": qk, "expansion": expansion, "text": text, "fake": fakes}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,12 +18,14 @@ Refinement: one block of both models and one forward pass of it, with four strea
 `[L, d]` in float32 for the sums; or, for the velocity, the transformer's weights and one forward pass.
 
 On a GPU that is what the allocator holds; the CUDA context and fragmentation come on top. On a CPU the process itself
-comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted.
+comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted. Fake quantization is counted as its kernels
+do it for GPUs, and as torch does it for a CPU.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -39,6 +41,7 @@ from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, step_error
 from reelquant.calibration.recipe import Recipe
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
+from reelquant.ops.implementation import reference_only
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
 from workers.salience_hooks import HALF_WEIGHT_VALUES, WEIGHT_VALUES, sampled_weight_error
@@ -55,7 +58,7 @@ MOVED_BYTES = 3.016e12
 STORED_BYTES = 1.2e9
 """Bytes a second that a worker writes into the store in front of an SSD or in memory (measured: 1.1 to 1.36 GB/s)."""
 EFFICIENCY = 0.8
-"""Of these ceilings. HunyuanVideo-13B at 61 frames, estimated so and measured:
+"""Of these ceilings. HunyuanVideo-13B at 61 frames, estimated so and measured (distillation: fake quantization in plain torch):
 
 | | estimated | measured |
 |---|---|---|
@@ -122,14 +125,15 @@ class CostModel:
         self._forward = self._count_forward(transformer)
 
     def stages(self) -> dict[str, StageCost]:
-        """By stage; those that take little are not there."""
-        return {
-            "trajectories": self.trajectories(),
-            "activations": self.activations(),
-            "distillation": self.distillation(),
-            "refinement": self.refinement(),
-            "evaluation": self.evaluation(),
-        }
+        """By stage; those that take little are not there. Without a GPU there are no kernels to count."""
+        with nullcontext() if self._context.config.workers.num_gpus > 0 else reference_only():
+            return {
+                "trajectories": self.trajectories(),
+                "activations": self.activations(),
+                "distillation": self.distillation(),
+                "refinement": self.refinement(),
+                "evaluation": self.evaluation(),
+            }
 
     @property
     def _pipeline_bytes(self) -> int:

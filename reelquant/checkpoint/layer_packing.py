@@ -27,9 +27,10 @@ from reelquant.checkpoint.schema import (
     layers_from_dict,
 )
 from reelquant.checkpoint.whole_folder import sync_folder
+from reelquant.ops.fake_quantization.reference import LARGEST_INT8
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import max_code
-from reelquant.quantization.weight_grid import GROUP_SIZE, LARGEST_INT8, WeightGrid
+from reelquant.quantization.weight_grid import GROUP_SIZE, WeightGrid
 
 _METADATA_KEY = "reelquant"
 

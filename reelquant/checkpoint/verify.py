@@ -16,9 +16,9 @@ from reelquant.checkpoint.layer_packing import value_problem
 from reelquant.checkpoint.reader import TRANSFORMER, disagreements, quantized_layers, read_config, read_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, layer_digest
+from reelquant.ops.fake_quantization.reference import LARGEST_INT8
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.quantization.quantizer import max_code
-from reelquant.quantization.weight_grid import LARGEST_INT8
 
 _SOURCE_BYTES = 2
 """Bytes of a number in the 16-bit source with which a checkpoint is compared."""

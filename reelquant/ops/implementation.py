@@ -39,6 +39,7 @@ def takes_triton(
     *,
     unsuited: str | None = None,
     capability: tuple[int, int] = AMPERE,
+    on_meta: bool = False,
 ) -> bool:
     """Whether the Triton kernel runs: `auto` takes it where it can, `triton` must be able to.
 
@@ -47,6 +48,7 @@ def takes_triton(
         device: where its tensors are.
         unsuited: what about these arguments the kernel does not take, None where it takes them.
         capability: the least CUDA compute capability that the kernel runs on.
+        on_meta: the kernel is registered for meta tensors too, which then stand for tensors on such a GPU.
 
     Raises: ValueError for an unknown implementation, or for `triton` where the kernel cannot run.
     """
@@ -56,7 +58,8 @@ def takes_triton(
         return False
     if implementation == "auto" and _kernels_held_back.get():
         return False
-    found = obstacle(device, capability) or unsuited
+    stands_in = on_meta and device.type == "meta"
+    found = (None if stands_in else obstacle(device, capability)) or unsuited
     if found is not None and implementation == "triton":
         raise ValueError(f"implementation triton cannot run: {found}; use reference or auto")
     return found is None

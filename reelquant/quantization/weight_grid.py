@@ -14,12 +14,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from reelquant.quantization.quantizer import fake_quantize, max_code, round_to_grid, shared_scale
+from reelquant.ops.fake_quantization import op
+from reelquant.ops.fake_quantization.reference import (
+    fit_group_scale,
+    in_groups,
+    shared_scale,
+    two_level_scale,
+)
+from reelquant.quantization.quantizer import fake_quantize, max_code
 
 GROUP_SIZE = 64
-LARGEST_INT8 = 127
 WEIGHT_LAYOUTS = ("per_channel", "two_level")
 
 
@@ -85,7 +90,7 @@ def fit_per_channel(weight: Tensor, bits: int, clip: float | Tensor = 1.0) -> We
     """
     largest = max_code(bits)
     values = _checked(weight).detach().float()
-    return WeightGrid(shared_scale(values, largest, 1, _detached(clip)).float(), None, bits)
+    return WeightGrid(shared_scale(values, _detached(clip), largest, 1).float(), None, bits)
 
 
 def fit_two_level(weight: Tensor, bits: int, clip: float | Tensor = 1.0, group_size: int = GROUP_SIZE) -> WeightGrid:
@@ -99,8 +104,8 @@ def fit_two_level(weight: Tensor, bits: int, clip: float | Tensor = 1.0, group_s
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     values = _checked(weight).detach().float()
-    scale = _two_level_scale(values, largest, _detached(clip))
-    group_scale = _fit_group_scale(_in_groups(values, group_size), scale, largest)
+    scale = two_level_scale(values, _detached(clip), largest)
+    group_scale = fit_group_scale(in_groups(values, group_size), scale, largest)
     return WeightGrid(scale.float(), group_scale.to(torch.uint8), bits, group_size)
 
 
@@ -114,42 +119,7 @@ def fake_quantize_weight(weight: Tensor, bits: int, clip: float | Tensor, layout
         return fake_quantize(_checked(weight), bits, 1, clip)
     if layout != "two_level":
         raise ValueError(f"no weight layout {layout!r}: there are {', '.join(WEIGHT_LAYOUTS)}")
-    largest = max_code(bits)
-    values = _checked(weight).float()
-    scale = _two_level_scale(values, largest, clip)
-    groups = _in_groups(values, GROUP_SIZE)
-    group_scale = _fit_group_scale(groups.detach(), scale.detach(), largest)
-    rounded = round_to_grid(groups, group_scale[:, :, None] * scale[:, :, None], largest)
-    return rounded.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
-
-
-def _two_level_scale(weight: Tensor, largest: int, clip: float | Tensor) -> Tensor:
-    return shared_scale(weight, largest * (LARGEST_INT8 // largest), 1, clip)
-
-
-def _fit_group_scale(groups: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """float32 [out, G] of integers, for `groups` [out, G, group_size] and `scale` [out, 1].
-
-    `clip` is already in `scale`: it narrows every group of a row alike, so the ratio of group to row is that of the
-    unclipped maxima.
-    """
-    largest_group_scale = LARGEST_INT8 // largest
-    amax = groups.abs().amax(2)
-    ratio = amax / amax.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    above = (ratio * largest_group_scale).ceil_().clamp_(1, largest_group_scale)
-    below = (above - 1).clamp_min_(1)
-
-    def squared_error(group_scale: Tensor) -> Tensor:
-        step = (group_scale * scale)[:, :, None]
-        codes = (groups / step).round_().clamp_(-largest, largest)
-        return codes.mul_(step).sub_(groups).square_().sum(2)
-
-    return torch.where(squared_error(below) < squared_error(above), below, above)
-
-
-def _in_groups(weight: Tensor, group_size: int) -> Tensor:
-    """[out, in] -> [out, G, group_size], the last group filled up with zeros."""
-    return pad(weight, (0, -weight.shape[1] % group_size)).reshape(weight.shape[0], -1, group_size)
+    return op.fake_quantize_two_level(_checked(weight), clip, max_code(bits), GROUP_SIZE)
 
 
 def _checked(weight: Tensor) -> Tensor:

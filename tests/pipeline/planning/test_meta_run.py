@@ -10,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.planning.meta_run import META, run_on_meta, tensors_of
 from reelquant.families import hunyuan_video
+from reelquant.ops.implementation import reference_only
+from reelquant.quantization.quantizer import fake_quantize
 from workers.model_source import build_on_meta
 
 REFERENCE = Path(__file__).resolve().parents[3] / "configs" / "models" / "hunyuanvideo-13b"
@@ -98,3 +100,15 @@ def test_full_size_forward_pass_is_near_the_measured_one() -> None:
     assert run.peak_bytes / 2**30 == pytest.approx(30.4, rel=0.05)  # 29.9
     # 60 blocks of joint attention over 57,600 + 256 tokens and 24 heads of 128; the refiner's is in the fourth digit.
     assert run.attention_flops == pytest.approx(60 * 4 * 57_856**2 * 3072, rel=1e-3)
+
+
+def test_fake_quantization_is_counted_as_its_kernels_unless_they_are_held_back() -> None:
+    x, clip = empty(100, 64, dtype=torch.bfloat16, grad=True), empty(1, grad=True)
+
+    def work() -> Tensor:
+        return fake_quantize(x, 4, -1, clip)
+
+    # Reads x and the clip; writes x rounded and a float32 a row.
+    assert run_on_meta(work, holding=[x, clip]).moved_bytes == 2 * (2 * 100 * 64) + 4 + 4 * 100
+    with reference_only():
+        assert run_on_meta(work, holding=[x, clip]).moved_bytes > 50 * 100 * 64

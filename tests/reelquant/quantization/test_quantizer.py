@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reelquant.quantization.quantizer import SMALLEST_SCALE, fake_quantize, max_code, quantize
+from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE
+from reelquant.quantization.quantizer import fake_quantize, max_code, quantize
 
 
 @given(bits=st.integers(2, 8), rows=st.integers(1, 5), width=st.integers(1, 33), seed=st.integers(0, 999))
