@@ -58,15 +58,15 @@ MOVED_BYTES = 3.016e12
 STORED_BYTES = 1.2e9
 """Bytes a second that a worker writes into the store in front of an SSD or in memory (measured: 1.1 to 1.36 GB/s)."""
 EFFICIENCY = 0.8
-"""Of these ceilings. HunyuanVideo-13B at 61 frames, estimated so and measured (distillation: fake quantization in plain torch):
+"""Of these ceilings. HunyuanVideo-13B at 61 frames, estimated so and measured:
 
 | | estimated | measured |
 |---|---|---|
 | denoising step at 720x1280, at 480x848 | 7.3, 2.1 s | 8.3, 2.3 s |
 | with the salience hooks at 480x848, shared by two GPUs | 2.2 s | - |
-| distillation step at 720x1280, double and single block | 0.54, 0.53 s | 0.54, 0.49 s |
-| seeing 40 % of the tokens | 0.27, 0.25 s | 0.30, 0.26 s |
-| seeing 25 % | 0.20, 0.18 s | 0.23, 0.19 s |
+| distillation step at 720x1280, double and single block | 0.42, 0.42 s | 0.40, 0.39 s |
+| seeing 40 % of the tokens | 0.20, 0.19 s | 0.20, 0.19 s |
+| seeing 25 % | 0.14, 0.13 s | 0.15, 0.14 s |
 """
 
 

@@ -114,7 +114,7 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     # 40 samples, their targets and steps measured and projected.
     assert hours["evaluation"] * 3600 / 32 == pytest.approx(50 * 8.3 + 13, rel=0.2)
     assert 1.02 < hours["trajectories"] / 10 / (hours["evaluation"] / 32) < 1.1
-    assert hours["distillation"] == pytest.approx(2 * 1.42, rel=0.25)
+    assert 1 < hours["distillation"] / (2 * 1.04) < 1.4  # GPTQ's Hessians on top
 
 
 def test_a_part_of_the_tokens_makes_steps_cheaper() -> None:
