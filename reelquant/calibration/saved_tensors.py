@@ -10,8 +10,8 @@ x 3072, bfloat16, method `reelquant`; the block's weights are among it:
 
 | block | as usual | saved elsewhere | moved there |
 |---|---|---|---|
-| double-stream | 31.1 GiB | 15.2 GiB | 23.0 GiB |
-| single-stream | 31.8 GiB | 18.0 GiB | 18.9 GiB |
+| double-stream | 22.9 GiB | 9.9 GiB | 20.4 GiB |
+| single-stream | 21.1 GiB | 10.8 GiB | 17.6 GiB |
 
 What is left are the operands of one operation at the widest layer. Computing parts again (activation checkpointing) saves far
 less: a step is of one block, so whatever part is computed again stands in memory at once beside that operation's operands.
