@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from reelquant.calibration.block_rounding import EXACT_DB
 from reelquant.metrics import psnr_db
@@ -22,6 +21,9 @@ def fidelity(reference: Tensor, video: Tensor, perceptual: PerceptualDistance | 
     Raises:
         ValueError: different shapes.
     """
+    # A tenth of what a process takes to start, where most measure no video: it brings matplotlib and half of scipy.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     # PSNR first: it is what names both shapes when they differ.
     measured = {"psnr_db": min(psnr_db(reference, video), EXACT_DB)}
     frames = reference.permute(0, 3, 1, 2), video.permute(0, 3, 1, 2)

@@ -19,6 +19,7 @@ def mean_shift(prompts: list[Any], steps: slice = slice(None)) -> float:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_both_move_the_attention_and_refreshes_bring_it_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

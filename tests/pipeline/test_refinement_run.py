@@ -21,7 +21,7 @@ from reelquant.quantization.linear import QuantizedLinear
 from storage.manifest import Manifest
 from tests.pipeline.small_run import ROOT, call, small_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def narrow_model(folder: Path) -> Path:

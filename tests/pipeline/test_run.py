@@ -87,12 +87,14 @@ print(sum(k.endswith("weight_packed") for k in first), "quantized")
     assert re.search(r"\d\d quantized", done.stdout)
 
 
+@pytest.mark.slow
 def test_one_worker_gives_the_bytes_of_two(finished_run: Path, tmp_path: Path) -> None:
     done = call("run", str(small_run(tmp_path)), "--set", "workers.num_workers=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert files(tmp_path / "run" / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_after_a_stage_goes_on_from_there(finished_run: Path, tmp_path: Path) -> None:
     config, run = str(small_run(tmp_path)), tmp_path / "run"
     done = call("run", config, "--until", "activations")
@@ -162,6 +164,7 @@ def worker_processes(driver: psutil.Process) -> list[psutil.Process]:
     return [process for process in driver.children(recursive=True) if is_worker(process)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: Path) -> None:
     config, run = small_run(tmp_path), tmp_path / "run"
@@ -227,6 +230,7 @@ def test_damage_is_named_and_only_the_damaged_units_are_redone(finished_run: Pat
     assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_redoes_only_what_depends_on_it(finished_run: Path, tmp_path: Path) -> None:
     config, run = copy_of(finished_run, tmp_path), tmp_path / "run"
     change = ("--set", "bits.exceptions=[{pattern: transformer_blocks.0.ff.*, weight: 8, activation: 8}]")

@@ -396,7 +396,8 @@ def test_until_distillation_block_errors_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_whole_study(tmp_path: Path) -> None:
     path, study = small_study(tmp_path, seeds=[3]), tmp_path / "study"
     diverging = {"preset": "s2q", "rotation_block": 64, "epochs": 1, "learning_rate_transform": 1e30}

@@ -19,6 +19,7 @@ SHORT = 96
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_rank_out_of_memory_costs_its_replica_and_its_unit_is_done_by_new_processes_or_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
