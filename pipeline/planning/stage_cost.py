@@ -48,7 +48,7 @@ from workers.salience_hooks import HALF_WEIGHT_VALUES, WEIGHT_VALUES, sampled_we
 
 PROCESS_BYTES = 460 * 2**20
 """Resident memory of a worker process that has opened a pipeline of no size (measured)."""
-LANCZOS_STEPS = 32
+USUAL_LANCZOS_STEPS = 32
 """Until the spectral norm of a block's input has converged (HunyuanVideo-13B with random weights)."""
 MATRIX_FLOPS, ATTENTION_FLOPS, FLOAT32_FLOPS = 780e12, 648e12, 67e12
 """Operations a second of one H100: bfloat16 matrix products (8192^3) and cuDNN attention (57,856 tokens, 24 heads of 128),
@@ -361,7 +361,7 @@ class CostModel:
         and its errors are written; on it the products are in 16 bits.
         """
         model, length, d = self._context.model, self._counts.longest_stream, hidden_size(self._context)
-        passes = 2 * math.ceil(length / SUMMED_ROWS) + LANCZOS_STEPS if self._on_tensor_cores else 0
+        passes = 2 * math.ceil(length / SUMMED_ROWS) + USUAL_LANCZOS_STEPS if self._on_tensor_cores else 0
         operations = Operations(matrix=2.0 * length * d**2, moved=4.0 * passes * d**2) * len(model.blocks)
         known = dict[tuple[int, int], Operations]()
         for shape in model.linears.values():
