@@ -183,21 +183,24 @@ def verify(
 
 @app.command()
 def submit(
-    config: ConfigArgument,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, or of a study.")],
     address: AddressOption,
     overrides: SetOption = None,
     update: Annotated[
         bool, typer.Option("--update", help="Take a changed configuration; redo only what depends on the change.")
     ] = False,
+    until: UntilOption = None,
     follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the job's output until it ends.")] = True,
 ) -> None:
-    """Run on a Ray cluster: uploads the checkout and runs it there. Submitting again resumes the run."""
+    """Run on a Ray cluster: uploads the checkout and runs it there. Submitting again resumes the run, or the study."""
     console = Console()
     with _errors(console):
-        from pipeline.submission import run_job, submit_run
+        from pipeline.runner import stages_until
+        from pipeline.submission import job_of, submit_job
 
-        request = run_job(config, overrides or (), update=update)
-        raise typer.Exit(submit_run(address, request, console, follow=follow))
+        stages_until(until)
+        request = job_of(config, overrides or (), update=update, until=until)
+        raise typer.Exit(submit_job(address, request, console, follow=follow))
 
 
 @app.command()

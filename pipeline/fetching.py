@@ -10,6 +10,7 @@ from storage.atomic_files import create_directory, partial_path, sha256_file, wr
 from storage.location import Location
 from storage.manifest import OutputFile
 from storage.run_directory import REPORT, RunDirectory
+from storage.run_store import open_store
 
 _STAGE = "assembly"
 
@@ -44,9 +45,13 @@ def fetch_checkpoint(location: Location, folder: Path, *, method: str | None = N
 
 def fetch_report(location: Location, folder: Path) -> Path:
     """Copies the report of a run into a local folder; returns the copy's path."""
-    directory = RunDirectory.open(location)
-    copy = folder / f"{directory.location.name}-{REPORT}"
-    write_bytes_atomic(copy, directory.store.read(REPORT))
+    return fetch_file(RunDirectory.open(location).location, REPORT, folder)
+
+
+def fetch_file(location: Location, key: str, folder: Path) -> Path:
+    """Copies a small file of a run or study into a local folder, under a name that says whose it is; returns the copy."""
+    copy = folder / f"{location.name}-{key}"
+    write_bytes_atomic(copy, open_store(location).read(key))
     return copy
 
 

@@ -16,7 +16,8 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -128,8 +129,7 @@ def driven_runs(runs: Mapping[str, Run], console: Console) -> Iterator[list[Driv
     started = {"host": socket.gethostname(), "pid": os.getpid(), **provenance()}
     sound: set[FileState] = set()
     with contextlib.ExitStack() as locks:
-        for run in runs.values():
-            locks.enter_context(run.directory.lock())
+        locks.enter_context(locked([run.directory for run in runs.values()]))
         found = []
         for label, run in runs.items():
             run.directory.sweep_partial_files()
@@ -141,6 +141,30 @@ def driven_runs(runs: Mapping[str, Run], console: Console) -> Iterator[list[Driv
                 drop_damaged(driven, console, sound)
             found.append(driven)
         yield found
+
+
+@contextlib.contextmanager
+def locked(directories: Sequence[RunDirectory]) -> Iterator[None]:
+    """Be the only driver of all of them. Of several in a bucket whose driver seems dead, all are watched at once: each takes a
+    minute.
+
+    Raises:
+        RunLocked: another driver works on one of them; the others are given back.
+    """
+    if len(directories) == 1:  # in this thread, which then learns at once that a lease was lost
+        with directories[0].lock():
+            yield
+        return
+    locks = [directory.lock() for directory in directories]
+    with contextlib.ExitStack() as held:
+        with ThreadPoolExecutor(len(locks), thread_name_prefix="lock") as pool:
+            entered = [pool.submit(lock.__enter__) for lock in locks]
+        for lock, result in zip(locks, entered, strict=True):
+            if result.exception() is None:
+                held.push(lock)
+        for result in entered:
+            result.result()
+        yield
 
 
 FileState = tuple[Hashable, str]

@@ -1,13 +1,14 @@
-"""`submit`, `logs`, `stop`: a run as a job of a Ray cluster.
+"""`submit`, `logs`, `stop`: a run, or a study, as a job of a Ray cluster.
 
-The configuration travels inside the job's command, with all `--set` applied, so that it may lie anywhere and the dashboard
-shows what was run. The checkout travels as the job's working directory. Paths in the configuration are therefore either
+The configuration travels inside the job's command, with all `--set`, so that it may lie anywhere and the dashboard shows
+what was run. The checkout travels as the job's working directory. Paths in the configuration are therefore either
 relative to the checkout and part of it, or absolute and the cluster's own: only the job can see whether those exist, and it
 looks before any work.
 """
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from cluster.job_submission import JobClient, JobEnd, JobRequest, new_submission
 from cluster.session import PROJECT_ROOT
 from pipeline.config.loading import ConfigError, parse_config, parse_override, read_prompts, read_values, set_value
 from pipeline.config.schema import RunConfig
+from pipeline.study.expansion import load_study
+from storage.location import Location
 
 EXCLUDES = ("/tests", "/docs", "/benchmarks", "/.venv")
 """Of the checkout, what no job needs; what .gitignore names stays behind too."""
@@ -29,34 +32,61 @@ EXCLUDES = ("/tests", "/docs", "/benchmarks", "/.venv")
 _END_OF_CONFIG = "END_OF_CONFIG"
 
 
-def run_job(path: Path, overrides: Sequence[str], *, update: bool) -> JobRequest:
-    """The job that runs the configuration in `path` with `overrides`.
+def job_of(path: Path, overrides: Sequence[str], *, update: bool = False, until: str | None = None) -> JobRequest:
+    """The job that does the run, or the study, whose file `path` is, with `overrides`.
+
+    Args:
+        update: as of `run` and `study`; so is `until`, the stage after which the job ends.
 
     Raises:
         ConfigError: everything that is wrong with it and can be seen from here.
     """
     values = read_values(path)
+    options = [*(["--update"] if update else []), *(["--until", until] if until is not None else [])]
+    if "study" in values:
+        return _study_job(path, values, overrides, options)
     for override in overrides:
         set_value(values, *parse_override(override), where=f"--set {override!r}")
     config = parse_config(values, str(path))
-    problems = [*_run_problems(config), *_path_problems(config)]
+    problems = [*_place_problems("run", config.run), *_run_problems(config)]
     if problems:
         raise ConfigError(problems)
     values.pop("cluster", None)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    options = " --update" if update else ""
-    commit = _commit()
-    return JobRequest(
-        submission_id=new_submission_id(config.run.name),
-        entrypoint=f"python -m pipeline run /dev/stdin{options} <<'{_END_OF_CONFIG}'\n{text}{_END_OF_CONFIG}\n",
-        working_dir=PROJECT_ROOT,
-        excludes=EXCLUDES,
-        env_vars={"REELQUANT_COMMIT": commit} if commit else {},
-        metadata={"run": str(config.run), "config": str(path), "commit": commit or "unknown"},
+    return _request(["run", "/dev/stdin", *options], values, {"run": str(config.run), "config": str(path)}, config.run)
+
+
+def _study_job(path: Path, values: dict[str, Any], overrides: Sequence[str], options: Sequence[str]) -> JobRequest:
+    study = load_study(path, overrides)
+    # What is the same in all runs is said once.
+    found = [*_place_problems("study", study.location), *(p for run in study.runs for p in _run_problems(run.config))]
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))
+    base = study.written.base()
+    base.pop("cluster", None)
+    last = [part for override in overrides for part in ("--set", override)]
+    values = {**values, "config": base}
+    return _request(
+        ["study", "/dev/stdin", *options, *last],
+        values,
+        {"study": str(study.location), "config": str(path)},
+        study.location,
     )
 
 
-def submit_run(address: str, request: JobRequest, console: Console, *, follow: bool) -> int:
+def _request(command: Sequence[str], values: dict[str, Any], metadata: dict[str, str], place: Location) -> JobRequest:
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    commit = _commit()
+    return JobRequest(
+        submission_id=new_submission_id(place.name),
+        entrypoint=f"python -m pipeline {shlex.join(command)} <<'{_END_OF_CONFIG}'\n{text}{_END_OF_CONFIG}\n",
+        working_dir=PROJECT_ROOT,
+        excludes=EXCLUDES,
+        env_vars={"REELQUANT_COMMIT": commit} if commit else {},
+        metadata={**metadata, "commit": commit or "unknown"},
+    )
+
+
+def submit_job(address: str, request: JobRequest, console: Console, *, follow: bool) -> int:
     """Submits the job; returns its exit code, or 0 at once without `follow`."""
     client = JobClient(address)
     client.submit(request)
@@ -107,13 +137,18 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _place_problems(key: str, place: Location) -> list[str]:
+    if place.is_absolute():
+        return []
+    example = f"--set run=/mnt/runs/{place.name}" if key == "run" else f"{key}: /mnt/runs/{place.name}"
+    return [
+        f"{key}: {place} is relative, and a job's working directory is a cache that Ray clears: give s3://bucket/prefix, or an "
+        f"absolute path that every node of the cluster sees, such as {example}"
+    ]
+
+
 def _run_problems(config: RunConfig) -> list[str]:
-    problems = []
-    if not config.run.is_absolute():
-        problems.append(
-            f"run: {config.run} is relative, and a job's working directory is a cache that Ray clears: give an absolute path "
-            f"that every node of the cluster sees, such as --set run=/mnt/runs/{config.run.name}"
-        )
+    problems = _path_problems(config)
     if config.cluster.address == "local":
         problems.append("cluster.address: 'local' would start a second Ray inside the job: leave it out")
     if config.workers.num_workers != "auto" and config.workers.num_workers < 1:

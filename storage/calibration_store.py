@@ -12,7 +12,8 @@ none; and at most a partial directory (:meth:`CalibrationStore.sweep_partial_fil
 import hashlib
 import os
 import re
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class CalibrationStore:
         layout = ArrayLayout.of(tuple(tensor.shape), tensor.dtype)
         if self._store.subfolders(key):
             raise ValueError(f"name {name!r} is a group of arrays in {self.location}: choose another name")
-        self._create_groups(key, name)
+        self._create_groups([key])
         checksums: dict[str, str] = {}
 
         def write_files(folder: Path) -> None:
@@ -129,6 +130,12 @@ class CalibrationStore:
         """
         return self._layout(name, self._locate(name)).shape
 
+    def adopted(self, outputs: Iterable[OutputFile]) -> None:
+        """After files were taken over from another run (:meth:`storage.run_store.RunStore.adopt`): makes the groups above the
+        arrays among them, which are no unit's outputs, and without which other readers find no store."""
+        inside = f"{self.location.name}/"
+        self._create_groups({str(PurePosixPath(o.path).parent) for o in outputs if o.path.startswith(inside)})
+
     def sweep_partial_files(self) -> tuple[str, ...]:
         """Remove what killed writers left, while holding the run's lock; returns the removed paths."""
         return () if isinstance(self.location, StoreUrl) else sweep_partial_files(self.location)
@@ -144,9 +151,10 @@ class CalibrationStore:
         self._store.check_key(self.location.name, name)
         return f"{self.location.name}/{name}"
 
-    def _create_groups(self, key: str, name: str) -> None:
-        parts = key.split("/")
-        for group in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
+    def _create_groups(self, keys: Iterable[str]) -> None:
+        """Those above arrays."""
+        below = {str(group): key for key in keys for group in PurePosixPath(key).parents if group.name}
+        for group in sorted(below):
             try:
                 found = self._store.read(f"{group}/{METADATA_FILE}")
             except FileNotFoundError:
@@ -154,6 +162,7 @@ class CalibrationStore:
                 continue
             if found != GROUP_METADATA:
                 where = self.location.parent / group
+                name = below[group].removeprefix(f"{self.location.name}/")
                 raise ValueError(f"name {name!r} would lie inside {where}, which is not a group: choose another name")
 
     def _layout(self, name: str, key: str) -> ArrayLayout:

@@ -18,15 +18,17 @@ from storage.atomic_files import (
     sha256_file,
     sweep_partial_files,
     sync_directory,
+    sync_file,
     write_bytes_atomic,
 )
 from storage.local_lock import lock_holder, locked
 from storage.output_file import OutputFile
-from storage.run_store import Bytes, Driver, LineLog, RangeReader, StoredFile, WriteLocally
+from storage.run_store import Bytes, Driver, LineLog, RangeReader, RunStore, StoredFile, WriteLocally
 
 LOCK_FILE = "run.lock"
 
 _PUBLISH_ATTEMPTS = 100
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 
 
 class LocalStore:
@@ -95,6 +97,31 @@ class LocalStore:
                 shutil.rmtree(partial, ignore_errors=True)
         return sizes
 
+    def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
+        assert isinstance(source, LocalStore)
+        for output in outputs:
+            self._adopt(output, source._root / output.path)
+        for directory in {(self._root / output.path).parent for output in outputs}:
+            sync_directory(directory)
+        return tuple(outputs)
+
+    def _adopt(self, output: OutputFile, original: Path) -> None:
+        """A link needs no check: it is the file that was looked at."""
+        target = self._root / output.path
+        create_directory(target.parent)
+        if target.exists() and target.samefile(original):
+            return
+        partial = partial_path(target)
+        try:
+            if not _link(original, partial):
+                shutil.copyfile(original, partial)
+                sync_file(partial)
+                if sha256_file(partial) != output.checksum:
+                    raise ValueError(f"{output.path}: SHA-256 of {original} differs from the record")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def open_ranges(self, key: str) -> Iterator[RangeReader]:
         descriptor = os.open(self._root / key, os.O_RDONLY | os.O_NOFOLLOW)
@@ -160,6 +187,17 @@ class LocalStore:
         path = self._root / folder / name
         if path.is_file():
             yield from path.read_text(encoding="utf-8").splitlines()
+
+
+def _link(original: Path, target: Path) -> bool:
+    """Whether there can be hard links between the two."""
+    try:
+        os.link(original, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
 
 
 class _FileRanges:

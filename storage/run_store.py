@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -141,6 +141,21 @@ class RunStore(Protocol):
             By file name, data before metadata: size in bytes and e_tag.
         """
 
+    def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
+        """Have files of another store of the same kind under the same names: linked in a folder, copied by the server in a
+        bucket. Neither store may ever change them in place.
+
+        Args:
+            outputs: as ``source`` has them, which was seen to be so.
+            source: its runs lie on the same file system or in the same bucket, or files are copied through here.
+
+        Returns:
+            the same, as they lie here.
+
+        Raises:
+            ValueError: the source's file is not the one described (any more); says which. Nothing may be built on the others.
+        """
+
     def open_ranges(self, key: str) -> contextlib.AbstractContextManager[RangeReader]:
         """Raises FileNotFoundError."""
 
@@ -203,7 +218,7 @@ def open_store(location: str | Path | StoreUrl) -> RunStore:
     return LocalStore(place)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _s3_store(url: StoreUrl) -> RunStore:
     try:
         from storage.s3_store import S3Store

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,7 +35,7 @@ from storage.location import StoreUrl
 from storage.run_store import StoreUnreachable
 
 if TYPE_CHECKING:
-    from obstore.store import BackoffConfig
+    from obstore.store import BackoffConfig, ClientConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -78,17 +79,9 @@ class Requests:
             raise ValueError(
                 f"AWS_ENDPOINT_URL is {endpoint}: over http, which nobody encrypts; use https, or set AWS_ALLOW_HTTP=true"
             )
-        pauses: BackoffConfig = {
-            "init_backoff": timedelta(seconds=0.1),
-            "max_backoff": timedelta(seconds=1),
-            "base": 2,
-        }
-        self._store = S3Store(
-            url.bucket,
-            prefix=url.key,
-            client_options={"connect_timeout": "5s", "timeout": "60s", "allow_http": plain},
-            retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=10), "backoff": pauses},
-        )
+
+        self._options: ClientConfig = {"connect_timeout": "5s", "timeout": "60s", "allow_http": plain}
+        self._store = self._client(url.key, self._options)
 
     def get(self, key: str) -> tuple[bytes, str]:
         """Content and e_tag."""
@@ -117,6 +110,14 @@ class Requests:
         return self._attempt(
             f"writing {num_bytes} bytes to {key}",
             lambda: str(obstore.put(self._store, key, content, chunk_size=part_bytes, max_concurrency=4)["e_tag"]),
+        )
+
+    def copy(self, key: str, source: StoreUrl) -> None:
+        """Have the server copy the object ``key`` of another prefix of this bucket; it may have 5 GiB."""
+        assert source.bucket == self.url.bucket
+        self._attempt(
+            f"copying {key} from {source}",
+            lambda: obstore.copy(self._bucket, f"{source.key}/{key}", f"{self.url.key}/{key}"),
         )
 
     def create(self, key: str, data: bytes) -> str:
@@ -167,6 +168,24 @@ class Requests:
             return sorted(objects), sorted(str(path).rpartition("/")[2] for path in found["common_prefixes"])
 
         return self._attempt(f"listing {prefix or 'the run'}", request)
+
+    @cached_property
+    def _bucket(self) -> S3Store:
+        """For copies between prefixes, which are answered when they are done."""
+        return self._client(None, {**self._options, "timeout": "600s"})
+
+    def _client(self, prefix: str | None, options: "ClientConfig") -> S3Store:
+        pauses: BackoffConfig = {
+            "init_backoff": timedelta(seconds=0.1),
+            "max_backoff": timedelta(seconds=1),
+            "base": 2,
+        }
+        return S3Store(
+            self.url.bucket,
+            prefix=prefix,
+            client_options=options,
+            retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=10), "backoff": pauses},
+        )
 
     def _conditional(self, key: str, data: bytes, mode: Any) -> str:
         while True:

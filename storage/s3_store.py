@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 
@@ -23,7 +24,7 @@ from storage.atomic_files import explain_write_failure, sha256_file
 from storage.local_store import LOCK_FILE
 from storage.location import StoreUrl
 from storage.output_file import OutputFile
-from storage.run_store import Bytes, Driver, LeaseLost, LineLog, RangeReader, StoredFile, WriteLocally
+from storage.run_store import Bytes, Driver, LeaseLost, LineLog, RangeReader, RunStore, StoredFile, WriteLocally
 from storage.s3_lease import S3Lease
 from storage.s3_log import S3Log, read_s3_log
 from storage.s3_requests import PART_BYTES, Requests, StoredObject
@@ -31,6 +32,10 @@ from storage.scratch import scratch_folder, scratch_root
 
 _DOWNLOADS = 4
 """Ranges of a file that are asked for at a time."""
+_COPIES = 16
+"""Objects that the server is asked to copy at a time."""
+LARGEST_COPY_BYTES = 5 * 2**30
+"""Of an object that S3 copies in one request."""
 
 
 class S3Store:
@@ -120,6 +125,25 @@ class S3Store:
             # The data's name sorts before the metadata's, and without metadata there is no array.
             files = sorted(scratch.iterdir())
             return {file.name: (file.stat().st_size, self._requests.put(f"{key}/{file.name}", file)) for file in files}
+
+    def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
+        assert isinstance(source, S3Store)
+        with ThreadPoolExecutor(_COPIES, thread_name_prefix="adopt") as pool:
+            return tuple(pool.map(lambda output: self._adopt(output, source), outputs))
+
+    def _adopt(self, output: OutputFile, source: S3Store) -> OutputFile:
+        if output.num_bytes <= LARGEST_COPY_BYTES and source._url.bucket == self._url.bucket:
+            self._requests.copy(output.path, source._url)
+        else:
+            with source.local_files([output.path]) as [path]:
+                self._requests.put(output.path, path)
+        # What was copied is what was described if it still is: an object of this e_tag has one content.
+        if source._requests.head(output.path).e_tag != output.e_tag:
+            raise ValueError(f"{output.path}: {source.location}/{output.path} was replaced while it was copied")
+        copied = self._requests.head(output.path)
+        if copied.num_bytes != output.num_bytes:
+            raise ValueError(f"{output.path}: {copied.num_bytes} bytes arrived, {output.num_bytes} expected")
+        return replace(output, e_tag=copied.e_tag)
 
     @contextlib.contextmanager
     def open_ranges(self, key: str) -> Iterator[RangeReader]:

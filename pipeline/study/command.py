@@ -8,14 +8,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.fetching import fetch_file
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage
 from pipeline.study.collection import collect_results
 from pipeline.study.driver import run_study
 from pipeline.study.expansion import load_study
-from pipeline.study.page import write_results
+from pipeline.study.page import PAGE, TABLE, write_results
 from pipeline.study.preparation import prepare_study
 from pipeline.study.tables import show_results
+from storage.location import StoreUrl
 
 
 def plan_study(path: Path, overrides: Sequence[str], console: Console, *, stages: tuple[Stage, ...] = STAGES) -> bool:
@@ -38,15 +40,19 @@ def do_study(
     prepared.require_feasible()
     outcome = run_study(prepared, console, update=update, stages=stages)
     results = collect_results(prepared.study, outcome)
-    page = write_results(results)
+    write_results(results)
+    place = prepared.study.location.absolute()
     console.line()
     show_results(results, console)
     console.line()
     console.print(
         f"{outcome.done} units done now, {outcome.adopted} adopted from other runs, {outcome.kept} were done before"
     )
-    console.print(f"results: {page.with_name('results.csv')}", soft_wrap=True, highlight=False)
-    console.print(f"report:  {page}", soft_wrap=True, highlight=False)
+    console.print(f"results: {place / TABLE}", soft_wrap=True, highlight=False)
+    console.print(f"report:  {place / PAGE}", soft_wrap=True, highlight=False)
+    if isinstance(place, StoreUrl):
+        copies = [fetch_file(place, key, Path.cwd()) for key in (TABLE, PAGE)]
+        console.print(f"copies:  {' '.join(map(str, copies))}", soft_wrap=True, highlight=False)
     if outcome.failures:
         names = dict.fromkeys(run.setting.name for run in prepared.study.runs if run.label in outcome.failures)
         console.print(

@@ -20,7 +20,8 @@ from pipeline.runner import STAGES, driven_runs, open_run, provenance
 from pipeline.schedule import DrivenRun, Task
 from pipeline.stages.stage import Stage
 from pipeline.study.preparation import PreparedStudy
-from storage.atomic_files import create_directory, write_json_atomic
+from storage.atomic_files import create_directory, json_bytes
+from storage.local_store import LOCK_FILE
 from storage.run_directory import RunConfigMismatch, RunDirectory
 
 STUDY_FILE = "study.json"
@@ -67,11 +68,11 @@ def run_study(
         RunLocked: another driver works on the study or on one of its runs.
         WorkersFailed: no worker could be started; everything done is kept.
     """
-    path = prepared.study.path.absolute()
-    _open_directory(path)
-    with RunDirectory(path).lock():
+    directory = RunDirectory(prepared.study.location)
+    _open_directory(directory)
+    with directory.lock():
         document = {"format_version": FORMAT_VERSION, "study": prepared.study.written.model_dump(mode="json")}
-        write_json_atomic(path / STUDY_FILE, {**document, "provenance": provenance()})
+        directory.store.put(STUDY_FILE, json_bytes({**document, "provenance": provenance()}))
         runs = _open_runs(prepared, update=update)
         outcome = StudyOutcome(runs)
         with driven_runs(runs, console) as driven:
@@ -85,16 +86,18 @@ def run_study(
     return outcome
 
 
-def _open_directory(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"study: {path} is a file: give a directory for the study")
-    if path.is_dir() and not (path / STUDY_FILE).is_file():
-        foreign = sorted(entry.name for entry in path.iterdir() if entry.name != "run.lock" and not _is_partial(entry))
-        if foreign:
-            raise ValueError(
-                f"study: {path} is not empty and not a study (holds {', '.join(foreign[:5])}): give a new or empty directory"
-            )
-    create_directory(path)
+def _open_directory(directory: RunDirectory) -> None:
+    place, store = directory.location, directory.store
+    if isinstance(place, Path) and place.exists() and not place.is_dir():
+        raise ValueError(f"study: {place} is a file: give a directory for the study")
+    names = store.names("")
+    foreign = sorted({*names, *store.subfolders("")} - {LOCK_FILE})
+    if foreign and STUDY_FILE not in names:
+        raise ValueError(
+            f"study: {place} is not empty and not a study (holds {', '.join(foreign[:5])}): give a new or empty directory"
+        )
+    if isinstance(place, Path):
+        create_directory(place)
 
 
 def _open_runs(prepared: PreparedStudy, *, update: bool) -> dict[str, Run]:
@@ -107,10 +110,6 @@ def _open_runs(prepared: PreparedStudy, *, update: bool) -> dict[str, Run]:
     if problems:
         raise RunConfigMismatch("\n".join(problems))
     return runs
-
-
-def _is_partial(entry: Path) -> bool:
-    return entry.name.startswith(f".{STUDY_FILE}.")
 
 
 class _SetAside:

@@ -12,17 +12,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.loading import ConfigError, describe, parse_config, parse_override, read_values, set_value
-from pipeline.config.schema import RunConfig, Section
-from storage.location import local_path, parse_location
+from pipeline.config.schema import RunConfig, RunLocation, Section
+from storage.location import Location
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _LONGEST_SLUG = 100
-_WHY_LOCAL = "the runs of a study share files through hard links"
 _OWN_KEYS = {
     "run": "the study gives every run its directory",
     "seed": "give all seeds in `seeds`",
@@ -49,17 +48,13 @@ class SettingConfig(Section):
         return self
 
 
-def _study_path(value: Any) -> Any:
-    return local_path(parse_location(value), why=_WHY_LOCAL) if isinstance(value, str) else value
-
-
 class StudyConfig(Section):
     """The file as it is written."""
 
-    study: Annotated[Path, BeforeValidator(_study_path)]
-    """The study's directory."""
-    config: Path
-    """Base of all runs' configurations; its `run` and `seed` are ignored."""
+    study: RunLocation
+    """The study's directory: a path, or s3://bucket/prefix."""
+    config: Path | dict[str, Any]
+    """Base of all runs' configurations, a file or what would stand in it; its `run` and `seed` are ignored."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of all settings."""
     seeds: tuple[int, ...] = (0,)
@@ -69,6 +64,15 @@ class StudyConfig(Section):
     noise_floor: bool = False
     """Sets `evaluation.noise_floor` in all runs."""
     settings: tuple[SettingConfig, ...]
+
+    def base(self) -> dict[str, Any]:
+        """The values of `config`. Raises ConfigError for a file that cannot be read."""
+        return dict(self.config) if isinstance(self.config, dict) else read_values(self.config)
+
+    @property
+    def base_name(self) -> str:
+        """Of `config`, for people."""
+        return "config" if isinstance(self.config, dict) else str(self.config)
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
@@ -108,16 +112,16 @@ class StudyRun:
         return run_label(self.seed, self.setting.slug)
 
     @property
-    def path(self) -> Path:
+    def location(self) -> Location:
         """Its directory."""
-        return local_path(self.config.run, why=_WHY_LOCAL).absolute()
+        return self.config.run.absolute()
 
 
 @dataclass(frozen=True)
 class Study:
     """A checked file."""
 
-    path: Path
+    location: Location
     written: StudyConfig
     settings: tuple[Setting, ...]
     runs: tuple[StudyRun, ...]
@@ -140,7 +144,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         written = StudyConfig.model_validate(read_values(path))
     except ValidationError as error:
         raise ConfigError([f"{path}: {describe(item)}" for item in error.errors()]) from error
-    base = read_values(written.config)
+    base = written.base()
     last = dict(parse_override(override) for override in overrides)
     settings, problems = _expand(written, last)
     if written.reference is not None and written.reference not in [setting.name for setting in settings]:
@@ -238,7 +242,7 @@ def _configurations(
                     names = found.setdefault(problem, [])
                     if setting.name not in names:
                         names.append(setting.name)
-    return runs, list(_by_setting(found, len({setting.name for setting in settings}), written.config))
+    return runs, list(_by_setting(found, len({setting.name for setting in settings}), written.base_name))
 
 
 def _configuration(written: StudyConfig, setting: Setting, seed: int, base: Mapping[str, Any]) -> RunConfig:
@@ -267,7 +271,7 @@ def _configuration(written: StudyConfig, setting: Setting, seed: int, base: Mapp
     return config
 
 
-def _by_setting(found: Mapping[str, Sequence[str]], num_settings: int, base: Path) -> Iterator[str]:
+def _by_setting(found: Mapping[str, Sequence[str]], num_settings: int, base: str) -> Iterator[str]:
     """What all settings have in common is said once."""
     for problem, names in found.items():
         if len(names) == num_settings:

@@ -15,24 +15,27 @@ from pipeline.runner import provenance
 from pipeline.study import plots
 from pipeline.study.results import Row, StudyResults
 from pipeline.study.tables import cells, columns
-from storage.atomic_files import write_bytes_atomic, write_json_atomic
+from storage.atomic_files import json_bytes
+from storage.run_store import open_store
 
 _STYLE = Path(pipeline.report.__path__[0])
 _TEXT_COLUMNS = ("Setting", "failed")
 
 
-def write_results(results: StudyResults) -> Path:
-    """Writes all three files into the study's directory; returns the page's path.
+PAGE, TABLE, DOCUMENT = "study.html", "results.csv", "results.json"
+"""In the study's directory."""
+
+
+def write_results(results: StudyResults) -> None:
+    """Writes all three files into the study's directory.
 
     Raises:
         OSError: they cannot be written.
     """
-    folder = results.study.path.absolute()
-    write_json_atomic(folder / "results.json", results.document())
-    write_bytes_atomic(folder / "results.csv", results.csv().encode())
-    page = folder / "study.html"
-    write_bytes_atomic(page, render(results).encode())
-    return page
+    store = open_store(results.study.location)
+    store.put(DOCUMENT, json_bytes(results.document()))
+    store.put(TABLE, results.csv().encode())
+    store.put(PAGE, render(results).encode())
 
 
 def render(results: StudyResults) -> str:
@@ -49,7 +52,7 @@ def render(results: StudyResults) -> str:
     names = columns(results, rows)
     return environment.get_template("study.html.j2").render(
         {
-            "name": results.study.path.name,
+            "name": results.study.location.name,
             "settings": results.study.settings,
             "seeds": results.study.written.seeds,
             "reference": results.study.written.reference,

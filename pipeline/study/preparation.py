@@ -23,8 +23,9 @@ from pipeline.planning.plan_tables import human_bytes, new_table, print_sentence
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, count_tokens
 from pipeline.runner import STAGES
-from pipeline.stages.stage import Stage
+from pipeline.stages.stage import Stage, StageUnit
 from pipeline.study.expansion import Study, StudyRun
+from storage.location import Location, StoreUrl
 from storage.manifest import Manifest, UnitRecord
 from storage.run_directory import RunDirectory
 from workers.model_source import model_problems
@@ -73,7 +74,7 @@ class PreparedStudy:
         """Prints numbers of runs and units, notes and problems."""
         num_seeds = len(self.study.written.seeds)
         settings = len(self.study.settings)
-        console.print(f"[bold]study[/]  {escape(str(self.study.path))}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]study[/]  {escape(str(self.study.location))}", highlight=False, soft_wrap=True)
         console.print(
             f"[bold]runs[/]   {len(self.study.runs)}: {settings} setting{'s' * (settings > 1)} x {num_seeds} "
             f"seed{'s' * (num_seeds > 1)}",
@@ -122,12 +123,17 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedS
         raise ConfigError(list(dict.fromkeys(problems)))
     contexts = {run.label: replace(by_setting[run.setting.slug], config=run.config) for run in study.runs}
     counts = _Counting(study, contexts).counts(stages)
-    disk = disk_of(study.path)
+    disk = disk_of(study.location)
     problems += [
         f"{problem}; or make the study smaller"
-        for problem in disk_problems(study.path, int(sum(count.disk_bytes for count in counts)), disk)
+        for problem in disk_problems(study.location, int(sum(count.disk_bytes for count in counts)), disk)
     ]
     notes = worker_notes(first)
+    if isinstance(study.location, StoreUrl):
+        notes.append(
+            "in a bucket every run has its own copy of what runs have in common, made by the server: the bytes are those of "
+            "all runs"
+        )
     if any(count.at_most for count in counts):
         notes.append(
             "which samples the selections choose is not known yet: what they have in common is done once, and settings that "
@@ -157,7 +163,7 @@ def _models(study: Study) -> tuple[dict[Path, str], list[str]]:
 class PlannedManifest(Manifest):
     """A run's manifest in which the units that will be done count as done."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Location) -> None:
         super().__init__(run)
         self.planned: dict[tuple[str, str], UnitRecord] = {}
         self.guessed = False
@@ -177,7 +183,8 @@ class _Counting:
 
     def __init__(self, study: Study, contexts: Mapping[str, RunContext]) -> None:
         self._runs = [(run, contexts[run.label]) for run in study.runs]
-        self._manifests = {run.label: PlannedManifest(run.path) for run in study.runs}
+        self._manifests = {run.label: PlannedManifest(run.location) for run in study.runs}
+        self._copies = isinstance(study.location, StoreUrl)
         self._sizes: dict[str, dict[str, float]] = {}
         self._choices: dict[tuple[str, ...], set[str]] = {}
         """Selections that are not done, by fingerprints of the trajectories that they choose from."""
@@ -190,7 +197,8 @@ class _Counting:
         seen: set[tuple[str, str]] = set()
         for run, context in self._runs:
             manifest = self._manifests[run.label]
-            planned = Run(context, RunDirectory(run.path), manifest)
+            recorded = Recorded(run.location, stage.name)
+            planned = Run(context, RunDirectory(run.location), manifest)
             try:
                 plans = stage.plan(planned)
             except LookupError:  # it reads a result that is not there yet
@@ -204,7 +212,7 @@ class _Counting:
                     break
                 count.separate += 1
                 count.at_most |= manifest.guessed
-                real = _real_record(run, stage.name, unit.name, unit.fingerprint)
+                real = recorded.find(unit)
                 result = {} if real is None else real.result
                 if stage.name == "selection" and real is None:
                     result = {"chosen": _made_up(manifest, context, unit.fingerprint)}
@@ -213,10 +221,11 @@ class _Counting:
                     upstream = tuple(record.fingerprint for record in trajectories if record is not None)
                     self._choices.setdefault(upstream, set()).add(unit.fingerprint)
                 manifest.plan(stage.name, unit.name, unit.fingerprint, result)
+                if (unit.name, unit.fingerprint) not in seen or self._copies:
+                    count.disk_bytes += self._unit_bytes(run, context).get(stage.name, 0.0)
                 if (unit.name, unit.fingerprint) not in seen:
                     seen.add((unit.name, unit.fingerprint))
                     count.done += real is not None
-                    count.disk_bytes += self._unit_bytes(run, context).get(stage.name, 0.0)
         count.shared = len(seen)
         # Choices from different trajectories have nothing in common, whatever they are.
         count.at_most &= any(len(chosen) > 1 for chosen in self._choices.values())
@@ -252,14 +261,22 @@ def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
     }
 
 
-def _real_record(run: StudyRun, stage: str, unit: str, fingerprint: str) -> UnitRecord | None:
-    if not (run.path / "config.json").is_file():
-        return None
-    try:
-        record = Manifest(run.path).read(stage, unit)
-    except ValueError:  # the driver will say what is wrong with it, and do it again
-        return None
-    return record if record is not None and record.fingerprint == fingerprint else None
+class Recorded:
+    """What of one stage a run's directory, which need not exist, says to be done."""
+
+    def __init__(self, run: Location, stage: str) -> None:
+        self._manifest, self._stage = Manifest(run), stage
+        self._names = frozenset(self._manifest.units(stage))
+
+    def find(self, unit: StageUnit) -> UnitRecord | None:
+        """The unit's record, if it is of this fingerprint."""
+        if unit.name not in self._names:
+            return None
+        try:
+            record = self._manifest.read(self._stage, unit.name)
+        except ValueError:  # the driver will say what is wrong with it, and do it again
+            return None
+        return record if record is not None and record.fingerprint == unit.fingerprint else None
 
 
 def _made_up(manifest: PlannedManifest, context: RunContext, fingerprint: str) -> list[dict[str, Any]]:

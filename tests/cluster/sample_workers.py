@@ -67,11 +67,11 @@ class SampleWorker:
         self.mark(name)
         return 2 * value
 
-    def do_meet(self, progress: Callable[[int, int], None], name: str, num_workers: int) -> int:
-        """Wait until so many workers are at work."""
+    def do_meet(self, progress: Callable[[int, int], None], name: str, num_workers: int, where: str = "start") -> int:
+        """Wait until so many workers are there; where `where` is the start of units' names: until so many have had such one."""
         self.mark(name)
         step = 0
-        while len(list(self.settings.marks.glob("start.*"))) < num_workers:
+        while len({path.name.split(".")[1] for path in self.settings.marks.glob(f"{where}*.*")}) < num_workers:
             step += 1
             progress(step, step + 1)
             time.sleep(0.01)

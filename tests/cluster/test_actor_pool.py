@@ -73,7 +73,7 @@ def run(units: list[Unit], marks: Path, **arguments: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_results_of_all_units_in_order_whatever_the_number_of_workers(num_workers: int, tmp_path: Path) -> None:
     recorder = Recorder()
-    meetings = [Unit(f"meet-{index}", ("meet", f"meet-{index}", num_workers)) for index in range(num_workers)]
+    meetings = [Unit(f"meet-{index}", ("meet", f"meet-{index}", num_workers, "meet")) for index in range(num_workers)]
     results = run([*meetings, *doubles(7)], tmp_path, num_workers=num_workers, events=recorder)
     expected = dict.fromkeys((unit.name for unit in meetings), num_workers)
     expected |= {f"double-{index}": 2 * index for index in range(7)}

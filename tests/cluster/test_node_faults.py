@@ -163,7 +163,8 @@ def test_a_node_that_joins_late_gets_work(marks: Path, nodes: Nodes) -> None:
             late.append(nodes.add(1))
 
     recorder = Recorder({"progress": join})
-    meetings = [Unit(f"meet-{index}", ("meet", f"meet-{index}", 2)) for index in range(2)]  # each waits for two workers
+    # Each waits until another worker has one.
+    meetings = [Unit(f"meet-{index}", ("meet", f"meet-{index}", 2, "meet")) for index in range(2)]
     assert run(nodes, meetings, marks, recorder) == {"meet-0": 2, "meet-1": 2}
     assert recorder.of("failed") == []
     assert {worker for _, worker in recorder.of("started")} == {"worker-0", "worker-1"}

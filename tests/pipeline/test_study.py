@@ -23,14 +23,16 @@ from pipeline.config.loading import ConfigError
 from pipeline.context import Run
 from pipeline.event_log import read_events
 from pipeline.run_state import read_status
-from pipeline.runner import stages_until
+from pipeline.runner import locked, stages_until
 from pipeline.study.adoption import adopt
 from pipeline.study.command import do_study, plan_study
 from pipeline.study.expansion import load_study, slug_of
 from pipeline.study.preparation import prepare_study
 from storage.manifest import Manifest, OutputFile, UnitRecord
 from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
+from storage.run_store import open_store
 from tests.pipeline.small_run import ROOT, call, files, small_run
+from tests.s3_server import S3Server, new_prefix
 
 BASE: dict[str, Any] = {"run": "ignored", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
 NAIVE: dict[str, Any] = {"name": "naive", "set": {"method": "quarot"}}
@@ -97,7 +99,7 @@ def test_a_key_inside_a_method_that_is_only_a_name(tmp_path: Path) -> None:
             {"settings": [{"name": "{k}", "set": {"k": 1}, "axes": {"k": [1]}}]},
             "k is in set and in axes; keep one",
         ),
-        ({"study": "s3://bucket/study"}, "is in a bucket, and the runs of a study share files through hard links"),
+        ({"study": "gs://bucket/study"}, "is a URL of another kind: give a local path, or s3://bucket/prefix"),
         ({"seeds": [1, 1]}, "seeds are [1, 1]: give one or more, each once, 0 or more"),
         ({"seeds": [-1]}, "seeds are [-1]: give one or more, each once, 0 or more"),
         ({"seeds": []}, "seeds are []: give one or more, each once, 0 or more"),
@@ -284,6 +286,21 @@ def test_files_of_another_device_are_copied_and_checked(tmp_path: Path) -> None:
         shutil.rmtree(far, ignore_errors=True)
 
 
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_all_runs_are_locked_or_none(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if kind == "bucket":
+        request.getfixturevalue("s3")
+    place = str(tmp_path) if kind == "folder" else new_prefix("study")
+    runs = [RunDirectory.open_or_create(f"{place}/{number}", {}, {}) for number in range(4)]
+    with locked(runs):
+        assert all(run.store.driver().at_work for run in runs)
+    with locked(runs[2:3]), pytest.raises(RunLocked, match=rf"/2 is in use by process {os.getpid()}"), locked(runs):
+        pass
+    assert not any(run.store.driver().at_work or run.store.driver().died for run in runs)
+    with locked(runs):
+        pass
+
+
 def small_study(folder: Path, **changes: Any) -> Path:
     """Two sound methods and one that diverges, on the small model."""
     base = small_run(folder)
@@ -393,6 +410,38 @@ def test_until_distillation_block_errors_are_compared(tmp_path: Path) -> None:
     rows = {row["setting"]: row for row in csv.DictReader((study / "results.csv").read_text().splitlines())}
     assert float(rows["gptq 0.1"]["block_error_difference_db"]) == pytest.approx(statistics.fmean(apart))
     assert rows["naive <b>"]["block_error_db"] == ""
+
+
+@pytest.mark.ray
+def test_runs_in_a_bucket_have_what_they_share_as_copies(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = new_prefix("study")
+    gptq = {"name": "gptq {method.damping}", "set": {"method": "gptq"}, "axes": {"method.damping": [0.01, 0.1]}}
+    path = small_study(tmp_path, study=place, seeds=[3], reference="gptq 0.01", settings=[gptq])
+    console = Console(file=io.StringIO(), width=500)
+    assert plan_study(path, (), console)
+    assert do_study(path, (), console, update=False, stages=stages_until("activations"))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "in a bucket every run has its own copy" in said
+    assert "5 units done now, 5 adopted from other runs" in said
+    runs = [RunDirectory.open(f"{place}/seed-3/gptq-{damping}") for damping in ("0.01", "0.1")]
+    first, second = (run.manifest.read("activations", run.manifest.units("activations")[0]) for run in runs)
+    assert first is not None
+    assert second is not None
+    assert second.worker == "adopted from seed-3/gptq-0.01"
+    assert [output.checksum for output in first.outputs] == [output.checksum for output in second.outputs]
+    assert f"report:  {place}/study.html" in said
+    assert (tmp_path / "study-results.csv").read_bytes() == open_store(place).read("results.csv")
+
+    # A lost object of one run comes back from the other.
+    lost = max(second.outputs, key=lambda output: output.num_bytes).path
+    runs[1].store.remove(lost)
+    assert do_study(path, (), console, update=False, stages=stages_until("activations"))
+    said = console.file.getvalue().removeprefix(said)  # type: ignore[attr-defined]
+    assert "0 units done now, 1 adopted from other runs, 9 were done before" in said
+    assert runs[1].store.checksum(lost) == runs[0].store.checksum(lost)
 
 
 @pytest.mark.ray

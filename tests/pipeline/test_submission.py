@@ -4,18 +4,21 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cluster.job_submission import JobClient, JobRequest, new_submission_id
 from pipeline.cli import app
 from pipeline.config.loading import ConfigError
 from pipeline.event_log import read_events
-from pipeline.submission import run_job
+from pipeline.submission import job_of
 from tests.cluster.ray_head import RayHead, free_ports, ray_head
 from tests.pipeline.small_run import ROOT, command, files, small_run
 
@@ -151,7 +154,7 @@ def test_addresses_where_no_dashboard_is() -> None:
 
 def problems_of(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        run_job(path, overrides, update=False)
+        job_of(path, overrides)
     return str(caught.value)
 
 
@@ -179,13 +182,50 @@ def test_what_a_job_could_not_do_is_refused_before_it_is_sent(tmp_path: Path) ->
 
 
 def test_the_command_carries_the_configuration(tmp_path: Path) -> None:
-    request = run_job(small_run(tmp_path), ["seed=7", "cluster.address=auto"], update=True)
+    request = job_of(small_run(tmp_path), ["seed=7", "cluster.address=auto"], update=True)
     first, *lines = request.entrypoint.splitlines()
     assert first == "python -m pipeline run /dev/stdin --update <<'END_OF_CONFIG'"
     assert "seed: 7" in lines
     assert not any(line.startswith("cluster") for line in lines), "a job finds its own cluster"
     assert request.metadata["run"] == str(tmp_path / "run")
     assert re.fullmatch(r"reelquant-run-\d{8}-\d{6}-[0-9a-f]{4}", request.submission_id)
+
+
+def study_file(folder: Path, **changes: Any) -> Path:
+    base = yaml.safe_load(small_run(folder).read_text()) | {"cluster": {"address": "auto"}}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    path = folder / "study.yaml"
+    settings = [{"name": "naive", "set": {"method": "rtn"}}, {"name": "gptq <x> ' $HOME", "set": {"method": "gptq"}}]
+    study = {"study": str(folder / "study"), "config": str(folder / "base.yaml"), "seeds": [0, 1], "settings": settings}
+    path.write_text(yaml.safe_dump(study | changes))
+    return path
+
+
+def test_the_command_of_a_study_does_the_same_study_wherever_its_files_lie(tmp_path: Path) -> None:
+    path = study_file(tmp_path)
+    request = job_of(path, ["selection.num_samples=2", "bits={weight: 5, activation: 6}"], until="activations")
+    assert request.metadata["study"] == str(tmp_path / "study")
+    for file in (path, tmp_path / "base.yaml"):
+        file.unlink()
+    command = request.entrypoint.replace("study /dev/stdin", "study /dev/stdin --plan", 1)
+    program = command.replace("python", sys.executable, 1)
+    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4: 2 settings x 2 seeds" in done.stdout
+    assert re.search(r"Activations +4 +4 ", done.stdout), "two samples in each of the two runs that need any"
+    assert "Distillation" not in done.stdout
+    assert "address" not in request.entrypoint, "a job finds its own cluster"
+
+
+def test_what_the_job_of_a_study_could_not_do_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    path = study_file(tmp_path, study="runs/study", set={"model": "models/nowhere"})
+    place, model = problems_of(path).splitlines()
+    assert place.startswith("study: runs/study is relative")
+    assert place.endswith("such as study: /mnt/runs/study")
+    assert model.startswith("model: models/nowhere is not in the checkout")
+    assert "setting 'naive': method" in problems_of(
+        study_file(tmp_path, settings=[{"name": "naive", "set": {"method": "x"}}])
+    )
 
 
 def test_mistakes_on_the_command_line_end_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,28 @@ class TestRunStore:
         assert problems == [f"{data.path}: 400003 bytes, 400004 expected", f"{metadata.path}: missing"]
         with pytest.raises(ValueError, match="unit trajectories/u is not done"):
             directory.manifest.write(done)
+
+    @pytest.mark.parametrize("largest_copy", [None, 1000])
+    def test_files_of_another_run_are_had_without_being_written(
+        self, place: str, largest_copy: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if largest_copy is not None:
+            monkeypatch.setattr("storage.s3_store.LARGEST_COPY_BYTES", largest_copy)
+        source, taker = (RunDirectory.open_or_create(f"{place}-{name}+=(1)", {}, {}) for name in ("a", "b"))
+        tensor = torch.arange(100_000, dtype=torch.float32)
+        done = record(source, "u", tensor)
+        adopted = replace(done, outputs=taker.store.adopt(done.outputs, source.store))
+        assert [o.checksum for o in adopted.outputs] == [o.checksum for o in done.outputs]
+        taker.calibration_store.adopted(adopted.outputs)
+        taker.manifest.write(adopted)
+        assert taker.manifest.missing_or_damaged(adopted, deep=True) == []
+        assert taker.store.names("calibration.zarr/x") == ["zarr.json"]
+        record(source, "u", torch.zeros(100_000))
+        source.store.remove("calibration.zarr/zarr.json")
+        assert torch.equal(taker.calibration_store.read("x/u"), tensor)
+        if taker.store.stat(adopted.outputs[0].path).e_tag is not None:
+            with pytest.raises(ValueError, match="was replaced while it was copied"):
+                taker.store.adopt(done.outputs, source.store)
 
     def test_a_damaged_record_is_named(self, store: RunStore, place: str) -> None:
         manifest = Manifest(place)
