@@ -21,6 +21,9 @@ app = typer.Typer(
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 RunArgument = Annotated[str, typer.Argument(help="Run directory: a path or s3://bucket/prefix.")]
+RunOrStudyArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Directory of a run or a study: a path or s3://bucket/prefix.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the configuration; repeatable."),
@@ -124,14 +127,19 @@ def study(
 
 
 @app.command()
-def status(run_directory: RunArgument) -> None:
-    """What of a run is done, whether it is running, and what failed."""
+def status(run_directory: RunOrStudyArgument) -> None:
+    """What of a run or a study is done, whether it is running, and what failed."""
     console = Console()
     with _errors(console):
         from pipeline.status import show_status
+        from pipeline.study.status import is_study, show_study_status
         from storage.location import parse_location
 
-        show_status(parse_location(run_directory), console)
+        location = parse_location(run_directory)
+        if is_study(location):
+            show_study_status(location, console)
+        else:
+            show_status(location, console)
 
 
 @app.command()

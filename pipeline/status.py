@@ -20,19 +20,20 @@ _SHOWN_FAILURES = 8
 def show_status(location: Location, console: Console) -> None:
     """Prints the status of the run at `location`."""
     status = read_status(location)
+    state = state_text(status.holder, status.died, finished=not status.to_do, begun=status.last_event is not None)
     console.print(f"[bold]run[/]     {escape(str(status.location))}", highlight=False, soft_wrap=True)
-    console.print(f"[bold]state[/]   {_state(status)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]state[/]   {state}", highlight=False, soft_wrap=True)
     if status.last_event is not None:
         console.print(f"[bold]last[/]    {escape(_event_text(status.last_event))}", highlight=False, soft_wrap=True)
     console.line()
     console.print(_table(status))
-    for style, word, text in _details(status):
+    for style, word, text in details(status):
         print_sentence(console, f"[{style}]{word}[/]  {escape(text)}")
     console.line()
     print_sentence(console, _resume_text(status))
 
 
-def _details(status: RunStatus) -> Iterator[tuple[str, str, str]]:
+def details(status: RunStatus) -> Iterator[tuple[str, str, str]]:
     """Style, word and text of what is out of the ordinary."""
     failures = list(status.failures.items())
     for (stage, unit), (attempts, error) in failures[:_SHOWN_FAILURES]:
@@ -54,14 +55,19 @@ def _memory_text(stage: StageStatus) -> str:
     return f"{stage.name}: {tries}{lean}"
 
 
-def _state(status: RunStatus) -> str:
-    if status.holder is not None:
-        return f"[green]running[/]: {escape(status.holder)}"
-    if status.died is not None:
-        return f"[yellow]stopped[/]: its driver was killed ({escape(status.died)})"
-    if not status.to_do:
+def state_text(at_work: str | None, died: str | None, *, finished: bool, begun: bool) -> str:
+    """What a run or study is doing, in the console's markup.
+
+    Args:
+        at_work: its driver; `died` likewise, of one that ended without a word.
+    """
+    if at_work is not None:
+        return f"[green]running[/]: {escape(at_work)}"
+    if died is not None:
+        return f"[yellow]stopped[/]: its driver was killed ({escape(died)})"
+    if finished:
         return "[green]finished[/]"
-    return "[yellow]stopped[/]: no driver" if status.last_event else "[yellow]not started[/]"
+    return "[yellow]stopped[/]: no driver" if begun else "[yellow]not started[/]"
 
 
 def _table(status: RunStatus) -> Table:

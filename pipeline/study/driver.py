@@ -19,13 +19,11 @@ from pipeline.run_state import last_line
 from pipeline.runner import STAGES, driven_runs, open_run, provenance
 from pipeline.schedule import DrivenRun, Task
 from pipeline.stages.stage import Stage
+from pipeline.study.expansion import STUDY_FILE
 from pipeline.study.preparation import PreparedStudy
 from storage.atomic_files import create_directory, json_bytes
 from storage.local_store import LOCK_FILE
 from storage.run_directory import RunConfigMismatch, RunDirectory
-
-STUDY_FILE = "study.json"
-"""Says that a directory is a study; as the file was written the last time it was driven."""
 
 FORMAT_VERSION = 1
 

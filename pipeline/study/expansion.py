@@ -20,6 +20,9 @@ from pipeline.config.loading import ConfigError, describe, parse_config, parse_o
 from pipeline.config.schema import RunConfig, RunLocation, Section
 from storage.location import Location
 
+STUDY_FILE = "study.json"
+"""Says that a directory is a study; as the file was written the last time it was driven."""
+
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _LONGEST_SLUG = 100
 _OWN_KEYS = {

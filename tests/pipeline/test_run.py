@@ -208,6 +208,7 @@ def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: P
     assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
 
+@pytest.mark.slow
 def test_damage_is_named_and_only_the_damaged_units_are_redone(finished_run: Path, tmp_path: Path) -> None:
     config, run = copy_of(finished_run, tmp_path), tmp_path / "run"
     sample = Manifest(run).records("activations")[1].unit
@@ -249,6 +250,7 @@ def test_a_changed_configuration_redoes_only_what_depends_on_it(finished_run: Pa
     assert spec["layers"]["transformer_blocks.0.ff.net.2"]["weight_bits"] == 8
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_with_the_name_of_the_first(finished_run: Path, tmp_path: Path) -> None:
     config, run = copy_of(finished_run, tmp_path), tmp_path / "run"
     with RunDirectory(run).lock():

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -435,6 +436,14 @@ def test_runs_in_a_bucket_have_what_they_share_as_copies(
     assert f"report:  {place}/study.html" in said
     assert (tmp_path / "study-results.csv").read_bytes() == open_store(place).read("results.csv")
 
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])
+    shown = CliRunner().invoke(app, ["status", place]).output
+    assert re.search(r"^seed-3/gptq-0\.1 +5 +- +distillation \?, assembly 1, evaluation 2$", shown, re.MULTILINE), shown
+    assert "stopped: no driver" in shown
+    assert "0 of 2 runs are finished." in shown
+    with RunDirectory(place).lock():
+        assert f"running: process {os.getpid()} on host" in CliRunner().invoke(app, ["status", place]).output
+
     # A lost object of one run comes back from the other.
     lost = max(second.outputs, key=lambda output: output.num_bytes).path
     runs[1].store.remove(lost)
@@ -499,6 +508,11 @@ def test_a_whole_study(tmp_path: Path) -> None:
     page = (study / "study.html").read_text()
     assert "naive &lt;b&gt;" in page
     assert "naive <b>" not in page
+
+    shown = CliRunner().invoke(app, ["status", str(study)]).output
+    assert re.search(r"^seed-3/naive-b +\d+ +- +-$", shown, re.MULTILINE), shown
+    assert re.search(r"^seed-3/diverges .*distillation 1, assembly 1, evaluation 1$", shown, re.MULTILINE), shown
+    assert "2 of 3 runs are finished." in shown
 
     # Once more, without the setting that fails; a lost file of one run comes back from another.
     before = files(runs["gptq-0.01"] / "checkpoint")

@@ -1,0 +1,75 @@
+"""`status` of a study: one line a run, from the study's directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.planning.plan_tables import new_table, print_sentence
+from pipeline.run_state import RunStatus, read_status
+from pipeline.status import details, state_text
+from pipeline.study.expansion import STUDY_FILE
+from storage.location import Location
+from storage.run_directory import RunDirectory
+from storage.run_store import RunStore, open_store
+
+_AT_ONCE = 8
+"""Runs that are read at a time: in a bucket that is a matter of waiting."""
+
+
+def is_study(location: Location) -> bool:
+    """Whether a study lies there."""
+    return STUDY_FILE in open_store(location).names("")
+
+
+def show_study_status(location: Location, console: Console) -> None:
+    """Prints the status of the study at `location`; changes nothing."""
+    directory = RunDirectory(location)
+    labels = list(_labels(directory.store))
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="status") as pool:
+        driver = pool.submit(directory.store.driver)
+        runs = dict(zip(labels, pool.map(lambda label: read_status(directory.location / label), labels), strict=True))
+    finished = sum(not status.to_do for status in runs.values())
+    console.print(f"[bold]study[/]   {escape(str(directory.location))}", highlight=False, soft_wrap=True)
+    found = driver.result()
+    all_done = 0 < len(runs) == finished
+    state = state_text(found.at_work, found.died, finished=all_done, begun=bool(runs))
+    console.print(f"[bold]state[/]   {state}", highlight=False, soft_wrap=True)
+    console.line()
+    table = new_table("Run", "Done", "Failed tries", "Left to do")
+    table.columns[-1].justify = "left"
+    for label, status in runs.items():
+        table.add_row(label, *_row(status), style=None if status.to_do else "green")
+    console.print(table)
+    for label, status in runs.items():
+        for style, word, text in details(status):
+            print_sentence(console, f"[{style}]{word}[/]  {escape(label)}: {escape(text)}")
+    console.line()
+    print_sentence(
+        console,
+        f"{finished} of {len(runs)} runs are finished. `status` of a run's directory says more of it"
+        + ("." if all_done or found.at_work else "; the same command again does the rest."),
+    )
+
+
+def _labels(store: RunStore) -> Iterator[str]:
+    """Of the runs that have begun, those of settings that the study had earlier too."""
+    for seed in sorted((name for name in store.subfolders("") if name.startswith("seed-")), key=_number):
+        for name in store.subfolders(seed):
+            if "config.json" in store.names(f"{seed}/{name}"):
+                yield f"{seed}/{name}"
+
+
+def _number(seed: str) -> tuple[int, str]:
+    digits = seed.removeprefix("seed-")
+    return (int(digits) if digits.isdecimal() else -1, seed)
+
+
+def _row(status: RunStatus) -> tuple[str, str, str]:
+    done = sum(stage.done for stage in status.stages.values())
+    retries = sum(stage.retries for stage in status.stages.values())
+    left = ", ".join(f"{name} {'?' if num is None else num}" for name, num in status.to_do.items())
+    return f"{done:,}", f"{retries:,}" if retries else "-", left or "-"
