@@ -132,13 +132,15 @@ class S3Store:
             return tuple(pool.map(lambda output: self._adopt(output, source), outputs))
 
     def _adopt(self, output: OutputFile, source: S3Store) -> OutputFile:
+        original = source._requests.head(output.path)
+        if original.e_tag != output.e_tag and source.checksum(output.path) != output.checksum:
+            raise ValueError(f"{output.path}: SHA-256 of {source.location}/{output.path} differs from the record")
         if output.num_bytes <= LARGEST_COPY_BYTES and source._url.bucket == self._url.bucket:
             self._requests.copy(output.path, source._url)
         else:
             with source.local_files([output.path]) as [path]:
                 self._requests.put(output.path, path)
-        # What was copied is what was described if it still is: an object of this e_tag has one content.
-        if source._requests.head(output.path).e_tag != output.e_tag:
+        if source._requests.head(output.path) != original:
             raise ValueError(f"{output.path}: {source.location}/{output.path} was replaced while it was copied")
         copied = self._requests.head(output.path)
         if copied.num_bytes != output.num_bytes:

@@ -19,8 +19,10 @@ from pipeline.cli import app
 from pipeline.config.loading import ConfigError
 from pipeline.event_log import read_events
 from pipeline.submission import job_of
+from storage.run_store import open_store
 from tests.cluster.ray_head import RayHead, free_ports, ray_head
 from tests.pipeline.small_run import ROOT, command, files, small_run
+from tests.s3_server import S3Server, new_prefix
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -82,6 +84,28 @@ def test_a_job_left_alone_then_stopped_then_submitted_again_gives_the_same_bytes
     assert re.search(r"(\d+) units done now, [1-9]\d* were done before", again.stdout)
     assert f"succeeded: {submission_id(again.stdout)}" in again.stdout
     assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
+
+
+@pytest.mark.slow
+def test_a_study_in_a_bucket_as_a_job_then_once_more(s3: S3Server, tmp_path: Path) -> None:
+    """Its files here, its runs in the bucket: the cluster sees nothing else."""
+    path = study_file(tmp_path, study=(place := new_prefix("study")), seeds=[0])
+    environment: dict[str, Any] = s3.environment
+    with ray_head(**environment) as head:
+        arguments = ("submit", str(path), "--address", head.dashboard, "--until")
+        first = head.call(*arguments, "activations")
+        assert (first.returncode, first.stderr) == (0, ""), first.stdout
+        assert re.search(
+            r"^6 units done now, 3 adopted from other runs, 0 were done before$", first.stdout, re.MULTILINE
+        )
+        again = head.call(*arguments, "distillation")
+        assert (again.returncode, again.stderr) == (0, ""), again.stdout
+        assert re.search(
+            r"^[1-9]\d* units done now, 0 adopted from other runs, 9 were done", again.stdout, re.MULTILINE
+        )
+    assert open_store(place).read("study.json")
+    shown = CliRunner().invoke(app, ["status", place]).output
+    assert re.search(r"^seed-0/naive .* assembly 1, evaluation 2$", shown, re.MULTILINE), shown
 
 
 def test_a_job_that_fails_gives_its_exit_code_and_its_words(head: RayHead, tmp_path: Path) -> None:
