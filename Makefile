@@ -6,8 +6,8 @@
 PYTHON ?= python3
 # Optional parts of pyproject.toml to install; add deepspeed for ZeRO-3 replicas.
 EXTRAS ?= application,dev
-# Two processes; tests of one finished run share one of them. For a single process: make test PYTEST_ARGS=
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+# Two processes, to which tests/conftest.py deals out modules in their order. For a single process: make test PYTEST_ARGS=
+PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 # The run directory that configs/demo.yaml names.
 DEMO_RUN ?= runs/demo
 

@@ -104,6 +104,15 @@ def create_directory(path: Path) -> None:
         sync_directory(directory.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it, which another process may be removing too; fine if there is none."""
+    while path.exists():
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # of a file that the other one was faster with: go on with the rest
+            shutil.rmtree(path)
+
+
 def sweep_partial_files(root: Path) -> tuple[str, ...]:
     """Remove what killed writers left under ``root``; call it only while holding the run's lock.
 
@@ -122,7 +131,7 @@ def sweep_partial_files(root: Path) -> tuple[str, ...]:
                     path.rename(aside)
                 except FileNotFoundError:
                     continue
-                shutil.rmtree(aside)
+                remove_folder(aside)
             else:
                 path.unlink(missing_ok=True)
             removed.append(path.relative_to(root).as_posix())

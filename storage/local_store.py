@@ -15,6 +15,7 @@ from storage.atomic_files import (
     create_directory,
     explain_write_failure,
     partial_path,
+    remove_folder,
     sha256_file,
     sweep_partial_files,
     sync_directory,
@@ -264,5 +265,5 @@ def _rename(partial: Path, target: Path) -> None:
             target.rename(aside)
         except FileNotFoundError:
             continue
-        shutil.rmtree(aside)
+        remove_folder(aside)
     raise OSError(errno.EBUSY, "other writers keep replacing the array", str(target))

@@ -45,12 +45,14 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one finished run share one process of pytest-xdist: another would make the run once more."""
+    """Tests that share something costly run in one process of pytest-xdist, as another would make it once more: those of a
+    module its clusters and models, those of several modules a finished run."""
     for item in items:
         if item.path.is_relative_to(ROOT / "tests" / "cluster"):
             item.add_marker("ray")
-        if "finished_run" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("finished_run"))
+        finished = "finished_run" in getattr(item, "fixturenames", ())
+        group = "finished_run" if finished else item.path.relative_to(ROOT).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

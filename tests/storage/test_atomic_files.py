@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from storage.atomic_files import (
     create_directory,
     partial_path,
+    remove_folder,
     sha256_file,
     sweep_partial_files,
     write_bytes_atomic,
@@ -93,3 +95,15 @@ def test_sweep_removes_partial_files_and_folders_only(tmp_path: Path) -> None:
     assert (outside / ".x.1.partial").exists()
     assert sweep_partial_files(root) == ()
     assert sweep_partial_files(tmp_path / "absent") == ()
+
+
+def test_two_remove_one_folder_at_the_same_time(tmp_path: Path) -> None:
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        for inside in ("a/b", "c"):
+            (folder / inside).mkdir(parents=True)
+            for index in range(200):
+                (folder / inside / str(index)).touch()
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(remove_folder, [folder] * 3)) == [None] * 3
+        assert not folder.exists()
