@@ -383,6 +383,7 @@ def test_command_line_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_until_distillation_block_errors_are_compared(tmp_path: Path) -> None:
     path, study = small_study(tmp_path, seeds=[3], reference="gptq 0.01"), tmp_path / "study"
     document = yaml.safe_load(path.read_text())

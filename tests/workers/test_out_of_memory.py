@@ -158,6 +158,7 @@ class Recorder(PoolEvents):
         self.events.setdefault(name, []).append(f"{attempt} {reason}{', again' if will_retry else ''}")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_pool_tries_with_less_memory_then_in_a_new_process_then_gives_up(
     digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
