@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
+from workers.kept_pipeline import full_precision
 from workers.messages import ActivationSettings, Progress, SampleUnit, UnitOutput
 from workers.model_source import family_of_model
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process
-from workers.sharded_model import open_full_precision, release_blocks
+from workers.sharded_model import release_blocks
 
 
 class _LastBoundary(Exception):
@@ -26,13 +27,14 @@ class ActivationWorker:
     """Holds the full-precision model; its unit is one sample. Writes `activations/<sample>/<block>` `[L, d]` bfloat16 and
     `activations/<sample>/temb` `[d]` float32."""
 
+    BESIDE_KEPT_PIPELINE = True
     MEMORY_ADVICE = SHARDING_ADVICE + GENERATION_ADVICE
 
     def __init__(self, settings: ActivationSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._family = family_of_model(settings.source.model)
-        self._pipeline = open_full_precision(
+        self._pipeline = full_precision(
             settings.source.model, device=self._device, dtype=self._dtype, sharding=settings.sharding
         )
         self._store = RunDirectory(settings.source.run).calibration_store

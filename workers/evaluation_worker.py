@@ -16,12 +16,13 @@ from storage.manifest import OutputFile
 from storage.run_directory import EVALUATION, RunDirectory
 from workers.fidelity import fidelity
 from workers.generation import generate
-from workers.messages import EvaluationSettings, EvaluationUnit, Progress, Sharding, UnitOutput
+from workers.kept_pipeline import full_precision, let_go
+from workers.messages import EvaluationSettings, EvaluationUnit, Progress, UnitOutput
+from workers.model_source import open_pipeline
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.perceptual import PerceptualDistance
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.recognition import DigitRecognizer
-from workers.sharded_model import open_full_precision
 
 FRAMES_PER_SECOND = 15
 """Of the films; the models say nothing about it."""
@@ -37,6 +38,7 @@ class EvaluationWorker:
     `evaluation/<unit>.mp4` for people, if the settings have films. Metrics are those of 8-bit frames.
     """
 
+    BESIDE_KEPT_PIPELINE = True
     MEMORY_ADVICE = SHARDING_ADVICE + GENERATION_ADVICE
 
     def __init__(self, settings: EvaluationSettings) -> None:
@@ -45,6 +47,7 @@ class EvaluationWorker:
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
         self._opened: tuple[Path, torch.dtype, Any] | None = None
+        """The checkpoint that was used last."""
         self._recognizer = DigitRecognizer(settings.recognizer) if settings.recognizer else None
         self._lpips = PerceptualDistance.available()
 
@@ -123,9 +126,11 @@ class EvaluationWorker:
         return self._run.store.put(f"{EVALUATION}/{unit.name}.mp4", film)
 
     def _pipeline(self, folder: Path, dtype: torch.dtype) -> Any:
+        if folder == self._settings.source.model:
+            self._opened = None
+            return full_precision(folder, device=self._device, dtype=dtype, sharding=self._settings.sharding)
         if self._opened is None or self._opened[:2] != (folder, dtype):
             self._opened = None
-            sharding = self._settings.sharding if folder == self._settings.source.model else Sharding()
-            opened = open_full_precision(folder, device=self._device, dtype=dtype, sharding=sharding)
-            self._opened = (folder, dtype, opened)
+            let_go()
+            self._opened = (folder, dtype, open_pipeline(folder, device=self._device, dtype=dtype))
         return self._opened[2]

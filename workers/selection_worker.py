@@ -17,6 +17,8 @@ FEATURES = ("latent", "block_input", "weight_error")
 class SelectionWorker:
     """Its one unit reads the salience of all trajectories; the result lists the choice and every candidate's scores."""
 
+    BESIDE_KEPT_PIPELINE = True
+
     def __init__(self, settings: SelectionSettings) -> None:
         self._settings = settings
         self._device, _ = prepare_process(settings.source.numerics)
@@ -50,6 +52,9 @@ class SelectionWorker:
             "chosen": [{"prompt": names[i // num_steps], "step": i % num_steps} for i in chosen],
         }
         return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
+
+    def shadow(self, unit: SelectionUnit, progress: Progress) -> None:
+        """The other ranks of a replica have nothing to do."""
 
 
 def pooled(name: str, scores: Tensor) -> Tensor:

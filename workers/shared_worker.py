@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from workers.kept_pipeline import let_go
 from workers.messages import Progress, UnitOutput
 from workers.out_of_memory import GENERATION_ADVICE, is_out_of_memory, out_of_memory
 from workers.process import release_memory
@@ -41,8 +42,12 @@ class SharedWorker:
     The worker of the last unit is kept as long as class and settings are equal, with what it has opened: hand out units of
     equal ones one after the other.
 
-    Worker classes may have `save_memory()`, after which a worker takes less memory for the same result, and `MEMORY_ADVICE`,
-    ways out for people where memory is short. A worker whose unit ran out of memory is dropped.
+    Worker classes may have:
+
+    - `BESIDE_KEPT_PIPELINE = True`: they use the full-precision pipeline that is kept (`workers.kept_pipeline`), or leave it
+      room; for others it is let go;
+    - `save_memory()`, after which a worker takes less memory for the same result, and `MEMORY_ADVICE`, ways out for people
+      where memory is short. A worker whose unit ran out of memory is dropped.
     """
 
     def __init__(self, settings: None) -> None:
@@ -88,6 +93,7 @@ class SharedWorker:
             if not is_out_of_memory(error):
                 raise
             self._worker = self._made_of = None
+            let_go()
             advice = getattr(unit.worker_class, "MEMORY_ADVICE", GENERATION_ADVICE)
             raise out_of_memory(
                 unit.name, error, advice=advice, lean=self._saves(unit), planned_bytes=unit.planned_bytes
@@ -106,6 +112,8 @@ class SharedWorker:
         if self._worker is None or self._made_of != wanted:
             # Two models must not be in memory at once. A constructor that fails leaves no other worker behind.
             self._worker = self._made_of = None
+            if not getattr(unit.worker_class, "BESIDE_KEPT_PIPELINE", False):
+                let_go()
             release_memory()
             with _progress_meanwhile(progress):
                 self._worker = unit.worker_class(unit.settings)

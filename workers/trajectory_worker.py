@@ -7,12 +7,12 @@ import torch
 from reelquant.calibration.salience import diffusion_salience
 from storage.run_directory import RunDirectory
 from workers.generation import generate
+from workers.kept_pipeline import full_precision
 from workers.messages import Progress, PromptUnit, TrajectorySettings, UnitOutput
 from workers.model_source import family_of_model
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.salience_hooks import SalienceHooks
-from workers.sharded_model import open_full_precision
 
 
 class TrajectoryWorker:
@@ -23,6 +23,7 @@ class TrajectoryWorker:
     `latent [T]`, `block_input [T, blocks]`, `weight_error [T]`.
     """
 
+    BESIDE_KEPT_PIPELINE = True
     MEMORY_ADVICE = SHARDING_ADVICE + GENERATION_ADVICE
 
     def __init__(self, settings: TrajectorySettings) -> None:
@@ -30,7 +31,7 @@ class TrajectoryWorker:
         source = settings.source
         self._device, dtype = prepare_process(source.numerics)
         self._family = family_of_model(source.model)
-        self._pipeline = open_full_precision(source.model, device=self._device, dtype=dtype, sharding=settings.sharding)
+        self._pipeline = full_precision(source.model, device=self._device, dtype=dtype, sharding=settings.sharding)
         self._store = RunDirectory(source.run).calibration_store
 
     def run(self, unit: PromptUnit, progress: Progress) -> UnitOutput:

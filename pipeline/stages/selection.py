@@ -32,7 +32,7 @@ class Selection:
             "quantization_feature": settings.quantization_feature,
             "num_samples": settings.num_samples,
         }
-        return unit(self.name, "selection", SelectionUnit("selection", prompts), depends)
+        return unit(self.name, "selection", SelectionUnit("selection", prompts), depends, shared=True)
 
 
 def selected_samples(run: Run) -> tuple[SampleUnit, ...]:

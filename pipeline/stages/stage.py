@@ -36,7 +36,8 @@ class StageUnit:
     affinity: str = ""
     """Units of one affinity, in one run, read the same model: a worker that has it open goes on with them."""
     shared: bool = False
-    """Whether replicas do it, where `workers.sharding` is set: it runs the full-precision model and nothing else."""
+    """Whether replicas do it, where `workers.sharding` is set: it runs the full-precision model and nothing else, or takes so
+    little that no replica should leave for it."""
 
 
 @dataclass(frozen=True)

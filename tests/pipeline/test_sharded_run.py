@@ -22,7 +22,11 @@ def outputs(run: Path, stage: str) -> dict[str, object]:
 
 
 def assert_same_calibration(run: Path, finished: Path) -> None:
-    for stage in ("trajectories", "activations"):
+    for stage in (
+        "trajectories",
+        "selection",
+        "activations",
+    ):  # the replica does the selection too: it would lose its place
         assert outputs(run, stage) == outputs(finished, stage)
         devices = {record.worker for record in Manifest(run).records(stage)}
         assert devices <= {"worker-0.0", "worker-0.1"}

@@ -1,12 +1,17 @@
 """The worker of all stages and runs: it is made anew for other settings only, and errors leave nothing wrong behind."""
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
-from workers.messages import UnitOutput
+from workers.kept_pipeline import full_precision, let_go
+from workers.messages import Sharding, UnitOutput
 from workers.shared_worker import SharedUnit, SharedWorker
 
 
@@ -48,3 +53,60 @@ def test_one_worker_as_long_as_the_settings_are_equal() -> None:
         do("impossible", 5)
     assert do("a", 6) == ("a", 9)
     assert Plain.made == ["a", "b", "a", "a"], "what failed took the place of the one before"
+
+
+@dataclass(frozen=True)
+class Opening:
+    model: Path
+    dtype: torch.dtype
+    stage: str
+
+
+class Opener:
+    """Runs nothing; shows the pipeline that it was given."""
+
+    BESIDE_KEPT_PIPELINE = True
+    seen: ClassVar[list[weakref.ref[Any]]] = []
+
+    def __init__(self, settings: Opening) -> None:
+        device = torch.device("cpu")
+        self._pipeline = full_precision(settings.model, device=device, dtype=settings.dtype, sharding=Sharding())
+
+    def run(self, unit: str, progress: Callable[[int, int], None]) -> UnitOutput:
+        Opener.seen.append(weakref.ref(self._pipeline.transformer))
+        if unit == "too much":
+            raise MemoryError
+        return UnitOutput((), {}, "cpu", 0)
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    Opener.seen.clear()
+    let_go()
+    yield
+    let_go()
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_one_pipeline_from_stage_to_stage_until_others_need_the_memory(digits_model: Path) -> None:
+    worker = SharedWorker(None)
+
+    def do(stage: str, unit: str = "unit", dtype: torch.dtype = torch.float32) -> weakref.ref[Any]:
+        worker.run(SharedUnit(Opener, Opening(digits_model, dtype, stage), unit), lambda done, total: None)
+        return Opener.seen[-1]
+
+    first = do("trajectories")
+    assert first() is not None
+    assert do("activations")() is first()
+    worker.run(SharedUnit(Plain, Settings("distillation", (1,)), 1), lambda done, total: None)
+    gc.collect()
+    assert first() is None, "a worker of another kind has all memory"
+    second = do("evaluation")
+    third = do("evaluation", dtype=torch.bfloat16)
+    gc.collect()
+    assert second() is None, "never two"
+    assert next(third().parameters()).dtype == torch.bfloat16  # type: ignore[union-attr]
+    with pytest.raises(MemoryError):
+        do("activations", "too much", dtype=torch.bfloat16)
+    gc.collect()
+    assert third() is None, "nor after a unit that ran out of memory"
