@@ -95,15 +95,8 @@ def _read_records(directory: RunDirectory, stages: Mapping[str, StageStatus]) ->
     manifest = directory.manifest
     records: dict[str, dict[str, UnitRecord]] = {name: {} for name in stages}
     for name, stage in stages.items():
-        for unit in manifest.units(name):
-            try:
-                record = manifest.read(name, unit)
-            except DamagedRecord:
-                stage.damaged.append(unit)
-                continue
-            if record is None:
-                continue
-            if manifest.missing_or_damaged(record, deep=False):
+        for unit, record in manifest.read_stage(name).items():
+            if isinstance(record, DamagedRecord) or manifest.missing_or_damaged(record, deep=False):
                 stage.damaged.append(unit)
             else:
                 records[name][unit] = record

@@ -38,7 +38,7 @@ from pipeline.stages.refinement import Refinement
 from pipeline.stages.selection import Selection
 from pipeline.stages.stage import Stage
 from pipeline.stages.trajectories import Trajectories
-from storage.manifest import DamagedRecord, Manifest, OutputFile, UnitRecord
+from storage.manifest import DamagedRecord, HeldManifest, Manifest, OutputFile, UnitRecord
 from storage.run_directory import LOGS, RunDirectory
 
 STAGES: tuple[Stage, ...] = (
@@ -132,6 +132,7 @@ def driven_runs(runs: Mapping[str, Run], console: Console) -> Iterator[list[Driv
         locks.enter_context(locked([run.directory for run in runs.values()]))
         found = []
         for label, run in runs.items():
+            run = replace(run, manifest=HeldManifest(run.directory.location))
             run.directory.sweep_partial_files()
             log = EventLog(run.directory.location / LOGS)
             locks.callback(log.close)
@@ -179,12 +180,8 @@ def drop_damaged(driven: DrivenRun, console: Console, sound: set[FileState]) -> 
     """
     manifest = driven.run.manifest
     for stage in STAGES:
-        for name in manifest.units(stage.name):
-            try:
-                record = manifest.read(stage.name, name)
-                problems = [] if record is None else _problems(manifest, record, sound)
-            except DamagedRecord as error:
-                problems = [str(error)]
+        for name, record in manifest.read_stage(stage.name).items():
+            problems = [str(record)] if isinstance(record, DamagedRecord) else _problems(manifest, record, sound)
             if problems:
                 shown = driven.full_name(f"{stage.name}/{name}")
                 console.print(f"[yellow]{escape(shown)} is redone: {escape('; '.join(problems))}", highlight=False)

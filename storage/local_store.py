@@ -36,6 +36,7 @@ class LocalStore:
     """See :class:`storage.run_store.RunStore`."""
 
     epoch = 0
+    num_requests = 1
 
     def __init__(self, root: Path) -> None:
         self._root = root

@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from storage.atomic_files import json_bytes
 from storage.location import Location, StoreUrl, local_path, parse_location
@@ -22,6 +24,9 @@ FORMAT_VERSION = 1
 
 ALWAYS_HASHED_BYTES = 64 * 1024
 """Files up to this size (metadata, mostly) are hashed by every check, deep or not."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
 
@@ -112,8 +117,24 @@ class Manifest:
 
     def records(self, stage: str) -> tuple[UnitRecord, ...]:
         """All records of a stage, by unit name. Raises what :meth:`read` raises."""
-        found = (self.read(stage, unit) for unit in self.units(stage))
-        return tuple(record for record in found if record is not None)
+        found = self.read_stage(stage)
+        for record in found.values():
+            if isinstance(record, DamagedRecord):
+                raise record
+        return tuple(record for record in found.values() if isinstance(record, UnitRecord))
+
+    def read_stage(self, stage: str) -> dict[str, UnitRecord | DamagedRecord]:
+        """All records of a stage by unit name; in place of one that is damaged, the error that says so."""
+
+        def read(unit: str) -> UnitRecord | DamagedRecord | None:
+            try:
+                return self.read(stage, unit)
+            except DamagedRecord as error:
+                return error
+
+        units = self.units(stage)
+        found = zip(units, self._side_by_side(read, units), strict=True)
+        return {unit: record for unit, record in found if record is not None}
 
     def remove(self, stage: str, unit: str) -> None:
         """Declare a unit not done; its outputs stay until it is done again. No record is fine."""
@@ -131,7 +152,15 @@ class Manifest:
             deep: hash every file (reads it all); otherwise presence, size, and the hash of small files. An object
                 whose e_tag is still the one it was written with has its content still, and is not read.
         """
-        return [problem for output in record.outputs if (problem := self._problem(output, deep=deep))]
+        found = self._side_by_side(lambda output: self._problem(output, deep=deep), record.outputs)
+        return [problem for problem in found if problem]
+
+    def _side_by_side(self, request: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Of every item, in order; where the store is a matter of waiting, many at a time."""
+        if self._store.num_requests == 1 or len(items) < 2:
+            return [request(item) for item in items]
+        with ThreadPoolExecutor(min(self._store.num_requests, len(items)), thread_name_prefix="manifest") as pool:
+            return list(pool.map(request, items))
 
     def _problem(self, output: OutputFile, *, deep: bool) -> str | None:
         try:
@@ -147,6 +176,33 @@ class Manifest:
         if (deep or found.num_bytes <= ALWAYS_HASHED_BYTES) and self._store.checksum(output.path) != output.checksum:
             return f"{output.path}: SHA-256 differs from the record"
         return None
+
+
+class HeldManifest(Manifest):
+    """The records of a run whose lock this process holds: nobody else writes them, so that each is read once."""
+
+    def __init__(self, run: "str | os.PathLike[str] | StoreUrl") -> None:
+        super().__init__(run)
+        self._found: dict[tuple[str, str], UnitRecord] = {}
+
+    def read(self, stage: str, unit: str) -> UnitRecord | None:
+        """As of every manifest."""
+        if (stage, unit) not in self._found:
+            record = super().read(stage, unit)
+            if record is None:
+                return None
+            self._found[stage, unit] = record
+        return self._found[stage, unit]
+
+    def write(self, record: UnitRecord) -> None:
+        """As of every manifest."""
+        self._found.pop((record.stage, record.unit), None)
+        super().write(record)
+
+    def remove(self, stage: str, unit: str) -> None:
+        """As of every manifest."""
+        self._found.pop((stage, unit), None)
+        super().remove(stage, unit)
 
 
 def _key(stage: str, unit: str) -> str:

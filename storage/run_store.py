@@ -92,6 +92,10 @@ class RunStore(Protocol):
     def location(self) -> Location:
         """Where."""
 
+    @property
+    def num_requests(self) -> int:
+        """So many operations are worth having under way at a time; 1: another one does not make them faster."""
+
     def read(self, key: str) -> bytes:
         """The whole content. Raises FileNotFoundError."""
 

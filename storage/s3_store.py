@@ -32,14 +32,14 @@ from storage.scratch import scratch_folder, scratch_root
 
 _DOWNLOADS = 4
 """Ranges of a file that are asked for at a time."""
-_COPIES = 16
-"""Objects that the server is asked to copy at a time."""
 LARGEST_COPY_BYTES = 5 * 2**30
 """Of an object that S3 copies in one request."""
 
 
 class S3Store:
     """See :class:`storage.run_store.RunStore`; raises what :class:`storage.s3_requests.Requests` raises."""
+
+    num_requests = 16
 
     def __init__(self, url: StoreUrl) -> None:
         self._url = url
@@ -128,7 +128,7 @@ class S3Store:
 
     def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
         assert isinstance(source, S3Store)
-        with ThreadPoolExecutor(_COPIES, thread_name_prefix="adopt") as pool:
+        with ThreadPoolExecutor(self.num_requests, thread_name_prefix="adopt") as pool:
             return tuple(pool.map(lambda output: self._adopt(output, source), outputs))
 
     def _adopt(self, output: OutputFile, source: S3Store) -> OutputFile:

@@ -99,13 +99,10 @@ def reads_activations(method: Mapping[str, Any]) -> bool:
 
 
 def _records(manifest: Manifest, stage: str, problems: list[str]) -> Iterable[UnitRecord]:
-    for unit in manifest.units(stage):
-        try:
-            record = manifest.read(stage, unit)
-        except DamagedRecord as error:
-            problems.append(str(error))
-            continue
-        if record is not None:
+    for record in manifest.read_stage(stage).values():
+        if isinstance(record, DamagedRecord):
+            problems.append(str(record))
+        else:
             yield record
 
 

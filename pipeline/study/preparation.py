@@ -26,7 +26,7 @@ from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage, StageUnit
 from pipeline.study.expansion import Study, StudyRun
 from storage.location import Location, StoreUrl
-from storage.manifest import Manifest, UnitRecord
+from storage.manifest import DamagedRecord, Manifest, UnitRecord
 from storage.run_directory import RunDirectory
 from workers.model_source import model_problems
 
@@ -265,18 +265,14 @@ class Recorded:
     """What of one stage a run's directory, which need not exist, says to be done."""
 
     def __init__(self, run: Location, stage: str) -> None:
-        self._manifest, self._stage = Manifest(run), stage
-        self._names = frozenset(self._manifest.units(stage))
+        self._records = Manifest(run).read_stage(stage)
 
     def find(self, unit: StageUnit) -> UnitRecord | None:
         """The unit's record, if it is of this fingerprint."""
-        if unit.name not in self._names:
+        record = self._records.get(unit.name)
+        if record is None or isinstance(record, DamagedRecord):  # the driver will say what is wrong, and do it again
             return None
-        try:
-            record = self._manifest.read(self._stage, unit.name)
-        except ValueError:  # the driver will say what is wrong with it, and do it again
-            return None
-        return record if record is not None and record.fingerprint == unit.fingerprint else None
+        return record if record.fingerprint == unit.fingerprint else None
 
 
 def _made_up(manifest: PlannedManifest, context: RunContext, fingerprint: str) -> list[dict[str, Any]]:

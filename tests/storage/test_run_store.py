@@ -12,7 +12,7 @@ import torch
 
 from storage.calibration_store import CalibrationStore, DamagedArray
 from storage.location import StoreUrl, local_path, parse_location
-from storage.manifest import DamagedRecord, Manifest, UnitRecord
+from storage.manifest import DamagedRecord, HeldManifest, Manifest, UnitRecord
 from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
 from storage.run_store import RunStore, open_store
 from storage.zarr_layout import ArrayLayout
@@ -200,6 +200,37 @@ class TestRunStore:
             manifest.read("trajectories", "u")
         manifest.remove("trajectories", "u")
         assert manifest.read("trajectories", "u") is None
+
+    def test_a_stage_s_records_are_read_together_and_the_damaged_ones_named(self, store: RunStore, place: str) -> None:
+        directory = RunDirectory.open_or_create(place, {}, {})
+        done = [replace(record(directory, f"u{index}", torch.zeros(2)), result={"n": index}) for index in range(20)]
+        for one in done:
+            directory.manifest.write(one)
+        store.put("manifest/trajectories/u7.json", b"{}")
+        found = directory.manifest.read_stage("trajectories")
+        assert list(found) == sorted(one.unit for one in done)
+        assert [found[one.unit] for one in done if one.unit != "u7"] == [one for one in done if one.unit != "u7"]
+        assert isinstance(found["u7"], DamagedRecord)
+        with pytest.raises(DamagedRecord, match=r"u7\.json"):
+            directory.manifest.records("trajectories")
+        directory.manifest.remove("trajectories", "u7")
+        assert len(directory.manifest.records("trajectories")) == 19
+        assert directory.manifest.read_stage("nothing") == {}
+
+    def test_a_driver_reads_a_record_once_and_sees_what_it_writes(self, store: RunStore, place: str) -> None:
+        directory = RunDirectory.open_or_create(place, {}, {})
+        held = HeldManifest(place)
+        assert held.read("trajectories", "u") is None
+        first = record(directory, "u", torch.zeros(3))
+        held.write(first)
+        assert held.read_stage("trajectories") == {"u": first}
+        store.remove("manifest/trajectories/u.json")
+        assert held.read("trajectories", "u") == first
+        second = record(directory, "u", torch.ones(3))
+        held.write(second)
+        assert held.read("trajectories", "u") == second
+        held.remove("trajectories", "u")
+        assert held.read("trajectories", "u") is None
 
     def test_arrays_come_back_with_every_checksum_verified(self, store: RunStore, place: str) -> None:
         arrays = CalibrationStore(parse_location(place) / "calibration.zarr")
