@@ -107,9 +107,8 @@ def create_directory(path: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder and all in it, which another process may be removing too; fine if there is none."""
     while path.exists():
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # of a file that the other one was faster with: go on with the rest
+        # Of a file that the other one was faster with: go on with the rest.
+        with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
 
 
