@@ -15,7 +15,7 @@ def test_fused_blocks_change_no_more_than_rounding(tmp_path: Path, capsys: pytes
     output = tmp_path / "result.json"
     main(["--device", "cpu", "--prompts", "1", "--steps", "2", "--interval", "1", "--output", str(output)])
     results = json.loads(output.read_text())["results"]
-    assert list(results) == ["dense", "sparse, 25 %"]
+    assert list(results) == ["dense", "sparse, 25 %", "sparse, 25 %, 8-bit attention"]
     for result in results.values():
         (row,) = result["videos"]
         assert row["passes"]
