@@ -143,15 +143,24 @@ def status(run_directory: RunOrStudyArgument) -> None:
 
 
 @app.command()
-def report(run_directory: RunArgument) -> None:
-    """Write the report of a run anew, from what is there."""
+def report(run_directory: RunOrStudyArgument) -> None:
+    """Write the report of a run anew, from what is there; of one in a bucket, or a study there, make a local copy."""
     console = Console()
     with _errors(console):
-        from pipeline.fetching import fetch_report
+        from pipeline.fetching import fetch_file, fetch_report
         from pipeline.report.page import write_report_at
+        from pipeline.study.status import is_study
         from storage.location import StoreUrl, parse_location
 
         location = parse_location(run_directory)
+        if is_study(location):
+            from pipeline.study.page import PAGE, TABLE
+
+            for key in (PAGE, TABLE):
+                console.print(f"report: {location / key}", soft_wrap=True, highlight=False)
+                if isinstance(location, StoreUrl):
+                    console.print(f"copy:   {fetch_file(location, key, Path.cwd())}", soft_wrap=True, highlight=False)
+            return
         console.print(f"report: {write_report_at(location)}", soft_wrap=True, highlight=False)
         if isinstance(location, StoreUrl):
             console.print(f"copy:   {fetch_report(location, Path.cwd())}", soft_wrap=True, highlight=False)
@@ -203,10 +212,12 @@ def submit(
     """Run on a Ray cluster: uploads the checkout and runs it there. Submitting again resumes the run, or the study."""
     console = Console()
     with _errors(console):
-        from pipeline.runner import stages_until
         from pipeline.submission import job_of, submit_job
 
-        stages_until(until)
+        if until is not None:
+            from pipeline.runner import stages_until  # takes seconds: brings the models' libraries along
+
+            stages_until(until)
         request = job_of(config, overrides or (), update=update, until=until)
         raise typer.Exit(submit_job(address, request, console, follow=follow))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.fetching import fetch_file
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage
 from pipeline.study.collection import collect_results
@@ -51,8 +50,7 @@ def do_study(
     console.print(f"results: {place / TABLE}", soft_wrap=True, highlight=False)
     console.print(f"report:  {place / PAGE}", soft_wrap=True, highlight=False)
     if isinstance(place, StoreUrl):
-        copies = [fetch_file(place, key, Path.cwd()) for key in (TABLE, PAGE)]
-        console.print(f"copies:  {' '.join(map(str, copies))}", soft_wrap=True, highlight=False)
+        console.print(f"copies:  python -m pipeline report {place}", soft_wrap=True, highlight=False)
     if outcome.failures:
         names = dict.fromkeys(run.setting.name for run in prepared.study.runs if run.label in outcome.failures)
         console.print(
