@@ -11,9 +11,12 @@ calls `python -m pipeline` as a user does, with real Ray workers and a real stor
 | `model` | nothing: the folder is written, or used if it is there (`--folder`, `--model-folder`) |
 | `plan` | `pipeline plan`, with all its checks of the weights |
 | `activations` | `pipeline run --until activations`: trajectories with salience, selection, activations; one shared model |
+| `warm` | `pipeline run --until distillation` with one epoch, into a run of its own: kernels are compiled, libraries read |
 | `distillation` | `pipeline run --until assembly`: all segments, a worker a GPU; and the checkpoint, if `load` follows |
 | `load` | a fresh process: plain `from_pretrained`, and two denoising steps |
 | `alone` | `pipeline run --until distillation` by one worker, of the same calibration data: linked after `activations` |
+
+Without `warm` a machine's first distillation is measured, as a user has it once.
 
 `alone` comes last, as it takes longest, or with `--beside` at the same time as `distillation`. With `--budget-s` it is stopped
 when the time is up, and the speed-up follows from what one worker has done by then. The record is written after every part, and

@@ -25,7 +25,7 @@ from pipeline.config.loading import load_config
 from pipeline.plan import Plan, plan_config
 from storage.atomic_files import sync_file
 
-PARTS = ("model", "plan", "activations", "distillation", "load", "alone")
+PARTS = ("model", "plan", "activations", "warm", "distillation", "load", "alone")
 LAST = ("load", "alone")
 """No other part needs them."""
 
@@ -50,7 +50,7 @@ class FullSize:
         save: Callable[[dict[str, Any]], None],
     ) -> None:
         self._setting, self._deadline, self._save = setting, deadline, save
-        self._model, self._run, self._alone = model, folder / "run", folder / "alone"
+        self._model, self._run, self._alone, self._warm = model, folder / "run", folder / "alone", folder / "warm"
         self._config, self._loaded = folder / "run.yaml", folder / "load.json"
         self._device = torch.device("cuda" if setting.on_gpu else "cpu")
         self._parts: tuple[str, ...] = ()
@@ -68,6 +68,7 @@ class FullSize:
             "model": self._write_model,
             "plan": self._make_plan,
             "activations": self._fill_store,
+            "warm": self._warm_up,
             "distillation": self._distill,
             "load": self._load,
             "alone": self._distill_alone,
@@ -127,6 +128,18 @@ class FullSize:
         if not self._alone.is_dir():
             branch_run(self._run, self._alone)
         return {"command_s": seconds, "model_sync_s": self._sync_s}
+
+    def _warm_up(self) -> dict[str, Any]:
+        if not self._warm.is_dir():
+            branch_run(self._run, self._warm)
+        config = self._setting.write_config(
+            self._config.with_name("warm.yaml"),
+            run=self._warm,
+            model=self._model,
+            workers=self._setting.workers + self._setting.beside,
+            epochs=1,
+        )
+        return {"command_s": call("pipeline", "run", config, "--until", "distillation", deadline=self._deadline)}
 
     def _distill(self) -> dict[str, Any]:
         last = "assembly" if "load" in self._parts else "distillation"

@@ -90,11 +90,14 @@ class Setting:
         """For the record; where files lie is no part of it."""
         return {name: value for name, value in asdict(self).items() if name != "offload_path"}
 
-    def write_config(self, path: Path, *, run: Path, model: Path, workers: int | None = None) -> Path:
+    def write_config(
+        self, path: Path, *, run: Path, model: Path, workers: int | None = None, epochs: int | None = None
+    ) -> Path:
         """The pipeline's configuration file.
 
         Args:
             workers: for stages that do not run the full-precision model: so many workers of one GPU, and no replica.
+            epochs: instead of its own.
         """
         height, width, num_frames = self.video
         how: dict[str, Any] = {"num_gpus": 1 if self.on_gpu else 0, "num_workers": workers or self.workers}
@@ -118,7 +121,7 @@ class Setting:
                 "num_held_out": 1,
             },
             "selection": {"num_samples": self.samples},
-            "method": {"preset": "reelquant", "epochs": self.epochs, "rounding": self.rounding},
+            "method": {"preset": "reelquant", "epochs": epochs or self.epochs, "rounding": self.rounding},
             # Of random weights nobody knows whether a block diverges: it is rounded then, and counted.
             "distillation": {"segment_length": self.segment_length, "on_failure": "gptq"},
             "evaluation": {"films": False},

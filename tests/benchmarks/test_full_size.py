@@ -33,7 +33,7 @@ def test_every_part_of_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     [(label, record)] = runs_of(output).items()
     assert label == "48p fsdp"
     parts, stages = record["parts"], record["stages"]
-    assert list(parts) == ["model", "plan", "activations", "distillation", "load", "alone"]
+    assert list(parts) == ["model", "plan", "activations", "warm", "distillation", "load", "alone"]
     assert not [part for part in parts.values() if "error" in part or "stopped" in part]
     assert (folder / "model" / "model_index.json").is_file()
     assert tuple(stages) == STAGES

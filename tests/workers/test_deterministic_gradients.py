@@ -71,6 +71,9 @@ def learned(recipe: Recipe, dtype: torch.dtype) -> list[DistilledBlock]:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks at it
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("recipe", LEARNING.values(), ids=LEARNING)
 def test_a_gpu_learns_the_same_bits_twice(recipe: Recipe, dtype: torch.dtype) -> None:
