@@ -46,6 +46,8 @@ from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.families import hunyuan_video
 from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import dense_attention
+from workers.messages import Numerics
+from workers.process import deterministic_kernels, prepare_process
 
 TERMS = ("none", "global", "local", "both")
 KINDS = {"double": "transformer_blocks.0", "single": "single_transformer_blocks.0"}
@@ -156,9 +158,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--project-samples", type=int, default=20)
     parser.add_argument("--project-epochs", type=int, default=15)
+    parser.add_argument(
+        "--deterministic", action="store_true", help="as numerics.deterministic: the same bits every time"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
     options = parser.parse_args(arguments)
+    if options.deterministic:
+        prepare_process(Numerics("auto", torch.get_num_threads(), deterministic=True))
     config = transformer_config() | {"num_attention_heads": options.heads}
     layout = TokenLayout(options.frames, options.height, options.width, options.text)
     base = recipe_of(MethodConfig(preset="s2q_quantsparse", epochs=options.epochs), ())
@@ -166,7 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     projected: dict[str, dict[str, float]] = {}
     for terms, fraction in itertools.product(options.terms, options.tokens_per_step):
         recipe = replace(base, attention_distillation=terms, tokens_per_step=fraction)
-        rows = {kind: measure(kind, config, layout, recipe, options) for kind in KINDS}
+        with deterministic_kernels(asked=options.deterministic):
+            rows = {kind: measure(kind, config, layout, recipe, options) for kind in KINDS}
         seconds = projection(rows, config, samples=options.project_samples, epochs=options.project_epochs)
         results.setdefault(terms, {})[str(fraction)] = rows
         projected.setdefault(terms, {})[str(fraction)] = seconds

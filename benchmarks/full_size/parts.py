@@ -139,7 +139,8 @@ class FullSize:
             workers=self._setting.workers + self._setting.beside,
             epochs=1,
         )
-        return {"command_s": call("pipeline", "run", config, "--until", "distillation", deadline=self._deadline)}
+        given = ("pipeline", "run", config, "--until", "distillation", "--update")  # of epochs
+        return {"command_s": call(*given, deadline=self._deadline)}
 
     def _distill(self) -> dict[str, Any]:
         last = "assembly" if "load" in self._parts else "distillation"

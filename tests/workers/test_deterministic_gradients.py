@@ -51,7 +51,7 @@ LAYOUT = family.token_layout(CONFIG, (4, 6, 64, 64), 32)
 """6,176 tokens: enough for many thread blocks to add to one gradient."""
 
 
-def learned(recipe: Recipe, dtype: torch.dtype) -> list[DistilledBlock]:
+def learned(recipe: Recipe, dtype: torch.dtype, *, lean: bool = False) -> list[DistilledBlock]:
     torch.manual_seed(0)
     width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
     cos, sin = family.rotary_embedding(CONFIG, LAYOUT)
@@ -64,7 +64,7 @@ def learned(recipe: Recipe, dtype: torch.dtype) -> list[DistilledBlock]:
     return list(
         distill_segment(
             family, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
-            conditioning_rows=rows, seed_of=len, fall_back=False, progress=lambda *_: None,
+            conditioning_rows=rows, seed_of=len, fall_back=False, progress=lambda *_: None, lean=lean,
         )
     )  # fmt: skip
 
@@ -79,8 +79,9 @@ def learned(recipe: Recipe, dtype: torch.dtype) -> list[DistilledBlock]:
 def test_a_gpu_learns_the_same_bits_twice(recipe: Recipe, dtype: torch.dtype) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     with deterministic_kernels(asked=True):
-        first, second = learned(recipe, dtype), learned(recipe, dtype)
-    assert [block.result for block in first] == [block.result for block in second]
-    for one, other in zip(first, second, strict=True):
-        for name, layer in one.layers.items():
-            assert torch.equal(layer.codes, other.layers[name].codes), name
+        first, *others = learned(recipe, dtype), learned(recipe, dtype), learned(recipe, dtype, lean=True)
+    for other in others:
+        assert [block.result for block in first] == [block.result for block in other]
+        for one, again in zip(first, other, strict=True):
+            for name, layer in one.layers.items():
+                assert torch.equal(layer.codes, again.layers[name].codes), name

