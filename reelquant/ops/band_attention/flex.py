@@ -18,12 +18,13 @@ from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.reference import dense_attention
 
 BLOCK = 128
+MOST_COMPILATIONS = 64
+"""Of a process: one a dtype, number and size of heads, kind of call and mode of torch. Beyond, torch would build whole maps."""
 
 
 def dense_attention_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention `[H, R, D]` over all keys `[H, L, D]`; its gradients are sums in a fixed order. CUDA only."""
-    out: Tensor = _compiled()(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
-    return out
+    return _attend(q, k, v, None)
 
 
 def band_attention_flex(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: TokenLayout, width: int) -> Tensor:
@@ -32,8 +33,14 @@ def band_attention_flex(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: 
         return dense_attention(q, k, v)
     mask = band_block_mask(layout.num_video, layout.num_tokens, width, str(q.device))
     frames, places = layout.num_frames, layout.height * layout.width
-    q, k, v = (swap_orders(x, kinds, frames, places).unsqueeze(0) for x in (q, k, v))
-    return swap_orders(_compiled()(q, k, v, block_mask=mask)[0], kinds, places, frames)
+    q, k, v = (swap_orders(x, kinds, frames, places) for x in (q, k, v))
+    return swap_orders(_attend(q, k, v, mask), kinds, places, frames)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True):
+        out: Tensor = _compiled()(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), block_mask=mask)[0]
+    return out
 
 
 def swap_orders(x: Tensor, kinds: str, outer: int, inner: int) -> Tensor:
