@@ -138,6 +138,21 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def comparison(document: dict[str, Any]) -> str:
+    """Markdown of several runs beside each other, each under its label."""
+    runs = document["runs"]
+    lines = [
+        "| run | tokens a step | double block, step, s | single block, step, s | peak, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for label, run in runs.items():
+        for fraction, rows in next(iter(run["results"].values())).items():
+            double, single = rows["double"], rows["single"]
+            peak = "-" if double["peak_bytes"] is None else f"{double['peak_bytes'] / 2**30:.1f}"
+            lines.append(f"| {label} | {_share(fraction)} | {double['step_s']:.3f} | {single['step_s']:.3f} | {peak} |")
+    return "\n".join(lines)
+
+
 def _share(fraction: str) -> str:
     return "all" if float(fraction) == 1 else f"{100 * float(fraction):g} %"
 

@@ -52,7 +52,8 @@ def attention_table(document: dict[str, Any]) -> str:
 def linear_table(document: dict[str, Any]) -> str:
     """All that ran, and the means of the products."""
     means = ", ".join(f"{variant} {rate:.0f}" for variant, rate in document["mean_tops"].items())
-    return f"{kernel_timing.table(document['rows'])}\n\nMean of the products, TOPS: {means}."
+    rows = kernel_timing.table(document["rows"])
+    return f"{rows}\n\nMean of the products, TOPS: {means}." if means else rows
 
 
 KERNEL_CASES = ("diffusers", "strongest bf16", "ours 15 %", "ours 15 %, 8-bit attention")
@@ -76,6 +77,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "linear_kernels": ("linear_kernels", linear_table),
     "sharded_forward": ("sharded_forward", sharded_forward.table),
     "distillation_time": ("distillation_time", distillation_time.table),
+    "distillation_deterministic": ("distillation_deterministic", distillation_time.comparison),
+    "fake_quantization": ("fake_quantization", linear_table),
     "full_size": ("full_size", full_size.table),
 }
 """By section: its record, and what makes a table of it."""

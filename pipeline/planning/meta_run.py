@@ -33,7 +33,8 @@ class MetaRun:
         self.peak_bytes = 0
         """Most bytes alive at once, of tensors made inside and of those given to `hold`."""
         self.matrix_flops = 0
-        """Of matrix products and convolutions."""
+        """Of matrix products."""
+        self.convolution_flops = 0
         self.attention_flops = 0
         """Of attention: 4 L_q L_k d forward, 10 L_q L_k d backward."""
         self.moved_bytes = 0
@@ -87,7 +88,11 @@ class _Dispatch(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._run.see(leaf)
         if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self._run.matrix_flops += count(*args, **(kwargs or {}), out_val=out)
+            flops = count(*args, **(kwargs or {}), out_val=out)
+            if "convolution" in func._schema.name:
+                self._run.convolution_flops += flops
+            else:
+                self._run.matrix_flops += flops
         elif not _only_makes_room(func):
             given = () if _only_writes(func) else (args, kwargs or {})
             self._run.moved_bytes += sum(

@@ -7,10 +7,12 @@ one, and a kernel for one length and one for any may round differently, so that 
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -92,4 +94,7 @@ def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
+    # Inductor moves Triton's cache when it compiles, but not when it finds what it compiled before: in the next process all
+    # kernels would be compiled again, 9 s of a distillation worker's first unit.
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
     return torch.compile(flex_attention, dynamic=True)

@@ -40,6 +40,13 @@ def test_views_share_their_storage_and_weights_count_from_the_beginning() -> Non
     assert run.matrix_flops == 2 * 5 * 10 * 20
 
 
+def test_convolutions_are_counted_by_themselves() -> None:
+    layer = nn.Conv3d(2, 4, 3, padding=1, bias=False, device=META)
+    run = run_on_meta(lambda: layer(empty(1, 2, 5, 6, 7)))
+    assert run.convolution_flops == 2 * (4 * 5 * 6 * 7) * (2 * 27)
+    assert run.matrix_flops == 0
+
+
 def test_moved_is_what_other_operations_read_and_write() -> None:
     layer = nn.Linear(10, 20, device=META)
     x, row = empty(5, 10), empty(10)
