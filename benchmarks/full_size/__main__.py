@@ -88,6 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="denoising steps of a trajectory")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--preset", default="reelquant", help="of the method")
     parser.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq")
     parser.add_argument("--segment-length", type=int, default=8)
     parser.add_argument("--deterministic", action="store_true", help="the same bytes with any number of GPUs; slower")

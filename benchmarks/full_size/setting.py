@@ -48,6 +48,8 @@ class Setting:
     samples: int
     """Calibration samples."""
     epochs: int
+    preset: str
+    """Of the method."""
     rounding: str
     segment_length: int
     deterministic: bool
@@ -77,9 +79,10 @@ class Setting:
     def label(self) -> str:
         """Such as `480p fsdp`, with what is not usual."""
         offload = f", offload {self.offload}" if self.offload != "none" else ""
+        preset = f", {self.preset}" if self.preset != "reelquant" else ""
         nearest = ", to nearest" if self.rounding == "nearest" else ""
         deterministic = ", deterministic" if self.deterministic else ""
-        return f"{self.video[0]}p {self.sharding}{offload}{nearest}{deterministic}"
+        return f"{self.video[0]}p {self.sharding}{offload}{preset}{nearest}{deterministic}"
 
     def transformer(self) -> dict[str, Any]:
         """Its configuration: HunyuanVideo-13B's with these sizes."""
@@ -121,7 +124,7 @@ class Setting:
                 "num_held_out": 1,
             },
             "selection": {"num_samples": self.samples},
-            "method": {"preset": "reelquant", "epochs": epochs or self.epochs, "rounding": self.rounding},
+            "method": {"preset": self.preset, "epochs": epochs or self.epochs, "rounding": self.rounding},
             # Of random weights nobody knows whether a block diverges: it is rounded then, and counted.
             "distillation": {"segment_length": self.segment_length, "on_failure": "gptq"},
             "evaluation": {"films": False},
