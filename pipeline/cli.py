@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pipeline.phase import phase
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -53,18 +55,20 @@ def run(
     """Do everything of the run that is not done yet; also how a run is resumed."""
     console = Console()
     with _errors(console, resumable=True):
-        from pipeline.config.loading import load_config
-        from pipeline.plan import plan_config
-        from pipeline.report.page import write_report
-        from pipeline.runner import open_run, run_stages, stages_until
-        from storage.location import StoreUrl
+        with phase(console, "Checking configuration, model and machine"):
+            from pipeline.config.loading import load_config
+            from pipeline.plan import plan_config
+            from pipeline.report.page import write_report
+            from pipeline.runner import open_run, run_stages, stages_until
+            from storage.location import StoreUrl
 
-        stages = stages_until(until)
-        planned = plan_config(load_config(config, overrides or ()))
-        planned.require_feasible()
-        opened = open_run(planned.context, update=update)
+            stages = stages_until(until)
+            planned = plan_config(load_config(config, overrides or ()))
+            planned.require_feasible()
+            opened = open_run(planned.context, update=update)
         summary = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes)
-        report = write_report(opened)
+        with phase(console, "Writing the report"):
+            report = write_report(opened)
         done, kept = sum(summary.done.values()), sum(summary.kept.values())
         console.print(f"{done} units done now, {kept} were done before")
         directory, assembled = opened.directory, bool(opened.manifest.units("assembly"))
@@ -90,10 +94,11 @@ def plan(
     """Say beforehand what a run needs, and every reason why it would fail. Needs no GPU."""
     console = Console()
     with _errors(console):
-        from pipeline.config.loading import load_config
-        from pipeline.plan import plan_config
+        with phase(console, "Checking configuration and model", logged=False):
+            from pipeline.config.loading import load_config
+            from pipeline.plan import plan_config
 
-        planned = plan_config(load_config(config, overrides or ()), shapes_only=shapes_only)
+            planned = plan_config(load_config(config, overrides or ()), shapes_only=shapes_only)
         planned.show(console)
         if planned.problems:
             raise typer.Exit(1)
@@ -114,10 +119,11 @@ def study(
     """Compare settings over several seeds: everything they have in common is done once. Also how a study is resumed."""
     console = Console()
     with _errors(console, resumable=not plan):
-        from pipeline.runner import stages_until
-        from pipeline.study.command import do_study, plan_study
+        with phase(console, "Loading"):
+            from pipeline.runner import stages_until
+            from pipeline.study.command import do_study, plan_study
 
-        stages = stages_until(until)
+            stages = stages_until(until)
         if not (
             plan_study(study_file, overrides or (), console, stages=stages)
             if plan

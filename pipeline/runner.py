@@ -29,6 +29,7 @@ from rich.markup import escape
 from pipeline.context import Run, RunContext
 from pipeline.drive import drive
 from pipeline.event_log import EventLog
+from pipeline.phase import phase
 from pipeline.schedule import DrivenRun
 from pipeline.stages.activations import Activations
 from pipeline.stages.assembly import Assembly
@@ -138,9 +139,11 @@ def driven_runs(runs: Mapping[str, Run], console: Console) -> Iterator[list[Driv
             locks.callback(log.close)
             driven = DrivenRun(run, log, label)
             driven.log.write("run_started", **started)
-            with run.directory.store.listed():
-                drop_damaged(driven, console, sound)
             found.append(driven)
+        with phase(console, "Checking what is done"):
+            for driven in found:
+                with driven.run.directory.store.listed():
+                    drop_damaged(driven, console, sound)
         yield found
 
 

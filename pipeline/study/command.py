@@ -8,20 +8,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.phase import phase
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage
 from pipeline.study.collection import collect_results
 from pipeline.study.driver import run_study
 from pipeline.study.expansion import load_study
 from pipeline.study.page import PAGE, TABLE, write_results
-from pipeline.study.preparation import prepare_study
+from pipeline.study.preparation import PreparedStudy, prepare_study
 from pipeline.study.tables import show_results
 from storage.location import StoreUrl
 
 
 def plan_study(path: Path, overrides: Sequence[str], console: Console, *, stages: tuple[Stage, ...] = STAGES) -> bool:
     """Says what the study in `path` is; whether nothing is in its way. Writes nothing."""
-    prepared = prepare_study(load_study(path, overrides), stages)
+    prepared = _prepared(path, overrides, console, stages)
     prepared.show(console)
     return not prepared.problems
 
@@ -35,7 +36,7 @@ def do_study(
         ValueError: the file, a setting, the model or the study's directory is not right.
         WorkersFailed: no worker could be started.
     """
-    prepared = prepare_study(load_study(path, overrides), stages)
+    prepared = _prepared(path, overrides, console, stages)
     prepared.require_feasible()
     outcome = run_study(prepared, console, update=update, stages=stages)
     results = collect_results(prepared.study, outcome)
@@ -60,3 +61,8 @@ def do_study(
             soft_wrap=True,
         )
     return not outcome.failures
+
+
+def _prepared(path: Path, overrides: Sequence[str], console: Console, stages: tuple[Stage, ...]) -> PreparedStudy:
+    with phase(console, "Checking settings, model and machine"):
+        return prepare_study(load_study(path, overrides), stages)
