@@ -188,8 +188,8 @@ class NumericsConfig(Section):
     """CPU threads of one worker. The number of workers changes no byte, this may."""
     deterministic: bool = False
     """On GPUs: a segment distilled twice has the same bytes. Otherwise its gradients, and so what it learns, differ in their
-    last digits from time to time, as the attention's backward pass adds up in any order. Costs 1.3 to 2 times the time of a
-    learning step (HunyuanVideo-13B at 480 and 720 lines). On CPUs it is always so; without learning, on GPUs too."""
+    last digits from time to time, as the attention's backward pass adds up in any order. A learning step takes 1.25 to 1.45
+    times as long (HunyuanVideo-13B at 480 and 720 lines). On CPUs it is always so; without learning, on GPUs too."""
 
 
 class WorkersConfig(Section):

@@ -118,12 +118,11 @@ class SampleWorker:
         before = self.mark(name)
         progress(1, 2)
         if before == 0:
-            if how == "sleep":
-                time.sleep(600)
-            elif how == "holding the GIL":
+            if how == "holding the GIL":
                 ctypes.PyDLL(None).sleep(600)
-            else:
-                os.kill(os.getpid(), signal.SIGSTOP)
+            elif how == "SIGSTOP":
+                os.kill(os.getpid(), signal.SIGSTOP)  # another thread may take it, and this one go on for a moment
+            time.sleep(600)
         return before + 1
 
     def do_wait(self, progress: Callable[[int, int], None], name: str) -> int:
