@@ -19,7 +19,8 @@ Refinement: one block of both models and one forward pass of it, with four strea
 
 On a GPU that is what the allocator holds; the CUDA context and fragmentation come on top. On a CPU the process itself
 comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted. Fake quantization is counted as its kernels
-do it for GPUs, and as torch does it for a CPU.
+do it for GPUs, and as torch does it for a CPU; attention under a band by what the band visits, and at FlexAttention's rate
+where that computes it. Attention's distillation terms are not counted.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, step_error
 from reelquant.calibration.recipe import Recipe
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
+from reelquant.ops.band_attention.op import FLEX_TOKENS
 from reelquant.ops.implementation import reference_only
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
@@ -53,6 +55,9 @@ USUAL_LANCZOS_STEPS = 32
 MATRIX_FLOPS, ATTENTION_FLOPS, FLOAT32_FLOPS = 780e12, 648e12, 67e12
 """Operations a second of one H100: bfloat16 matrix products (8192^3) and cuDNN attention (57,856 tokens, 24 heads of 128),
 both measured; float32 matrix products without tensor cores, from the data sheet."""
+FLEX_FLOPS = 410e12
+"""FlexAttention's, compiled for any length, so that `EFFICIENCY` of it is what was measured: forward and backward of 25,696
+and of 57,856 tokens in 88 and 430 ms."""
 CONVOLUTION_FLOPS = 490e12
 """Operations a second such that decoding takes what it takes: 480 x 848 x 61 in 7.2 s on an H200 (torch's deterministic
 algorithms; 5.7 s with any), 7.3 s by this."""
@@ -273,10 +278,12 @@ class CostModel:
         learning = run_on_meta(partial(step, recipe), holding=held, gradients=recipe.learns)
         quantized = run_on_meta(partial(step, replace(recipe, tokens_per_step=1.0)), holding=held)
         peak = max(making.peak_bytes, learning.peak_bytes, quantized.peak_bytes)
+        seen, slower = self._attention(name, recipe)
         forward = Operations.of(run_on_meta(lambda: family.call_block(block, sample.quantized, sample.conditioning)))
         length, width = sample.quantized.shape
         passes = 1.0  # for the targets
-        operations = Operations.of(quantized) * 3  # loss before and after, the stream to the next block
+        passing = _with_attention(Operations.of(quantized), seen)
+        operations = passing * 3  # loss before and after, the stream to the next block
         if recipe.token_weights:
             operations += Operations(attention=4.0 * length * length * width)  # column sums: the scores twice
         if recipe.channel_scale == "smoothquant":
@@ -290,11 +297,23 @@ class CostModel:
             rounding = max(8 * rows * d + 16 * d * d for level in inputs for rows, d in level)
         operations += forward * passes
         if recipe.learns:
-            operations += Operations.of(learning) * recipe.epochs
+            operations += _with_attention(Operations.of(learning), seen * slower) * recipe.epochs
         extra = max(peak - weights, weights + rounding)
         operations *= self._context.config.selection.num_samples
         # Once a block: its clips are searched for; both blocks run for what is told of its layers.
-        return weights, extra, operations + Operations.of(making) + forward + Operations.of(quantized)
+        return weights, extra, operations + Operations.of(making) + forward + passing
+
+    def _attention(self, name: str, recipe: Recipe) -> tuple[float, float]:
+        """What of the attention map a block sees while it is calibrated, and how much longer it takes with gradients."""
+        sparse = recipe.sparse
+        banded = sparse is not None and sparse.attention != "dense" and name not in sparse.dense_blocks
+        config = self._context.config
+        fixed = config.numerics.deterministic and self._dtype.itemsize == 2
+        long = config.workers.num_gpus > 0 and self._counts.longest_stream >= FLEX_TOKENS
+        return (
+            sparse.density if sparse is not None and banded else 1.0,
+            ATTENTION_FLOPS / FLEX_FLOPS if long and (banded or fixed) else 1.0,
+        )
 
     def _group_inputs(self, name: str, method: MethodPlan) -> list[list[tuple[int, int]]]:
         """`(tokens, inputs)` of every input group that reads tokens, by level."""
@@ -408,6 +427,10 @@ class CostModel:
             return 0
         built = component_on_meta(self._context.model.folder, name)
         return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
+
+
+def _with_attention(operations: Operations, factor: float) -> Operations:
+    return replace(operations, attention=operations.attention * factor)
 
 
 def _tile_shape(vae: Any) -> tuple[int, int, int]:

@@ -132,6 +132,21 @@ def test_a_part_of_the_tokens_makes_steps_cheaper() -> None:
     assert memory == pytest.approx((28.4, 21.8, 17.8), abs=0.5)
 
 
+def test_attention_costs_what_it_sees_and_how_it_is_done() -> None:
+    def distillation(method: str, *overrides: str) -> float:
+        hours = large(f"method={method}", "selection.num_samples=20", *overrides)
+        [stage] = [stage for stage in plan_config(hours, shapes_only=True).stages if stage.name == "distillation"]
+        assert stage.gpu_hours is not None
+        return stage.gpu_hours
+
+    dense = distillation("{preset: s2q}")
+    assert 1.2 < distillation("{preset: s2q}", "numerics.deterministic=true") / dense < 1.5, "measured: 1.25 to 1.45"
+    banded = "{preset: s2q, attention: {density: 0.25, calibrate: sparse}}"
+    assert 0.5 < distillation(banded) / dense < 0.75
+    assert distillation(banded, "numerics.deterministic=true") == distillation(banded), "it is so anyway"
+    assert distillation(banded.replace("calibrate: sparse", "calibrate: dense")) == dense
+
+
 def test_a_shared_model_takes_its_part_of_a_gpu() -> None:
     def memory(*overrides: str) -> dict[str, float]:
         plan = plan_config(large(*overrides), shapes_only=True)
