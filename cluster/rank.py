@@ -145,11 +145,13 @@ def _all_gone(ranks: Sequence[Rank], timeout_s: float) -> bool:
 def _birth_of(pid: int) -> str | None:
     """When the process `pid` was born, in clock ticks since boot: with it, a process id names one process for ever.
 
-    None when there is no such process, when it has ended and only waits for its parent, and where there is no /proc.
+    None when there is no such process, when it has ended and only waits for its parent, and where there is no /proc. One whose
+    first thread has ended, but not all, has its memory still.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    state, num_threads, birth = fields[0], int(fields[17]), fields[19]
+    return None if state == "X" or (state == "Z" and num_threads <= 1) else birth
