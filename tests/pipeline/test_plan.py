@@ -134,8 +134,8 @@ def test_a_part_of_the_tokens_makes_steps_cheaper() -> None:
 
 def test_attention_costs_what_it_sees_and_how_it_is_done() -> None:
     def distillation(method: str, *overrides: str) -> float:
-        hours = large(f"method={method}", "selection.num_samples=20", *overrides)
-        [stage] = [stage for stage in plan_config(hours, shapes_only=True).stages if stage.name == "distillation"]
+        config = large(f"method={method}", "selection.num_samples=20", *overrides)
+        [stage] = [stage for stage in plan_config(config, shapes_only=True).stages if stage.name == "distillation"]
         assert stage.gpu_hours is not None
         return stage.gpu_hours
 
