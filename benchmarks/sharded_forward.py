@@ -136,6 +136,9 @@ def run_ranks(options: argparse.Namespace, *, sharding: str, num_ranks: int, res
     shared += ["--threads", options.threads, "--layout", *options.layout]
     if options.offload_path is not None:
         shared += ["--offload-path", options.offload_path]
+    # Of the GPUs that this process may use, if it may not use all.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(rank) for rank in range(num_ranks)]
     started = []
     for rank in range(num_ranks):
         place = {
@@ -145,7 +148,7 @@ def run_ranks(options: argparse.Namespace, *, sharding: str, num_ranks: int, res
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        place |= {"CUDA_VISIBLE_DEVICES": rank} if torch.cuda.is_available() else {}
+        place |= {"CUDA_VISIBLE_DEVICES": gpus[rank]} if torch.cuda.is_available() else {}
         environ = {**os.environ, **{name: str(value) for name, value in place.items()}}
         arguments = [sys.executable, "-m", "benchmarks.sharded_forward", *map(str, shared)]
         started.append(subprocess.Popen(arguments, env=environ))

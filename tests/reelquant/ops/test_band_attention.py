@@ -201,6 +201,28 @@ def test_flex_attention_is_compiled_for_every_length_at_once() -> None:
 
 
 @compiles
+def test_flex_attention_is_compiled_once_for_all_kinds_of_heads_and_of_blocks() -> None:
+    """torch compiles for what its inputs are views of: a projection's output, a joined stream, temporal heads put in order."""
+    layout = TokenLayout(4, 11, 13, 5)
+
+    def drawn() -> Tensor:
+        return torch.randn(1, layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    def gradient(kinds: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        out = band_attention(q, k, v, kinds=kinds, layout=layout, width=60, implementation="flex")
+        [found] = torch.autograd.grad(out.float().square().sum(), [v])
+        return found
+
+    q, k, v = drawn(), drawn(), drawn()
+    gradient("ss", q, k, v)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for kinds in ("ss", "st", "tt"):
+            gradient(kinds, q, k, v.flatten(2).unflatten(2, (2, 64)))
+            gradient(kinds, torch.cat([q[:, :-5], q[:, -5:]], dim=1), k, v + 0)
+
+
+@compiles
 @pytest.mark.parametrize("rows", [4500, 1800])
 def test_dense_attention_has_the_same_gradients_every_time_where_torch_must(rows: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
