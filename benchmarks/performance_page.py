@@ -76,6 +76,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "eight_bit_attention": ("eight_bit_attention", attention_table),
     "linear_kernels": ("linear_kernels", linear_table),
     "sharded_forward": ("sharded_forward", sharded_forward.table),
+    "sharded_forward_whole": ("sharded_forward_whole", sharded_forward.table),
     "distillation_time": ("distillation_time", distillation_time.table),
     "distillation_deterministic": ("distillation_deterministic", distillation_time.comparison),
     "fake_quantization": ("fake_quantization", linear_table),
