@@ -61,6 +61,9 @@ class DistillationWorker:
         `read_s` of its result is the time that it waited for entry activations."""
         self._entries.stop()
         self._read_s = 0.0
+        if self._device.type == "cuda":
+            # Blocks of another kind have tensors of other sizes: pieces of the last ones would lie idle, 7 of 25 GiB (480p).
+            torch.cuda.empty_cache()
         try:
             with deterministic_kernels(asked=self._settings.source.numerics.deterministic):
                 return self._do(unit, progress)

@@ -110,6 +110,30 @@ def test_a_gpu_that_runs_out_of_memory_does_it_with_less_and_gives_the_same_byte
     assert "in pieces that no tensor used" in told["refused"]["error"]
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_given_back_what_lay_idle_before_a_unit(digits_model: Path, tmp_path: Path) -> None:
+    told = told_by(
+        """
+import json, sys, torch
+from pathlib import Path
+from tests.workers.limited_memory import BLOCKS, make_run, shared_unit
+from workers.distillation_worker import DistillationWorker
+
+settings = make_run(Path(sys.argv[1]), Path(sys.argv[2]))
+worker, unit = DistillationWorker(settings), shared_unit(settings, "a", BLOCKS[0]).payload
+worker.run(unit, lambda *_: None)
+idle = torch.empty(8 * 2**30, dtype=torch.uint8, device="cuda")
+del idle
+before = torch.cuda.memory_reserved()
+worker.run(unit, lambda *_: None)
+print(json.dumps({"before": before, "after": torch.cuda.memory_reserved()}))
+""",
+        *(str(tmp_path / "made"), str(digits_model)),
+        environment=ON_GPU,
+    )
+    assert told["before"] > 8 * 2**30 > told["after"]
+
+
 def gpu_limits(folder: Path, digits_model: Path) -> tuple[str, str]:
     """MiB: a little less than the tensors of the first block take as usual, which both blocks must fit in with less; and a
     quarter of what they take then."""
