@@ -33,7 +33,9 @@ class MetaRun:
         self.peak_bytes = 0
         """Most bytes alive at once, of tensors made inside and of those given to `hold`."""
         self.matrix_flops = 0
-        """Of matrix products."""
+        """Of matrix products in 16 bits."""
+        self.float32_flops = 0
+        """Of matrix products of wider values, for which there are no tensor cores."""
         self.convolution_flops = 0
         self.attention_flops = 0
         """Of attention: 4 L_q L_k d forward, 10 L_q L_k d backward."""
@@ -87,10 +89,12 @@ class _Dispatch(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._run.see(leaf)
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
+        if (count := flop_registry.get(_out_of_place(func))) is not None:
             flops = count(*args, **(kwargs or {}), out_val=out)
             if "convolution" in func._schema.name:
                 self._run.convolution_flops += flops
+            elif cast(Tensor, out).itemsize > 2:
+                self._run.float32_flops += flops
             else:
                 self._run.matrix_flops += flops
         elif not _only_makes_room(func):
@@ -99,6 +103,12 @@ class _Dispatch(TorchDispatchMode):
                 _held_bytes(leaf) for leaf in tree_leaves((given, out)) if isinstance(leaf, Tensor)
             )
         return out
+
+
+def _out_of_place(func: Any) -> Any:
+    """The operation that does the same and makes a new tensor of it: flops are registered for that."""
+    packet = func._overloadpacket
+    return getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
 
 
 def _only_makes_room(func: Any) -> bool:

@@ -20,7 +20,7 @@ Refinement: one block of both models and one forward pass of it, with four strea
 On a GPU that is what the allocator holds; the CUDA context and fragmentation come on top. On a CPU the process itself
 comes on top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted. Fake quantization is counted as its kernels
 do it for GPUs, and as torch does it for a CPU; attention under a band by what the band visits, and at FlexAttention's rate
-where that computes it. Attention's distillation terms are not counted.
+where that computes it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,9 @@ from pipeline.planning.model_size import component_on_meta, components
 from pipeline.planning.operations import ATTENTION_FLOPS, FLEX_FLOPS, Operations
 from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
-from reelquant.calibration.block_distillation import Sample, calibrated_copy, step_error
+from reelquant.calibration.attention_distillation import AttentionTargets
+from reelquant.calibration.attention_terms import AttentionTerms
+from reelquant.calibration.block_distillation import Sample, SampleView, calibrated_copy, step_error
 from reelquant.calibration.recipe import Recipe
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
 from reelquant.ops.band_attention.op import FLEX_TOKENS
@@ -217,11 +220,11 @@ class CostModel:
         if not recipe.needs_activations:
             return weights, making.peak_bytes - weights, Operations.of(making)
 
-        def step(recipe: Recipe) -> Tensor:
-            return step_error(family, copied, sample.at(block), recipe, seed=0)
-
-        learning = run_on_meta(partial(step, recipe), holding=held, gradients=recipe.learns)
-        quantized = run_on_meta(partial(step, replace(recipe, tokens_per_step=1.0)), holding=held)
+        here, targets = sample.at(block), self._attention_targets(recipe)
+        step = partial(_step_loss, family, copied, here, recipe, targets)
+        learning = run_on_meta(step, holding=held + _tensors_in(targets), gradients=recipe.learns)
+        everything = replace(recipe, tokens_per_step=1.0)
+        quantized = run_on_meta(partial(step_error, family, copied, here, everything, seed=0), holding=held)
         peak = max(making.peak_bytes, learning.peak_bytes, quantized.peak_bytes)
         seen, slower = self._attention(name, recipe)
         forward = Operations.of(run_on_meta(lambda: family.call_block(block, sample.quantized, sample.conditioning)))
@@ -235,11 +238,8 @@ class CostModel:
             passes += len(levels) - 1
         rounding = 0
         if recipe.rounding == "gptq":
-            inputs = self._group_inputs(name, method)
-            both = 2 if recipe.solve == "asymmetric" else 1
-            passes += both * (len(inputs) - 1)  # up to each level of layers, the first one's inputs being the block's
-            operations += Operations(float32=both * sum(2.0 * rows * d * d for level in inputs for rows, d in level))
-            rounding = max(8 * rows * d + 16 * d * d for level in inputs for rows, d in level)
+            more, hessians, rounding = self._gptq(name, method)
+            passes, operations = passes + more, operations + hessians
         operations += forward * passes
         if recipe.learns:
             operations += _with_attention(Operations.of(learning), seen * slower) * recipe.epochs
@@ -247,6 +247,26 @@ class CostModel:
         operations *= self._context.config.selection.num_samples
         # Once a block: its clips are searched for; both blocks run for what is told of its layers.
         return weights, extra, operations + Operations.of(making) + forward + passing
+
+    def _gptq(self, name: str, method: MethodPlan) -> tuple[int, Operations, int]:
+        """Of rounding a block by GPTQ, a sample: forward passes, operations of its Hessians; and the bytes that it takes."""
+        inputs, both = self._group_inputs(name, method), 2 if method.recipe.solve == "asymmetric" else 1
+        passes = both * (len(inputs) - 1)  # up to each level of layers, the first one's inputs being the block's
+        groups = [group for level in inputs for group in level]
+        hessians = Operations(float32=both * sum(2.0 * rows * d * d for rows, d in groups))
+        return passes, hessians, max(8 * rows * d + 16 * d * d for rows, d in groups)
+
+    def _attention_targets(self, recipe: Recipe) -> AttentionTargets | None:
+        """What the loss has of the full-precision attention, on the meta device."""
+        if not (recipe.learns and recipe.distills_attention):
+            return None
+        model, length = self._context.model, self._counts.longest_stream
+        heads, size = model.family.num_heads(model.config)
+        k = torch.empty(heads, length, size, dtype=self._dtype, device=META)
+        pooled = torch.empty(heads, -(-length // recipe.pool_size), size, device=META)
+        salient = torch.empty(min(recipe.num_salient_tokens, length), dtype=torch.int64, device=META)
+        asking = k.index_select(1, salient)
+        return AttentionTargets((heads, length, size), recipe.pool_size, pooled, pooled, salient, asking, k)
 
     def _attention(self, name: str, recipe: Recipe) -> tuple[float, float]:
         """What of the attention map a block sees while it is calibrated, and how much longer it takes with gradients."""
@@ -349,7 +369,7 @@ class CostModel:
         rows = torch.empty(num_tokens, num_inputs, dtype=self._dtype, device=META)
         bits = selection.weight_error_bits or self._context.config.bits.weight
         run = run_on_meta(partial(sampled_weight_error, rows, weight, bits))
-        return Operations(float32=run.matrix_flops, moved=run.moved_bytes)
+        return Operations(float32=run.matrix_flops + run.float32_flops, moved=run.moved_bytes)
 
     def _decode(self) -> tuple[int, Operations]:
         """Decoding one video: its peak without the VAE's weights, which is that of its first tile, and twice the video, in
@@ -372,6 +392,22 @@ class CostModel:
             return 0
         built = component_on_meta(self._context.model.folder, name)
         return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
+
+
+def _step_loss(
+    family: ModuleType, block: nn.Module, sample: SampleView, recipe: Recipe, targets: AttentionTargets | None
+) -> Tensor:
+    """The loss of one learning step, with its attention terms if there are `targets`."""
+    if targets is None:
+        return step_error(family, block, sample, recipe, seed=0)
+    terms = AttentionTerms(family, block, recipe)
+    with terms.watching():
+        error = step_error(family, block, sample, recipe, seed=0)
+    return error + sum(terms.values(targets).values())
+
+
+def _tensors_in(targets: AttentionTargets | None) -> list[Tensor]:
+    return [] if targets is None else [x for x in vars(targets).values() if isinstance(x, Tensor)]
 
 
 def _with_attention(operations: Operations, factor: float) -> Operations:

@@ -37,11 +37,16 @@ class AttentionTerms:
         )
         return watch
 
+    def values(self, targets: AttentionTargets) -> dict[str, Tensor]:
+        """The terms of the call that was watched, without weights; it is forgotten."""
+        [seen] = self._seen
+        self._seen.clear()
+        return {name: loss(targets, *seen) for name, loss in self._losses.items()}
+
     def weighted(self, targets: AttentionTargets, error: Tensor) -> Tensor:
         """Sum of the weighted terms of the call that was watched; `auto` weights are fixed here at the first call."""
         total = torch.zeros_like(error)
-        for name, loss in self._losses.items():
-            value = loss(targets, *self._seen[0])
+        for name, value in self.values(targets).items():
             weight = self._weights[name]
             if isinstance(weight, str):
                 exact = float(value.detach())
@@ -49,7 +54,6 @@ class AttentionTerms:
                 self._weights[name] = weight
             total = total + weight * value
             self._epoch[name].append(weight * float(value.detach()))
-        self._seen.clear()
         return total
 
     def end_epoch(self) -> None:

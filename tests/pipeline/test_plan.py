@@ -132,6 +132,22 @@ def test_a_part_of_the_tokens_makes_steps_cheaper() -> None:
     assert memory == pytest.approx((28.4, 21.8, 17.8), abs=0.5)
 
 
+def test_attention_terms_make_steps_dearer() -> None:
+    """Where a step sees 25 % of the tokens, by a third and 1.5 GiB on an H100 (benchmarks/results/distillation_time.json)."""
+
+    def distillation(terms: str) -> tuple[float, float]:
+        method = f"method={{preset: s2q, tokens_per_step: 0.25, attention_distillation: {terms}, rounding: nearest}}"
+        plan = plan_config(large(method, "selection.num_samples=20"), shapes_only=True)
+        [stage] = [stage for stage in plan.stages if stage.name == "distillation"]
+        assert stage.gpu_hours is not None
+        assert stage.peak_memory_bytes is not None
+        return stage.gpu_hours, stage.peak_memory_bytes / 2**30
+
+    (hours, memory), (dearer, larger) = distillation("none"), distillation("both")
+    assert dearer / hours == pytest.approx(1.24, abs=0.02)  # with the passes without gradients, which have no terms
+    assert larger - memory == pytest.approx(1.6, abs=0.2)
+
+
 def test_attention_costs_what_it_sees_and_how_it_is_done() -> None:
     def distillation(method: str, *overrides: str) -> float:
         config = large(f"method={method}", "selection.num_samples=20", *overrides)

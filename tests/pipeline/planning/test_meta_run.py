@@ -37,7 +37,15 @@ def test_views_share_their_storage_and_weights_count_from_the_beginning() -> Non
     x = empty(5, 10)
     run = run_on_meta(lambda: layer(x.view(1, 5, 10)), holding=[*tensors_of(layer), x])
     assert run.peak_bytes == 4 * (10 * 20 + 20 + 5 * 10 + 5 * 20)
-    assert run.matrix_flops == 2 * 5 * 10 * 20
+    assert (run.matrix_flops, run.float32_flops) == (0, 2 * 5 * 10 * 20)
+
+
+def test_products_are_counted_by_the_width_of_their_values_and_in_place_too() -> None:
+    a, b = empty(3, 5, 10, dtype=torch.bfloat16), empty(3, 10, 20, dtype=torch.bfloat16)
+    run = run_on_meta(lambda: empty(3, 5, 20, dtype=torch.bfloat16).baddbmm_(a, b))
+    assert (run.matrix_flops, run.float32_flops, run.moved_bytes) == (2 * 3 * 5 * 10 * 20, 0, 0)
+    run = run_on_meta(lambda: empty(3, 5, 20).baddbmm_(a.float(), b.float()))
+    assert (run.matrix_flops, run.float32_flops) == (0, 2 * 3 * 5 * 10 * 20)
 
 
 def test_convolutions_are_counted_by_themselves() -> None:
@@ -83,7 +91,7 @@ def test_backward_counts_twice_the_forward_and_keeps_its_inputs() -> None:
     forward = run_on_meta(lambda: layers(x), holding=[*tensors_of(layers), x])
     learning = run_on_meta(lambda: layers(x).sum(), holding=[*tensors_of(layers), x], gradients=True)
     # The first layer's input needs no gradient: 2 + 3 products instead of 2.
-    assert learning.matrix_flops == forward.matrix_flops * 5 / 2
+    assert learning.float32_flops == forward.float32_flops * 5 / 2
     assert learning.peak_bytes > forward.peak_bytes
 
 
