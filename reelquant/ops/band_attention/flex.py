@@ -40,8 +40,8 @@ def band_attention_flex(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
-    # A copy is a view of nothing. torch compiles for what a view is a view of: 6 s more where a block has temporal heads and
-    # the one before had none, and again from double to single blocks (H200; the copies take 0.3 ms at 26,000 tokens).
+    # A copy is a view of nothing. torch compiles for what a view is a view of: up to 9 s where a block with temporal heads
+    # follows others, or a single one double ones (H200). The copies read and write 1 GB at 26,000 tokens.
     q, k, v = (x.unsqueeze(0).clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True):
         out: Tensor = _compiled()(q, k, v, block_mask=mask)[0]
