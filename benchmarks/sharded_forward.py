@@ -38,6 +38,7 @@ import reelquant.families.hunyuan_video as family
 from benchmarks.attention_memory import environment
 from benchmarks.random_checkpoint import write_transformer
 from benchmarks.random_model import transformer_config
+from benchmarks.visible_gpus import visible_gpus
 from workers.messages import Numerics, Sharding
 from workers.process import peak_memory_bytes, prepare_process
 from workers.process_group import join_process_group
@@ -136,9 +137,7 @@ def run_ranks(options: argparse.Namespace, *, sharding: str, num_ranks: int, res
     shared += ["--threads", options.threads, "--layout", *options.layout]
     if options.offload_path is not None:
         shared += ["--offload-path", options.offload_path]
-    # Of the GPUs that this process may use, if it may not use all.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(rank) for rank in range(num_ranks)]
+    gpus = visible_gpus(num_ranks) if torch.cuda.is_available() else None
     started = []
     for rank in range(num_ranks):
         place = {
@@ -148,7 +147,7 @@ def run_ranks(options: argparse.Namespace, *, sharding: str, num_ranks: int, res
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        place |= {"CUDA_VISIBLE_DEVICES": gpus[rank]} if torch.cuda.is_available() else {}
+        place |= {"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {}
         environ = {**os.environ, **{name: str(value) for name, value in place.items()}}
         arguments = [sys.executable, "-m", "benchmarks.sharded_forward", *map(str, shared)]
         started.append(subprocess.Popen(arguments, env=environ))

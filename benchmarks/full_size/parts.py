@@ -21,6 +21,7 @@ from benchmarks.full_size import figures
 from benchmarks.full_size.commands import OutOfTime, branch_run, call
 from benchmarks.full_size.setting import Setting
 from benchmarks.random_checkpoint import write_pipeline
+from benchmarks.visible_gpus import visible_gpus
 from pipeline.config.loading import load_config
 from pipeline.plan import Plan, plan_config
 from storage.atomic_files import sync_file
@@ -159,9 +160,8 @@ class FullSize:
 
     def _gpus_beside(self) -> tuple[str, str]:
         """For all workers, and for the one at the same time."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        gpus, workers = visible.split(","), self._setting.workers
-        return ",".join(gpus[:workers]), gpus[workers]
+        *of_all, of_one = visible_gpus(self._setting.workers + 1)
+        return ",".join(of_all), of_one
 
     def _load(self) -> dict[str, Any]:
         video = "x".join(map(str, self._setting.video))

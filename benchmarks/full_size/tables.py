@@ -63,7 +63,7 @@ def _speed_up(runs: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for label, run in runs.items():
         if found := run.get("speed_up"):
-            same = {True: "yes", False: "NO", None: "-"}[found["same_bytes"]]
+            same = {True: "yes", False: "NO", None: "-"}[found["same_bytes"]]  # None: read from event logs alone
             yield (
                 f"| {label} | {found['workers']} workers | {found['wall_s']:.1f} | {found['alone_wall_s']:.1f} | "
                 f"{found['how']} | {found['speed_up']:.2f}× | {same} |"

@@ -108,7 +108,8 @@ class _Dispatch(TorchDispatchMode):
 def _out_of_place(func: Any) -> Any:
     """The operation that does the same and makes a new tensor of it: flops are registered for that."""
     packet = func._overloadpacket
-    return getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
+    name = packet.__name__
+    return getattr(torch.ops.aten, name[:-1], packet) if name.endswith("_") else packet
 
 
 def _only_makes_room(func: Any) -> bool:
@@ -186,3 +187,13 @@ def run_on_meta(work: Callable[[], Any], *, holding: Iterable[Tensor] = (), grad
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers of `module`."""
     return [*module.parameters(), *module.buffers()]
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Of `tensors_of` it."""
+    return sum(tensor.nbytes for tensor in tensors_of(module))
+
+
+def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` in `dtype`, for inference, by torch's own method: that of diffusers' classes speaks about it."""
+    return nn.Module.to(module, dtype).eval()

@@ -27,26 +27,21 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.context import RunContext
-from pipeline.planning.meta_run import META, MetaRun, run_on_meta, tensors_of
+from pipeline.planning.block_cost import BlockCosts
+from pipeline.planning.meta_run import META, MetaRun, bytes_of, run_on_meta, tensors_of, to_dtype
 from pipeline.planning.model_size import component_on_meta, components
-from pipeline.planning.operations import ATTENTION_FLOPS, FLEX_FLOPS, Operations
+from pipeline.planning.operations import Operations
 from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
-from reelquant.calibration.attention_distillation import AttentionTargets
-from reelquant.calibration.attention_terms import AttentionTerms
-from reelquant.calibration.block_distillation import Sample, SampleView, calibrated_copy, step_error
-from reelquant.calibration.recipe import Recipe
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
-from reelquant.ops.band_attention.op import FLEX_TOKENS
 from reelquant.ops.implementation import reference_only
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
@@ -78,9 +73,10 @@ class CostModel:
     def __init__(self, context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> None:
         self._context, self._counts, self._dtype = context, counts, dtype
         self._weights = {name: self._component_bytes(name) for name in components(context.model.folder)}
-        transformer = _cast(build_on_meta(context.model.config, context.model.family), dtype)
-        self._weights["transformer"] = _bytes_of(transformer)
+        transformer = to_dtype(build_on_meta(context.model.config, context.model.family), dtype)
+        self._weights["transformer"] = bytes_of(transformer)
         self._forward = self._count_forward(transformer)
+        self._blocks = BlockCosts(context, counts, dtype)
 
     def stages(self) -> dict[str, StageCost]:
         """By stage; those that take little are not there. Without a GPU there are no kernels to count."""
@@ -109,7 +105,7 @@ class CostModel:
             return self._pipeline_bytes
         on_gpu, model = workers.num_gpus > 0, self._weights["transformer"]
         shard = 0 if on_gpu and workers.offload != "none" else model // workers.num_ranks
-        gathered = 2 * max(_bytes_of(self._block(name)) for name in self._context.model.blocks)
+        gathered = 2 * max(bytes_of(self._blocks.block(name)) for name in self._context.model.blocks)
         return shard + min(gathered, model) + (0 if on_gpu else self._pipeline_bytes - model)
 
     def trajectories(self) -> StageCost:
@@ -145,24 +141,17 @@ class CostModel:
         )
 
     def _distillation(self, method: MethodPlan) -> StageCost:
-        family, model = self._context.model.family, self._context.model
-        known: dict[Any, tuple[int, int, Operations]] = {}
-        costs = {}
-        for name in model.blocks:
-            inside = tuple((layer, bits) for layer, bits in method.bits.items() if layer.startswith(f"{name}."))
-            key = (family.group_levels(name), tuple((layer.removeprefix(name), bits) for layer, bits in inside))
-            if key not in known:
-                known[key] = self._block_cost(name, method)
-            costs[name] = known[key]
-        segments = [sum(costs[name][0] for name in segment) for segment in self._context.segments]
+        model = self._context.model
+        costs = self._blocks.calibration(method)
+        segments = [sum(costs[name].weight_bytes for name in segment) for segment in self._context.segments]
         samples = self._context.config.selection.num_samples if method.recipe.needs_activations else 0
         longest = max(len(segment) for segment in self._context.segments)
         stream = self._counts.longest_stream * hidden_size(self._context) * self._dtype.itemsize
         rotary = 8 * self._counts.layout.num_video * int(model.config["attention_head_dim"])
         at_once = min(samples, 1) if self._context.config.workers.num_gpus > 0 else samples
         held = at_once * ((2 if longest == 1 else 3) * stream + rotary)
-        peak = max(segments) + held + max(extra for _, extra, _ in costs.values())
-        return StageCost(peak, sum((operations for *_, operations in costs.values()), start=Operations()))
+        peak = max(segments) + held + max(cost.extra_bytes for cost in costs.values())
+        return StageCost(peak, sum((cost.operations for cost in costs.values()), start=Operations()))
 
     def refinement(self) -> StageCost:
         """Drift repair: 2.75 passes of a block over all samples, and two for every level of its output layers. Velocity:
@@ -181,16 +170,16 @@ class CostModel:
 
     def _drift_repair(self, num_methods: int) -> StageCost:
         family, names = self._context.model.family, self._context.model.blocks
-        num, sample = self._context.config.selection.num_samples, self._sample()
+        num, sample = self._context.config.selection.num_samples, self._blocks.sample()
         runs: dict[Any, tuple[int, MetaRun]] = {}
         operations = Operations()
         for name in names:
             levels = family.output_layers(name)
             if levels not in runs:
-                block = self._block(name)
+                block = self._blocks.block(name)
                 forward = partial(family.call_block, block, sample.quantized, sample.conditioning)
                 run = run_on_meta(forward, holding=tensors_of(block))
-                runs[levels] = (_bytes_of(block), run)
+                runs[levels] = (bytes_of(block), run)
             passes = 2.75 + 2 * len(levels)
             operations += Operations.of(runs[levels][1]) * (passes * num * num_methods)
         stream = sample.quantized.nbytes
@@ -199,117 +188,6 @@ class CostModel:
         peak = max(weights + run.peak_bytes for weights, run in runs.values())
         sums = 20 * sample.quantized.numel()
         return StageCost(peak + sums + at_once * (4 * stream + rotary), operations)
-
-    def _block_cost(self, name: str, method: MethodPlan) -> tuple[int, int, Operations]:
-        """Bytes of the block, bytes that calibrating it takes beside, operations of calibrating it on all samples."""
-        family, recipe = self._context.model.family, method.recipe
-        block = self._block(name)
-        weights, levels = _bytes_of(block), family.group_levels(name)
-        bits = {k.removeprefix(f"{name}."): v for k, v in method.bits.items() if k.startswith(f"{name}.")}
-        sample = self._sample()
-
-        made: list[nn.Module] = []
-
-        def make() -> None:
-            copied, _ = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
-            made.append(copied)
-
-        making = run_on_meta(make, holding=tensors_of(block))
-        [copied] = made
-        held = tensors_of(block) + tensors_of(copied)
-        if not recipe.needs_activations:
-            return weights, making.peak_bytes - weights, Operations.of(making)
-
-        here, targets = sample.at(block), self._attention_targets(recipe)
-        step = partial(_step_loss, family, copied, here, recipe, targets)
-        learning = run_on_meta(step, holding=held + _tensors_in(targets), gradients=recipe.learns)
-        everything = replace(recipe, tokens_per_step=1.0)
-        quantized = run_on_meta(partial(step_error, family, copied, here, everything, seed=0), holding=held)
-        peak = max(making.peak_bytes, learning.peak_bytes, quantized.peak_bytes)
-        seen, slower = self._attention(name, recipe)
-        forward = Operations.of(run_on_meta(lambda: family.call_block(block, sample.quantized, sample.conditioning)))
-        length, width = sample.quantized.shape
-        passes = 1.0  # for the targets
-        passing = _with_attention(Operations.of(quantized), seen)
-        operations = passing * 3  # loss before and after, the stream to the next block
-        if recipe.token_weights:
-            operations += Operations(attention=4.0 * length * length * width)  # column sums: the scores twice
-        if recipe.channel_scale == "smoothquant":
-            passes += len(levels) - 1
-        rounding = 0
-        if recipe.rounding == "gptq":
-            more, hessians, rounding = self._gptq(name, method)
-            passes, operations = passes + more, operations + hessians
-        operations += forward * passes
-        if recipe.learns:
-            operations += _with_attention(Operations.of(learning), seen * slower) * recipe.epochs
-        extra = max(peak - weights, weights + rounding)
-        operations *= self._context.config.selection.num_samples
-        # Once a block: its clips are searched for; both blocks run for what is told of its layers.
-        return weights, extra, operations + Operations.of(making) + forward + passing
-
-    def _gptq(self, name: str, method: MethodPlan) -> tuple[int, Operations, int]:
-        """Of rounding a block by GPTQ, a sample: forward passes, operations of its Hessians; and the bytes that it takes."""
-        inputs, both = self._group_inputs(name, method), 2 if method.recipe.solve == "asymmetric" else 1
-        passes = both * (len(inputs) - 1)  # up to each level of layers, the first one's inputs being the block's
-        groups = [group for level in inputs for group in level]
-        hessians = Operations(float32=both * sum(2.0 * rows * d * d for rows, d in groups))
-        return passes, hessians, max(8 * rows * d + 16 * d * d for rows, d in groups)
-
-    def _attention_targets(self, recipe: Recipe) -> AttentionTargets | None:
-        """What the loss has of the full-precision attention, on the meta device."""
-        if not (recipe.learns and recipe.distills_attention):
-            return None
-        model, length = self._context.model, self._counts.longest_stream
-        heads, size = model.family.num_heads(model.config)
-        k = torch.empty(heads, length, size, dtype=self._dtype, device=META)
-        pooled = torch.empty(heads, -(-length // recipe.pool_size), size, device=META)
-        salient = torch.empty(min(recipe.num_salient_tokens, length), dtype=torch.int64, device=META)
-        asking = k.index_select(1, salient)
-        return AttentionTargets((heads, length, size), recipe.pool_size, pooled, pooled, salient, asking, k)
-
-    def _attention(self, name: str, recipe: Recipe) -> tuple[float, float]:
-        """What of the attention map a block sees while it is calibrated, and how much longer it takes with gradients."""
-        sparse = recipe.sparse
-        banded = sparse is not None and sparse.attention != "dense" and name not in sparse.dense_blocks
-        config = self._context.config
-        fixed = config.numerics.deterministic and self._dtype.itemsize == 2
-        long = config.workers.num_gpus > 0 and self._counts.longest_stream >= FLEX_TOKENS
-        return (
-            sparse.density if sparse is not None and banded else 1.0,
-            ATTENTION_FLOPS / FLEX_FLOPS if long and (banded or fixed) else 1.0,
-        )
-
-    def _group_inputs(self, name: str, method: MethodPlan) -> list[list[tuple[int, int]]]:
-        """`(tokens, inputs)` of every input group that reads tokens, by level."""
-        model, layout = self._context.model, self._counts.layout
-        text = self._counts.longest_stream - layout.num_video
-        rows = {"video": layout.num_video, "text": text, "joint": layout.num_video + text}
-        levels = [
-            [
-                (rows[group.stream], model.linears[f"{name}.{group.layers[0]}"][1])
-                for group in level
-                if group.stream in rows and any(f"{name}.{layer}" in method.bits for layer in group.layers)
-            ]
-            for level in model.family.group_levels(name)
-        ]
-        return [level for level in levels if level]
-
-    def _block(self, name: str) -> nn.Module:
-        with META:
-            block = self._context.model.family.build_block(self._context.model.config, name)
-        return _cast(block, self._dtype).requires_grad_(False)
-
-    def _sample(self) -> Sample:
-        model, layout = self._context.model, self._counts.layout
-        length, width = self._counts.longest_stream, hidden_size(self._context)
-        stream = torch.empty(length, width, dtype=self._dtype, device=META)
-        table = torch.empty(layout.num_video, int(model.config["attention_head_dim"]), device=META)
-        temb = torch.empty(1, width, dtype=self._dtype, device=META)
-        conditioning = model.family.Conditioning(
-            temb, (table, table), replace(layout, num_text=length - layout.num_video)
-        )
-        return Sample(stream, stream, conditioning, target=stream, weights=torch.empty(length, device=META))
 
     def _count_forward(self, transformer: nn.Module) -> MetaRun:
         config, text = self._context.model.config, self._context.config.generation.max_sequence_length
@@ -377,7 +255,7 @@ class CostModel:
         vae = component_on_meta(self._context.model.folder, "vae")
         if vae is None:
             return 0, Operations()
-        decoder = cast(Any, _cast(vae, self._dtype))
+        decoder = cast(Any, to_dtype(vae, self._dtype))
         whole = self._counts.latent_shape
         tile = tuple(map(min, whole, (whole[0], *_tile_shape(decoder))))
         latents = torch.empty(1, *tile, dtype=self._dtype, device=META)
@@ -385,33 +263,13 @@ class CostModel:
         video = 2 * math.prod(self._counts.video_shape) * self._dtype.itemsize if tile != whole else 0
         pairs = zip(whole[1:], tile[1:], _tile_strides(decoder), strict=True)
         num_tiles = math.prod(1 if size == of_tile else math.ceil(size / stride) for size, of_tile, stride in pairs)
-        return run.peak_bytes - _bytes_of(decoder) + video, Operations.of(run) * num_tiles
+        return run.peak_bytes - bytes_of(decoder) + video, Operations.of(run) * num_tiles
 
     def _component_bytes(self, name: str) -> int:
         if not (self._context.model.folder / name / "config.json").is_file():
             return 0
         built = component_on_meta(self._context.model.folder, name)
         return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
-
-
-def _step_loss(
-    family: ModuleType, block: nn.Module, sample: SampleView, recipe: Recipe, targets: AttentionTargets | None
-) -> Tensor:
-    """The loss of one learning step, with its attention terms if there are `targets`."""
-    if targets is None:
-        return step_error(family, block, sample, recipe, seed=0)
-    terms = AttentionTerms(family, block, recipe)
-    with terms.watching():
-        error = step_error(family, block, sample, recipe, seed=0)
-    return error + sum(terms.values(targets).values())
-
-
-def _tensors_in(targets: AttentionTargets | None) -> list[Tensor]:
-    return [] if targets is None else [x for x in vars(targets).values() if isinstance(x, Tensor)]
-
-
-def _with_attention(operations: Operations, factor: float) -> Operations:
-    return replace(operations, attention=operations.attention * factor)
 
 
 def _tile_shape(vae: Any) -> tuple[int, int, int]:
@@ -432,12 +290,3 @@ def _tile_strides(vae: Any) -> tuple[int, int, int]:
         vae.tile_sample_stride_height // spatial,
         vae.tile_sample_stride_width // spatial,
     )
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` in `dtype`, by torch's own method: that of diffusers' classes speaks about it."""
-    return nn.Module.to(module, dtype).eval()
-
-
-def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in tensors_of(module))

@@ -133,7 +133,8 @@ def test_a_part_of_the_tokens_makes_steps_cheaper() -> None:
 
 
 def test_attention_terms_make_steps_dearer() -> None:
-    """Where a step sees 25 % of the tokens, by a third and 1.5 GiB on an H100 (benchmarks/results/distillation_time.json)."""
+    """Where a step sees 25 % of the tokens, by 31 % (targets and steps) and, of double and single blocks, 1.5 and 1.7 GiB on an
+    H100 (benchmarks/results/distillation_time.json)."""
 
     def distillation(terms: str) -> tuple[float, float]:
         method = f"method={{preset: s2q, tokens_per_step: 0.25, attention_distillation: {terms}, rounding: nearest}}"
@@ -144,7 +145,9 @@ def test_attention_terms_make_steps_dearer() -> None:
         return stage.gpu_hours, stage.peak_memory_bytes / 2**30
 
     (hours, memory), (dearer, larger) = distillation("none"), distillation("both")
-    assert dearer / hours == pytest.approx(1.24, abs=0.02)  # with the passes without gradients, which have no terms
+    assert dearer / hours == pytest.approx(
+        1.31, abs=0.08
+    )  # there are passes without gradients too, which have no terms
     assert larger - memory == pytest.approx(1.6, abs=0.2)
 
 
@@ -158,8 +161,11 @@ def test_attention_costs_what_it_sees_and_how_it_is_done() -> None:
     dense = distillation("{preset: s2q}")
     assert 1.2 < distillation("{preset: s2q}", "numerics.deterministic=true") / dense < 1.5, "measured: 1.25 to 1.45"
     banded = "{preset: s2q, attention: {density: 0.25, calibrate: sparse}}"
-    assert 0.5 < distillation(banded) / dense < 0.75
-    assert distillation(banded, "numerics.deterministic=true") == distillation(banded), "it is so anyway"
+    sparse = distillation(banded)
+    assert 0.5 < sparse / dense < 0.75
+    assert distillation(banded, "numerics.deterministic=true") == sparse, "it is so anyway"
+    first = distillation(banded.replace("sparse}", "sparse, dense_layers: 1}")) - sparse
+    assert first == pytest.approx((dense - sparse) / 60, rel=0.1), "one block of 60, which cost nearly the same"
     assert distillation(banded.replace("calibrate: sparse", "calibrate: dense")) == dense
 
 

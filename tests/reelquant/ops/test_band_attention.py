@@ -200,26 +200,44 @@ def test_flex_attention_is_compiled_for_every_length_at_once() -> None:
         assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(out.float().square().sum(), inputs))
 
 
-@compiles
-def test_flex_attention_is_compiled_once_for_all_kinds_of_heads_and_of_blocks() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_flex_attention_is_compiled_once_for_all_kinds_of_heads_and_of_blocks(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch compiles for what its inputs are views of: a projection's output, a joined stream, temporal heads put in order."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from reelquant.ops.band_attention import flex
+
+    learns = device == "cuda"  # on a CPU FlexAttention has no gradients
+    if not learns:  # what is compiled for is decided before any backend is asked; this one needs no compiler
+        compiled = torch.compile(flex_attention, dynamic=True, backend="eager")
+        monkeypatch.setattr(flex, "_compiled", lambda: compiled)
     layout = TokenLayout(4, 11, 13, 5)
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if learns else torch.float32
 
     def drawn() -> Tensor:
-        return torch.randn(1, layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        shape = 1, layout.num_tokens, 2, 64
+        return torch.randn(shape, device=device, dtype=dtype, generator=generator).requires_grad_(learns)
 
-    def gradient(kinds: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        out = band_attention(q, k, v, kinds=kinds, layout=layout, width=60, implementation="flex")
-        [found] = torch.autograd.grad(out.float().square().sum(), [v])
-        return found
+    def attend(kinds: str, *projected: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in projected)
+        out = flex.band_attention_flex(q, k, v, kinds=kinds, layout=layout, width=60)
+        if learns:
+            out.float().square().sum().backward()
+        return out.detach()
 
     q, k, v = drawn(), drawn(), drawn()
-    gradient("ss", q, k, v)
+    spatial = attend("ss", q, k, v)
     with torch.compiler.set_stance("fail_on_recompile"):
         for kinds in ("ss", "st", "tt"):
-            gradient(kinds, q, k, v.flatten(2).unflatten(2, (2, 64)))
-            gradient(kinds, torch.cat([q[:, :-5], q[:, -5:]], dim=1), k, v + 0)
+            double = attend(kinds, torch.cat([q[:, :-5], q[:, -5:]], dim=1), k, v + 0)
+            single = attend(kinds, q, k, v.flatten(2).unflatten(2, (2, 64)))
+            assert torch.equal(double, single)
+            assert torch.equal(double, spatial) == (kinds == "ss")
 
 
 @compiles
