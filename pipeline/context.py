@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,9 +14,11 @@ from pipeline.config.loading import ConfigError, read_prompts
 from pipeline.config.method import MethodConfig
 from pipeline.config.schema import RunConfig
 from pipeline.layer_bits import group_conflicts, layer_kinds, resolve_bits
-from reelquant.attention.sparse_spec import ResidualSpec
+from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.checkpoint.inference_specs import StepProtection
+from reelquant.noise_schedule import threshold_after
+from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
@@ -41,6 +43,14 @@ class ModelFacts:
         """Names of the blocks in model order."""
         names: tuple[str, ...] = self.family.block_names(self.config)
         return names
+
+    def noise_levels(self, num_steps: int) -> list[float]:
+        """Noise levels of a generation with `num_steps` steps under the model's scheduler.
+
+        Raises:
+            ValueError: the scheduler is unknown or cannot do what the pipeline asks of it.
+        """
+        return PipelineSchedule(self.folder, self.family)(num_steps)
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,8 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
         problems += [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
+        levels = model.noise_levels(config.generation.num_inference_steps)
+        methods = tuple(method_plan(method, model, bits, noise_levels=levels) for method in config.methods)
     except (ConfigError, ValueError) as error:
         problems += error.problems if isinstance(error, ConfigError) else [str(error)]
     if problems:
@@ -151,24 +163,25 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         model,
         prompts["calibration"],
         prompts["held_out"],
-        tuple(
-            method_plan(method, model, bits, num_steps=config.generation.num_inference_steps)
-            for method in config.methods
-        ),
+        methods,
         folder_fingerprint(config.model) if weights else "",
     )
 
 
 def method_plan(
-    method: MethodConfig, model: ModelFacts, bits: Mapping[str, LayerBits], *, num_steps: int
+    method: MethodConfig, model: ModelFacts, bits: Mapping[str, LayerBits], *, noise_levels: Sequence[float]
 ) -> MethodPlan:
-    """What the workers are told of a configured method, for generations of `num_steps` steps."""
+    """A configured method as the workers get it; its first steps are those of a generation with these noise levels."""
     attention = method.attention
-    protected = method.num_protected_steps(num_steps)
-    protection = StepProtection(protected, method.protected_activation_bits) if protected else None
+    protected = method.num_protected_steps(len(noise_levels))
+    protection = (
+        StepProtection(threshold_after(protected, noise_levels), method.protected_activation_bits)
+        if protected
+        else None
+    )
     inference = InferencePlan(
         online_head_kinds=attention.head_kinds == "online",
-        dense_steps=attention.dense_steps,
+        dense_above=dense_threshold(attention.dense_steps, noise_levels, refreshes=attention.residual.order > 0),
         interval=attention.interval,
         residual=ResidualSpec(**attention.residual.model_dump()),
         precision=attention.precision,

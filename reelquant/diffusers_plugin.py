@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ from diffusers.utils import is_accelerate_available, logging
 from torch import Tensor, nn
 
 from reelquant.checkpoint.layer_packing import value_problem
+from reelquant.checkpoint.older_versions import Schedule
 from reelquant.checkpoint.reader import disagreements, quantized_layers
 from reelquant.checkpoint.safetensors_file import read_header
-from reelquant.checkpoint.schema import LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, TensorInfo
+from reelquant.checkpoint.schema import GROUP_SUFFIXES, LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, TensorInfo
+from reelquant.families.family import family_of_architecture
+from reelquant.quantization.dequantization import dequantize_linear_layers, num_parameters
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.runtime.attach import attach_runtime
+from reelquant.runtime.block_fusion import unfuse_blocks
+from reelquant.runtime.pipeline_schedule import PipelineSchedule
 
 logger = logging.get_logger(__name__)
 
@@ -47,9 +53,14 @@ class ReelquantConfig(QuantizationConfigMixin):
         """
         self.quant_method = ReelquantMethod(quant_method)
         known = {key: value for key, value in values.items() if key in QuantizationSpec.__dataclass_fields__}
+        self._stored = known
         self.spec = QuantizationSpec.from_dict(known)
         if len(known) < len(values):
             logger.info(f"quantization_config: keys without a meaning are left out: {sorted(set(values) - set(known))}")
+
+    def translate(self, schedule: Schedule) -> None:
+        """Reads the configuration again: one of an older version counts steps of `schedule`."""
+        self.spec = QuantizationSpec.from_dict(self._stored, schedule=schedule)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values."""
@@ -73,6 +84,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._stored: dict[str, TensorInfo] = {}
         self._layers: dict[str, QuantizedLinear] = {}
+        self._folder: Path | None = None
         self._value_problems: list[str] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -97,6 +109,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
             ValueError: a file is damaged or no safetensors file.
         """
         self._stored = {}
+        self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         for file in checkpoint_files:
             tensors, _ = read_header(Path(file))
             self._stored.update({name: tensor.info for name, tensor in tensors.items()})
@@ -126,7 +139,12 @@ class ReelquantQuantizer(DiffusersQuantizer):
             problem = value_problem(suffix, stored)
             if problem is not None:
                 self._value_problems.append(f"tensor {param_name}: {problem}")
-        setattr(self._layers[layer], suffix, stored.to(target_device))
+        loaded = stored.to(target_device)
+        setattr(self._layers[layer], suffix, loaded)
+        if suffix in GROUP_SUFFIXES:
+            for member in self._layers.values():
+                if member.spec.group == layer != member.name:
+                    setattr(member, suffix, loaded.clone())
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._value_problems = []
@@ -144,7 +162,21 @@ class ReelquantQuantizer(DiffusersQuantizer):
                     problems.append(f"tensor {name}.{suffix}: was not loaded")
         _refuse(problems)
         self._layers = {}
+        architecture = type(model).__name__
+        if self._folder is not None:
+            schedule = PipelineSchedule(self._folder.parent, family_of_architecture(architecture))
+            self.quantization_config.translate(schedule)
         attach_runtime(model, self.quantization_config.spec)
+        model.num_parameters = partial(num_parameters, model)  # type: ignore[assignment]
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        """Gives `model` plain linear layers; sparse attention and the velocity correction stay until it is saved."""
+        unfuse_blocks(model)
+        dequantize_linear_layers(model, model.dtype)  # type: ignore[arg-type]
+        model.__dict__.pop("num_parameters", None)
+        config: Any = model.config
+        model._internal_dict = type(config)({k: v for k, v in config.items() if k != "quantization_config"})
         return model
 
     def get_state_dict_and_metadata(

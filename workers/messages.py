@@ -145,7 +145,7 @@ class InferencePlan:
     """What a method decides of the generation, besides what its blocks are calibrated for."""
 
     online_head_kinds: bool = False
-    dense_steps: int = 0
+    dense_above: float = 1.0
     interval: int = 5
     residual: ResidualSpec = field(default_factory=ResidualSpec)
     precision: Precision = "full"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import BlockRepair, RepairSample, repair_block
@@ -18,7 +18,6 @@ from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrect
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
 from reelquant.checkpoint.safetensors_file import MemoryTensor
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec, layer_digest
-from reelquant.quantization.linear import QuantizedLinear
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
@@ -106,9 +105,9 @@ class RefinementWorker:
         layout = self._family.token_layout(self._config, latents, num_text)
         rotary = self._family.rotary_embedding(self._config, layout)
         conditioning = self._family.Conditioning(temb, rotary, layout).to("cpu", self._dtype)
-        protected = protection is not None and sample.step < protection.num_steps
-        bits = protection.activation_bits if protection is not None and protected else None
-        return RepairSample(Sample(stream, stream, conditioning), lambda block: raise_bits(block, bits))
+        timestep = float(self._store.read(f"trajectories/{sample.prompt_name}/timesteps")[sample.step])
+        bits = None if protection is None else protection.bits_at(self._family.noise_level(timestep))
+        return RepairSample(Sample(stream, stream, conditioning), bits)
 
     def _write(self, unit: RefinementUnit, artifact: Path, name: str, repair: BlockRepair) -> OutputFile:
         tensors, specs = read_block_artifact(artifact)
@@ -199,13 +198,6 @@ class RefinementWorker:
         if len(self._settings.prompts) < LEAST_PROMPTS:
             return 0
         return 2 * sum(len(self._timesteps(prompt)) for prompt in self._settings.prompts)
-
-
-def raise_bits(block: nn.Module, bits: int | None) -> None:
-    """Gives the quantized layers of `block` at least `bits` for their activations; None for their own."""
-    for module in block.modules():
-        if isinstance(module, QuantizedLinear) and module.input_transform is not None:
-            module.input_transform.raise_bits(bits)
 
 
 def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -63,6 +63,7 @@ from reelquant.attention.band_mask import band_width
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.families.family import TokenLayout
+from reelquant.noise_schedule import shifted_levels
 from reelquant.ops.band_attention.op import Precision
 
 REPEATS = 3
@@ -151,7 +152,10 @@ class Bench:
             "density": density,
             "dense_steps": dense_steps,
             "effective_density": spec.effective_density(
-                layout, band_width(layout, density), num_steps=SCHEDULE, blocks=family.block_names(config)
+                layout,
+                band_width(layout, density),
+                noise_levels=shifted_levels(SCHEDULE),
+                blocks=family.block_names(config),
             ),
         }
         return result | (self._sparse_kernels(generation, spec) if self.options.profile else {})
@@ -172,7 +176,7 @@ class Bench:
     def _warm_up(self, model: Any, inputs: dict[str, Any], spec: SparseAttentionSpec, precision: Precision) -> None:
         """Every kind of step once, for all sparse cases of a precision: their kernels are compiled for all densities."""
         if precision not in self._warm:
-            make_sparse(model, replace(spec, dense_steps=0, interval=2), precision)
+            make_sparse(model, replace(spec, dense_above=1.0, interval=2), precision)
             generation = Generation(model, inputs)
             for _ in range(4):
                 generation.step()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from benchmarks.random_model import fill_randomly, transformer_config
 from reelquant.attention.sparse_attention import AttentionPrecision
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
+from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
 from reelquant.checkpoint.schema import LayerSpec, QuantizationSpec
 from reelquant.families import hunyuan_video as family
+from reelquant.noise_schedule import USUAL_STEPS, shifted_levels
 from reelquant.ops.band_attention.op import Precision
-from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
+from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers, share_group_tensors
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
 from reelquant.quantization.weight_grid import fit_per_channel
@@ -122,6 +123,7 @@ def quantize_in_place(model: Any, *, weight_bits: int, activation_bits: int) -> 
     kept = {name: model.get_submodule(name) for name in specs}
     for name, layer in replace_linear_layers(model, specs).items():
         _fill(layer, kept.pop(name))
+    share_group_tensors(model)
     attach_runtime(model, QuantizationSpec(f"W{weight_bits}A{activation_bits}", "benchmark", specs))
     return model
 
@@ -134,7 +136,7 @@ def _fill(layer: QuantizedLinear, linear: nn.Linear) -> None:
         scale = linear.weight.abs().amax(dim=0).float()
         scale = (scale / scale.median()).clamp(0.25, 4.0)
         rotation = hadamard(layer.spec.rotation).to(device, torch.bfloat16)
-        if layer.channel_scale is not None:
+        if layer.leads:
             layer.channel_scale, layer.rotation = scale, rotation
             layer.activation_clip = torch.full((1,), 0.98, device=device)
     for start in range(0, len(linear.weight), ROWS_AT_ONCE):
@@ -162,7 +164,7 @@ def sparse_spec(
     return SparseAttentionSpec(
         density=density,
         head_kinds=dict.fromkeys(family.block_names(config), ("st" * heads)[:heads]),
-        dense_steps=dense_steps,
+        dense_above=dense_threshold(dense_steps, shifted_levels(USUAL_STEPS), refreshes=True),
         interval=interval,
         residual=ResidualSpec(order=2, rank=rank, extrapolation="linear", storage="low_rank_int8"),
     )

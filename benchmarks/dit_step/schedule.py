@@ -19,20 +19,26 @@ from collections import Counter
 from collections.abc import Sequence
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.noise_schedule import shifted_levels
 
 SCHEDULE = 50
 MEASURED = "measured"
 COMPUTED = "from the steps of each kind"
 
 
+def level_of_step(step: int) -> float:
+    """Noise level of a step of the schedule; steps beyond it repeat its last one."""
+    return shifted_levels(SCHEDULE)[min(step, SCHEDULE - 1)]
+
+
 def step_kinds(spec: SparseAttentionSpec, num: int) -> list[str]:
     """The kind of each of the first `num` steps of a generation."""
     kinds, refreshes = [], 0
-    for step in range(num):
-        if spec.is_refresh(step):
+    for kind in spec.schedule([level_of_step(step) for step in range(num)]):
+        if kind == "refresh":
             kinds.append("refresh" if refreshes else "first refresh")
             refreshes += 1
-        elif step < spec.dense_steps:
+        elif kind == "dense":
             kinds.append("dense")
         else:
             kinds.append("sparse" if refreshes > 1 else "first sparse")
@@ -41,7 +47,7 @@ def step_kinds(spec: SparseAttentionSpec, num: int) -> list[str]:
 
 def fewest_steps(spec: SparseAttentionSpec) -> int:
     """So many first steps have every kind; the next one is a refresh."""
-    return max(spec.dense_steps - 1, 0) + 2 * spec.interval
+    return spec.schedule(shifted_levels(SCHEDULE)).index("refresh") + 2 * spec.interval
 
 
 def mean_step(seconds: Sequence[float], spec: SparseAttentionSpec) -> tuple[float, str]:

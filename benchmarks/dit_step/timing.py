@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.dit_step.schedule import level_of_step
+
 LONGEST_NAME = 240
 """Characters of a kernel's name that are kept: the type of a template's last argument lies far behind."""
 
@@ -22,7 +24,7 @@ class Generation:
 
     def step(self) -> float:
         """Seconds of the next step, the device idle before and after it."""
-        timestep = torch.tensor([1000.0 - 15 * self.steps], device=self._model.device)
+        timestep = torch.tensor([1000 * level_of_step(self.steps)], device=self._model.device)
         synchronize(self._model.device)
         begin = time.perf_counter()
         with torch.no_grad():

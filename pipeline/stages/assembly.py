@@ -85,7 +85,7 @@ def sparse_attention(method: MethodPlan, distilled: Sequence[UnitRecord]) -> Spa
         density=sparse.density,
         head_kinds={} if inference.online_head_kinds else kinds,
         online=inference.online_head_kinds,
-        dense_steps=inference.dense_steps,
+        dense_above=inference.dense_above,
         dense_blocks=sparse.dense_blocks,
         interval=inference.interval,
         residual=inference.residual,

@@ -4,7 +4,7 @@
     runs      refresh  sparse + residual of step 0 …       refresh
 
 A refresh runs both ways and keeps what the band misses (`ResidualCache`); the steps between add it. All that is kept
-belongs to one generation (`runtime.generation`) and one element of its batch.
+belongs to one generation (`runtime.generation`) and one element of its batch, and lies in that generation's memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from reelquant.attention.band_mask import band_width, visited_pairs
 from reelquant.attention.head_kind import band_errors, kinds_of, sampled_rows
 from reelquant.attention.residual_cache import ResidualCache
-from reelquant.attention.sparse_spec import SparseAttentionSpec
-from reelquant.families.family import TokenLayout
+from reelquant.attention.sparse_spec import SparseAttentionSpec, StepKind
+from reelquant.families.family import TokenLayout, family_of_architecture
 from reelquant.ops.band_attention.op import (
     Correction,
     Implementation,
@@ -33,7 +33,7 @@ from reelquant.ops.band_attention.op import (
     dense_attention,
 )
 from reelquant.ops.implementation import HOPPER, obstacle
-from reelquant.runtime.generation import GenerationState, GenerationTracker
+from reelquant.runtime.generation import GenerationState, current_pass
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,11 @@ class Visited:
 
     pairs: int = 0
     of: int = 0
+
+    def add(self, pairs: int, of: int) -> None:
+        """Counts `pairs` of a map's `of`."""
+        self.pairs += pairs
+        self.of += of
 
     @property
     def density(self) -> float:
@@ -77,15 +82,17 @@ class SparseAttention:
         visited: counts the pairs that ran, for the effective density.
     """
 
-    def __init__(
-        self, spec: SparseAttentionSpec, *, family: ModuleType, config: Mapping[str, Any], tracker: GenerationTracker
-    ) -> None:
+    def __init__(self, spec: SparseAttentionSpec, *, architecture: str, config: Mapping[str, Any]) -> None:
         self.spec = spec
         self.enabled = True
         self.implementation: Implementation = "auto"
         self.precision = AttentionPrecision(sparse=spec.precision, dense=spec.precision)
         self.visited = Visited()
-        self._family, self._config, self._tracker = family, config, tracker
+        self._architecture, self._config = architecture, config
+
+    @property
+    def _family(self) -> ModuleType:
+        return family_of_architecture(self._architecture)
 
     def check_model(self) -> None:
         """Whether the stored blocks and heads are the model's.
@@ -111,34 +118,39 @@ class SparseAttention:
     def attend(self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of `block` for batch element `item`: `[H, L, D]`, text last and without padding -> `[H, L, D]`.
 
-        Raises:
-            ValueError: the latents are so small that the band is narrower than one token.
+        Latents so small that the band is narrower than one token run dense, with a warning.
         """
-        state = self._tracker.current
-        assert state is not None, "attention outside of a forward pass of the transformer"
+        state = current_pass()
         tokens = q.shape[1]
-        self.visited.of += tokens**2
-        if not self.enabled:
-            self.visited.pairs += tokens**2
-            return dense_attention(q, k, v, precision=self._runs_in(q).dense)
         layout = self._layout(state, tokens)
-        width = _width(state, layout, self.spec.density)
-        if self.spec.is_dense(state.step, block):
-            self.visited.pairs += tokens**2
-            if block in self.spec.dense_blocks or not self.spec.is_refresh(state.step):
-                return dense_attention(q, k, v, precision=self._runs_in(q).dense)
-            kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=True)
+        width = self._width(state, layout) if self.enabled else None
+        kind = "dense" if width is None or block in self.spec.dense_blocks else self._kind(state)
+        visited = visited_pairs(layout, width) if kind == "sparse" and width is not None else tokens**2
+        self.visited.add(visited, tokens**2)
+        if width is None or kind == "dense":
+            return dense_attention(q, k, v, precision=self._runs_in(q).dense)
+        cache = self._cache(state, block, item)
+        renew = kind == "refresh" or self.spec.residual.order == 0
+        kinds = self._kinds(state, (block, item), (q, k, v), layout=layout, width=width, renew=renew)
+        if kind == "refresh":
             dense, sparse = self._both(q, k, v, kinds, layout, width)
-            self._cache(block, item).refresh(state.step, dense, sparse)
+            cache.refresh(state.step, dense, sparse)
             return dense
-        self.visited.pairs += visited_pairs(layout, width)
-        renew = self.spec.residual.order == 0
-        kinds = self._kinds(block, item, q, k, v, layout=layout, width=width, renew=renew)
-        cache = self._cache(block, item)
         corrections = cache.corrections(state.step, q) if q.is_cuda else None
         if corrections is None:
             return cache.correct(state.step, self._sparse(q, k, v, kinds, layout, width))
         return self._sparse(q, k, v, kinds, layout, width, corrections=corrections)
+
+    def _kind(self, state: GenerationState) -> StepKind:
+        """The step's, the same for all blocks; counted from the generation's first step that is not above the threshold."""
+        memory = state.memory
+        if memory.get("kind", (None,))[0] != state.step:
+            if state.noise_level <= self.spec.dense_above:
+                memory.setdefault("first below", state.step)
+            num_below = state.step - memory.get("first below", state.step)
+            memory["kind"] = (state.step, self.spec.kind_of_step(state.noise_level, num_below))
+        kind: StepKind = memory["kind"][1]
+        return kind
 
     def _both(
         self, q: Tensor, k: Tensor, v: Tensor, kinds: str, layout: TokenLayout, width: int
@@ -187,29 +199,45 @@ class SparseAttention:
         return self.precision
 
     def _kinds(
-        self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, width: int, renew: bool
+        self,
+        state: GenerationState,
+        key: tuple[str, int],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        *,
+        layout: TokenLayout,
+        width: int,
+        renew: bool,
     ) -> str:
+        """Head kinds of `key`, a block and an element of the batch."""
         if not self.spec.online:
-            return self.spec.head_kinds[block]
-        memory = self._memory()
-        key = ("kinds", block, item)
-        if renew or key not in memory:
-            rows = sampled_rows(layout, device=q.device)
-            memory[key] = kinds_of(band_errors(q, k, v, layout=layout, width=width, rows=rows))
-        found: str = memory[key]
-        return found
+            return self.spec.head_kinds[key[0]]
+        found: dict[tuple[str, int], str] = state.memory.setdefault("kinds", {})
+        if renew or key not in found:
+            rows = sampled_rows(layout, device=qkv[0].device)
+            found[key] = kinds_of(band_errors(*qkv, layout=layout, width=width, rows=rows))
+        return found[key]
 
-    def _cache(self, block: str, item: int) -> ResidualCache:
-        residual = self.spec.residual
-        cache: ResidualCache = self._memory().setdefault(
-            ("residual", block, item),
-            ResidualCache(residual.order, residual.rank, residual.extrapolation, storage=residual.storage),
-        )
-        return cache
+    def _cache(self, state: GenerationState, block: str, item: int) -> ResidualCache:
+        caches: dict[tuple[str, int], ResidualCache] = state.memory.setdefault("residuals", {})
+        if (block, item) not in caches:
+            residual = self.spec.residual
+            caches[block, item] = ResidualCache(
+                residual.order, residual.rank, residual.extrapolation, storage=residual.storage
+            )
+        return caches[block, item]
 
-    def _memory(self) -> dict[Any, Any]:
-        assert self._tracker.current is not None
-        return self._tracker.current.memory
+    def _width(self, state: GenerationState, layout: TokenLayout) -> int | None:
+        """Band width of the specification's density; None where it is narrower than one token."""
+        widths: dict[TokenLayout, int | None] = state.memory.setdefault("widths", {})
+        if layout not in widths:
+            try:
+                widths[layout] = band_width(layout, self.spec.density)
+            except ValueError as error:
+                widths[layout] = None
+                logger.warning(
+                    "latents %s are too small for sparse attention (%s): it runs dense", list(state.latent_shape), error
+                )
+        return widths[layout]
 
     def _layout(self, state: GenerationState, tokens: int) -> TokenLayout:
         grid = self._family.token_layout(self._config, state.latent_shape, 0)
@@ -224,16 +252,3 @@ def _lacks_eight_bits(device: torch.device) -> bool:
     if found is not None:
         logger.warning("attention in 8 bits cannot run (%s): it runs in full precision", found)
     return found is not None
-
-
-def _width(state: GenerationState, layout: TokenLayout, density: float) -> int:
-    widths: dict[TokenLayout, int] = state.memory.setdefault("widths", {})
-    if layout not in widths:
-        try:
-            widths[layout] = band_width(layout, density)
-        except ValueError as error:
-            raise ValueError(
-                f"latents {list(state.latent_shape)} are too small for sparse attention: {error}; or run dense: "
-                "transformer.sparse_attention.enabled = False"
-            ) from None
-    return widths[layout]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from reelquant.attention.band_mask import mask_density
 from reelquant.families.family import TokenLayout
+from reelquant.noise_schedule import threshold_after
 from reelquant.ops.band_attention.op import Precision
 
+StepKind = Literal["dense", "refresh", "sparse"]
 EXTRAPOLATIONS = ("constant", "linear")
 STORAGES = ("full", "low_rank", "low_rank_int8")
 
@@ -45,6 +47,11 @@ class ResidualSpec:
         return found
 
 
+def dense_threshold(dense_steps: int, noise_levels: Sequence[float], *, refreshes: bool) -> float:
+    """`dense_above` of a schedule whose first `dense_steps` run dense: the last of them is the refresh, where there is one."""
+    return threshold_after(dense_steps - 1 if refreshes else dense_steps, noise_levels)
+
+
 @dataclass(frozen=True)
 class SparseAttentionSpec:
     """Sparse attention of one transformer."""
@@ -55,8 +62,9 @@ class SparseAttentionSpec:
     """By block: one letter a head, `s` spatial or `t` temporal. Empty where they are found while generating (`online`)."""
     online: bool = False
     """Find the head kinds while generating, at every refresh."""
-    dense_steps: int = 0
-    """First steps that run dense."""
+    dense_above: float = 1.0
+    """Steps whose noise level lies above it run dense; the first step below it is a refresh (dense, too) where there is a
+    residual. 1 for none."""
     dense_blocks: tuple[str, ...] = ()
     """Blocks that always run dense."""
     interval: int = 5
@@ -71,8 +79,8 @@ class SparseAttentionSpec:
             problems.append(f"density is {self.density}; above 0 and at most 1")
         if self.interval < 1:
             problems.append(f"interval is {self.interval}; at least 1 step (1 is always dense)")
-        if self.dense_steps < 0:
-            problems.append(f"dense_steps is {self.dense_steps}; 0 or more")
+        if not 0 <= self.dense_above <= 1:
+            problems.append(f"dense_above is {self.dense_above}; a noise level from 0 to 1")
         if self.precision not in get_args(Precision):
             problems.append(f"precision is {self.precision!r}; one of {', '.join(get_args(Precision))}")
         for block, kinds in self.head_kinds.items():
@@ -81,22 +89,29 @@ class SparseAttentionSpec:
         if problems:
             raise ValueError("sparse_attention: " + "; ".join(problems))
 
-    def is_refresh(self, step: int) -> bool:
-        """Whether `step` runs dense to refresh the residual; the last of the first dense steps does."""
-        if self.residual.order == 0:
-            return False
-        return (step - max(self.dense_steps - 1, 0)) % self.interval == 0
+    def kind_of_step(self, noise_level: float, num_below: int) -> StepKind:
+        """Attention of a step in blocks that may run sparse.
 
-    def is_dense(self, step: int, block: str) -> bool:
-        """Whether `block` runs dense at `step`."""
-        return block in self.dense_blocks or step < self.dense_steps or self.is_refresh(step)
+        Args:
+            noise_level: of the step.
+            num_below: steps of the generation before this one that did not lie above `dense_above`.
+        """
+        if noise_level > self.dense_above:
+            return "dense"
+        return "refresh" if self.residual.order and num_below % self.interval == 0 else "sparse"
 
-    def effective_density(self, layout: TokenLayout, width: int, *, num_steps: int, blocks: tuple[str, ...]) -> float:
+    def schedule(self, noise_levels: Sequence[float]) -> list[StepKind]:
+        """Attention of every step of a generation with these noise levels, which fall."""
+        num_above = sum(level > self.dense_above for level in noise_levels)
+        return [self.kind_of_step(level, step - num_above) for step, level in enumerate(noise_levels)]
+
+    def effective_density(
+        self, layout: TokenLayout, width: int, *, noise_levels: Sequence[float], blocks: tuple[str, ...]
+    ) -> float:
         """Mean share of the map over all steps and blocks; a dense step counts 1."""
-        sparse = mask_density(layout, width)
-        dense = sum(self.is_dense(step, block) for step in range(num_steps) for block in blocks)
-        total = num_steps * len(blocks)
-        return (dense + (total - dense) * sparse) / total
+        kinds = self.schedule(noise_levels)
+        num_sparse = kinds.count("sparse") * sum(block not in self.dense_blocks for block in blocks)
+        return 1 - num_sparse / (len(kinds) * len(blocks)) * (1 - mask_density(layout, width))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

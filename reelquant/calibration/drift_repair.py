@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from reelquant.calibration.block_distillation import Sample
 from reelquant.families.family import OutputLayer
+from reelquant.quantization.input_transform import least_activation_bits
 from reelquant.quantization.linear import QuantizedLinear
 
 DAMPING = 1.0
@@ -97,8 +98,8 @@ class RepairSample:
 
     stream: Sample
     """Both streams and, in between, the target; they stay where they are given."""
-    prepare: Callable[[nn.Module], None] = lambda _block: None
-    """Called with the quantized block before it runs this sample: some steps have other activation bits."""
+    least_activation_bits: int | None = None
+    """Fewest activation bits of the quantized block at this sample's step; None for its layers' own."""
     unrepaired: Tensor | None = None
     """`[L, d]`: the stream of quantized blocks none of which is repaired; kept of samples that are held back."""
 
@@ -194,8 +195,8 @@ def _level_moments(
     for sample in samples:
         here = sample.stream.at(reference)
         exact = _after_level(family, name, reference, here.reference, here.conditioning, level=level)
-        sample.prepare(quantized)
-        drifted = _after_level(family, name, quantized, here.quantized, here.conditioning, level=level)
+        with least_activation_bits(sample.least_activation_bits):
+            drifted = _after_level(family, name, quantized, here.quantized, here.conditioning, level=level)
         for output in family.output_layers(name)[level]:
             layer = quantized.get_submodule(output.layer)
             if isinstance(layer, QuantizedLinear):
@@ -272,8 +273,7 @@ def _rows(output: OutputLayer, conditioning: Any) -> slice:
 
 def _output(family: ModuleType, block: nn.Module, sample: RepairSample, hidden: Tensor) -> Tensor:
     here = sample.stream.at(block)
-    sample.prepare(block)
-    with torch.no_grad():
+    with torch.no_grad(), least_activation_bits(sample.least_activation_bits):
         out: Tensor = family.call_block(block, hidden.to(here.quantized.device), here.conditioning)
     return out.to(hidden.device)
 

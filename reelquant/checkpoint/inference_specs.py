@@ -14,16 +14,20 @@ from torch import Tensor
 class StepProtection:
     """`step_protection` of a checkpoint."""
 
-    num_steps: int
-    """First steps of a generation that are protected, 1 or more."""
+    noise_above: float
+    """Steps whose noise level lies above it are protected: in [0, 1], where 0 are all steps and 1 none."""
     activation_bits: int = 8
     """Of layers that otherwise have fewer, 4-8, or 16 for none; at those steps only."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"step_protection: num_steps is {self.num_steps}; 1 or more, or leave the section out")
+        if not 0 <= self.noise_above <= 1:
+            raise ValueError(f"step_protection: noise_above is {self.noise_above}; a noise level from 0 to 1")
         if not (4 <= self.activation_bits <= 8 or self.activation_bits == 16):
             raise ValueError(f"step_protection: activation_bits is {self.activation_bits}; 4 to 8, or 16 for none")
+
+    def bits_at(self, noise_level: float) -> int | None:
+        """Fewest activation bits at a noise level; None where the step is not protected."""
+        return self.activation_bits if noise_level > self.noise_above else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -36,8 +40,8 @@ class StepProtection:
         Raises:
             ValueError: a key is unknown or missing, or a value is not possible.
         """
-        if set(values) - {f.name for f in fields(cls)} or "num_steps" not in values:
-            raise ValueError(f"step_protection: must have num_steps and activation_bits, got {dict(values)}")
+        if set(values) - {f.name for f in fields(cls)} or "noise_above" not in values:
+            raise ValueError(f"step_protection: must have noise_above and activation_bits, got {dict(values)}")
         return cls(**values)
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint format, version 2: what is stored for a quantized layer, and the description in `config.json`.
+"""The checkpoint format, version 3: what is stored for a quantized layer, and the description in `config.json`.
 
 Tensors of a quantized layer, named `<layer>.<suffix>` relative to the transformer (n outputs, d inputs, b the block of
 the rotation):
@@ -16,7 +16,8 @@ the rotation):
 Layers that read the same tensor form a group; its first layer, the leader, holds what the group shares.
 
 Version 2 added `sparse_attention`, `step_protection` and `velocity_correction`, all optional: a file of version 1 is one of
-version 2 without them.
+version 2 without them. Version 3 gives first steps as noise levels (`dense_above`, `noise_above`) where version 2 counted them
+(`dense_steps`, `num_steps`); `checkpoint.older_versions` translates.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from typing import Any
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.older_versions import Schedule, translated
+from reelquant.noise_schedule import shifted_levels
 from reelquant.quantization.weight_grid import GROUP_SIZE, WEIGHT_LAYOUTS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 QUANT_METHOD = "reelquant"
 LAYER_SUFFIXES = ("weight_packed", "weight_scale", "group_scale", "channel_scale", "rotation", "activation_clip")
 """Every suffix but `bias`, which is an ordinary tensor of the model: these keep their dtype whatever the model's is."""
+GROUP_SUFFIXES = ("channel_scale", "rotation", "activation_clip")
+"""What the layers of a group share: stored with its leader, copied into each of them when a model is loaded."""
 DTYPES = {
     "weight_packed": "U8",
     "weight_scale": "F32",
@@ -170,8 +175,11 @@ class QuantizationSpec:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationSpec:
-        """The specification from the JSON values of `to_dict`.
+    def from_dict(cls, values: Mapping[str, Any], *, schedule: Schedule = shifted_levels) -> QuantizationSpec:
+        """The specification from the JSON values of `to_dict`, of this version of the format or an older one.
+
+        Args:
+            schedule: noise levels of a generation by its number of steps, by which older versions are translated.
 
         Raises:
             ValueError: the format is newer than this package, a key is missing or unknown, or values are not possible;
@@ -184,6 +192,7 @@ class QuantizationSpec:
         values = {key: value for key, value in values.items() if key != "quant_method"}
         required = ("bits", "method", "layers", "format_version")
         _check_keys("quantization_config", values, required=required, optional=[f.name for f in fields(cls)])
+        values = translated(values, schedule)
         parts = {}
         for name, kind in _PARTS.items():
             part = values.get(name)
@@ -193,7 +202,14 @@ class QuantizationSpec:
                 parts[name] = None if part is None else kind.from_dict(part)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"quantization_config: {error}") from None
-        return cls(**{**values, **parts, "layers": layers_from_dict(values["layers"], "quantization_config")})
+        return cls(
+            **{
+                **values,
+                **parts,
+                "format_version": FORMAT_VERSION,
+                "layers": layers_from_dict(values["layers"], "quantization_config"),
+            }
+        )
 
 
 _PARTS: dict[str, Any] = {
@@ -263,13 +279,19 @@ def layer_tensors(name: str, spec: LayerSpec, *, in_features: int, out_features:
     }
     if spec.weight_layout == "two_level":
         shapes["group_scale"] = (out_features, -(-in_features // GROUP_SIZE))
-    if spec.group == name:
-        if spec.channel_scale:
-            shapes["channel_scale"] = (in_features,)
-        if spec.rotation:
-            shapes["rotation"] = (spec.rotation, spec.rotation)
-        if spec.activation_bits < 16:
-            shapes["activation_clip"] = (1,)
+    own = {suffix: TensorInfo(DTYPES[suffix], shape) for suffix, shape in shapes.items()}
+    return own | group_tensors(spec, in_features=in_features) if spec.group == name else own
+
+
+def group_tensors(spec: LayerSpec, *, in_features: int) -> dict[str, TensorInfo]:
+    """Dtypes and shapes of the tensors that a layer shares with its group, by suffix."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if spec.channel_scale:
+        shapes["channel_scale"] = (in_features,)
+    if spec.rotation:
+        shapes["rotation"] = (spec.rotation, spec.rotation)
+    if spec.activation_bits < 16:
+        shapes["activation_clip"] = (1,)
     return {suffix: TensorInfo(DTYPES[suffix], shape) for suffix, shape in shapes.items()}
 
 

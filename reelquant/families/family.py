@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +71,7 @@ def family_of(transformer_config: Path) -> ModuleType:
         raise ValueError(f"{transformer_config}: {error}") from None
 
 
+@lru_cache(maxsize=16)
 def family_of_architecture(architecture: object) -> ModuleType:
     """The family module for a transformer class of diffusers by its name.
 

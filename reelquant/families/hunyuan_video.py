@@ -2,8 +2,8 @@
 
 Every family module has the same names: `ARCHITECTURE`, `block_names`, `build_block`, `group_levels`, `auxiliary_kind`,
 `token_layout`, `rotary_embedding`, `Conditioning`, `call_block`, `conditioning_input`, `watch_attention`,
-`set_attention_core`, `num_heads`, `output_layers`; where its blocks can run fused, also `fusion_obstacle` and
-`fused_forward`; where a part of a block's tokens can be computed alone, also `call_block_rows`.
+`set_attention_core`, `num_heads`, `output_layers`, `noise_level`, `noise_levels`; where its blocks can run fused, also
+`fusion_obstacle` and `fused_forward`; where a part of a block's tokens can be computed alone, also `call_block_rows`.
 
 A stream is one tensor `[L, d]` of one sample: the video tokens in frame-major order, then the text tokens without padding.
 Padding is masked as a key everywhere in the model, so dropping it changes no real token.
@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoRotaryPosEmbed,
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
 )
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import retrieve_timesteps
 from torch import Tensor, nn
 
 from reelquant.families.family import InputGroup, OutputLayer, TokenLayout
@@ -40,6 +42,8 @@ __all__ = [
     "fused_forward",
     "fusion_obstacle",
     "group_levels",
+    "noise_level",
+    "noise_levels",
     "num_heads",
     "output_layers",
     "rotary_embedding",
@@ -49,6 +53,8 @@ __all__ = [
 ]
 
 ARCHITECTURE = "HunyuanVideoTransformer3DModel"
+
+NUM_TRAIN_TIMESTEPS = 1000
 
 _DOUBLE = "transformer_blocks"
 _SINGLE = "single_transformer_blocks"
@@ -119,6 +125,22 @@ def num_heads(config: Mapping[str, Any]) -> tuple[int, int]:
     return config["num_attention_heads"], config["attention_head_dim"]
 
 
+def noise_level(timestep: float) -> float:
+    """Noise level in [0, 1] of a timestep that the pipeline hands to the transformer."""
+    return timestep / NUM_TRAIN_TIMESTEPS
+
+
+def noise_levels(scheduler: Any, num_steps: int) -> list[float]:
+    """Noise levels of a generation with `num_steps` steps, as the family's pipeline asks `scheduler` for them.
+
+    Raises:
+        ValueError: the scheduler takes no sigmas.
+    """
+    sigmas = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
+    timesteps, _ = retrieve_timesteps(scheduler, num_steps, "cpu", sigmas=sigmas)
+    return [noise_level(float(timestep)) for timestep in timesteps]
+
+
 def build_block(config: Mapping[str, Any], name: str) -> nn.Module:
     """A block of the family without its weights; build it under `torch.device("meta")` to allocate nothing.
 
@@ -181,9 +203,15 @@ def rotary_embedding(config: Mapping[str, Any], layout: TokenLayout) -> tuple[Te
 
 
 def call_block(block: nn.Module, hidden: Tensor, conditioning: Conditioning) -> Tensor:
-    """Runs one block on one stream: `[L, d] -> [L, d]`, without the rest of the model."""
+    """Runs one block on one stream: `[L, d] -> [L, d]`, without the rest of the model.
+
+    Raises:
+        ValueError: there is no text token; diffusers' blocks need one.
+    """
+    _check_text(conditioning)
     prepare_core(block, conditioning)
-    video, text = hidden[: -conditioning.num_text].unsqueeze(0), hidden[-conditioning.num_text :].unsqueeze(0)
+    num_video = len(hidden) - conditioning.num_text
+    video, text = hidden[:num_video].unsqueeze(0), hidden[num_video:].unsqueeze(0)
     video, text = block(video, text, conditioning.temb, None, conditioning.rotary)
     return torch.cat([video[0], text[0]])
 
@@ -194,9 +222,18 @@ def call_block_rows(block: nn.Module, hidden: Tensor, conditioning: Conditioning
     Args:
         rows: int64 `[R]`, some video tokens and after them all text tokens. An attention core must take fewer queries than
             keys: dense attention does, a band does not.
+
+    Raises:
+        ValueError: there is no text token; diffusers' blocks need one.
     """
+    _check_text(conditioning)
     prepare_core(block, conditioning)
     return block_rows(block, hidden.unsqueeze(0), conditioning.temb, rotary=conditioning.rotary, rows=rows)[0]
+
+
+def _check_text(conditioning: Conditioning) -> None:
+    if conditioning.num_text < 1:
+        raise ValueError("a sample has 0 text tokens: HunyuanVideo's blocks need at least 1; give it a prompt")
 
 
 def conditioning_input(temb: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ The core sees one sample without its padding, so no mask is ever passed on; the 
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +22,28 @@ AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens."""
 
 
+_handles = itertools.count()
+_processors: weakref.WeakValueDictionary[int, CoreAttentionProcessor] = weakref.WeakValueDictionary()
+"""Processors by the number with which compiled code names them."""
+
+
 class CoreAttentionProcessor:
     """diffusers attention processor that hands queries, keys and values to `core`."""
 
     def __init__(self, core: AttentionCore) -> None:
         self.core = core
+        self._register()
+
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _processors[self._handle] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"core": self.core}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.core = state["core"]
+        self._register()
 
     def __call__(
         self,
@@ -47,8 +66,15 @@ class CoreAttentionProcessor:
             query = torch.cat([query, _normalized(attn.norm_added_q, more[0])], dim=1)
             key = torch.cat([key, _normalized(attn.norm_added_k, more[1])], dim=1)
             value = torch.cat([value, more[2]], dim=1)
-        out = self._attend(query, key, value, attention_mask).flatten(2, 3).to(query.dtype)
-        video, text_out = out[:, :-num_text], out[:, -num_text:]
+        # Compiled code sees one operation: lengths are read from the mask, and the core may keep state.
+        compiling = torch.compiler.is_compiling()
+        attended = (
+            torch.ops.reelquant.attend(query, key, value, attention_mask, self._handle)
+            if compiling
+            else self._attend(query, key, value, attention_mask)
+        )
+        out = attended.flatten(2, 3).to(query.dtype)
+        video, text_out = out.split((out.shape[1] - num_text, num_text), dim=1)
         if getattr(attn, "to_out", None) is not None:
             video = attn.to_out[1](attn.to_out[0](video))
         if getattr(attn, "to_add_out", None) is not None:
@@ -65,6 +91,16 @@ class CoreAttentionProcessor:
             out = self.core(item, q, k, v).transpose(0, 1)
             outputs.append(torch.cat([out, out.new_zeros(length - valid, *out.shape[1:])]) if valid < length else out)
         return torch.stack(outputs)
+
+
+@torch.library.custom_op("reelquant::attend", mutates_args=())
+def _attend_op(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, handle: int) -> Tensor:
+    return _processors[handle]._attend(query, key, value, mask).to(query.dtype).contiguous()
+
+
+@_attend_op.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def set_attention_core(block: nn.Module, core: AttentionCore) -> None:
@@ -157,13 +193,25 @@ def _dense_core(_item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def joined_streams(video: Tensor, text: Tensor) -> Tensor:
-    """Both streams in one tensor: the very one that they are views of, if it is there (its transform is then shared)."""
-    base = video._base
+    """Both streams in one tensor: the very one that they are views of, if it is there."""
+    base = None if torch.compiler.is_compiling() else video._base
     if base is not None and base is text._base and base.shape[1] == video.shape[1] + text.shape[1]:
         starts = video.storage_offset() - base.storage_offset(), text.storage_offset() - base.storage_offset()
         if starts == (0, video.shape[1] * base.stride(1)):
             return base
+    if not torch.compiler.is_compiling() and video.is_inference() and _are_adjacent(video, text):
+        # Inference tensors do not know what they are views of.
+        return video.as_strided((len(video), video.shape[1] + text.shape[1], video.shape[2]), video.stride())
     return torch.cat([video, text], dim=1)
+
+
+def _are_adjacent(video: Tensor, text: Tensor) -> bool:
+    n, row = video.shape[1], video.stride(1)
+    return (
+        video.untyped_storage().data_ptr() == text.untyped_storage().data_ptr()
+        and text.storage_offset() == video.storage_offset() + n * row
+        and video.stride() == text.stride() == ((n + text.shape[1]) * row, row, 1)
+    )
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from reelquant.ops.band_attention.op import dense_attention
 from reelquant.ops.input_quantization.op import quantize_input
 from reelquant.ops.int8_linear.op import int8_linear
 from reelquant.ops.qk_norm_rope.op import qk_norm_rope
+from reelquant.quantization.input_transform import current_activation_bits
 from reelquant.quantization.linear import QuantizedLinear
 
 Modulation = tuple[Tensor, ...]
@@ -136,15 +137,13 @@ def _modulation(layer: QuantizedLinear, conditioning: Tensor, num: int) -> Modul
     return row.chunk(num)
 
 
-def _quantized(leader: QuantizedLinear, x: Tensor, *, norm: tuple[float, Tensor, Tensor] | None = None) -> Codes:
-    """The input of the group that `leader`, or the leader it follows, leads."""
-    leader = leader.leader
-    transform = leader.input_transform
-    assert transform is not None
-    bits = transform.current_bits
-    clip = None if bits > transform.activation_bits else leader.activation_clip
+def _quantized(layer: QuantizedLinear, x: Tensor, *, norm: tuple[float, Tensor, Tensor] | None = None) -> Codes:
+    """The input of `layer` and of every layer of its group."""
+    own = layer.spec.activation_bits
+    bits = current_activation_bits(own)
+    clip = None if bits > own else layer.activation_clip
     return quantize_input(
-        x, bits=bits, channel_scale=leader.channel_scale, rotation=leader.rotation, clip=clip, norm=norm
+        x, bits=bits, channel_scale=layer.channel_scale, rotation=layer.rotation, clip=clip, norm=norm
     )
 
 

@@ -25,23 +25,24 @@ def attach_runtime(transformer: nn.Module, spec: QuantizationSpec) -> Generation
     Returns: what tells generations apart, None where nothing needs it.
     Raises: ValueError: no family knows the architecture, or blocks and heads of the model are not those of `spec`.
     """
+    architecture = type(transformer).__name__
     if spec.layers:
-        fuse_blocks(transformer, family_of_architecture(type(transformer).__name__))
+        fuse_blocks(transformer, architecture)
     if spec.sparse_attention is None and spec.step_protection is None and spec.velocity_correction is None:
         return None
-    tracker = GenerationTracker()
+    family = family_of_architecture(architecture)
+    tracker = GenerationTracker(family.noise_level)
+    tracker.begin_passes(transformer)
     if spec.step_protection is not None:
-        protect_steps(transformer, spec.step_protection, tracker)
+        protect_steps(transformer, spec.step_protection)
     if spec.velocity_correction is not None:
-        # Registered before the tracker's own hook, which ends the pass.
-        correct_velocity(transformer, spec.velocity_correction, tracker)
+        correct_velocity(transformer, spec.velocity_correction)
     if spec.sparse_attention is not None:
-        family = family_of_architecture(type(transformer).__name__)
         config = dict(transformer.config)  # type: ignore[arg-type]
-        sparse = SparseAttention(spec.sparse_attention, family=family, config=config, tracker=tracker)
+        sparse = SparseAttention(spec.sparse_attention, architecture=architecture, config=config)
         sparse.check_model()
         for name in family.block_names(config):
             family.set_attention_core(transformer.get_submodule(name), partial(sparse.attend, name))
         transformer.sparse_attention = sparse  # type: ignore[assignment]
-    tracker.attach(transformer)
+    tracker.end_passes(transformer)
     return tracker

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from reelquant.families.family import family_of_architecture
+from reelquant.quantization.input_transform import current_activation_bits
 from reelquant.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -33,21 +34,26 @@ class BlockFusion:
         mode: set it between generations.
     """
 
-    def __init__(self, transformer: nn.Module, family: ModuleType) -> None:
+    def __init__(self, transformer: nn.Module, architecture: str) -> None:
         """Takes over the `forward` of the blocks of `transformer`, for whose family `fused_forward` exists."""
         self.mode: Mode = "auto"
-        self._family = family
+        self._architecture = architecture
         self._said: set[str] = set()
         self._lengths: tuple[weakref.ref[Tensor], list[int]] | None = None
-        for name in family.block_names(dict(transformer.config)):  # type: ignore[arg-type]
+        for name in self._family.block_names(dict(transformer.config)):  # type: ignore[arg-type]
             block: Any = transformer.get_submodule(name)
-            block.forward = partial(self._forward, name, block, type(block).forward.__get__(block))
+            block.forward = partial(_block_forward, self, block)
 
-    def _forward(
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lengths": None}
+
+    @property
+    def _family(self) -> ModuleType:
+        return family_of_architecture(self._architecture)
+
+    def run(
         self,
-        name: str,
         block: nn.Module,
-        original: Callable[..., tuple[Tensor, Tensor]],
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
@@ -56,8 +62,7 @@ class BlockFusion:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        if self.mode == "off" or torch.compiler.is_compiling():
-            return original(hidden_states, encoder_hidden_states, temb, attention_mask, rotary, *args, **kwargs)
+        """Runs `block` over fused operations, or as diffusers does; arguments are those of the block."""
         obstacle = self._obstacle(block, hidden_states, rotary)
         if obstacle is None:
             lengths = self._text_lengths(attention_mask, hidden_states, encoder_hidden_states)
@@ -68,9 +73,11 @@ class BlockFusion:
             self._say("blocks run over fused operations")
             return streams
         if self.mode == "on":
-            raise ValueError(f"{name} cannot run fused: {obstacle}; set transformer.block_fusion.mode to auto or off")
+            raise ValueError(
+                f"a {type(block).__name__} cannot run fused: {obstacle}; set transformer.block_fusion.mode to auto or off"
+            )
         self._say(f"blocks run over single operations: {obstacle}")
-        return original(hidden_states, encoder_hidden_states, temb, attention_mask, rotary, *args, **kwargs)
+        return _own_forward(block, hidden_states, encoder_hidden_states, temb, attention_mask, rotary, *args, **kwargs)
 
     def _obstacle(self, block: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> str | None:
         if self.mode == "auto" and (reason := _slow_here(hidden)):
@@ -86,8 +93,7 @@ class BlockFusion:
             if isinstance(module, QuantizedLinear):
                 if module.weight_packed.device != hidden.device:
                     return f"{name} is on {module.weight_packed.device}, its input on {hidden.device}"
-                transform = module.input_transform
-                if transform is not None and transform.activation_bits < 16 <= transform.current_bits:
+                if module.spec.activation_bits < 16 <= current_activation_bits(module.spec.activation_bits):
                     return f"{name} has 16-bit activations in this step"
         return None
 
@@ -95,10 +101,11 @@ class BlockFusion:
         """Real text tokens of every sample; read back from the device once a mask, not once a block."""
         if mask is None:
             return [text.shape[1]] * len(text)
-        if self._lengths is None or self._lengths[0]() is not mask:
-            lengths = (mask.reshape(len(mask), -1).sum(dim=1) - hidden.shape[1]).tolist()
-            self._lengths = (weakref.ref(mask), lengths)
-        return self._lengths[1]
+        known = self._lengths
+        if known is None or known[0]() is not mask:
+            found = (mask.reshape(len(mask), -1).sum(dim=1) - hidden.shape[1]).tolist()
+            self._lengths = known = (weakref.ref(mask), found)
+        return known[1]
 
     def _say(self, message: str) -> None:
         if message not in self._said:
@@ -119,10 +126,30 @@ def _slow_here(hidden: Tensor) -> str | None:
     return None
 
 
-def fuse_blocks(transformer: nn.Module, family: ModuleType) -> BlockFusion | None:
+def fuse_blocks(transformer: nn.Module, architecture: str) -> BlockFusion | None:
     """Gives a quantized transformer its `block_fusion`; None where its family has no fused blocks."""
-    if not hasattr(family, "fused_forward"):
+    if not hasattr(family_of_architecture(architecture), "fused_forward"):
         return None
-    fusion = BlockFusion(transformer, family)
+    fusion = BlockFusion(transformer, architecture)
     transformer.block_fusion = fusion  # type: ignore[assignment]
     return fusion
+
+
+def unfuse_blocks(transformer: nn.Module) -> None:
+    """Gives the blocks of `transformer` their own `forward` back, and takes its `block_fusion` away."""
+    for module in transformer.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is _block_forward:
+            del module.forward
+    transformer.__dict__.pop("block_fusion", None)
+
+
+def _block_forward(fusion: BlockFusion, block: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    if fusion.mode == "off" or torch.compiler.is_compiling():
+        return _own_forward(block, *args, **kwargs)
+    return fusion.run(block, *args, **kwargs)
+
+
+def _own_forward(block: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    streams: tuple[Tensor, Tensor] = type(block).forward(block, *args, **kwargs)
+    return streams

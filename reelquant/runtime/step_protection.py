@@ -6,24 +6,27 @@ are those of fewer bits; the weights stay. Up to 8 bits this costs nothing where
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import nn
 
 from reelquant.checkpoint.inference_specs import StepProtection
-from reelquant.quantization.linear import QuantizedLinear
-from reelquant.runtime.generation import GenerationState, GenerationTracker
+from reelquant.quantization.input_transform import set_least_activation_bits
+from reelquant.runtime.generation import current_pass, not_traced
 
 
-def protect_steps(transformer: nn.Module, protection: StepProtection, tracker: GenerationTracker) -> None:
-    """Gives the quantized layers of `transformer` the protected steps' bits while such a step is at work."""
-    transforms = [
-        module.input_transform
-        for module in transformer.modules()
-        if isinstance(module, QuantizedLinear) and module.input_transform is not None
-    ]
+def protect_steps(transformer: nn.Module, protection: StepProtection) -> None:
+    """Gives the quantized layers of `transformer` the protected steps' bits while such a step is at work in their thread."""
+    transformer.register_forward_pre_hook(partial(_raise_bits, protection))
+    transformer.register_forward_hook(_own_bits, always_call=True)
 
-    def switch(state: GenerationState) -> None:
-        protected = state.step < protection.num_steps
-        for transform in transforms:
-            transform.raise_bits(protection.activation_bits if protected else None)
 
-    tracker.observe(switch)
+@not_traced
+def _raise_bits(protection: StepProtection, _module: nn.Module, _args: Any) -> None:
+    set_least_activation_bits(protection.bits_at(current_pass().noise_level))
+
+
+@not_traced
+def _own_bits(*_: Any) -> None:
+    set_least_activation_bits(None)

@@ -6,26 +6,25 @@ the output.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from reelquant.checkpoint.inference_specs import VelocityCorrection
-from reelquant.runtime.generation import GenerationTracker
+from reelquant.runtime.generation import current_pass, not_traced
 
 
-def correct_velocity(transformer: nn.Module, correction: VelocityCorrection, tracker: GenerationTracker) -> None:
+def correct_velocity(transformer: nn.Module, correction: VelocityCorrection) -> None:
     """Applies `correction` to every output `[B, C, F, H, W]` of `transformer` from now on."""
+    transformer.register_forward_hook(partial(_corrected, correction))
 
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        assert tracker.current is not None
-        gain, bias = correction.at(tracker.current.timestep)
-        sample = output[0]
-        shape = (1, -1, 1, 1, 1)
-        changed = (sample.float() * gain.to(sample.device).view(shape) + bias.to(sample.device).view(shape)).to(
-            sample.dtype
-        )
-        return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
 
-    transformer.register_forward_hook(torch.compiler.disable(after))
+@not_traced
+def _corrected(correction: VelocityCorrection, _module: nn.Module, _args: Any, output: Any) -> Any:
+    gain, bias = correction.at(current_pass().timestep)
+    sample = output[0]
+    shape = (1, -1, 1, 1, 1)
+    scaled = sample.float() * gain.to(sample.device).view(shape) + bias.to(sample.device).view(shape)
+    changed = scaled.to(sample.dtype)
+    return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)

@@ -12,11 +12,12 @@ import pytest
 from benchmarks.dit_step.kernel_table import class_of, profiles
 from benchmarks.dit_step.record import kept_results
 from benchmarks.dit_step.schedule import COMPUTED, MEASURED, fewest_steps, mean_step, step_kinds
-from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold
+from reelquant.noise_schedule import shifted_levels
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "dit_step.json"
 SPEC = SparseAttentionSpec(density=0.15, online=True, interval=5)
-WARMED = replace(SPEC, dense_steps=5)
+WARMED = replace(SPEC, dense_above=dense_threshold(5, shifted_levels(50), refreshes=True))
 SECONDS = {"dense": 5.0, "first refresh": 6.0, "first sparse": 1.0, "refresh": 7.0, "sparse": 2.0}
 
 

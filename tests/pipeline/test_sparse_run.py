@@ -31,7 +31,8 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     checkpoint = tmp_path / "run" / "checkpoint"
     stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
-    assert stored["step_protection"] == {"num_steps": 1, "activation_bits": 8}
+    # Of the three steps the first is protected: the noise levels are 1, 0.857 and 0.6.
+    assert stored["step_protection"] == {"noise_above": pytest.approx(0.93, abs=0.07), "activation_bits": 8}
     sparse = stored["sparse_attention"]
     assert sparse["dense_blocks"] == BLOCKS[:1]
     assert set(sparse["head_kinds"]) == set(BLOCKS[1:])

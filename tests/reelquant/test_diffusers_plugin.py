@@ -120,7 +120,7 @@ def test_fresh_process_loads_generates_saves_and_loads_again(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("quantized 8 (1, 8, "), done.stdout
+    assert done.stdout.splitlines()[-1].startswith("quantized 8 (1, 8, "), done.stdout  # DeepSpeed may print first
     assert len(list((saved / "transformer").glob("*.safetensors"))) > 1
     report = verify_checkpoint(saved)
     assert report.problems == []
@@ -171,25 +171,36 @@ def test_model_computes_what_the_dequantized_one_does(tiny_source: Path, tiny_ch
     assert 2 * error < lost < 0.04, lost  # measured: 0.032
 
 
-def test_group_is_transformed_once_inside_the_model(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_mode_changes_nothing(tiny_checkpoint: Path) -> None:
     model = load(tiny_checkpoint, torch_dtype=torch.bfloat16)
-    counts: dict[str, int] = {}
-    for name, layer in quantized_layers(model).items():
-        if layer.input_transform is not None:
-            real = layer.input_transform._compute
-
-            def counted(*args: Any, name: str = name, real: Any = real) -> Any:
-                counts[name] = counts.get(name, 0) + 1
-                return real(*args)
-
-            monkeypatch.setattr(layer.input_transform, "_compute", counted)
     expected = output(model)
-    # diffusers' attention splits and joins the single block's tokens again: q, k and v read a copy of proj_mlp's input.
-    assert counts.pop("single_transformer_blocks.0.proj_mlp") == 2
-    assert counts == dict.fromkeys(counts, 1)
-    assert len(counts) == 6
     with torch.inference_mode():
         assert torch.equal(model(**inputs(torch.bfloat16))[0], expected)
+
+
+def test_num_parameters_are_those_of_the_source(tiny_source: Path, tiny_checkpoint: Path) -> None:
+    plain: Any = HunyuanVideoTransformer3DModel.from_pretrained(tiny_source / "transformer")
+    model: Any = load(tiny_checkpoint)
+    assert model.num_parameters() == plain.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    assert model.num_parameters(only_trainable=True) < plain.num_parameters()
+
+
+def test_dequantize_gives_a_plain_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model: Any = load(tiny_checkpoint, torch_dtype=torch.float32)
+    quantized = output(model, torch.float32)
+    weights = {name: layer.dequantized_weight() for name, layer in quantized_layers(model).items()}
+    model.dequantize()
+    assert not quantized_layers(model)
+    assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in weights.items())
+    plain = output(model, torch.float32)
+    # The activations' quantization: measured 0.0095.
+    assert 0 < float((plain - quantized).norm() / plain.norm()) < 0.012
+    model.save_pretrained(tmp_path / "transformer")
+    assert "quantization_config" not in json.loads((tmp_path / "transformer" / "config.json").read_text())
+    again = load(tmp_path, torch_dtype=torch.float32)
+    assert torch.allclose(output(again, torch.float32), plain, rtol=1e-5, atol=1e-5)
+    assert again.num_parameters() == model.num_parameters()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])

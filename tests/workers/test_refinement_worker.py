@@ -173,7 +173,7 @@ def test_two_prompts_fit_no_velocity_and_say_so(prepared: Prepared) -> None:
 
 def test_protected_steps_and_sparse_attention_are_what_the_velocity_is_fitted_on(prepared: Prepared) -> None:
     plain = prepared.refine(velocity_correction=True).result["velocity"]
-    finer = InferencePlan(protection=StepProtection(2, 16))
+    finer = InferencePlan(protection=StepProtection(0.75, 16))
     protected = prepared.refine(velocity_correction=True, inference=finer).result["velocity"]
     assert protected["error_before"] < plain["error_before"]
     kinds = dict.fromkeys(prepared.blocks, "st")
@@ -185,7 +185,7 @@ def test_protected_steps_and_sparse_attention_are_what_the_velocity_is_fitted_on
 
 def test_protected_steps_are_repaired_with_their_own_bits(prepared: Prepared) -> None:
     plain = prepared.refine(drift_repair=True).result["drift"]
-    finer = InferencePlan(protection=StepProtection(4, 16))
+    finer = InferencePlan(protection=StepProtection(0.0, 16))
     drift = prepared.refine(drift_repair=True, inference=finer).result["drift"]
     assert all(drift[name]["without"] < plain[name]["without"] for name in prepared.blocks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from torch import Tensor
 
 import reelquant  # noqa: F401
 from reelquant.attention.sparse_attention import AttentionPrecision, Visited
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
+from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.runtime.attach import attach_runtime
 from reelquant.runtime.generation import GenerationTracker
+from reelquant.runtime.pipeline_schedule import PipelineSchedule
 
 MODEL = Path(__file__).parents[3] / "assets" / "hunyuanvideo-digits"
 SHAPE = {"height": 32, "width": 48, "num_frames": 9}
 PROMPTS = ["the digit 3 moving left and the digit 7 moving down", "the digit 5 moving right"]
 BLOCKS = tuple([f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_blocks.{i}" for i in range(6)])
+LEVELS = PipelineSchedule(MODEL, family)
 SPEC = SparseAttentionSpec(
     density=0.3, head_kinds=dict.fromkeys(BLOCKS, "sts"), interval=3, residual=ResidualSpec(order=2, rank=8)
 )
@@ -133,7 +136,7 @@ def test_the_pairs_that_ran_are_those_of_the_specification(sparse: Any) -> None:
     from reelquant.attention.band_mask import band_width
 
     width = band_width(layout, SPEC.density)
-    stated = SPEC.effective_density(layout, width, num_steps=7, blocks=BLOCKS)
+    stated = SPEC.effective_density(layout, width, noise_levels=LEVELS(7), blocks=BLOCKS)
     assert attention.visited.density == pytest.approx(stated, rel=1e-12)
     assert stated == pytest.approx((3 + 4 * 0.3) / 7, abs=0.01)
 
@@ -219,14 +222,22 @@ def test_dense_steps_and_blocks_are_dense(dense: Any) -> None:
     plain = latents(dense, PROMPTS[0])
     most = replace(SPEC, residual=ResidualSpec(order=0), dense_blocks=BLOCKS)
     assert error(latents(open_pipeline(most), PROMPTS[0]), plain) < 1e-4
-    steps = replace(SPEC, residual=ResidualSpec(order=0), dense_steps=5)
+    steps = replace(SPEC, residual=ResidualSpec(order=0), dense_above=0.0)
     assert error(latents(open_pipeline(steps), PROMPTS[0]), plain) < 1e-4
 
 
-def test_what_does_not_fit_is_refused(sparse: Any) -> None:
-    tiny, small = open_pipeline(SPEC), {"height": 16, "width": 16, "num_frames": 1}
-    with pytest.raises(ValueError, match=r"latents \[1, 8, 1, 4, 4\] are too small.*narrower than one token.*enabled"):
-        latents(tiny, PROMPTS[0], shape=small)
+def test_latents_too_small_for_a_band_run_dense_with_a_warning(
+    dense: Any, sparse: Any, expected: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = {"height": 16, "width": 16, "num_frames": 1}
+    with caplog.at_level(logging.WARNING, logger="reelquant.attention.sparse_attention"):
+        found = latents(sparse, PROMPTS[0], shape=small)
+    assert any("[1, 8, 1, 4, 4]" in record.message for record in caplog.records)
+    assert error(found, latents(dense, PROMPTS[0], shape=small)) < 1e-4
+    assert torch.equal(latents(sparse, PROMPTS[0]), expected)
+
+
+def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"head_kinds has no block single_transformer_blocks.5"):
         open_pipeline(replace(SPEC, head_kinds={k: v for k, v in SPEC.head_kinds.items() if k != BLOCKS[-1]}))
     with pytest.raises(ValueError, match=r"transformer_blocks.0 has 2 heads, the model 3"):
@@ -240,7 +251,7 @@ def test_what_does_not_fit_is_refused(sparse: Any) -> None:
 def test_specification_is_json_and_back() -> None:
     import json
 
-    spec = replace(SPEC, dense_blocks=(BLOCKS[0],), dense_steps=2)
+    spec = replace(SPEC, dense_blocks=(BLOCKS[0],), dense_above=0.9)
     assert SparseAttentionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     for wrong, words in (
         ({"density": 0}, "density is 0"),
@@ -256,8 +267,24 @@ def test_specification_is_json_and_back() -> None:
 
 
 def test_refreshes_are_an_interval_apart_and_end_the_dense_steps() -> None:
-    spec = replace(SPEC, interval=4)
-    assert [step for step in range(12) if spec.is_refresh(step)] == [0, 4, 8]
-    late = replace(spec, dense_steps=3)
-    assert [step for step in range(12) if late.is_refresh(step)] == [2, 6, 10]
-    assert [step for step in range(12) if late.is_dense(step, BLOCKS[0])] == [0, 1, 2, 6, 10]
+    spec, levels = replace(SPEC, interval=4), LEVELS(12)
+
+    def steps(spec: SparseAttentionSpec, kind: str) -> list[int]:
+        return [step for step, found in enumerate(spec.schedule(levels)) if found == kind]
+
+    assert steps(spec, "refresh") == [0, 4, 8]
+    late = replace(spec, dense_above=dense_threshold(3, levels, refreshes=True))
+    assert steps(late, "refresh") == [2, 6, 10]
+    assert steps(late, "dense") == [0, 1]
+    plain = ResidualSpec(order=0)
+    naive = replace(spec, dense_above=dense_threshold(3, levels, refreshes=False), residual=plain)
+    assert steps(naive, "dense") == [0, 1, 2]
+    assert steps(naive, "refresh") == []
+
+
+def test_the_second_of_two_experts_is_not_dense_again() -> None:
+    """Its passes begin in the middle of the schedule: counted steps would begin anew."""
+    levels = LEVELS(10)
+    spec = replace(SPEC, dense_above=dense_threshold(3, levels, refreshes=True))
+    assert spec.schedule(levels[:5]) == ["dense", "dense", "refresh", "sparse", "sparse"]
+    assert spec.schedule(levels[5:]) == ["refresh", "sparse", "sparse", "refresh", "sparse"]

@@ -1,7 +1,6 @@
 """The closed form of the repair, and blocks whose drift it takes away."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -223,16 +222,10 @@ def test_layers_that_are_not_quantized_are_left_alone() -> None:
 def test_biases_are_rounded_to_the_dtype_in_which_they_are_stored() -> None:
     reference = make_block(BLOCKS[1])
     quantized = quantized_copy(reference)
-    calls: list[Any] = []
-    samples = make_samples(4, 0.2)
-    for sample in samples:
-        sample.prepare = calls.append
-    repair = repair_block(family, BLOCKS[1], (reference, quantized), samples, bias_dtype=torch.bfloat16)
+    repair = repair_block(family, BLOCKS[1], (reference, quantized), make_samples(4, 0.2), bias_dtype=torch.bfloat16)
     bias = repair.layers["proj_out"]["bias"]
     assert torch.equal(bias, bias.bfloat16().float())
     assert bias.dtype == torch.float32
-    assert all(block is quantized for block in calls)
-    assert len(calls) >= 4
 
 
 def test_moments_without_samples_are_our_own_error() -> None:

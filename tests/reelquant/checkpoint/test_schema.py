@@ -66,7 +66,7 @@ def test_impossible_format_version_is_refused(version: object) -> None:
         ({"quant_method": "bnb"}, "quant_method is 'bnb'"),
         ({"sparse_attention": {"density": 0.0}}, "density is 0.0"),
         ({"sparse_attention": 0.2}, "sparse_attention is 0.2, not an object"),
-        ({"step_protection": {"num_steps": 0}}, "num_steps is 0"),
+        ({"step_protection": {"noise_above": 1.5}}, "noise_above is 1.5"),
         ({"velocity_correction": {"timesteps": [1.0], "gain": [[1.0]], "bias": []}}, "all must agree"),
         ({"layers": []}, "not an object of layer specifications"),
     ],

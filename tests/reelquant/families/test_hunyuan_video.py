@@ -10,6 +10,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from reelquant.families import hunyuan_video as family
+from reelquant.families.family import TokenLayout
 
 NUM_TEXT, NUM_PADDED = 5, 8
 
@@ -136,6 +137,18 @@ def test_watched_attention_is_what_diffusers_computes_with(
     assert len(observed) == 1, "nobody watches after the context"
     for seen, used in zip(observed[0], dispatched[0], strict=True):
         assert torch.equal(seen, used[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.1", "single_transformer_blocks.1"])
+def test_a_stream_without_text_is_refused(model: Any, name: str) -> None:
+    """diffusers' block would take all rows for text and none for video."""
+    layout = TokenLayout(2, 3, 4, 0)
+    conditioning = family.Conditioning(torch.zeros(1, 32), family.rotary_embedding(dict(model.config), layout), layout)
+    block = model.get_submodule(name)
+    with pytest.raises(ValueError, match="0 text tokens"):
+        family.call_block(block, torch.zeros(24, 32), conditioning)
+    with pytest.raises(ValueError, match="0 text tokens"):
+        family.call_block_rows(block, torch.zeros(24, 32), conditioning, torch.arange(5))
 
 
 def test_unknown_blocks_and_kinds_are_refused(model: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reelquant.ops.input_quantization.op import Norm, quantize_input
-from reelquant.quantization.input_transform import InputTransform
+from reelquant.quantization.input_transform import quantized_input
 from reelquant.quantization.rotation import cayley, hadamard
 
 
@@ -101,8 +101,8 @@ def check(case: Case, run: Callable[..., tuple[Tensor, Tensor]], *, seed: int, d
 def test_reference_is_the_input_transform(case: Case) -> None:
     x, others = drawn(case, seed=1)
     codes, scale = quantize_input(x, **others)
-    values, expected = InputTransform(case.bits)(
-        x, channel_scale=others["channel_scale"], rotation=others["rotation"], activation_clip=others["clip"]
+    values, expected = quantized_input(
+        x, case.bits, channel_scale=others["channel_scale"], rotation=others["rotation"], activation_clip=others["clip"]
     )
     assert expected is not None
     assert torch.equal(codes, values)

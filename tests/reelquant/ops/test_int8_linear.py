@@ -13,6 +13,7 @@ from torch.nn.functional import gelu
 from reelquant.checkpoint.schema import LayerSpec
 from reelquant.ops.int8_linear.op import int8_linear
 from reelquant.ops.int8_linear.reference import int8_linear_reference, integer_product
+from reelquant.quantization.input_transform import quantized_input
 from reelquant.quantization.linear import QuantizedLinear
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import quantize
@@ -123,7 +124,7 @@ def test_is_what_a_quantized_linear_computes() -> None:
         }
     )
     x = torch.randn(33, 192, generator=generator)
-    values, scale = layer.transformed_input(x)
+    values, scale = quantized_input(x, 8, channel_scale=None, rotation=None, activation_clip=layer.activation_clip)
     assert scale is not None
     out = int8_linear(
         values, scale[:, 0], layer.integer_weight(), layer.weight_scale, layer.bias, out_dtype=torch.float32

@@ -1,170 +1,74 @@
-import copy
-import gc
-import pickle
-import weakref
+"""The transform in front of quantized layers, and a thread's least activation bits."""
+
+from __future__ import annotations
+
+import threading
 
 import pytest
 import torch
 from torch import Tensor
 
-from reelquant.quantization.input_transform import InputTransform, QuantizedInput
-from reelquant.quantization.rotation import hadamard, transform_input
+from reelquant.quantization.input_transform import (
+    QuantizedInput,
+    current_activation_bits,
+    least_activation_bits,
+    quantized_input,
+)
+from reelquant.quantization.quantizer import quantize
+from reelquant.quantization.rotation import hadamard
+
+X = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+PARTS = {
+    "channel_scale": torch.rand(24, generator=torch.Generator().manual_seed(1)) + 0.5,
+    "rotation": hadamard(8).bfloat16(),
+    "activation_clip": torch.tensor([0.9]),
+}
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets an entry whenever an input is transformed."""
-    found: list[int] = []
-    real = transform_input
-
-    def counted(x: Tensor, channel_scale: Tensor | None, rotation: Tensor | None) -> Tensor:
-        found.append(id(x))
-        return real(x, channel_scale, rotation)
-
-    monkeypatch.setattr("reelquant.quantization.input_transform.transform_input", counted)
-    return found
+def transformed(x: Tensor, bits: int) -> QuantizedInput:
+    return quantized_input(x, bits, **PARTS)
 
 
-class Group:
-    """A transform with its tensors."""
-
-    def __init__(self, bits: int = 6) -> None:
-        self.transform = InputTransform(bits)
-        self.channel_scale = torch.rand(24) + 0.5
-        self.rotation = hadamard(8).bfloat16()
-        self.activation_clip = torch.tensor([0.9])
-
-    def __call__(self, x: Tensor) -> QuantizedInput:
-        return self.transform(
-            x, channel_scale=self.channel_scale, rotation=self.rotation, activation_clip=self.activation_clip
-        )
-
-
-def test_same_input_is_transformed_once(calls: list[int]) -> None:
-    group, x = Group(), torch.randn(2, 5, 24)
-    first = group(x)
-    assert group(x).values is first.values
-    assert group(x).scale is first.scale
-    assert len(calls) == 1
-
-
-def test_input_changed_in_place_is_transformed_again(calls: list[int]) -> None:
-    group, x = Group(), torch.randn(5, 24)
-    before = group(x).values.clone()
-    x[2:].mul_(torch.randn(24))
-    after = group(x)
-    assert len(calls) == 2
-    assert not torch.equal(after.values, before)
-    torch.testing.assert_close(after.values, Group.__call__(group, x.clone()).values, rtol=0, atol=0)
-
-
-def test_change_through_a_view_is_seen() -> None:
-    group, base = Group(), torch.randn(6, 24)
-    x = base[1:]
-    before = group(x).values
-    base.mul_(torch.randn(24))
-    assert not torch.equal(group(x).values, before)
-
-
-def test_equal_but_other_tensor_is_transformed_again(calls: list[int]) -> None:
-    group, x = Group(), torch.randn(5, 24)
-    group(x)
-    group(x.clone())
-    group(x)
-    assert len(calls) == 3
-
-
-def test_new_tensor_at_the_same_address_is_transformed_again(calls: list[int]) -> None:
-    group = Group()
-    addresses = set()
-    for i in range(20):
-        x = torch.full((5, 24), float(i + 1))
-        addresses.add(id(x))
-        scale = group(x).scale
-        del x
-        assert scale is not None
-        expected = torch.full((5, 24), float(i + 1))
-        torch.testing.assert_close(scale, Group.__call__(group, expected).scale, rtol=0, atol=0)
-        del expected
-    assert len(addresses) < 20, "no address was used twice: the test proves nothing"
-    assert len(calls) == 40
-
-
-@pytest.mark.parametrize("part", ["channel_scale", "rotation", "activation_clip"])
-@pytest.mark.parametrize("in_place", [True, False])
-def test_change_of_the_transform_is_seen(calls: list[int], part: str, in_place: bool) -> None:
-    group, x = Group(), torch.randn(5, 24)
-    before = group(x)
-    if in_place:
-        getattr(group, part).mul_(0.5)
-    else:
-        setattr(group, part, getattr(group, part) * 0.5)
-    after = group(x)
-    assert len(calls) == 2
-    assert before.scale is not None
-    assert after.scale is not None
-    assert not torch.equal(before.scale, after.scale)
-
-
-def test_result_is_dropped_when_the_input_dies() -> None:
-    group, x = Group(), torch.randn(5, 24)
-    result = weakref.ref(group(x).values)
-    gc.disable()
-    try:
-        assert result() is not None
-        del x
-        assert result() is None
-    finally:
-        gc.enable()
-
-
-def test_dying_input_does_not_drop_the_result_for_another(calls: list[int]) -> None:
-    group, old, new = Group(), torch.randn(5, 24), torch.randn(5, 24)
-    group(old)
-    group(new)
-    del old
-    group(new)
-    assert len(calls) == 2
-
-
-def test_transform_is_freed_though_an_input_lives() -> None:
-    group, x = Group(), torch.randn(5, 24)
-    group(x)
-    transform = weakref.ref(group.transform)
-    del group
-    assert transform() is None
-    del x
-
-
-def test_nothing_is_remembered_in_inference_mode_and_under_autograd(calls: list[int]) -> None:
-    group = Group()
-    with torch.inference_mode():
-        x = torch.randn(5, 24)
-        first = group(x).values
-        x.mul_(torch.randn(24))
-        assert not torch.equal(group(x).values, first)
-    y = torch.randn(5, 24, requires_grad=True)
-    group(y)
-    group(y)
-    assert len(calls) == 4
-    with torch.no_grad():
-        group(y)
-        group(y)
-    assert len(calls) == 5
-
-
-def test_is_copied_and_pickled_without_its_memory(calls: list[int]) -> None:
-    group, x = Group(), torch.randn(5, 24)
-    before = group(x)
-    for other in (copy.deepcopy(group), pickle.loads(pickle.dumps(group))):  # noqa: S301
-        assert torch.equal(other(x).values, before.values)
-    assert len(calls) == 3
+def exact(x: Tensor) -> Tensor:
+    blocks = (x.double() / PARTS["channel_scale"].double()).unflatten(-1, (3, 8))
+    rotated: Tensor = (blocks @ PARTS["rotation"].double()).flatten(-2)
+    return rotated
 
 
 def test_bits_16_only_transform() -> None:
-    group, x = Group(bits=16), torch.randn(5, 24).bfloat16()
-    values, scale = group(x)
+    values, scale = transformed(X.bfloat16(), 16)
     assert scale is None
     assert values.dtype == torch.float32
-    expected = (x.double() / group.channel_scale.double()).reshape(5, 3, 8) @ group.rotation.double()
-    torch.testing.assert_close(values.double(), expected.reshape(5, 24), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values.double(), exact(X.bfloat16()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_are_those_of_the_transformed_and_clipped_input(bits: int) -> None:
+    values, scale = transformed(X, bits)
+    codes, expected = quantize(exact(X).float(), bits, -1, PARTS["activation_clip"])
+    assert scale is not None
+    torch.testing.assert_close(scale, expected, rtol=1e-5, atol=0)
+    assert (values.int() - codes.int()).abs().max() <= 1  # a tie may fall to the other side
+    assert (values != codes).float().mean() < 0.02
+
+
+def test_more_bits_are_unclipped_and_fewer_change_nothing() -> None:
+    plain = transformed(X, 6)
+    with least_activation_bits(8):
+        assert current_activation_bits(6) == 8
+        raised = transformed(X, 6)
+        with least_activation_bits(4):
+            assert torch.equal(transformed(X, 6).values, plain.values)
+        assert torch.equal(transformed(X, 6).values, raised.values)
+    unclipped = quantized_input(X, 8, **{**PARTS, "activation_clip": torch.ones(1)})
+    assert torch.equal(raised.values, unclipped.values)
+    assert torch.equal(transformed(X, 6).values, plain.values)
+
+
+def test_another_thread_has_bits_of_its_own() -> None:
+    seen: list[int] = []
+    with least_activation_bits(16):
+        thread = threading.Thread(target=lambda: seen.append(current_activation_bits(6)))
+        thread.start()
+        thread.join()
+    assert seen == [6]

@@ -1,6 +1,5 @@
 import copy
 import pickle
-import re
 from dataclasses import replace
 
 import pytest
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 
 from reelquant.checkpoint.layer_packing import pack_layer
 from reelquant.checkpoint.schema import LayerSpec
-from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
-from reelquant.quantization.quantizer import quantize
+from reelquant.quantization.input_transform import QuantizedInput, quantized_input
+from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers, share_group_tensors
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 
@@ -50,9 +49,19 @@ def quantized(
     return layer, codes.double() * grid.column_scale(d).double()
 
 
+def transformed(layer: QuantizedLinear, x: Tensor) -> QuantizedInput:
+    return quantized_input(
+        x,
+        layer.spec.activation_bits,
+        channel_scale=layer.channel_scale,
+        rotation=layer.rotation,
+        activation_clip=layer.activation_clip,
+    )
+
+
 def reference(layer: QuantizedLinear, weight: Tensor, x: Tensor) -> Tensor:
     """The layer's output in float64 from dequantized numbers; `weight [n, d]` in transformed coordinates."""
-    codes, x = layer.transformed_input(x).values.double(), x.double()
+    codes, x = transformed(layer, x).values.double(), x.double()
     if layer.channel_scale is not None:
         x = x / layer.channel_scale.double()
     if layer.rotation is not None:
@@ -166,9 +175,9 @@ def test_gpu_computes_what_the_cpu_does(layout: str, activation_bits: int, dtype
     # that lies on the border between two integers may come out as its neighbour.
     layer, _ = quantized(nn.Linear(200, 33), layout, activation_bits=activation_bits, transform=False)
     x = torch.randn(3, 17, 200).to(dtype)
-    codes, expected = layer.transformed_input(x), layer(x)
+    codes, expected = transformed(layer, x), layer(x)
     layer.cuda()
-    apart = (layer.transformed_input(x.cuda()).values.cpu().float() - codes.values.float()).abs()
+    apart = (transformed(layer, x.cuda()).values.cpu().float() - codes.values.float()).abs()
     assert float(apart.max()) <= 1
     assert int((apart > 1e-5).sum()) <= 1e-3 * apart.numel()
     out = layer(x.cuda()).cpu()
@@ -210,27 +219,28 @@ def attention() -> Attention:
         for name, tensor in layer.state_dict().items():
             random = torch.rand(tensor.shape) + 0.5
             layer.get_buffer(name).copy_(random * 5) if name != "bias" else layer.bias.copy_(random)  # type: ignore[union-attr]
+    share_group_tensors(model)
     return model
 
 
-def test_a_group_transforms_its_input_once(attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def counted(x: Tensor, bits: int, dim: int, clip: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(bits)
-        return quantize(x, bits, dim, clip)
-
-    monkeypatch.setattr("reelquant.quantization.input_transform.quantize", counted)
+def test_layers_of_a_group_depend_on_nothing_but_themselves(attention: Attention) -> None:
     x = torch.randn(6, 24)
-    first = attention(x)
-    assert len(calls) == 1
-    x.mul_(-3)
-    second = attention(x)
-    assert len(calls) == 2
-    assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    alone = [attention.get_submodule(name)(x.clone()) for name in ("net.0", "to_k", "to_q")]
-    assert len(calls) == 5
-    assert all(torch.equal(a, b) for a, b in zip(reversed(alone), second, strict=True))
+    expected = [layer(x) for layer in (attention.to_q, attention.to_k, attention.get_submodule("net.0"))]
+    for suffix in ("channel_scale", "rotation", "activation_clip"):
+        attention.to_q.get_buffer(suffix).data = torch.full((0,), float("nan"))
+    assert torch.equal(attention.to_k(x), expected[1])
+    assert torch.equal(attention.get_submodule("net.0")(x), expected[2])
+    with torch.inference_mode():
+        assert torch.equal(attention.to_k(x.clone()), expected[1])
+
+
+def test_a_state_dict_fills_the_whole_group(attention: Attention) -> None:
+    x, other = torch.randn(6, 24), Attention()
+    replace_linear_layers(other, dict.fromkeys(("to_q", "to_k", "net.0"), group_spec()))
+    other.load_state_dict(attention.state_dict(), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(other(x), attention(x), strict=True))
+    other.load_state_dict({name: tensor.clone() for name, tensor in attention.state_dict().items()}, assign=True)
+    assert all(torch.equal(a, b) for a, b in zip(other(x), attention(x), strict=True))
 
 
 def test_only_the_leader_stores_the_groups_tensors(attention: Attention) -> None:
@@ -239,14 +249,14 @@ def test_only_the_leader_stores_the_groups_tensors(attention: Attention) -> None
     assert len(list(attention.modules())) == 6
 
 
-def test_copies_follow_their_own_leader(attention: Attention) -> None:
+def test_copies_share_nothing(attention: Attention) -> None:
     x = torch.randn(6, 24)
     expected = attention(x)
     for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):  # noqa: S301
         assert all(torch.equal(a, b) for a, b in zip(other(x), expected, strict=True))
-        other.get_buffer("to_q.channel_scale").mul_(torch.rand(24) + 0.1)
+        other.get_buffer("to_k.channel_scale").mul_(torch.rand(24) + 0.1)
         assert not torch.equal(other.to_k(x), expected[1])
-        assert torch.equal(attention.to_k(x.clone()), expected[1])
+        assert torch.equal(attention.to_k(x), expected[1])
 
 
 def test_forward_gives_no_gradient_but_works_with_autograd_on(attention: Attention) -> None:
@@ -277,11 +287,9 @@ def test_names_every_layer_that_cannot_be_replaced() -> None:
     assert all(not isinstance(module, QuantizedLinear) for module in model.modules())
 
 
-def test_a_member_without_its_leader_says_so() -> None:
+def test_a_member_without_its_groups_tensors_says_so() -> None:
     layer = QuantizedLinear(24, 8, group_spec(), name="to_k", bias=False)
-    with pytest.raises(ValueError, match=re.escape("to_k: follows 'to_q', which it was not given")):
+    with pytest.raises(ValueError, match=r"to_k.*'to_q'"):
         layer(torch.randn(2, 24))
-    with pytest.raises(ValueError, match="to_k: its group's leader must be 'to_q' with 24 inputs, not 'to_q' with 16"):
-        layer.follow(QuantizedLinear(16, 8, group_spec(), name="to_q", bias=False))
-    with pytest.raises(ValueError, match="rotation blocks of 8 do not divide its 12 inputs"):
+    with pytest.raises(ValueError, match="blocks of 8 do not divide its 12 inputs"):
         QuantizedLinear(12, 8, group_spec(), name="to_q", bias=False)

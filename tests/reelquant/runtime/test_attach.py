@@ -14,7 +14,7 @@ from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
-from reelquant.quantization.linear import QuantizedLinear
+from reelquant.quantization.input_transform import least_activation_bits
 
 BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
 SPARSE = SparseAttentionSpec(
@@ -52,7 +52,7 @@ def outputs(model: nn.Module, times: tuple[float, ...] = TIMES) -> list[Tensor]:
 def test_everything_survives_saving_and_loading(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
     parts = {
         "sparse_attention": SPARSE,
-        "step_protection": StepProtection(2, 8),
+        "step_protection": StepProtection(0.6, 8),
         "velocity_correction": CORRECTION,
     }
     checkpoint = checkpoint_with(tiny_source, tiny_artifacts, tmp_path, **parts)
@@ -83,12 +83,11 @@ def test_it_runs_sparse_with_no_further_call_and_dense_with_one_line(
 def test_the_first_steps_have_finer_activations(
     tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    protected = load(checkpoint_with(tiny_source, tiny_artifacts, tmp_path, step_protection=StepProtection(2, 16)))
-    plain, whole = load(tiny_checkpoint), load(tiny_checkpoint)
-    for module in whole.modules():
-        if isinstance(module, QuantizedLinear) and module.input_transform is not None:
-            module.input_transform.raise_bits(16)
-    coarse, fine = outputs(plain), outputs(whole)
+    protected = load(checkpoint_with(tiny_source, tiny_artifacts, tmp_path, step_protection=StepProtection(0.6, 16)))
+    plain = load(tiny_checkpoint)
+    coarse = outputs(plain)
+    with least_activation_bits(16):
+        fine = outputs(plain)
     for step, out in enumerate(outputs(protected)):
         assert torch.equal(out, fine[step] if step < 2 else coarse[step])
         assert not torch.equal(fine[step], coarse[step])

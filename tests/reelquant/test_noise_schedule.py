@@ -1,0 +1,54 @@
+"""First steps as noise levels: the same steps under any scheduler, rounded or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from reelquant.families import hunyuan_video
+from reelquant.noise_schedule import shifted_levels, threshold_after
+from reelquant.runtime.pipeline_schedule import PipelineSchedule
+
+MODEL = Path(__file__).parents[2] / "assets" / "hunyuanvideo-digits"
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize("steps", [1, 4, 16, 50])
+def test_a_threshold_separates_the_first_steps(steps: int, shift: float) -> None:
+    levels = shifted_levels(steps, shift)
+    for first in range(steps + 2):
+        threshold = threshold_after(first, levels)
+        assert 0 <= threshold <= 1
+        assert [level > threshold for level in levels] == [step < first for step in range(steps)]
+
+
+def test_rounded_timesteps_fall_on_the_same_side_where_rounding_leaves_them_apart() -> None:
+    levels = shifted_levels(50)
+    rounded = (torch.tensor(levels) * 1000).bfloat16().double() / 1000
+    for first in range(1, 50):
+        if rounded[first - 1] > rounded[first]:
+            threshold = threshold_after(first, levels)
+            assert rounded[first - 1] > threshold >= rounded[first]
+
+
+def test_a_pipelines_levels_are_its_schedulers(tmp_path: Path) -> None:
+    assert PipelineSchedule(MODEL, hunyuan_video)(16) == pytest.approx(shifted_levels(16, 3.0), abs=1e-6)
+    config = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 7.0}
+    config |= {"prediction_type": "flow_prediction", "num_train_timesteps": 1000}
+    (tmp_path / "scheduler").mkdir()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(config))
+    levels = PipelineSchedule(tmp_path, hunyuan_video)(10)
+    assert len(levels) == 10
+    assert levels == sorted(levels, reverse=True)
+    path.write_text(json.dumps({"_class_name": "os"}))
+    with pytest.raises(ValueError, match="'os'"):
+        PipelineSchedule(tmp_path, hunyuan_video)(10)
+
+
+def test_without_a_scheduler_it_is_flow_matchings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert PipelineSchedule(tmp_path, hunyuan_video)(5) == shifted_levels(5)
+    assert "scheduler_config.json does not exist" in caplog.text
