@@ -4,7 +4,7 @@
 # make setup    make or refresh .venv; the targets above do this by themselves
 
 PYTHON ?= python3
-# Optional parts of pyproject.toml to install; add deepspeed for ZeRO-3 replicas.
+# Optional parts of pyproject.toml to install; add deepspeed for ZeRO-3 replicas. `make test` adds what only tests need.
 EXTRAS ?= application,dev
 # Two processes, to which tests/conftest.py deals out modules in their order. For a single process: make test PYTEST_ARGS=
 PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
@@ -19,6 +19,7 @@ demo: setup
 	@$(BIN)/python -m pipeline run configs/demo.yaml
 	@echo "report: $(DEMO_RUN)/report.html"
 
+test: EXTRAS := $(EXTRAS),tests
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

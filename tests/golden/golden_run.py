@@ -101,7 +101,7 @@ def tensors_digest(paths: list[Path]) -> str:
     lines = []
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118: it is no mapping
+            for name in file.keys():  # noqa: SIM118 - no mapping
                 tensor = file.get_tensor(name).contiguous()
                 data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
                 lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {_sha256(data)}")

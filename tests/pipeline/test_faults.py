@@ -16,6 +16,7 @@ import pytest
 from pipeline.event_log import read_events
 from storage.manifest import Manifest
 from tests.cluster.ray_head import RayHead, ray_head
+from tests.needs import need_program
 from tests.pipeline.small_run import ROOT, call, command, files
 from tests.pipeline.test_run import copy_of, count, wait_for
 
@@ -41,8 +42,7 @@ def half_of(finished: Path, folder: Path) -> tuple[str, Path]:
 
 
 def test_a_driver_whose_clock_is_an_hour_behind_its_workers(head: RayHead, finished_run: Path, tmp_path: Path) -> None:
-    if shutil.which("faketime") is None:
-        pytest.skip("faketime is not installed (Debian: apt-get install faketime)")
+    need_program("faketime", package="faketime")
     config, run = half_of(finished_run, tmp_path)
     arguments = command("run", config, "--set", f"cluster.address={head.address}")
     done = subprocess.run(

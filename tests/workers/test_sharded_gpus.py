@@ -1,12 +1,12 @@
 """The same on two GPUs, over NCCL: salience and activations of a shared model are those of the whole one."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 from storage.run_directory import RunDirectory
+from tests.needs import need_module
 from tests.workers.replica_ranks import BOUNDARIES, PROMPTS, SAMPLES
 from tests.workers.test_sharded_model import run_ranks, store
 
@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.multi_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
-DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +26,13 @@ def unsharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "offload"),
-    [
-        ("fsdp", "none"),
-        ("fsdp", "cpu"),
-        pytest.param("deepspeed", "none", marks=DEEPSPEED),
-        pytest.param("deepspeed", "cpu", marks=DEEPSPEED),
-    ],
+    [("fsdp", "none"), ("fsdp", "cpu"), ("deepspeed", "none"), ("deepspeed", "cpu")],
 )
 def test_a_shared_model_gives_the_results_of_the_whole_one(
     kind: str, offload: str, unsharded: Path, tmp_path: Path
 ) -> None:
+    if kind == "deepspeed":
+        need_module("deepspeed", extra="tests")
     run_ranks("tests.workers.replica_ranks", str(tmp_path), kind, offload)
     assert store(tmp_path).keys() == store(unsharded).keys()
     found, expected = (RunDirectory(run).calibration_store for run in (tmp_path, unsharded))

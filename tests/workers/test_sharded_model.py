@@ -1,6 +1,5 @@
 """Two processes that hold one transformer together give what one gives alone: with FSDP over gloo, bit for bit."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from tests.needs import need_module
 from tests.workers.replica_ranks import GENERATION, MODEL, PROMPTS, ignore
 from workers.generation import generate
 from workers.process_group import join_process_group
@@ -82,8 +82,8 @@ def test_values_dtypes_buffers_and_early_exits(tmp_path: Path) -> None:
     run_ranks("tests.workers.sharded_checks", str(tmp_path))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_zero3_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path) -> None:
+    need_module("deepspeed", extra="tests")
     run_ranks("tests.workers.replica_ranks", str(tmp_path), "deepspeed")
     sharded = store(tmp_path)
     assert sharded.keys() == unsharded.keys()

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.needs import need_module
 
 ROOT = Path(__file__).resolve().parents[3]
 # Triton 3.6 takes int() of an array with one element, which numpy 2.4 no longer converts. Its interpreter rounds to e4m3 with
@@ -51,8 +52,7 @@ getattr(module, sys.argv[2])()
 @pytest.fixture(scope="session")
 def interpreted() -> Callable[[str, str], None]:
     """`interpreted(file, function)` calls a function of a test file where Triton interprets kernels; what it asserts counts."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed (it comes with torch for CUDA): nothing interprets its kernels")
+    need_module("triton", extra="dev")
 
     def run(file: str, function: str) -> None:
         done = subprocess.run(
