@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ def test_every_byte_is_as_recorded(
     pytestconfig: pytest.Config,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, found = computed
+    folder, found = computed
+    stored = json.loads((folder / "run" / "checkpoint" / "transformer" / "config.json").read_text())
+    parts = {name for name, part in stored["quantization_config"].items() if part}
+    assert {"velocity_correction", "step_protection", "sparse_attention"} <= parts, "the run does not cover them"
     record, key = read_record(), platform_key()
     expected = record["digests"].get(key)
     known = expected is not None
