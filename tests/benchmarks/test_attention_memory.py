@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--tokens", "300", "--heads", "2", "--head-dim", "16", "--stride", "32", "--salient", "8"]
 
 
+@pytest.mark.slow
 def test_main_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "deeper" / "result.json"
     main([*SMALL, "--device", "cpu", "--repeats", "2", "--output", str(output)])
@@ -34,6 +35,7 @@ def test_main_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "memory is measured on CUDA alone" in printed
 
 
+@pytest.mark.slow
 def test_runs_where_only_torch_is(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     code = (

@@ -23,6 +23,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_every_share_of_the_tokens_is_measured_with_every_term(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.driver_overhead import main
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_the_record_has_a_row_for_the_pool_and_one_for_a_run(

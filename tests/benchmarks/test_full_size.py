@@ -101,6 +101,7 @@ def test_every_part_of_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "holds a model of other sizes" in runs_of(output)["48p fsdp"]["parts"]["model"]["error"]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_recorded_and_ends_what_needs_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_part_that_fails_is_recorded_and_ends_what_needs_it(
     assert "exit code 1 of: pipeline plan" in table(json.loads(output.read_text()))
 
 
+@pytest.mark.slow
 def test_no_time_is_left(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     with pytest.raises(SystemExit):

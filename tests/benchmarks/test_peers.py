@@ -177,6 +177,7 @@ def test_every_row_has_a_setting_and_runs_4_bits_first() -> None:
     assert is_8_bits == sorted(is_8_bits)
 
 
+@pytest.mark.slow
 def test_benchmark_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from benchmarks.sharded_forward import main
 SMALL = ["--heads", "1", "--double", "1", "--single", "2", "--layout", "1", "4", "6", "--repeats", "1"]
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "deeper" / "result.json"
     main([*SMALL, "--compare", "--folder", str(tmp_path / "model"), "--output", str(output)])

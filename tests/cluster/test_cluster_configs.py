@@ -20,23 +20,6 @@ ONPREM, KUBERAY = CLUSTERS / "onprem.yaml", CLUSTERS / "kuberay.yaml"
 LAUNCHER = [ROOT / "ray_cluster.yaml", ONPREM]
 """For Ray's own cluster launcher."""
 
-KUBERAY_FIELDS: dict[str, set[str]] = {
-    "RayJob": {
-        "activeDeadlineSeconds", "backoffLimit", "entrypoint", "entrypointNumCpus", "metadata", "rayClusterSpec",
-        "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode", "submitterConfig", "submitterPodTemplate",
-        "ttlSecondsAfterFinished",
-    },
-    "RayCluster": {
-        "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "headGroupSpec", "rayVersion", "workerGroupSpecs",
-    },
-    "autoscaler": {"idleTimeoutSeconds", "upscalingMode", "resources", "env", "version"},
-    "head": {"rayStartParams", "template", "serviceType"},
-    "workers": {"groupName", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas", "template"},
-    "pod": {"containers", "terminationGracePeriodSeconds", "tolerations", "nodeSelector", "volumes"},
-    "container": {"env", "image", "name", "ports", "resources", "volumeMounts"},
-}  # fmt: skip
-"""Names in KubeRay's ray.io/v1 types that these files may use; Kubernetes drops a misspelt field without a word."""
-
 
 def load(path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load(path.read_text())
@@ -171,24 +154,12 @@ class TestKubeRay:
     def job(self) -> dict[str, Any]:
         return load(KUBERAY)
 
-    def test_names_of_all_fields(self, job: dict[str, Any]) -> None:
+    def test_it_is_a_ray_job(self, job: dict[str, Any]) -> None:
         assert (job["apiVersion"], job["kind"], set(job)) == (
             "ray.io/v1", "RayJob", {"apiVersion", "kind", "metadata", "spec"},
         )  # fmt: skip
         cluster = job["spec"]["rayClusterSpec"]
-        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-        pods = [group["template"]["spec"] for group in groups]
-        for kind, found in [
-            ("RayJob", job["spec"]),
-            ("RayCluster", cluster),
-            ("autoscaler", cluster["autoscalerOptions"]),
-            ("head", groups[0]),
-            *[("workers", group) for group in groups[1:]],
-            *[("pod", pod) for pod in pods],
-            *[("container", container) for pod in pods for container in pod["containers"]],
-        ]:
-            assert set(found) <= KUBERAY_FIELDS[kind], kind
-        for group in groups:
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
             assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "a map of strings"
 
     def test_retries_make_new_clusters_and_the_cluster_goes_with_its_job(self, job: dict[str, Any]) -> None:

@@ -38,18 +38,15 @@ def fails(*arguments: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "status", "report", "fetch", "verify", "submit", "logs", "stop"])
+COMMANDS = sorted(command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.output
     assert name in invoke("--help").output
-
-
-def test_every_command_is_tested_above() -> None:
-    assert {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} >= {
-        "run", "plan", "status", "report", "fetch", "verify", "submit", "logs", "stop",
-    }  # fmt: skip
 
 
 def test_an_unknown_stage_is_named_before_anything_else() -> None:
