@@ -262,11 +262,12 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(finished_run: Pat
     assert "0 units done now" in again.stdout
 
 
-def test_a_finished_run_does_nothing_and_needs_no_ray(finished_run: Path, tmp_path: Path) -> None:
+def test_a_finished_run_does_nothing_and_needs_no_ray(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = copy_of(finished_run, tmp_path)
-    started = time.monotonic()
+    monkeypatch.setattr("pipeline.drive.ray_session", None)
     done = call("run", str(config))
     assert done.returncode == 0
     assert "0 units done now" in done.stdout
-    assert time.monotonic() - started < 60
     assert not torch.cuda.is_initialized()
