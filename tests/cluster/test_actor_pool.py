@@ -136,11 +136,14 @@ def test_a_worker_prepares_the_unit_that_it_gets_next(num_workers: int, tmp_path
 
 def test_a_worker_with_nothing_to_do_leaves(tmp_path: Path) -> None:
     numbers: list[int] = []
-    recorder = Recorder({"progress": lambda name: numbers.append(len(living_workers(tmp_path)))})
-    units = [Unit("meet", ("meet", "meet", 2)), Unit("slow", ("steps", 60, 0.05))]
-    run(units, tmp_path, idle_timeout_s=0.3, events=recorder)
-    assert max(numbers) == 2
-    assert numbers[-1] == 1, "its GPU is free for others"
+
+    def look(name: str) -> None:
+        numbers.append(len(living_workers(tmp_path)))
+        if max(numbers) == 2 and numbers[-1] == 1:  # its GPU is free for others
+            (tmp_path / "go").touch()
+
+    units = [Unit("meet", ("meet", "meet", 2)), Unit("last", ("wait", "last"))]
+    assert run(units, tmp_path, idle_timeout_s=0.3, events=Recorder({"progress": look})) == {"meet": 2, "last": 1}
 
 
 def test_no_more_workers_than_units(tmp_path: Path) -> None:
@@ -250,13 +253,13 @@ def test_a_result_that_cannot_be_sent_is_an_error_of_its_unit(tmp_path: Path) ->
 def test_stalled_workers_are_killed_and_their_units_retried(tmp_path: Path) -> None:
     recorder = Recorder()
     ways = ["sleep", "holding the GIL", "SIGSTOP"]
-    units = [Unit(how, ("stall_first", how, how)) for how in ways] + [Unit("slow", ("steps", 30, 0.05))]
-    results = run(units, tmp_path, num_workers=4, stall_timeout_s=0.8, events=recorder)
-    assert results == dict.fromkeys(ways, 2) | {"slow": 30}, "1.5 s of work with progress are no stall"
+    units = [Unit(how, ("stall_first", how, how)) for how in ways] + [Unit("slow", ("steps", 60, 0.05))]
+    results = run(units, tmp_path, num_workers=4, stall_timeout_s=2.0, events=recorder)
+    assert results == dict.fromkeys(ways, 2) | {"slow": 60}, "3 s of work with progress are no stall"
     errors = {name: error for name, _, error, _ in recorder.of("failed")}
     assert sorted(name for name, *_ in recorder.of("failed")) == sorted(ways)
     assert all(attempt == 1 and will_retry for _, attempt, _, will_retry in recorder.of("failed"))
-    assert all("no progress for 0.8 s" in error for error in errors.values())
+    assert all("no progress for 2 s" in error for error in errors.values())
     assert "in do_stall_first" in errors["sleep"], "a process that answers shows where it is"
     assert "the process does not answer" in errors["holding the GIL"]
     assert "the process does not answer" in errors["SIGSTOP"]
@@ -269,14 +272,24 @@ def test_progress_arrives_in_order_and_with_its_end(tmp_path: Path) -> None:
     steps = [done for _, done, _ in recorder.of("progress")]
     assert steps == sorted(set(steps))
     assert steps[-1] == 10
-    assert len(steps) >= 4, "0.5 s of work, asked every 0.05 s"
     assert [event[0] for event in recorder.events][-2:] == ["progress", "finished"]
 
 
+def test_progress_arrives_while_the_unit_is_at_work(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    def hear(name: str) -> None:
+        heard.append(name)
+        if len(heard) == 4:
+            (tmp_path / "go").touch()
+
+    assert run([Unit("long", ("wait", "long"))], tmp_path, events=Recorder({"progress": hear})) == {"long": 1}
+
+
 def test_a_busy_driver_does_not_blame_its_workers(tmp_path: Path) -> None:
-    recorder = Recorder({"finished": lambda name: time.sleep(1.0)})
-    units = [*doubles(1), Unit("slow", ("steps", 30, 0.05))]
-    assert run(units, tmp_path, stall_timeout_s=0.6, events=recorder)["slow"] == 30
+    recorder = Recorder({"finished": lambda name: time.sleep(3.0)})
+    units = [*doubles(1), Unit("slow", ("steps", 60, 0.05))]
+    assert run(units, tmp_path, stall_timeout_s=2.0, events=recorder)["slow"] == 60
     assert recorder.of("failed") == []
 
 
@@ -299,12 +312,12 @@ def test_a_start_that_fails_once_is_repeated(tmp_path: Path) -> None:
     [
         ("value", 1, "ValueError: no such model: nowhere/nothing"),
         ("runtime", 2, "RuntimeError: start 1 fails"),
-        ("hang", 2, "not loaded after 0.3 s, at:\n(?s:.*)in __init__"),
+        ("hang", 2, "not loaded after 3 s, at:\n(?s:.*)in __init__"),
     ],
 )
 def test_workers_that_never_start(fail_start: str, starts: int, message: str, tmp_path: Path) -> None:
     # On a busy machine the constructors that raise may take longer than what counts as a hang.
-    limit = 0.3 if fail_start == "hang" else 60.0
+    limit = 3.0 if fail_start == "hang" else 60.0
     with pytest.raises(WorkersFailed, match=message) as caught:
         run(doubles(3), tmp_path, num_workers=1, max_attempts=2, startup_timeout_s=limit, fail_start=fail_start)
     assert "3 units are left" in str(caught.value)
@@ -357,11 +370,3 @@ def test_workers_and_their_deaths_are_not_heard_on_the_terminal(
         run([Unit("loud", ("print",)), Unit("poison", ("exit", "poison"))], tmp_path, max_attempts=1)
     time.sleep(1.0)  # Ray's own report of a death comes later
     assert capfd.readouterr() == ("", "")
-
-
-def test_an_empty_unit_costs_little(tmp_path: Path) -> None:
-    times: list[float] = []
-    recorder = Recorder({"finished": lambda name: times.append(time.perf_counter())})
-    run([Unit(str(index), ("print",)) for index in range(300)], tmp_path, num_workers=1, events=recorder)
-    per_unit_ms = (times[-1] - times[0]) / (len(times) - 1) * 1e3
-    assert per_unit_ms < 10, f"{per_unit_ms:.2f} ms a unit; 0.9 ms on an idle machine"
