@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
-from tests.pipeline.small_run import ROOT, command, small_run
+from tests.pipeline.small_run import ROOT, small_run
+from tests.pipeline.small_run import command as command_line
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.yaml"))
 WITHOUT_WEIGHTS = {"configs/hunyuanvideo-13b.yaml": "configs/models/hunyuanvideo-13b"}
@@ -114,7 +115,7 @@ def test_piped_output_is_plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     """In a process of its own, as a user's shell starts it: no escape sequences, no warnings, nothing cut."""
     monkeypatch.delenv("COLUMNS")
     arguments = ("plan", "configs/demo.yaml", "--set", f"run={tmp_path / 'run'}")
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command_line(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
