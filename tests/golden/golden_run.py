@@ -157,7 +157,8 @@ def head() -> str:
     Raises:
         ValueError: files differ from it, so that it does not say what made a result.
     """
-    status = _git("status", "--porcelain", "--", ".", f":!{RECORD.relative_to(ROOT)}")
+    recorded = [f":!{path.relative_to(ROOT)}" for path in (RECORD, RECORD.with_name("messages.txt"))]
+    status = _git("status", "--porcelain", "--", ".", *recorded)
     if status:
         raise ValueError(f"commit these first, as the record names the commit that made it:\n{status}")
     return _git("rev-parse", "HEAD")

@@ -45,37 +45,42 @@ def test_configuration_survives_its_json(tmp_path: Path) -> None:
     assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"generaton": {}}, "generaton: unknown key"),
-        ({"selection": {"num_sample": 3}}, "selection.num_sample: unknown key"),
-        ({"compare": ["rtn", {"preset": "s2q", "epoch": 3}]}, "compare.1.epoch: unknown key"),
-        ({"bits": {"weight": 1}}, "bits.weight: Input should be greater than or equal to 2 (it is 1)"),
-        ({"bits": {"weight": 9}}, "bits.weight: Input should be less than or equal to 8 (it is 9)"),
-        ({"bits": {"weight": 16}}, "bits.weight: Input should be less than or equal to 8 (it is 16)"),
-        ({"bits": {"activation": 3}}, "bits: activation bits are 3; 4 to 8, or 16"),
-        ({"bits": {"modulation": {"activation": 12}}}, "bits.modulation: activation bits are 12; 4 to 8, or 16"),
-        ({"generation": {"height": 100}}, "generation: generation.height is 100; it must be divisible by 16"),
-        ({"generation": {"num_frames": 60}}, "generation.num_frames is 60; it must be 4 k + 1, such as 29 or 61"),
-        ({"distillation": {"segment_length": 0}}, "distillation.segment_length is 0; 1 or more, or all"),
-        ({"selection": {"strategy": "best"}}, "(it is 'best')"),
-        ({"method": "s3q"}, "method preset 's3q' is unknown: one of rtn, smoothquant, quarot, gptq, s2q"),
-        ({"method": {"preset": "s2q", "epochs": 0}}, "channel_scale, rotation, clip is learned, but epochs is 0; set"),
-        ({"method": {"preset": "rtn", "solve": "asymmetric"}}, "solve asymmetric needs rounding gptq, but rounding is"),
-        ({"method": {"preset": "rtn", "name": "../x"}}, "method name '../x': lower-case letters"),
-        (
-            {"compare": ["reelquant"]},
-            "method and compare have the names ['reelquant', 'reelquant']: each must be there once (set `name`)",
-        ),
-        ({"prompts": None}, "prompts: "),
-        ({"seed": -1}, "seed: Input should be greater than or equal to 0 (it is -1)"),
-    ],
-)
-def test_mistake_is_named_with_its_value(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"generaton": {}}, ("generaton:",)),
+    ({"selection": {"num_sample": 3}}, ("selection.num_sample:",)),
+    ({"compare": ["rtn", {"preset": "s2q", "epoch": 3}]}, ("compare.1.epoch:",)),
+    ({"bits": {"weight": 1}}, ("bits.weight:", "it is 1")),
+    ({"bits": {"weight": 9}}, ("bits.weight:", "it is 9")),
+    ({"bits": {"weight": 16}}, ("bits.weight:", "it is 16")),
+    ({"bits": {"activation": 3}}, ("bits:", "3", "4 to 8", "16")),
+    ({"bits": {"modulation": {"activation": 12}}}, ("bits.modulation:", "12", "4 to 8", "16")),
+    ({"generation": {"height": 100}}, ("generation.height", "100", "16")),
+    ({"generation": {"num_frames": 60}}, ("generation.num_frames", "60", "4 k + 1")),
+    ({"distillation": {"segment_length": 0}}, ("distillation.segment_length", "0", "all")),
+    ({"selection": {"strategy": "best"}}, ("selection.strategy", "'best'")),
+    ({"method": "s3q"}, ("method", "'s3q'", "rtn, smoothquant, quarot, gptq, s2q")),
+    ({"method": {"preset": "s2q", "epochs": 0}}, ("channel_scale, rotation, clip", "epochs is 0")),
+    ({"method": {"preset": "rtn", "solve": "asymmetric"}}, ("solve asymmetric", "rounding")),
+    ({"method": {"preset": "rtn", "name": "../x"}}, ("method name '../x'",)),
+    ({"compare": ["reelquant"]}, ("method and compare", "['reelquant', 'reelquant']", "`name`")),
+    ({"prompts": None}, ("prompts:",)),
+    ({"seed": -1}, ("seed:", "it is -1")),
+    ({"workers": {"gpus_per_replica": 2}}, ("workers.gpus_per_replica is 2", "workers.sharding")),
+    ({"workers": {"offload": "cpu"}}, ("workers.offload cpu", "workers.sharding", "fsdp or deepspeed")),
+    ({"workers": {"sharding": "fsdp", "num_gpus": 0.5}}, ("workers.num_gpus is 0.5", "workers.sharding fsdp")),
+    ({"workers": {"sharding": "fsdp", "num_gpus": 2}}, ("workers.num_gpus is 2", "workers.sharding fsdp")),
+    ({"workers": {"sharding": "fsdp", "offload": "nvme"}}, ("workers.offload is nvme", "workers.sharding: deepspeed")),
+    ({"workers": {"sharding": "deepspeed", "offload": "nvme"}}, ("workers.offload is nvme", "workers.offload_path")),
+    ({"workers": {"sharding": "deepspeed", "offload_path": "x"}}, ("workers.offload_path is x", "workers.offload")),
+]
+"""Changes to `LEAST`, and the key and the value that the message names; whole messages stand in tests/golden/messages.txt."""
+
+
+@pytest.mark.parametrize(("changes", "expected"), MISTAKES)
+def test_mistake_is_named_with_its_value(tmp_path: Path, changes: dict[str, Any], expected: tuple[str, ...]) -> None:
     [problem] = problems_of(write(tmp_path, **changes))
     assert problem.startswith(f"{tmp_path / 'run.yaml'}: ")
-    assert expected in problem
+    assert [part for part in expected if part not in problem] == []
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
@@ -140,39 +145,19 @@ def test_preset_of_another_name_by_override(tmp_path: Path) -> None:
     assert (method.name, method.epochs) == ("rtn", 0)
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("seed", "--set 'seed': write key.path=value, such as --set selection.num_samples=20"),
-        ("=3", "--set '=3': write key.path=value"),
-        ("seed=[1", "--set 'seed=[1': the value is not YAML"),
-        ("run.folder=x", "--set 'run.folder=x': run is 'r', which has no keys inside"),
-        ("selection.number=3", "selection.number: unknown key"),
-    ],
-)
-def test_wrong_override(tmp_path: Path, override: str, expected: str) -> None:
+WRONG_OVERRIDES = {
+    "seed": ("--set 'seed'", "key.path=value"),
+    "=3": ("--set '=3'", "key.path=value"),
+    "seed=[1": ("--set 'seed=[1'", "YAML"),
+    "run.folder=x": ("--set 'run.folder=x'", "run is 'r'"),
+    "selection.number=3": ("selection.number:",),
+}
+
+
+@pytest.mark.parametrize("override", WRONG_OVERRIDES)
+def test_wrong_override(tmp_path: Path, override: str) -> None:
     [problem] = problems_of(write(tmp_path), override)
-    assert expected in problem
-
-
-@pytest.mark.parametrize(
-    ("workers", "expected"),
-    [
-        (
-            {"gpus_per_replica": 2},
-            "workers.gpus_per_replica is 2 and workers.offload none, but workers.sharding is none",
-        ),
-        ({"offload": "cpu"}, "workers.offload cpu, but workers.sharding is none: set it to fsdp or deepspeed"),
-        ({"sharding": "fsdp", "num_gpus": 0.5}, "workers.num_gpus is 0.5 with workers.sharding fsdp"),
-        ({"sharding": "fsdp", "num_gpus": 2}, "workers.num_gpus is 2 with workers.sharding fsdp"),
-        ({"sharding": "fsdp", "offload": "nvme"}, "workers.offload is nvme, which needs workers.sharding: deepspeed"),
-        ({"sharding": "deepspeed", "offload": "nvme"}, "say in workers.offload_path in which folder"),
-        ({"sharding": "deepspeed", "offload_path": "x"}, "workers.offload_path is x, but workers.offload is none"),
-    ],
-)
-def test_sharding_that_contradicts_itself(tmp_path: Path, workers: dict[str, Any], expected: str) -> None:
-    [problem] = problems_of(write(tmp_path, workers=workers))
-    assert expected in problem
+    assert [part for part in WRONG_OVERRIDES[override] if part not in problem] == []
 
 
 def test_sharding_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:

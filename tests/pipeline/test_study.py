@@ -83,68 +83,36 @@ def test_a_key_inside_a_method_that_is_only_a_name(tmp_path: Path) -> None:
     assert (run.config.method.preset, run.config.method.damping) == ("gptq", 0.25)
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"sets": {}}, "sets: unknown key"),
-        ({"settings": []}, "settings is empty: give one or more"),
-        ({"settings": [{"name": "a", "axis": {}}]}, "settings.0.axis: unknown key"),
-        (
-            {"settings": [{"name": "a", "axes": {"seed": []}}]},
-            "the axis seed has no values; give some, or leave it out",
-        ),
-        (
-            {"settings": [{"name": "{k}", "set": {"k": 1}, "axes": {"k": [1]}}]},
-            "k is in set and in axes; keep one",
-        ),
-        ({"study": "gs://bucket/study"}, "is a URL of another kind: give a local path, or s3://bucket/prefix"),
-        ({"seeds": [1, 1]}, "seeds are [1, 1]: give one or more, each once, 0 or more"),
-        ({"seeds": [-1]}, "seeds are [-1]: give one or more, each once, 0 or more"),
-        ({"seeds": []}, "seeds are []: give one or more, each once, 0 or more"),
-        ({"settings": [NAIVE, NAIVE]}, "2 are named 'naive'; give each its name"),
-        (
-            {"settings": [{"name": "a", "axes": {"bits.weight": [3, 4]}}]},
-            "2 are named 'a'; give each its name (an axis shows in it as {key}, every value once)",
-        ),
-        (
-            {"settings": [{"name": "{bits.weigth}", "axes": {"bits.weight": [3, 4]}}]},
-            "its name uses {bits.weigth}, its axes are: bits.weight",
-        ),
-        (
-            {"settings": [{"name": "A b"}, {"name": "a/b"}]},
-            "'A b' and 'a/b' would share the folder 'a-b'; make their letters and digits differ",
-        ),
-        ({"reference": "best"}, "reference: no setting is named 'best'; there are 'naive'"),
-        ({"set": {"run": "x"}}, "set: run cannot be set in a study: the study gives every run its directory"),
-        (
-            {"settings": [{"name": "{seed}", "axes": {"seed": [1]}}]},
-            "setting '{seed}': seed cannot be set in a study: give all seeds in `seeds`",
-        ),
-        (
-            {"settings": [NAIVE, {"name": "b", "set": {"bits.weight": 1}}]},
-            "setting 'b': bits.weight: Input should be greater than or equal to 2 (it is 1)",
-        ),
-        (
-            {"settings": [NAIVE, {"name": "b", "set": {"method": "nothing"}}]},
-            "setting 'b': method: method preset 'nothing' is unknown",
-        ),
-        (
-            {"settings": [NAIVE, {"name": "b", "set": {"model.x": 1}}]},
-            "setting 'b': model.x=1: model is 'm', which has no keys inside",
-        ),
-        (
-            {"settings": [NAIVE, {"name": "b", "set": {"compare": ["rtn", "gptq"]}}]},
-            "setting 'b': compare holds rtn, gptq, but a setting is one method: put `compare: []` into set",
-        ),
-        (
-            {"settings": [NAIVE, {"name": "b", "set": {"workers.num_workers": 7}}]},
-            "workers differs between settings, but all runs of a study share it",
-        ),
-    ],
-)
-def test_mistake_is_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"sets": {}}, ("sets:",)),
+    ({"settings": []}, ("settings",)),
+    ({"settings": [{"name": "a", "axis": {}}]}, ("settings.0.axis:",)),
+    ({"settings": [{"name": "a", "axes": {"seed": []}}]}, ("the axis seed",)),
+    ({"settings": [{"name": "{k}", "set": {"k": 1}, "axes": {"k": [1]}}]}, ("k is in set and in axes",)),
+    ({"study": "gs://bucket/study"}, ("gs://bucket/study", "s3://bucket/prefix")),
+    ({"seeds": [1, 1]}, ("seeds", "[1, 1]")),
+    ({"seeds": [-1]}, ("seeds", "[-1]")),
+    ({"seeds": []}, ("seeds", "[]")),
+    ({"settings": [NAIVE, NAIVE]}, ("2", "'naive'")),
+    ({"settings": [{"name": "a", "axes": {"bits.weight": [3, 4]}}]}, ("2", "'a'", "{key}")),
+    ({"settings": [{"name": "{bits.weigth}", "axes": {"bits.weight": [3, 4]}}]}, ("{bits.weigth}", "bits.weight")),
+    ({"settings": [{"name": "A b"}, {"name": "a/b"}]}, ("'A b' and 'a/b'", "'a-b'")),
+    ({"reference": "best"}, ("reference:", "'best'", "'naive'")),
+    ({"set": {"run": "x"}}, ("set: run",)),
+    ({"settings": [{"name": "{seed}", "axes": {"seed": [1]}}]}, ("setting '{seed}': seed", "`seeds`")),
+    ({"settings": [NAIVE, {"name": "b", "set": {"bits.weight": 1}}]}, ("setting 'b': bits.weight:", "it is 1")),
+    ({"settings": [NAIVE, {"name": "b", "set": {"method": "nothing"}}]}, ("setting 'b': method:", "'nothing'")),
+    ({"settings": [NAIVE, {"name": "b", "set": {"model.x": 1}}]}, ("setting 'b': model.x=1:", "model is 'm'")),
+    ({"settings": [NAIVE, {"name": "b", "set": {"compare": ["rtn", "gptq"]}}]}, ("setting 'b': compare", "rtn, gptq")),
+    ({"settings": [NAIVE, {"name": "b", "set": {"workers.num_workers": 7}}]}, ("workers",)),
+]
+"""Changes of the study, and what the message names; whole messages stand in tests/golden/messages.txt."""
+
+
+@pytest.mark.parametrize(("changes", "expected"), MISTAKES)
+def test_mistake_is_named(tmp_path: Path, changes: dict[str, Any], expected: tuple[str, ...]) -> None:
     [problem] = problems_of(write(tmp_path, **changes))
-    assert expected in problem
+    assert [part for part in expected if part not in problem] == []
 
 
 def test_all_mistakes_at_once_and_common_ones_once(tmp_path: Path) -> None:
