@@ -25,6 +25,8 @@ from tests.golden.golden_run import (
 )
 from tests.needs import lacking
 
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
@@ -42,8 +44,6 @@ def recorded_code_gives(folder: Path, commit: str) -> dict[str, Any]:
     return golden_digests(folder, source=source)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_every_byte_is_as_recorded(
     computed: tuple[Path, dict[str, Any]],
     tmp_path: Path,

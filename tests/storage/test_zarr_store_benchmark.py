@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_benchmark_runs_and_checks_what_it_reads(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     command = [sys.executable, "benchmarks/zarr_store.py", "--quick", "--repeats", "1", "--output", str(output)]
