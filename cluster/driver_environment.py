@@ -17,6 +17,9 @@ from cluster.session_directory import restrict_token
 
 _logger = logging.getLogger(__name__)
 
+NO_GRPC_PROXY: Mapping[str, str] = {"RAY_grpc_enable_http_proxy": "0"}
+"""Ray's control service is asked directly: its calls carry the token too."""
+
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str], removed: tuple[str, ...] = ()) -> Iterator[None]:
@@ -54,7 +57,7 @@ def cluster_environment() -> dict[str, str]:
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode != "token":
         _logger.warning("RAY_AUTH_MODE is %r: whoever reaches the cluster's ports can run code on it", mode)
-        return {"RAY_AUTH_MODE": mode}
+        return {"RAY_AUTH_MODE": mode, **NO_GRPC_PROXY}
     if not os.environ.get("RAY_AUTH_TOKEN"):
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         if not path.is_file():
@@ -63,7 +66,7 @@ def cluster_environment() -> dict[str, str]:
                 "RAY_AUTH_TOKEN_PATH, or set RAY_AUTH_MODE=disabled if the cluster really runs without authentication"
             )
         restrict_token(path)
-    return {"RAY_AUTH_MODE": "token"}
+    return {"RAY_AUTH_MODE": "token", **NO_GRPC_PROXY}
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ A job is a command that the cluster's head runs in a copy of the uploaded folder
 - Every attempt has a submission id of its own: Ray never runs a job twice.
 - A stopped job has time to end its workers: Ray alone kills it after 3 s.
 - A stopped job is no success: Ray's own command exits with 0 for it.
+- The dashboard is asked directly, never through a proxy of the environment: the token would go to it in the clear.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.driver_environment import cluster_environment, environment
+from cluster.proxies import without_proxies
 
 STOP_WAIT_S = 60
 """How long a job may take to stop before it is killed. Ending frozen workers takes a driver up to 11 s."""
@@ -181,7 +183,8 @@ class JobClient:
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
-            yield
+            with without_proxies():
+                yield
         except AuthenticationError as error:
             raise ConnectionError(
                 f"{self.address} refuses the token ({str(error).splitlines()[0]}): put the token of this cluster into "

@@ -25,12 +25,14 @@ import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from cluster.driver_environment import (
+    NO_GRPC_PROXY,
     cluster_environment,
     environment,
     loopback_only,
     previous_sigterm_handler_restored,
     ray_messages_logged,
 )
+from cluster.proxies import loopback_excluded
 from cluster.session_directory import default_base, session_directory, write_token
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +174,8 @@ def _local_environment(token_file: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
+        **NO_GRPC_PROXY,
+        **loopback_excluded(),
         "RAY_USAGE_STATS_ENABLED": "0",
         # A worker that asked for no GPU gets an empty CUDA_VISIBLE_DEVICES instead of seeing them all.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
