@@ -86,7 +86,8 @@ class S3Lease:
         self._period_s = seconds_from_environment("REELQUANT_LEASE_PERIOD_S", 10.0)
         self._writing = threading.Lock()
         self._held: tuple[_Lock, str] | None = None
-        self._lost = False
+        self._lost: Exception | None = None
+        """Why the lease is no longer this process's."""
 
     @property
     def epoch(self) -> int:
@@ -96,16 +97,22 @@ class S3Lease:
 
     def check(self) -> None:
         """Raises LeaseLost if this process had the lease and has lost it."""
-        if self._lost:
+        if isinstance(self._lost, FileExistsError):
             raise LeaseLost(
                 f"{self._requests.url} was taken over by another driver while this one did not reach the store: leave the run "
                 "to it, or stop it and run the same command again"
-            )
+            ) from self._lost
+        if self._lost is not None:
+            raise LeaseLost(
+                f"the lease of {self._requests.url} could not be renewed, so that another driver may take the run over: "
+                f"{self._lost}; then run the same command again"
+            ) from self._lost
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Be the only driver. Raises RunLocked; LeaseLost from the body once another driver has taken over."""
-        self._lost = False
+        """Be the only driver. Raises RunLocked; LeaseLost from the body once the lease is no longer
+        this process's: another driver has taken over, or the store refuses to renew it."""
+        self._lost = None
         self._held = self._acquire()
         ended = threading.Event()
         interrupts = threading.current_thread() is threading.main_thread()
@@ -116,7 +123,7 @@ class S3Lease:
         try:
             self._require_conditions()
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):  # an OSError where the loss showed itself in this thread first
             self.check()
             raise
         finally:
@@ -192,11 +199,11 @@ class S3Lease:
                 lock = replace(lock, beat=lock.beat + 1)
                 try:
                     self._held = lock, self._requests.replace(self._key, lock.encode(), e_tag=e_tag)
-                except FileExistsError:
-                    self._lost = True
-                except StoreUnreachable as error:
+                except StoreUnreachable as error:  # nobody else reaches it either
                     _logger.warning("%s", error)
-            if self._lost:
+                except Exception as error:  # noqa: BLE001 - whatever it is, nobody renews the lease from here on
+                    self._lost = error
+            if self._lost is not None:
                 if interrupts:
                     signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
                 return
@@ -205,12 +212,12 @@ class S3Lease:
         """Leaves the lock without an owner, so that the epoch goes on counting."""
         with self._writing:
             held, self._held = self._held, None
-            if held is None or self._lost:
+            if held is None or self._lost is not None:
                 return
             free = replace(held[0], owner=None, beat=held[0].beat + 1)
             try:
                 self._requests.replace(self._key, free.encode(), e_tag=held[1])
-            except (FileExistsError, StoreUnreachable) as error:
+            except (OSError, ValueError) as error:
                 _logger.warning("the lease of %s was not given back: %s", self._requests.url, error)
 
     def _require_conditions(self) -> None:

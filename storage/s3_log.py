@@ -23,15 +23,14 @@ class S3Log:
         self._lines: list[str] = []
         self._num_bytes = 0
         self._dirty = False
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._changing, self._ended = threading.Lock(), threading.Event()
         self._flusher = threading.Thread(target=self._flush_often, name="event-log", daemon=True)
         self._flusher.start()
 
     def append(self, line: str) -> None:
         with self._changing:
-            if self._error is not None:
-                raise self._error
+            self._raise_error()
             self._lines.append(line)
             self._num_bytes += len(line) + 1
             self._dirty = True
@@ -39,13 +38,21 @@ class S3Log:
     def close(self) -> None:
         self._ended.set()
         self._flusher.join()
+        self._raise_error()
         self._flush()
+
+    def _raise_error(self) -> None:
+        if isinstance(self._error, OSError):
+            raise self._error
+        if self._error is not None:
+            where = f"{self._requests.url}/{self._folder}"
+            raise OSError(f"{where}: the event log cannot be written: {self._error}") from self._error
 
     def _flush_often(self) -> None:
         while not self._ended.wait(FLUSH_S):
             try:
                 self._flush()
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - the next call raises it
                 self._error = error
                 return
 

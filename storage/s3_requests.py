@@ -47,6 +47,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _FINAL_STATUS = re.compile(r"status code: 4(?!08|09|29)\d\d")
 """Answers that another try does not change."""
+_CODE = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
 _INSTANCE_ROLE = "169.254.169.254"
 """Where obstore asks for credentials when the environment has none."""
 
@@ -271,8 +272,10 @@ def _stored(meta: Any) -> StoredObject:
 
 
 def _reason(error: Exception) -> str:
-    """First line of the error, without what must not be shown."""
-    text = str(error).strip().splitlines()[0][:300]
+    """The server's own code and message, or the first line of the error; without what must not be shown."""
+    text = str(error).strip()
+    said = _CODE.search(text)
+    text = f"{said[1]}: {said[2] or ''}"[:300].strip(": ") if said else text.splitlines()[0][:300]
     for name in _SECRETS:
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 BUCKET = "reelquant-tests"
 SECRET = f"secret-{secrets.token_hex(12)}"
 """Must never be seen again outside of the environment."""
@@ -28,6 +29,8 @@ class S3Server:
         self._lose_answers = self._pass_answers = 0
         self.hides_conditions = False
         """Keep the headers If-Match and If-None-Match from the server, as if it did not know them."""
+        self.credentials_expired = False
+        """Answer as S3 does to a token whose hour is over."""
         self.connect()
 
     @property
@@ -76,6 +79,10 @@ class S3Server:
     def _relay(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if self.credentials_expired and not answers:
+                    head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(EXPIRED)}\r\nConnection: close\r\n\r\n"
+                    source.sendall(head.encode() + EXPIRED)
+                    break
                 if self.hides_conditions and not answers:
                     data = data.replace(b"\r\nif-", b"\r\nx-unknown-")
                 if answers and self._lose_answers > 0:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,59 @@ def test_the_lease_survives_an_outage_and_lost_answers(s3: S3Server) -> None:
         time.sleep(1.5)
         run.manifest.write(empty_record("u", "1"))
         assert run.store.driver().at_work is not None
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_a_lease_that_cannot_be_renewed_is_lost_with_its_reason(s3: S3Server, in_main_thread: bool) -> None:
+    run = RunDirectory.open_or_create(new_prefix("run"), {}, {})
+
+    def drive() -> None:
+        with run.lock():
+            s3.credentials_expired = True
+            if in_main_thread:
+                time.sleep(60)  # interrupted
+            while True:
+                time.sleep(0.05)
+                run.manifest.write(empty_record("u", "1"))
+
+    try:
+        if in_main_thread:
+            with pytest.raises(LeaseLost) as caught:
+                drive()
+            error: BaseException | None = caught.value
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                error = pool.submit(drive).exception(timeout=60)
+    finally:
+        s3.credentials_expired = False
+    assert isinstance(error, LeaseLost if in_main_thread else OSError)
+    assert isinstance(error.__cause__, PermissionError) or not in_main_thread
+    assert all(word in str(error) for word in (str(run.location), "ExpiredToken", "AWS_ACCESS_KEY_ID"))
+    assert SECRET not in str(error)
+    with run.lock():  # this machine's process lives, but the lease is free for whoever may renew it
+        pass
+
+
+def test_a_log_that_cannot_be_written_says_so_at_its_end_too(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.s3_log.FLUSH_S", 0.05)
+    store = open_store(new_prefix("run"))
+    s3.credentials_expired = True
+    try:
+        log = store.open_log("logs", "events.jsonl")
+        log.append("a line")
+        errors: list[OSError] = []
+        deadline = time.monotonic() + 60
+        while not errors and time.monotonic() < deadline:
+            time.sleep(0.05)
+            try:
+                log.append("one more")
+            except PermissionError as error:
+                errors.append(error)
+        assert "ExpiredToken" in str(errors[0])
+        with pytest.raises(PermissionError, match="ExpiredToken"):
+            log.close()
+    finally:
+        s3.credentials_expired = False
 
 
 def test_a_killed_driver_of_this_machine_is_replaced_at_once(s3: S3Server, drivers: list[Driver]) -> None:
