@@ -21,8 +21,8 @@ from rich.console import Console
 
 from pipeline.config.loading import load_config
 from pipeline.context import Run, build_context
+from pipeline.run_units import FULL_PRECISION
 from pipeline.runner import open_run, provenance, run_stages
-from pipeline.stages.evaluation import REFERENCE
 
 MARKERS = ("<!-- presets -->", "<!-- /presets -->")
 METRICS = ("psnr_db", "ssim", "recognized")
@@ -41,7 +41,7 @@ def measured(run: Run) -> dict[str, dict[str, Any]]:
     """By model: every prompt's metrics, and the size of the checkpoint."""
     prompts = [prompt.name for prompt in run.context.held_out_prompts]
     found: dict[str, dict[str, Any]] = {}
-    for model in (REFERENCE, *(method.name for method in run.context.methods)):
+    for model in (FULL_PRECISION, *(method.name for method in run.context.methods)):
         results = [run.manifest.read("evaluation", f"{model}-{prompt}") for prompt in prompts]
         values = [record.result for record in results if record is not None]
         found[model] = {metric: [v[metric] for v in values] for metric in METRICS if metric in values[0]}

@@ -14,6 +14,7 @@ from pipeline.config.loading import ConfigError, read_prompts
 from pipeline.config.method import MethodConfig
 from pipeline.config.schema import RunConfig
 from pipeline.layer_bits import group_conflicts, layer_kinds, resolve_bits
+from pipeline.run_units import prompt_names
 from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.checkpoint.inference_specs import StepProtection
@@ -220,7 +221,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def _prompt_units(prompts: list[str]) -> tuple[PromptUnit, ...]:
-    return tuple(PromptUnit(f"prompt-{index:03d}", prompt) for index, prompt in enumerate(prompts))
+    return tuple(map(PromptUnit, prompt_names(len(prompts)), prompts))
 
 
 def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig) -> list[str]:

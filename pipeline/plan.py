@@ -15,8 +15,9 @@ from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_tables import show_plan
 from pipeline.planning.stage_cost import PROCESS_BYTES, CostModel, StageCost
-from pipeline.planning.store_size import activation_bytes, evaluation_bytes, reads_activations, trajectory_bytes
+from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
+from pipeline.run_units import unit_names
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,8 @@ def _stages(
     checkpoints: tuple[CheckpointSize, ...],
     costs: Mapping[str, StageCost],
 ) -> tuple[StagePlan, ...]:
-    config, num_methods = context.config, len(context.methods)
-    on_gpu = config.workers.num_gpus > 0
-
-    units = {
-        "trajectories": len(context.calibration_prompts),
-        "selection": 1,
-        "activations": config.selection.num_samples if reads_activations(context) else 0,
-        "distillation": num_methods * (len(context.segments) + 1),
-        "refinement": sum(method.is_refined for method in context.methods),
-        "assembly": num_methods,
-        "evaluation": len(context.held_out_prompts) * (1 + num_methods),
-    }
+    on_gpu = context.config.workers.num_gpus > 0
+    units = unit_names(context.config, samples=None, num_segments=len(context.segments))
     disk_bytes = {
         "trajectories": trajectory_bytes(context, counts, dtype),
         "activations": activation_bytes(context, counts),
@@ -164,7 +155,7 @@ def _stages(
         hours = cost.operations.gpu_hours if cost is not None and on_gpu else None
         return StagePlan(name, name.capitalize(), num, disk_bytes.get(name, 0), peak, hours)
 
-    return tuple(stage(name, num) for name, num in units.items())
+    return tuple(stage(name, found.num or 0) for name, found in units.items())
 
 
 def _memory_notes(stages: tuple[StagePlan, ...], gpu_bytes: int) -> list[str]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from pipeline.config.loading import parse_config
-from pipeline.config.schema import RunConfig
 from pipeline.event_log import OUT_OF_MEMORY, read_events
+from pipeline.run_units import STAGES, recorded_unit_names
 from storage.location import Location
 from storage.manifest import DamagedRecord, UnitRecord
 from storage.run_directory import LOGS, RunDirectory
-
-STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
 
 
 @dataclass
@@ -76,9 +74,9 @@ def read_status(location: Location) -> RunStatus:
     stages = {name: StageStatus(name) for name in STAGES}
     with directory.store.listed():
         records = _read_records(directory, stages)
-    _set_totals(stages, config, records, events)
+    units = recorded_unit_names(config, records, events)
     for name, stage in stages.items():
-        expected = _expected_units(name, config, records, events)
+        expected, stage.total = units[name].names, units[name].num
         done = [r for r in records[name].values() if expected is None or r.unit in expected]
         stage.done = len(done) if stage.total is None else min(len(done), stage.total)
         stage.work_s = sum(record.seconds for record in done)
@@ -101,62 +99,6 @@ def _read_records(directory: RunDirectory, stages: Mapping[str, StageStatus]) ->
             else:
                 records[name][unit] = record
     return records
-
-
-def _set_totals(
-    stages: Mapping[str, StageStatus],
-    config: RunConfig,
-    records: Mapping[str, Mapping[str, UnitRecord]],
-    events: Sequence[Mapping[str, Any]],
-) -> None:
-    for name, stage in stages.items():
-        expected = _expected_units(name, config, records, events)
-        stage.total = None if expected is None else len(expected)
-    if stages["activations"].total is None:
-        stages["activations"].total = config.selection.num_samples
-    if stages["distillation"].total is None:
-        # Their number follows from the model's blocks, which the driver has counted once it got there.
-        for event in events:
-            if event["event"] == "stage" and event["stage"] == "distillation":
-                stages["distillation"].total = event["total"]
-
-
-def _expected_units(
-    stage: str,
-    config: RunConfig,
-    records: Mapping[str, Mapping[str, UnitRecord]],
-    events: Sequence[Mapping[str, Any]],
-) -> set[str] | None:
-    """Names of the units that belong to the configuration; None where they are not known without the model."""
-    methods = [method.name for method in config.methods]
-    calibration = [f"prompt-{i:03d}" for i in range(config.prompts.num_calibration)]
-    held_out = [f"prompt-{i:03d}" for i in range(config.prompts.num_held_out)]
-    if stage == "activations":
-        if not _reads_activations(config, events):
-            return set()
-        selection = records["selection"].get("selection")
-        chosen = selection.result["chosen"] if selection is not None else None
-        return None if chosen is None else {f"{c['prompt']}-step-{c['step']:03d}" for c in chosen}
-    known: dict[str, set[str]] = {
-        "trajectories": set(calibration),
-        "selection": {"selection"},
-        "refinement": {m.name for m in config.methods if m.drift_repair or m.velocity_correction},
-        "assembly": set(methods),
-        "evaluation": {f"{model}-{prompt}" for model in ("full_precision", *methods) for prompt in held_out},
-    }
-    return known.get(stage)
-
-
-def _reads_activations(config: RunConfig, events: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the stage has units at all: from what the last driver did, or from the recipes if it did not get there."""
-    begun: set[str] = set()
-    for event in events:
-        begun = set() if event["event"] == "run_started" else begun | {event.get("stage", "")}
-    if begun & {"activations", "distillation"}:
-        return "activations" in begun
-    from pipeline.context import recipe_of  # takes seconds: brings the models' libraries along
-
-    return any(method.drift_repair or recipe_of(method, ()).needs_activations for method in config.methods)
 
 
 def _read_timeline(

@@ -10,6 +10,7 @@ A unit of two runs is the same where name and fingerprint are: the same files wi
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from pipeline.event_log import EventLog
 from pipeline.stages.stage import NotDone, Stage, StageUnit, UnitPlan
 from pipeline.study.adoption import adopt
 from storage.manifest import Manifest, UnitRecord
+
+_logger = logging.getLogger(__name__)
 
 Key = tuple[str, str, str]
 """Stage, name and fingerprint of a unit."""
@@ -162,8 +165,7 @@ class Schedule:
         self._sources[task.key] = task.driven
         self._mark_done(task.driven, record)
         for taker in self._takers.pop(task.key):
-            adopted = self._adopt(taker, task.stage, task.unit)
-            assert adopted, f"{task.pool_name} was recorded, and its files are not sound"
+            self._begin(taker, task.stage, task.unit)
 
     def failed(self, task: Task) -> list[DrivenRun]:
         """The task is given up: the runs that it is missing in."""
@@ -227,9 +229,16 @@ class Schedule:
         self._ready.append(Task(driven, stage, self._settings[of], unit, self._priorities[stage.name]))
 
     def _adopt(self, taker: DrivenRun, stage: Stage, unit: StageUnit) -> bool:
+        """Whether the unit is done for `taker` too; where the source's files are no longer sound, it has to be done anew."""
         source = self._sources[stage.name, unit.name, unit.fingerprint]
         record = done_record(source.run, stage.name, unit)
-        if record is None or adopt(record, source=source.run, source_label=source.label, taker=taker.run):
+        problems = ["its record is gone"]
+        if record is not None:
+            problems = adopt(record, source=source.run, source_label=source.label, taker=taker.run)
+        if problems:
+            shown = source.full_name(f"{stage.name}/{unit.name}")
+            _logger.warning("%s cannot be adopted by %s: %s", shown, taker.label, "; ".join(problems))
+            source.log.write("unit_damaged", stage=stage.name, unit=unit.name, problems=problems)
             return False
         # Not under `unit`: the timeline is of what was worked on.
         taker.log.write("unit_adopted", stage=stage.name, name=unit.name, source=source.label)

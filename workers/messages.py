@@ -169,11 +169,6 @@ class MethodPlan:
         """Whether it has a unit in the stage refinement."""
         return self.drift_repair or self.velocity_correction
 
-    @property
-    def needs_activations(self) -> bool:
-        """Whether the streams of the chosen samples are read."""
-        return self.recipe.needs_activations or self.drift_repair
-
 
 @dataclass(frozen=True)
 class DistillationSettings:

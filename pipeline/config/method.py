@@ -167,6 +167,13 @@ class MethodConfig(BaseModel):
     velocity_correction: bool = False
     """Gain and bias of the model's output per step and latent channel (method §9.4)."""
 
+    @property
+    def needs_activations(self) -> bool:
+        """Whether its distillation reads calibration data: the rule of `Recipe.needs_activations`, without torch."""
+        learns = self.epochs > 0 and "learned" in (self.channel_scale, self.rotation, self.clip)
+        reads = learns or self.rounding == "gptq" or self.channel_scale == "smoothquant"
+        return reads or self.attention.density < 1
+
     def num_protected_steps(self, num_steps: int) -> int:
         """Of a generation with `num_steps`; a share is rounded, and protects one step at least."""
         if 0 < self.protected_steps < 1:

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.context import RunContext
 from pipeline.planning.token_counts import TokenCounts
+from pipeline.run_units import reads_activations
 from storage.zarr_layout import ArrayLayout
 
 
@@ -37,7 +38,7 @@ def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
 
 def activation_bytes(context: RunContext, counts: TokenCounts) -> int:
     """The streams of all samples at all segment boundaries, each as long as that of the longest prompt."""
-    if not reads_activations(context):
+    if not reads_activations(context.config):
         return 0
     width, boundaries = hidden_size(context), len(context.segments)
     sample = boundaries * array_bytes((counts.longest_stream, width), torch.bfloat16)
@@ -49,11 +50,6 @@ def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
     nobody knows beforehand, are not counted: a few hundredths of it."""
     num = len(context.held_out_prompts) * (1 + len(context.methods))
     return num * array_bytes(counts.video_shape, torch.uint8)
-
-
-def reads_activations(context: RunContext) -> bool:
-    """Whether any method reads calibration data."""
-    return any(method.needs_activations for method in context.methods)
 
 
 def hidden_size(context: RunContext) -> int:

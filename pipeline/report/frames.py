@@ -13,7 +13,8 @@ from PIL import Image
 
 from pipeline.report.figure import MAP, Picture
 from pipeline.report.measurements import ModelMeasurements
-from pipeline.report.run_data import REFERENCE, RunData
+from pipeline.report.run_data import RunData
+from pipeline.run_units import FULL_PRECISION
 from storage.calibration_store import CalibrationStore, DamagedArray
 
 NUM_FRAMES = 5
@@ -68,7 +69,7 @@ def compare_frames(run: RunData, models: Sequence[ModelMeasurements]) -> Compari
     shown: list[tuple[str, str, dict[str, Frames], tuple[int, ...]]] = []
     problems: list[str] = []
     for title, prompt, names in _choose(psnr, run.method_names):
-        present = [REFERENCE, *(name for name in names if prompt in by_name[name].results)]
+        present = [FULL_PRECISION, *(name for name in names if prompt in by_name[name].results)]
         try:
             frames, numbers = _read(run.store, present, prompt)
         except DamagedArray as error:
@@ -78,10 +79,10 @@ def compare_frames(run: RunData, models: Sequence[ModelMeasurements]) -> Compari
     if not shown and not problems:
         return None
     differences = [
-        _difference(frames[REFERENCE], other)
+        _difference(frames[FULL_PRECISION], other)
         for *_, frames, _ in shown
         for name, other in frames.items()
-        if name != REFERENCE
+        if name != FULL_PRECISION
     ]
     largest = max([1.0, *(float(np.percentile(difference, 99.8)) for difference in differences)])
     comparisons = tuple(
@@ -110,7 +111,7 @@ def _choose(psnr: Mapping[str, float], methods: Sequence[str]) -> list[tuple[str
 
 def _read(store: CalibrationStore, models: Sequence[str], prompt: str) -> tuple[dict[str, Frames], tuple[int, ...]]:
     names = {model: f"evaluation/{model}-{prompt}/video" for model in models}
-    num_frames = store.shape(names[REFERENCE])[0]
+    num_frames = store.shape(names[FULL_PRECISION])[0]
     numbers = tuple(sorted({round(i * (num_frames - 1) / max(1, NUM_FRAMES - 1)) for i in range(NUM_FRAMES)}))
     return {
         model: np.concatenate([store.read(name, rows=slice(i, i + 1)).numpy() for i in numbers])
@@ -121,14 +122,14 @@ def _read(store: CalibrationStore, models: Sequence[str], prompt: str) -> tuple[
 def _strips(
     frames: Mapping[str, Frames], prompt: str, models: Mapping[str, ModelMeasurements], *, largest: float
 ) -> tuple[Strip, ...]:
-    strips = [Strip("full precision", "", _film(frames[REFERENCE], "Full-precision frames"))]
+    strips = [Strip("full precision", "", _film(frames[FULL_PRECISION], "Full-precision frames"))]
     for name, own in frames.items():
-        if name == REFERENCE:
+        if name == FULL_PRECISION:
             continue
         psnr = models[name].values("psnr_db").get(prompt)
         detail = "" if psnr is None else f"PSNR {psnr:.2f} dB"
         strips.append(Strip(name, detail, _film(own, f"Frames of {name}")))
-        difference = _difference(frames[REFERENCE], own)
+        difference = _difference(frames[FULL_PRECISION], own)
         coloured = (MAP(np.clip(difference / largest, 0, 1))[..., :3] * 255).round().astype(np.uint8)
         detail = f"mean {difference.mean():.1f} of 255"
         strips.append(Strip("difference", detail, _film(coloured, f"Difference of {name} from full precision")))

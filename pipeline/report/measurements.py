@@ -16,7 +16,8 @@ from pipeline.report.quantities import (
     spread,
     spread_text,
 )
-from pipeline.report.run_data import REFERENCE, RunData
+from pipeline.report.run_data import RunData
+from pipeline.run_units import FULL_PRECISION
 from reelquant.calibration.block_rounding import EXACT_DB
 from workers.perceptual import PerceptualDistance
 
@@ -72,7 +73,7 @@ def measure(run: RunData) -> tuple[ModelMeasurements, ...]:
     """Full precision first, then the methods in the run's order; models without any result and checkpoint too."""
     num_prompts = run.config["prompts"]["num_held_out"]
     found = []
-    for name in (REFERENCE, *run.method_names):
+    for name in (FULL_PRECISION, *run.method_names):
         units = {f"prompt-{index:03d}": f"{name}-prompt-{index:03d}" for index in range(num_prompts)}
         records = {prompt: run.record("evaluation", unit) for prompt, unit in units.items()}
         num_bytes, compression = _size(run, name)
@@ -131,13 +132,13 @@ def all_identical(models: tuple[ModelMeasurements, ...]) -> bool:
 def relative_speed(models: tuple[ModelMeasurements, ...], name: str) -> float | None:
     """Seconds per step of a method over those of the full-precision model."""
     seconds = {model.name: model.seconds_per_step for model in models}
-    reference, own = seconds[REFERENCE], seconds[name]
+    reference, own = seconds[FULL_PRECISION], seconds[name]
     return own / reference if own is not None and reference else None
 
 
 def _size(run: RunData, name: str) -> tuple[int | None, float | None]:
     assembled = [run.record("assembly", method) for method in run.method_names]
-    if name == REFERENCE:
+    if name == FULL_PRECISION:
         sizes = [record.result.get("source_bytes") for record in assembled if record is not None]
         return (sizes[0], 1.0) if sizes and sizes[0] is not None else (None, None)
     record = run.record("assembly", name)

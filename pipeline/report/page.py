@@ -29,9 +29,10 @@ from pipeline.report.measurements import (
     table,
 )
 from pipeline.report.quantities import bytes_text, decibels_text, seconds_text
-from pipeline.report.run_data import STAGES, RunData, read_run, reads_activations
+from pipeline.report.run_data import RunData, read_run, reads_activations
 from pipeline.report.timeline import Timeline, read_timeline
 from pipeline.report.usage import usage_rows
+from pipeline.run_units import STAGES
 from storage.location import Location
 from storage.run_directory import REPORT, RunDirectory
 

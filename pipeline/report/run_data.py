@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.loading import parse_config
+from pipeline.config.method import MethodConfig
 from pipeline.event_log import read_events
+from pipeline.run_units import STAGES, recorded_unit_names
 from storage.calibration_store import CalibrationStore
 from storage.location import Location
 from storage.manifest import DamagedRecord, Manifest, UnitRecord
 from storage.run_directory import LOGS, RunDirectory
-
-STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
-REFERENCE = "full_precision"
-"""Name of the 16-bit model among the models of the evaluation."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,12 @@ def read_run(location: Location) -> RunData:
         found[stage] = {}
         for record in _records(directory.manifest, stage, problems):
             found[stage][record.unit] = record
-    expected = _expected_units(config, found, events)
+    parsed = parse_config({**config, "run": str(location)}, f"{location}/config.json")
     stages = {}
-    for stage, names in expected.items():
-        records = found[stage].values() if names is None else [found[stage][n] for n in names if n in found[stage]]
-        stages[stage] = StageUnits(tuple(records), None if names is None else len(names))
+    for stage, units in recorded_unit_names(parsed, found, events).items():
+        of_stage = found[stage]
+        records = of_stage.values() if units.names is None else [of_stage[n] for n in units.names if n in of_stage]
+        stages[stage] = StageUnits(tuple(records), units.num)
     return RunData(directory.location, config, directory.provenance, stages, events, tuple(problems))
 
 
@@ -93,9 +92,8 @@ def methods_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def reads_activations(method: Mapping[str, Any]) -> bool:
-    """Whether a configured method reads calibration data (`reelquant.calibration.recipe.Recipe.needs_activations`)."""
-    learned = "learned" in (method["channel_scale"], method["rotation"], method["clip"])
-    return bool(learned or method["rounding"] == "gptq" or method["channel_scale"] == "smoothquant")
+    """Whether the distillation of a configured method reads calibration data."""
+    return MethodConfig.model_validate(method).needs_activations
 
 
 def _records(manifest: Manifest, stage: str, problems: list[str]) -> Iterable[UnitRecord]:
@@ -104,42 +102,3 @@ def _records(manifest: Manifest, stage: str, problems: list[str]) -> Iterable[Un
             problems.append(str(record))
         else:
             yield record
-
-
-def _expected_units(
-    config: Mapping[str, Any], found: Mapping[str, Mapping[str, UnitRecord]], events: tuple[Mapping[str, Any], ...]
-) -> dict[str, list[str] | None]:
-    """Names of a stage's units in the pipeline's order; None where they are not known yet."""
-    prompts, methods = config["prompts"], [method["name"] for method in methods_of(config)]
-    held_out = [f"prompt-{index:03d}" for index in range(prompts["num_held_out"])]
-    expected: dict[str, list[str] | None] = {
-        "trajectories": [f"prompt-{index:03d}" for index in range(prompts["num_calibration"])],
-        "selection": ["selection"],
-        "activations": [],
-        "distillation": None,
-        "refinement": [m["name"] for m in methods_of(config) if m.get("drift_repair") or m.get("velocity_correction")],
-        "assembly": methods,
-        "evaluation": [f"{model}-{prompt}" for model in (REFERENCE, *methods) for prompt in held_out],
-    }
-    if any(reads_activations(method) or method.get("drift_repair") for method in methods_of(config)):
-        selection = found["selection"].get("selection")
-        chosen = selection.result.get("chosen", []) if selection else None
-        expected["activations"] = None if chosen is None else [f"{c['prompt']}-step-{c['step']:03d}" for c in chosen]
-    num_segments = _num_segments(found["distillation"], events, methods)
-    if num_segments is not None:
-        segments = [*(f"segment-{index:03d}" for index in range(num_segments)), "auxiliary"]
-        expected["distillation"] = [f"{method}-{segment}" for method in methods for segment in segments]
-    return expected
-
-
-def _num_segments(
-    records: Mapping[str, UnitRecord], events: tuple[Mapping[str, Any], ...], methods: list[str]
-) -> int | None:
-    """Segments per method, from what the driver last said it has to do; without a log, from the records."""
-    totals = [e["total"] for e in events if e.get("event") == "stage" and e.get("stage") == "distillation"]
-    if totals and totals[-1] % len(methods) == 0:
-        return int(totals[-1]) // len(methods) - 1
-    if events:
-        return None
-    found = [re.fullmatch(r".+-segment-(\d+)", name) for name in records]
-    return max((int(match[1]) + 1 for match in found if match), default=None)

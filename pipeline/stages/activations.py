@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from pipeline.context import Run
+from pipeline.run_units import reads_activations
 from pipeline.stages.selection import selected_samples
 from pipeline.stages.stage import StageUnit, UnitPlan, require, unit
 from workers.activation_worker import ActivationWorker
@@ -25,7 +26,7 @@ class Activations:
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """Each depends on its prompt's trajectory; which there are, on the selection."""
-        if not any(method.needs_activations for method in run.context.methods):
+        if not reads_activations(run.context.config):
             return []
         return [UnitPlan(sample.name, partial(self._unit, run, sample)) for sample in selected_samples(run)]
 

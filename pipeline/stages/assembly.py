@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from pipeline.context import Run
+from pipeline.run_units import part_name
 from pipeline.stages.distillation import parts
 from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
 from reelquant.attention.sparse_spec import SparseAttentionSpec
@@ -43,7 +44,7 @@ class Assembly:
         return [UnitPlan(method.name, partial(self._unit, run, method)) for method in run.context.methods]
 
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
-        records = require_all(run, "distillation", [f"{method.name}-{name}" for name, _ in parts(run)])
+        records = require_all(run, "distillation", [part_name(method.name, name) for name, _ in parts(run)])
         label = run.context.config.bits.label
         artifacts = tuple(output.path for record in records for output in record.outputs)
         sparse, velocity, refined = sparse_attention(method, records), None, None

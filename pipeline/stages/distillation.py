@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.context import Run
+from pipeline.run_units import part_name, part_names
 from pipeline.stages.selection import selected_samples
 from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
 from workers.distillation_worker import DistillationWorker
@@ -33,7 +34,7 @@ class Distillation:
         """A segment depends on the activations only if its method reads them; workers get to know the selection at once."""
         selected_samples(run)
         return [
-            UnitPlan(f"{method.name}-{name}", partial(self._unit, run, method, name, blocks))
+            UnitPlan(part_name(method.name, name), partial(self._unit, run, method, name, blocks))
             for method in run.context.methods
             for name, blocks in parts(run)
         ]
@@ -51,14 +52,14 @@ class Distillation:
             "activations": [record.fingerprint for record in require_all(run, "activations", samples)],
             "trajectories": [record.fingerprint for record in require_all(run, "trajectories", prompts)],
         }
-        full = f"{method.name}-{name}"
+        full = part_name(method.name, name)
         return unit(self.name, full, SegmentUnit(full, method, blocks), depends)
 
 
 def parts(run: Run) -> list[tuple[str, tuple[str, ...]]]:
     """Name and blocks of every unit of one method; the last one has no blocks."""
-    segments = [(f"segment-{index:03d}", blocks) for index, blocks in enumerate(run.context.segments)]
-    return [*segments, ("auxiliary", ())]
+    segments = run.context.segments
+    return list(zip(part_names(len(segments)), (*segments, ()), strict=True))
 
 
 def _belongs(context: Any, layer: str, blocks: tuple[str, ...]) -> bool:

@@ -6,15 +6,12 @@ from dataclasses import asdict
 from functools import partial
 
 from pipeline.context import Run
+from pipeline.run_units import FULL_PRECISION, NOISE_FLOOR, evaluated_models, evaluation_name
 from pipeline.stages.assembly import checkpoint_path
 from pipeline.stages.stage import StageUnit, UnitPlan, require, unit
 from storage.manifest import fingerprint
 from workers.evaluation_worker import OTHER_ATTENTION, EvaluationWorker
 from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit
-
-REFERENCE = "full_precision"
-NOISE_FLOOR = "noise_floor"
-"""Full precision in bfloat16 against itself with another attention backend."""
 
 
 class Evaluation:
@@ -37,30 +34,28 @@ class Evaluation:
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """The full-precision videos depend on nothing, a method's on its checkpoint and on the former."""
-        prompts = run.context.held_out_prompts
-        plans = [
-            UnitPlan(f"{REFERENCE}-{prompt.name}", partial(self._unit, run, prompt, REFERENCE, None, ""))
-            for prompt in prompts
+        return [
+            UnitPlan(evaluation_name(model, prompt.name), partial(self._of_model, run, prompt, model))
+            for model in evaluated_models(run.context.config)
+            for prompt in run.context.held_out_prompts
         ]
-        if run.context.config.evaluation.noise_floor:
-            plans += [
-                UnitPlan(f"{NOISE_FLOOR}-{prompt.name}", partial(self._noise_floor, run, prompt)) for prompt in prompts
-            ]
-        return plans + [
-            UnitPlan(f"{method.name}-{prompt.name}", partial(self._compared, run, prompt, method.name))
-            for method in run.context.methods
-            for prompt in prompts
-        ]
+
+    def _of_model(self, run: Run, prompt: PromptUnit, model: str) -> StageUnit:
+        if model == FULL_PRECISION:
+            return self._unit(run, prompt, model, None, "")
+        if model == NOISE_FLOOR:
+            return self._noise_floor(run, prompt)
+        return self._compared(run, prompt, model)
 
     def _compared(self, run: Run, prompt: PromptUnit, method: str) -> StageUnit:
         assembled = require(run, "assembly", method).fingerprint
-        reference = require(run, self.name, f"{REFERENCE}-{prompt.name}").fingerprint
+        reference = require(run, self.name, evaluation_name(FULL_PRECISION, prompt.name)).fingerprint
         upstream = fingerprint({"assembly": assembled, "reference": reference})
         return self._unit(run, prompt, method, checkpoint_path(run, method), upstream)
 
     def _unit(self, run: Run, prompt: PromptUnit, model: str, checkpoint: str | None, upstream: str) -> StageUnit:
         settings = self.settings(run)
-        name = f"{model}-{prompt.name}"
+        name = evaluation_name(model, prompt.name)
         depends = {
             **run.context.base_fingerprint(),
             "generation": asdict(settings.generation),
@@ -73,7 +68,7 @@ class Evaluation:
         return unit(self.name, name, payload, depends, affinity=model, shared=checkpoint is None)
 
     def _noise_floor(self, run: Run, prompt: PromptUnit) -> StageUnit:
-        name = f"{NOISE_FLOOR}-{prompt.name}"
+        name = evaluation_name(NOISE_FLOOR, prompt.name)
         depends = {
             **run.context.base_fingerprint(),
             "generation": asdict(self.settings(run).generation),

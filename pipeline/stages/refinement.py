@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.context import Run
+from pipeline.run_units import part_name, refined_methods
 from pipeline.stages.assembly import sparse_attention
 from pipeline.stages.distillation import parts
 from pipeline.stages.selection import selected_samples
@@ -30,12 +31,12 @@ class Refinement:
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """Each depends on its method's blocks, and on the calibration data that it reads."""
-        methods = [method for method in run.context.methods if method.is_refined]
-        return [UnitPlan(method.name, partial(self._unit, run, method)) for method in methods]
+        methods = {method.name: method for method in run.context.methods}
+        return [UnitPlan(name, partial(self._unit, run, methods[name])) for name in refined_methods(run.context.config)]
 
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
         settings = self.settings(run)
-        records = require_all(run, "distillation", [f"{method.name}-{name}" for name, _ in parts(run)])
+        records = require_all(run, "distillation", [part_name(method.name, name) for name, _ in parts(run)])
         artifacts = tuple(output.path for record in records for output in record.outputs)
         sparse = sparse_attention(method, records)
         depends: dict[str, Any] = {

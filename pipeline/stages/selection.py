@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.context import Run
+from pipeline.run_units import SELECTION, sample_name
 from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
 from workers.messages import SampleUnit, SelectionSettings, SelectionUnit
 from workers.selection_worker import SelectionWorker
@@ -21,7 +22,7 @@ class Selection:
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """One unit over all trajectories."""
-        return [UnitPlan("selection", lambda: self._unit(run))]
+        return [UnitPlan(SELECTION, lambda: self._unit(run))]
 
     def _unit(self, run: Run) -> StageUnit:
         settings, prompts = self.settings(run), run.context.calibration_prompts
@@ -32,7 +33,7 @@ class Selection:
             "quantization_feature": settings.quantization_feature,
             "num_samples": settings.num_samples,
         }
-        return unit(self.name, "selection", SelectionUnit("selection", prompts), depends, shared=True)
+        return unit(self.name, SELECTION, SelectionUnit(SELECTION, prompts), depends, shared=True)
 
 
 def selected_samples(run: Run) -> tuple[SampleUnit, ...]:
@@ -41,5 +42,5 @@ def selected_samples(run: Run) -> tuple[SampleUnit, ...]:
     Raises:
         NotDone: before the selection.
     """
-    chosen = require(run, "selection", "selection").result["chosen"]
-    return tuple(SampleUnit(f"{c['prompt']}-step-{c['step']:03d}", c["prompt"], c["step"]) for c in chosen)
+    chosen = require(run, "selection", SELECTION).result["chosen"]
+    return tuple(SampleUnit(sample_name(c["prompt"], c["step"]), c["prompt"], c["step"]) for c in chosen)

@@ -27,9 +27,10 @@ from pipeline.report.frames import compare_frames
 from pipeline.report.measurements import measure, table
 from pipeline.report.page import write_report, write_report_of
 from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
-from pipeline.report.run_data import STAGES, read_run
+from pipeline.report.run_data import read_run
 from pipeline.report.timeline import Bar, Timeline, read_timeline
 from pipeline.report.usage import usage_rows
+from pipeline.run_units import STAGES
 from reelquant.calibration.salience import select_salient
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory

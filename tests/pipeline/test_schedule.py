@@ -11,7 +11,7 @@ from pipeline.context import Run
 from pipeline.event_log import EventLog, read_events
 from pipeline.schedule import DrivenRun, Schedule, Task
 from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all
-from storage.manifest import Manifest, UnitRecord, fingerprint
+from storage.manifest import Manifest, OutputFile, UnitRecord, fingerprint
 from storage.run_directory import RunDirectory
 
 Names = Mapping[str, tuple[str, ...]]
@@ -138,6 +138,29 @@ def test_a_unit_of_two_runs_is_done_once(tmp_path: Path) -> None:
     adopted = two.run.manifest.read("first", "a")
     assert adopted is not None
     assert adopted.worker == "adopted from one"
+
+
+def test_a_shared_unit_whose_files_are_lost_is_done_anew_by_the_run_that_waited_for_it(tmp_path: Path) -> None:
+    one, two, three = (driven(tmp_path / name, name) for name in ("one", "two", "three"))
+    schedule = Schedule([one, two, three], [PlainStage("first", {"a": ()})])
+    [task] = schedule.take_ready()
+    output = one.run.directory.path / "a.bin"
+    output.write_bytes(b"content")
+    described = OutputFile.describe(output, run=one.run.directory.path)
+    record = UnitRecord("first", "a", task.unit.fingerprint, (described,), {}, 1.0, "h", "cpu", 1, 1, "w")
+    one.run.manifest.write(record)
+    output.unlink()
+    schedule.finished(task, record)
+    [again] = schedule.take_ready()
+    assert again.pool_name == "two/first/a", "once, although two runs wait for it"
+    problems = [e["problems"] for e in read_events(one.run.directory.logs) if e["event"] == "unit_damaged"]
+    assert "a.bin" in problems[0][0]
+    finish(schedule, again)
+    adopted = three.run.manifest.read("first", "a")
+    assert adopted is not None
+    assert adopted.worker == "adopted from two"
+    assert (schedule.counts.done.total(), schedule.counts.adopted.total()) == (2, 1)
+    assert schedule.take_ready() == []
 
 
 def test_what_another_run_has_done_before_is_adopted(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""Which units a run has: the one definition, from its configuration and from what earlier results decide.
+
+| stage | units | known |
+|---|---|---|
+| trajectories | one a calibration prompt | from the configuration |
+| selection | one | from the configuration |
+| activations | one a chosen sample, if a method reads activations | their number at once, their names after the selection |
+| distillation | a method's segments, and one for its linears outside the blocks | from the model's blocks |
+| refinement | one a method that asks for it | from the configuration |
+| assembly | one a method | from the configuration |
+| evaluation | one a held-out prompt and model: full precision, noise floor if asked for, methods | from the configuration |
+
+The driver's stages, `plan`, `status` and the report all take their units from here. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.schema import RunConfig
+from storage.manifest import UnitRecord
+
+STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
+"""In the order of the pipeline."""
+SELECTION = "selection"
+"""Name of the selection's unit."""
+FULL_PRECISION = "full_precision"
+"""Name of the 16-bit model among the models of the evaluation."""
+NOISE_FLOOR = "noise_floor"
+"""Name of the full-precision model in bfloat16 that is compared with itself under another attention backend."""
+AUXILIARY = "auxiliary"
+"""Name of a method's part that lies outside the blocks."""
+
+
+@dataclass(frozen=True)
+class StageNames:
+    """The units of one stage."""
+
+    names: tuple[str, ...] | None
+    """In the order of the stage; None before an earlier result decides them."""
+    num: int | None
+    """None while not even their number is known."""
+
+
+def unit_names(config: RunConfig, *, samples: Sequence[str] | None, num_segments: int | None) -> dict[str, StageNames]:
+    """The units of every stage of a run.
+
+    Args:
+        config: the run's configuration.
+        samples: names of the chosen samples (`sample_name`); None before the selection is done.
+        num_segments: segments of one method; None where the model's blocks are not known.
+    """
+    distillation = None
+    if num_segments is not None:
+        distillation = [part_name(m.name, part) for m in config.methods for part in part_names(num_segments)]
+    found: dict[str, Sequence[str] | None] = {
+        "trajectories": prompt_names(config.prompts.num_calibration),
+        "selection": (SELECTION,),
+        "activations": samples if reads_activations(config) else (),
+        "distillation": distillation,
+        "refinement": refined_methods(config),
+        "assembly": [method.name for method in config.methods],
+        "evaluation": [
+            evaluation_name(model, prompt)
+            for model in evaluated_models(config)
+            for prompt in prompt_names(config.prompts.num_held_out)
+        ],
+    }
+    assert tuple(found) == STAGES
+    units = {
+        stage: StageNames(None, None) if names is None else StageNames(tuple(names), len(names))
+        for stage, names in found.items()
+    }
+    if units["activations"].names is None:
+        units["activations"] = StageNames(None, config.selection.num_samples)
+    return units
+
+
+def recorded_unit_names(
+    config: RunConfig, records: Mapping[str, Mapping[str, UnitRecord]], events: Iterable[Mapping[str, Any]]
+) -> dict[str, StageNames]:
+    """The units of every stage of a run, as far as its directory tells them: neither model nor prompts are read.
+
+    Args:
+        config: the run's configuration.
+        records: by stage and unit.
+        events: of the run's log.
+    """
+    selection = records["selection"].get(SELECTION)
+    chosen = None if selection is None else selection.result.get("chosen", [])
+    samples = None if chosen is None else [sample_name(c["prompt"], c["step"]) for c in chosen]
+    num_segments = _recorded_segments(config, records["distillation"], tuple(events))
+    return unit_names(config, samples=samples, num_segments=num_segments)
+
+
+def prompt_names(num: int) -> list[str]:
+    """Names of the first `num` prompts of a file."""
+    return [f"prompt-{index:03d}" for index in range(num)]
+
+
+def sample_name(prompt: str, step: int) -> str:
+    """Name of a candidate: one denoising step of one calibration prompt."""
+    return f"{prompt}-step-{step:03d}"
+
+
+def part_names(num_segments: int) -> list[str]:
+    """Names of the parts of one method's distillation."""
+    return [*(f"segment-{index:03d}" for index in range(num_segments)), AUXILIARY]
+
+
+def part_name(method: str, part: str) -> str:
+    """Name of the unit that distills one part of a method."""
+    return f"{method}-{part}"
+
+
+def evaluation_name(model: str, prompt: str) -> str:
+    """Name of the unit that evaluates a model on a held-out prompt."""
+    return f"{model}-{prompt}"
+
+
+def reads_activations(config: RunConfig) -> bool:
+    """Whether the stage activations has units."""
+    return any(method.drift_repair or method.needs_activations for method in config.methods)
+
+
+def refined_methods(config: RunConfig) -> tuple[str, ...]:
+    """Names of the methods that have a unit in the stage refinement."""
+    return tuple(m.name for m in config.methods if m.drift_repair or m.velocity_correction)
+
+
+def evaluated_models(config: RunConfig) -> tuple[str, ...]:
+    """Models that generate the held-out prompts, in the order of the evaluation."""
+    floor = (NOISE_FLOOR,) if config.evaluation.noise_floor else ()
+    return (FULL_PRECISION, *floor, *(method.name for method in config.methods))
+
+
+def _recorded_segments(
+    config: RunConfig, distilled: Mapping[str, UnitRecord], events: Sequence[Mapping[str, Any]]
+) -> int | None:
+    """Segments of one method, from the last total that a driver logged; without a log, from the records."""
+    totals = [e["total"] for e in events if e.get("event") == "stage" and e.get("stage") == "distillation"]
+    if totals and totals[-1] % len(config.methods) == 0:
+        return int(totals[-1]) // len(config.methods) - 1
+    if events:
+        return None
+    found = [re.fullmatch(r".+-segment-(\d+)", name) for name in distilled]
+    return max((int(match[1]) + 1 for match in found if match), default=None)

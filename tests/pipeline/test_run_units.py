@@ -1,0 +1,140 @@
+"""The driver, `plan`, `status` and the report agree on which units a run has, whatever its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from pipeline.config.loading import parse_config
+from pipeline.config.method import Preset
+from pipeline.context import Run, build_context, recipe_of
+from pipeline.event_log import EventLog
+from pipeline.plan import make_plan
+from pipeline.report.run_data import read_run
+from pipeline.run_state import read_status
+from pipeline.run_units import STAGES
+from pipeline.runner import STAGES as DRIVEN
+from pipeline.study.preparation import PlannedManifest
+from storage.manifest import Manifest, UnitRecord
+from storage.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ROOT / "configs" / "prompts"
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "sparse": {"method": {"attention": {"density": 0.25}}},
+    "dense": {"method": {"attention": {"density": 1.0}}},
+    "drift": {"method": {"drift_repair": True}},
+    "velocity": {"method": {"velocity_correction": True}},
+    "noise floor": {"evaluation": {"noise_floor": True, "films": False}, "distillation": {"segment_length": "all"}},
+    "compare": {
+        "compare": ["rtn", {"preset": "rtn", "name": "sparse", "attention": {"density": 0.5}}],
+        "evaluation": {"noise_floor": True, "recognizer": str(ROOT / "assets" / "digit-recognizer")},
+        "distillation": {"segment_length": 1},
+    },
+    "compare refined": {
+        "compare": [{"preset": "quarot", "name": "a", "drift_repair": True}, {"preset": "gptq", "name": "b-0"}],
+        "selection": {"num_samples": 5},
+    },
+}
+"""Beside every preset."""
+
+
+def run_of(folder: Path, method: Mapping[str, Any], options: Mapping[str, Any]) -> Run:
+    values = {
+        "run": str(folder / "run"),
+        "model": str(ROOT / "assets" / "hunyuanvideo-digits"),
+        "generation": {"height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 12, "max_sequence_length": 32},
+        "prompts": {
+            "calibration": str(PROMPTS / "digits_calibration.txt"), "num_calibration": 3,
+            "held_out": str(PROMPTS / "digits_held_out.txt"), "num_held_out": 2,
+        },
+        "selection": {"num_samples": 4},
+        **options,
+        "method": {"name": "main", **method, "rotation_block": 64, **options.get("method", {})},
+    }  # fmt: skip
+    config = parse_config(values, "test")
+    directory = RunDirectory.open_or_create(config.run, config.identity(), {})
+    return Run(build_context(config, weights=False), directory, directory.manifest)
+
+
+def driven_units(run: Run, *, selected: bool) -> dict[str, list[str]]:
+    """What the driver would do, stage by stage, if all went well; the events of a driver that came as far are logged."""
+    planned = PlannedManifest(run.directory.location)
+    view = Run(run.context, run.directory, planned)
+    log = EventLog(run.directory.location / "logs")
+    log.write("run_started")
+    units: dict[str, list[str]] = {}
+    samples = [
+        {"prompt": f"prompt-{i % 3:03d}", "step": 11 - i} for i in range(run.context.config.selection.num_samples)
+    ]
+    for stage in DRIVEN:
+        if stage.name == "activations" and not selected:
+            break
+        units[stage.name] = [plan.name for plan in stage.plan(view)]
+        for name in units[stage.name]:
+            planned.plan(stage.name, name, "f", {"chosen": samples})
+        if units[stage.name]:
+            log.write("stage", stage=stage.name, total=len(units[stage.name]), pending=0)
+    log.close()
+    return units
+
+
+def record(run: Run, stage: str, unit: str) -> None:
+    result = {
+        "chosen": [
+            {"prompt": f"prompt-{i % 3:03d}", "step": 11 - i} for i in range(run.context.config.selection.num_samples)
+        ]
+    }
+    Manifest(run.directory).write(
+        UnitRecord(stage, unit, "f", (), result if stage == "selection" else {}, 1.0, "h", "cpu", 1, 1, "w")
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_all_agree_on_the_units_of_a_run(preset: str, options: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"preset": preset}, OPTIONS[options])
+    place = run.directory.location
+    early = {stage: found.total for stage, found in read_status(place).stages.items()}
+    assert early == {stage: found.num_expected for stage, found in read_run(place).stages.items()}
+    units = driven_units(run, selected=True)
+    assert tuple(units) == STAGES
+    numbers = {stage: len(names) for stage, names in units.items()}
+    assert early == {**numbers, "distillation": None}, "known from the configuration alone"
+    record(run, "selection", "selection")
+    assert {stage: found.total for stage, found in read_status(place).stages.items()} == numbers
+    for stage, names in units.items():
+        for name in [*names, "of-an-older-configuration"]:
+            record(run, stage, name)
+    status, report = read_status(place), read_run(place)
+    assert status.to_do == {}
+    assert {stage: found.done for stage, found in status.stages.items()} == numbers
+    assert {stage: [r.unit for r in found.records] for stage, found in report.stages.items()} == units
+    assert all(found.complete for found in report.stages.values())
+    for stage, names in units.items():
+        if names:
+            Manifest(run.directory).remove(stage, names[-1])
+            assert read_status(place).to_do == ({stage: 1} if stage != "selection" else {"selection": 1})
+            assert [s for s, found in read_run(place).stages.items() if not found.complete] == [stage]
+            record(run, stage, names[-1])
+
+
+@pytest.mark.parametrize("options", ["compare", "compare refined", "sparse"])
+def test_plan_counts_the_units_that_the_driver_does(options: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"preset": "rtn"}, OPTIONS[options])
+    planned = {stage.name: stage.units for stage in make_plan(run.context).stages}
+    assert planned == {stage: len(names) for stage, names in driven_units(run, selected=True).items()}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_the_configuration_and_the_recipe_agree_on_who_reads_activations(preset: str, options: str) -> None:
+    values = {"run": "r", "model": "m", "prompts": {"calibration": "c", "held_out": "h"}, **OPTIONS[options]}
+    values["method"] = {"preset": preset, "name": "main", **OPTIONS[options].get("method", {})}
+    for method in parse_config(values, "test").methods:
+        assert method.needs_activations == recipe_of(method, ()).needs_activations
