@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.config.loading import ConfigError, read_prompts
+from pipeline.config.loading import ConfigError, comparable, read_prompts, repeated_prompts
 from pipeline.config.method import MethodConfig
 from pipeline.config.schema import RunConfig
 from pipeline.layer_bits import group_conflicts, layer_kinds, resolve_bits
@@ -137,10 +137,11 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
             prompts[key] = _prompt_units(read_prompts(path, num, key))
         except ConfigError as error:
             problems += error.problems
-    shared = {p.prompt for p in prompts["calibration"]} & {p.prompt for p in prompts["held_out"]}
+    calibration = {comparable(p.prompt) for p in prompts["calibration"]}
+    shared = [p.prompt for p in prompts["held_out"] if comparable(p.prompt) in calibration]
     if shared:
         problems.append(
-            f"prompts.held_out: {sorted(shared)} are calibration prompts too; held-out prompts must be others"
+            f"prompts.held_out: {sorted(set(shared))} are calibration prompts too; held-out prompts must be others"
         )
     problems += _too_few_candidates(config)
     if config.evaluation.recognizer is not None and not config.evaluation.recognizer.is_dir():
@@ -218,6 +219,16 @@ def folder_fingerprint(folder: Path) -> str:
         for path, checksum in zip(paths, hashers.map(sha256_file, paths), strict=True):
             digest.update(f"{path.relative_to(folder).as_posix()}\0{checksum}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def prompt_notes(context: RunContext) -> list[str]:
+    """Prompts that stand more than once in their file: they are taken more than once."""
+    files = {"calibration": context.calibration_prompts, "held_out": context.held_out_prompts}
+    return [
+        f"prompts.{key}: {repeated} stand more than once, and count as often"
+        for key, units in files.items()
+        if (repeated := repeated_prompts(unit.prompt for unit in units))
+    ]
 
 
 def _prompt_units(prompts: list[str]) -> tuple[PromptUnit, ...]:

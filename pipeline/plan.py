@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.context import RunContext, build_context
+from pipeline.context import RunContext, build_context, prompt_notes
 from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes, worker_problems
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_tables import show_plan
@@ -124,7 +124,12 @@ def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
     disk = disk_of(config.run)
     machine = [*worker_problems(config), *disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)]
     lacking, machine = (machine, []) if shapes_only else ([], machine)
-    notes = [*counts.notes, *worker_notes(config), *(f"here it would not run: {problem}" for problem in lacking)]
+    notes = [
+        *counts.notes,
+        *prompt_notes(context),
+        *worker_notes(config),
+        *(f"here it would not run: {problem}" for problem in lacking),
+    ]
     if on_gpu and torch.cuda.is_available():
         notes += _memory_notes(stages, torch.cuda.get_device_properties(0).total_memory)
     return Plan(context, counts, dtype, stages, checkpoints, disk, [*counts.problems, *machine], notes, lacking)

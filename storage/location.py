@@ -64,14 +64,14 @@ def parse_location(text: str | os.PathLike[str] | StoreUrl) -> Location:
     """A local path (as it is), or the place that an ``s3://bucket/prefix`` URL names.
 
     Raises:
-        ValueError: another scheme, credentials in the URL (which are not repeated), or no prefix.
+        ValueError: another scheme, credentials in the URL (which are not repeated), no prefix, or ``~`` of nobody.
     """
     if isinstance(text, StoreUrl):
         return text
     text = os.fspath(text)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return Path(text)
+        return expand_home(Path(text))
     shown = without_credentials(text)
     if scheme != "s3":
         raise ValueError(f"{shown} is a URL of another kind: give a local path, or s3://bucket/prefix")
@@ -89,6 +89,18 @@ def parse_location(text: str | os.PathLike[str] | StoreUrl) -> Location:
             "which keeps runs apart, parts of letters, digits and . _ + = @ - ( ) between slashes"
         )
     return StoreUrl(bucket, key)
+
+
+def expand_home(path: Path) -> Path:
+    """The path with the home directory for a leading ``~`` or ``~user``.
+
+    Raises:
+        ValueError: there is no such home directory.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no home directory for {path.parts[0]}: give the path in full") from error
 
 
 def without_credentials(text: str) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.schema import RunConfig
-from storage.location import without_credentials
+from storage.location import expand_home, without_credentials
+
+_BYTE_ORDER_MARK = "\ufeff"
+"""Written by Windows editors at the beginning of a file; in the middle where files were joined."""
 
 
 class ConfigError(ValueError):
@@ -20,6 +26,45 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last one of two equal keys: here they are noted."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.repeated: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's."""
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+                if key in lines:
+                    self.repeated.append(f"{key} stands twice, in lines {lines[key]} and {line}: keep one")
+                lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """The plain values of a YAML text.
+
+    Args:
+        where: what the text is, in front of every message.
+
+    Raises:
+        ConfigError: a key that stands twice in one mapping; all of them.
+        yaml.YAMLError: not YAML.
+    """
+    loader = _UniqueKeysLoader(text)
+    try:
+        values = loader.get_single_data()
+    finally:
+        loader.dispose()
+    if loader.repeated:
+        raise ConfigError([f"{where}: {problem}" for problem in loader.repeated])
+    return values
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -31,6 +76,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, unknown key, impossible value; all of them at once.
     """
     values = read_values(path)
+    if "study" in values and "run" not in values:
+        raise ConfigError([f"{path} is the file of a study: use `study {path}`, or `study {path} --plan` for its plan"])
     for override in overrides:
         set_value(values, *parse_override(override), where=f"--set {override!r}")
     return parse_config(values, str(path))
@@ -40,10 +87,10 @@ def read_values(path: Path) -> dict[str, Any]:
     """The plain values of a YAML file, not yet checked.
 
     Raises:
-        ConfigError: unreadable, or not a mapping.
+        ConfigError: unreadable, not a mapping, or a key that stands twice.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(expand_home(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
     if not isinstance(values, dict):
@@ -61,7 +108,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ConfigError([f"--set {override!r}: write key.path=value, such as --set selection.num_samples=20"])
     try:
-        return key, yaml.safe_load(text)
+        return key, load_yaml(text, f"--set {key}")
     except yaml.YAMLError as error:
         raise ConfigError([f"--set {override!r}: the value is not YAML: {error}"]) from error
 
@@ -96,18 +143,22 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
 
 
 def read_prompts(path: Path, num: int, key: str) -> list[str]:
-    """The first `num` prompts of a UTF-8 file.
+    """The first `num` prompts of a UTF-8 file, one a line.
+
+    A byte order mark is dropped. Only line feeds and carriage returns end a line: form feeds and Unicode's separators of lines
+    and paragraphs are part of a prompt.
 
     Raises:
         ConfigError: the file is missing, empty, not UTF-8, or has fewer prompts.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = expand_home(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError([f"prompts.{key}: {path} cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"prompts.{key}: {path} is not UTF-8 (byte {error.start}: {error.reason})"]) from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip().strip(_BYTE_ORDER_MARK).strip() for line in re.split(r"\r\n|\r|\n", text)]
+    prompts = [line for line in lines if line]
     if not prompts:
         raise ConfigError([f"prompts.{key}: {path} holds no prompt; write one a line"])
     if len(prompts) < num:
@@ -117,6 +168,18 @@ def read_prompts(path: Path, num: int, key: str) -> list[str]:
             ]
         )
     return prompts[:num]
+
+
+def comparable(prompt: str) -> str:
+    """A prompt for comparison: equal for prompts that differ in case, in white space, or in how characters are encoded."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def repeated_prompts(prompts: Iterable[str]) -> list[str]:
+    """The prompts that stand more than once in a file, as they stand there first."""
+    first: dict[str, str] = {}
+    counts = Counter(comparable(prompt) for prompt in prompts if first.setdefault(comparable(prompt), prompt))
+    return [first[key] for key, num in counts.items() if num > 1]
 
 
 def describe(item: Any) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from pipeline.config.method import MethodConfig
-from storage.location import Location, StoreUrl, parse_location
+from storage.location import Location, StoreUrl, expand_home, parse_location
 
 Strategy = Literal["salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"]
 WeightBits = Annotated[int, Field(ge=2, le=8)]
@@ -24,6 +24,8 @@ def _location(value: Any) -> Location:
     return parse_location(value)
 
 
+LocalPath = Annotated[Path, AfterValidator(expand_home)]
+"""A path in which `~` is the home directory."""
 RunLocation = Annotated[Path | StoreUrl, PlainValidator(_location), PlainSerializer(str)]
 
 
@@ -116,11 +118,11 @@ class GenerationConfig(Section):
 class PromptsConfig(Section):
     """UTF-8 files with one prompt a line; empty lines are skipped."""
 
-    calibration: Path
+    calibration: LocalPath
     """Prompts whose trajectories are generated."""
     num_calibration: int = Field(default=10, ge=1)
     """How many of them, from the top (S²Q-VDiT: 10)."""
-    held_out: Path
+    held_out: LocalPath
     """Prompts of the evaluation; none may be a calibration prompt."""
     num_held_out: int = Field(default=16, ge=1)
     """How many of them, from the top."""
@@ -170,7 +172,7 @@ class AssemblyConfig(Section):
 class EvaluationConfig(Section):
     """Comparison on held-out prompts, same seeds."""
 
-    recognizer: Path | None = None
+    recognizer: LocalPath | None = None
     """Folder of the digit recognizer; only models that draw digits have a recognition rate."""
     films: bool = True
     """Write an `.mp4` of every video; the metrics do not need it."""
@@ -208,7 +210,7 @@ class WorkersConfig(Section):
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where the shared model waits while it is not used, if the GPUs cannot hold it together: in host memory, or (`deepspeed`
     only) in files. Slow: every denoising step brings it to the GPUs."""
-    offload_path: Path | None = None
+    offload_path: LocalPath | None = None
     """Folder on a fast local disk, for `offload: nvme`."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries of a unit whose worker dies or runs out of memory, before it is set aside."""
@@ -259,7 +261,7 @@ class RunConfig(Section):
 
     run: RunLocation
     """The run directory, a path or `s3://bucket/prefix`: everything is kept there, and running again resumes there."""
-    model: Path
+    model: LocalPath
     """Local diffusers pipeline folder of the 16-bit model."""
     seed: int = Field(default=0, ge=0)
     """Every unit's seed comes from this, the stage and the unit."""

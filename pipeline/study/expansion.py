@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.loading import ConfigError, describe, parse_config, parse_override, read_values, set_value
-from pipeline.config.schema import RunConfig, RunLocation, Section
+from pipeline.config.schema import LocalPath, RunConfig, RunLocation, Section
 from storage.location import Location
 
 STUDY_FILE = "study.json"
@@ -56,7 +56,7 @@ class StudyConfig(Section):
 
     study: RunLocation
     """The study's directory: a path, or s3://bucket/prefix."""
-    config: Path | dict[str, Any]
+    config: LocalPath | dict[str, Any]
     """Base of all runs' configurations, a file or what would stand in it; its `run` and `seed` are ignored."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of all settings."""
@@ -143,8 +143,11 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: everything that is wrong with the file, the base configuration and any setting, at once.
     """
+    values = read_values(path)
+    if "run" in values and "study" not in values:
+        raise ConfigError([f"{path} is the file of a run: use `run {path}`, or `plan {path}` for its plan"])
     try:
-        written = StudyConfig.model_validate(read_values(path))
+        written = StudyConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError([f"{path}: {describe(item)}" for item in error.errors()]) from error
     base = written.base()

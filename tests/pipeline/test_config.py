@@ -10,10 +10,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts
+from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts, repeated_prompts
 from pipeline.config.method import PRESETS, MethodConfig
 from pipeline.config.schema import RunConfig
-from pipeline.context import recipe_of
+from pipeline.context import build_context, prompt_notes, recipe_of
+from pipeline.study.expansion import load_study
+from storage.location import parse_location
 
 LEAST: dict[str, Any] = {"run": "r", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
 
@@ -272,3 +274,87 @@ def test_a_part_of_the_tokens_reaches_the_recipe() -> None:
 def test_impossible_sparse_settings_are_refused(method: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=re.compile(words, re.DOTALL)):
         MethodConfig.model_validate(method)
+
+
+SEPARATORS = ["first line\u2028same prompt", "next\u2029still\x85and\x0cmore\x0b\x1c."]
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfa red bird\r\na blue fish\r\n", ["a red bird", "a blue fish"]),
+        (b"\xef\xbb\xbf\n\n  one\rtwo\n", ["one", "two"]),
+        (b"one\n\xef\xbb\xbftwo\n", ["one", "two"]),
+        ("\n".join(SEPARATORS).encode(), SEPARATORS),
+        ("caf\u00e9 \U0001f408\tin  a bar".encode(), ["caf\u00e9 \U0001f408\tin  a bar"]),
+    ],
+)
+def test_marks_and_line_ends_of_prompt_files(tmp_path: Path, content: bytes, prompts: list[str]) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    assert read_prompts(path, len(prompts), "calibration") == prompts
+    with pytest.raises(ConfigError):
+        read_prompts(path, len(prompts) + 1, "calibration")
+
+
+def test_prompts_that_are_the_same_are_noted_and_never_held_out(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_bytes(b"The digit 3\nthe digit 4\n  the  DIGIT 3\nnever used: the digit 4\n")
+    (tmp_path / "h.txt").write_bytes(b"\xef\xbb\xbfThe  digit 4\n")
+    files = {"calibration": str(tmp_path / "c.txt"), "held_out": str(tmp_path / "h.txt")}
+    model = Path(__file__).resolve().parents[2] / "assets" / "hunyuanvideo-digits"
+    values = {"prompts": {**files, "num_calibration": 3, "num_held_out": 1}, "selection": {"num_samples": 2}}
+    config = parse_config({**LEAST, **values, "model": str(model)}, "test")
+    with pytest.raises(ConfigError) as caught:
+        build_context(config, weights=False)
+    assert any(p.startswith("prompts.held_out") and "The  digit 4" in p for p in caught.value.problems)
+    (tmp_path / "h.txt").write_text("the digit 9\n")
+    [note] = prompt_notes(build_context(config, weights=False))
+    assert note.startswith("prompts.calibration")
+    assert "'The digit 3'" in note
+    assert repeated_prompts(["\ufb01sh", "Fish ", "f i s h"]) == ["\ufb01sh"]
+
+
+def test_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prompts = {"calibration": "~/c.txt", "held_out": "~/h.txt"}
+    path = write(tmp_path, run="~/runs/x", model="~/m", prompts=prompts, evaluation={"recognizer": "~/r"})
+    workers = ["workers.sharding=deepspeed", "workers.offload=nvme", "workers.offload_path=~/n"]
+    config = load_config(Path("~/run.yaml"), workers)
+    found = [config.run, config.model, config.prompts.calibration, config.prompts.held_out]
+    found += [config.evaluation.recognizer, config.workers.offload_path]
+    assert found == [tmp_path / name for name in ("runs/x", "m", "c.txt", "h.txt", "r", "n")]
+    assert load_config(path, ["run=~/other"]).run == tmp_path / "other"
+    study = tmp_path / "study.yaml"
+    settings = [{"name": "one", "set": {"method": "rtn"}}]
+    study.write_text(yaml.safe_dump({"study": "~/s", "config": "~/run.yaml", "settings": settings}))
+    assert load_study(Path("~/study.yaml")).location == tmp_path / "s"
+    (tmp_path / "c.txt").write_text("a prompt\n")
+    assert read_prompts(Path("~/c.txt"), 1, "calibration") == ["a prompt"]
+    assert parse_location("a/~/b") == Path("a/~/b")
+    assert "~nobody-at-all" in " ".join(problems_of(path, "run=~nobody-at-all/x", "model=~nobody-at-all/y"))
+
+
+def test_keys_that_stand_twice_are_named_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    prompts = "prompts:\n  calibration: c\n  held_out: h\n  calibration: d\n"
+    path.write_text(f"run: r\nmodel: m\n{prompts}seed: 1\nseed: 2\nmodel: n\n")
+    found = {problem.split()[1]: re.findall(r"\d+", problem.split("lines")[1]) for problem in problems_of(path)}
+    assert found == {"calibration": ["4", "6"], "seed": ["7", "8"], "model": ["2", "9"]}
+    path.write_text(
+        "base: &b {seed: 1}\nx: {<<: *b, seed: 2}\nrun: r\nmodel: m\nprompts: {calibration: c, held_out: h}\n"
+    )
+    assert problems_of(path) == (f"{path}: base: unknown key", f"{path}: x: unknown key"), "a merge may be overridden"
+    assert "weight" in problems_of(write(tmp_path), "bits={weight: 4, weight: 5}")[0]
+    path.write_text("run: !!python/object/apply:os.system ['true']\n")
+    assert "python/object" in problems_of(path)[0], "plain values only"
+
+
+def test_the_file_of_a_study_is_no_run_and_the_other_way_round(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({"study": "s", "config": str(path), "settings": [{"name": "one"}]}))
+    [problem] = problems_of(study)
+    assert f"`study {study}`" in problem
+    with pytest.raises(ConfigError) as caught:
+        load_study(path)
+    assert f"`run {path}`" in str(caught.value)
