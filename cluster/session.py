@@ -32,6 +32,7 @@ from cluster.driver_environment import (
     previous_sigterm_handler_restored,
     ray_messages_logged,
 )
+from cluster.end_of_process import without_progress_bars
 from cluster.proxies import loopback_excluded
 from cluster.session_directory import default_base, session_directory, write_token
 
@@ -90,12 +91,13 @@ class Session:
         return min(fits, default=2**31)
 
     def worker_stderr(self, pid: int, *, num_lines: int = 20) -> str:
-        """Last lines that the worker process `pid` wrote to its standard error; empty unless the session is local."""
+        """Last lines that the worker process `pid` wrote to its standard error, without progress bars; empty unless the
+        session is local."""
         if self.directory is None:
             return ""
         lines: list[str] = []
         for path in self.directory.glob(f"ray/session_2*/logs/worker-*-{pid}.err"):
-            text = path.read_text(errors="replace")
+            text = without_progress_bars(path.read_text(errors="replace"))
             lines += [line for line in text.splitlines() if not line.startswith(":")]  # ":actor_name:..." is Ray's
         return "\n".join(lines[-num_lines:])
 

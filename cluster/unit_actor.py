@@ -8,6 +8,7 @@
 `pulse` answering proves that the process lives; only a changed count proves that the work goes on.
 """
 
+import errno
 import gc
 import os
 import socket
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Worker(Protocol):
@@ -110,9 +113,9 @@ class Outcome:
     result: Any
     """What the worker returned; None after an error."""
     error: str | None
-    """The traceback, when the worker raised."""
+    """When the worker raised: the exception in one line, and below it the traceback."""
     retryable: bool
-    """False after a ValueError: the same input gives the same error."""
+    """False where another attempt at once gives the same error: after a ValueError, and where a disk is full."""
     out_of_memory: bool
     """The worker raised a MemoryError."""
     saved_memory: bool
@@ -189,7 +192,19 @@ class UnitActor:
         try:
             result = function()
         except Exception as exception:  # noqa: BLE001 - each belongs to the unit and is reported with its traceback
-            error, retryable = traceback.format_exc(), not isinstance(exception, ValueError)
+            summary = " ".join(f"{type(exception).__name__}: {exception}".split())
+            error, retryable = f"{summary}\n{traceback.format_exc()}", not _is_final(exception)
             out_of_memory, saved_memory = isinstance(exception, MemoryError), getattr(exception, "saved_memory", False)
         seconds = time.perf_counter() - start
         return Outcome(result, error, retryable, out_of_memory, saved_memory, seconds, self._pulse)
+
+
+def _is_final(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, is the same at the next attempt."""
+    if isinstance(error, ValueError):
+        return True
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+            return True
+        error = error.__cause__
+    return False

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.crew import Crew
+from cluster.end_of_process import reason_of_death
 from cluster.placement_watch import PlacementWatch
 from cluster.pool_limits import PoolLimits
 from cluster.rank import Rank
@@ -91,7 +92,7 @@ class UnitPool:
         num_left = sum(map(len, self._pending.values()))
         if any(queue and self._crew.is_lost(kind) for kind, queue in self._pending.items()):
             raise WorkersFailed(
-                f"no worker could be started, {num_left} units are left; the last error:\n{self._start_error}"
+                f"no worker could be started, {num_left} units are left; the last error: {self._start_error}"
             )
 
     def _assign(self, slot: WorkerSlot, queue: TicketQueue) -> None:
@@ -134,7 +135,9 @@ class UnitPool:
         try:
             answer = ray.get(rank.call)
         except RayError as error:
-            self._lose(slot, rank, _with_last_words(f"{type(error).__name__}: {error}", rank))
+            words = rank.last_words()
+            reason = f"{reason_of_death(error, words)}\n{type(error).__name__}: {error}"
+            self._lose(slot, rank, _with_last_words(reason, words))
             return
         if isinstance(answer, Location):
             slot.take_place(rank, answer)
@@ -208,7 +211,7 @@ class UnitPool:
 
     def _lose_stalled(self, slot: WorkerSlot, rank: Rank, stack: str) -> None:
         silence = f"no progress for {self._limits.stall_timeout_s:g} s; the worker was at:\n{stack}"
-        self._lose(slot, rank, _with_last_words(silence, rank))
+        self._lose(slot, rank, _with_last_words(silence, rank.last_words()))
 
     def _check_clocks(self, checked_at: float) -> float:
         """Look for what does not come. Time that the driver spent elsewhere, or stopped, is nobody's silence."""
@@ -247,7 +250,7 @@ class UnitPool:
                 will_retry = retryable and ticket.attempt < self._limits.max_attempts
                 self._fail(ticket, error, will_retry=will_retry, out_of_memory=out_of_memory)
             else:  # not by its own fault, and at most once: it will be alone
-                self._fail(ticket, f"ended with its replica, whose {rank.name} failed:\n{error}", will_retry=True)
+                self._fail(ticket, f"ended with its replica, whose {rank.name} failed: {error}", will_retry=True)
 
     def _fail(self, ticket: Ticket, error: str, *, will_retry: bool, out_of_memory: bool = False) -> None:
         if will_retry:
@@ -264,6 +267,5 @@ def _under_way(slot: WorkerSlot) -> list[Ticket]:
     return [rank.ticket for rank in slot.ranks if rank.ticket is not None and not rank.is_shadow]
 
 
-def _with_last_words(error: str, rank: Rank) -> str:
-    words = rank.last_words()
+def _with_last_words(error: str, words: str) -> str:
     return f"{error}\nits last lines on standard error:\n{words}" if words else error

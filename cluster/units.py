@@ -23,13 +23,22 @@ class Unit:
     """Done by a worker of one process, also where the pool's other workers are replicas."""
 
 
+def headline(error: str) -> str:
+    """The sentence of an error that says what was wrong: its first line, or where an older program wrote a traceback alone,
+    the last one."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    if not lines:
+        return "no message"
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
 @dataclass(frozen=True)
 class UnitFailure:
     """Why a unit was set aside."""
 
     attempts: int
     error: str
-    """The last attempt's traceback, or how its process ended."""
+    """How the last attempt ended in one line (`headline`); below it the traceback, or what else there is to say."""
 
 
 class UnitsFailed(RuntimeError):
@@ -42,10 +51,15 @@ class UnitsFailed(RuntimeError):
         """Of the units that succeeded, by name."""
         shown = list(failures.items())[:3]
         parts = [f"{len(failures)} of {len(failures) + len(results)} units failed: {', '.join(failures)}"]
-        parts += [f"--- {name}, attempt {failure.attempts}:\n{failure.error.rstrip()}" for name, failure in shown]
+        parts += [f"{name}, attempt {failure.attempts}: {headline(failure.error)}" for name, failure in shown]
         if len(failures) > len(shown):
-            parts.append(f"--- and {len(failures) - len(shown)} more")
+            parts.append(f"and {len(failures) - len(shown)} more")
         super().__init__("\n".join(parts))
+
+    def details(self) -> str:
+        """All that is known of the failures, tracebacks too."""
+        found = self.failures.items()
+        return "\n".join(f"--- {name}, attempt {failed.attempts}:\n{failed.error.rstrip()}" for name, failed in found)
 
 
 class WorkersFailed(RuntimeError):
@@ -65,7 +79,7 @@ class PoolEvents:
         """The unit is done after `seconds` in the worker's `run`."""
 
     def failed(self, name: str, attempt: int, error: str, will_retry: bool, *, out_of_memory: bool = False) -> None:
-        """An attempt has failed; `error` is a traceback or says how the process ended."""
+        """An attempt has failed; `error` is as `UnitFailure.error`."""
 
     def waiting(self, description: str) -> None:
         """No worker has a place in the cluster: what is waited for, whenever that changes."""

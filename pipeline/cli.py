@@ -13,16 +13,17 @@ import typer
 from rich.console import Console
 
 from pipeline.phase import phase
+from pipeline.terminal import counted, say
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Calibrates, quantizes and measures video diffusion transformers.",
+    help="Calibrate, quantize and evaluate video diffusion transformers.",
 )
 
-ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the run.")]
-RunArgument = Annotated[str, typer.Argument(help="Run directory: a path or s3://bucket/prefix.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run directory: a path or s3://bucket/prefix.")]
 RunOrStudyArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Directory of a run or a study: a path or s3://bucket/prefix.")
 ]
@@ -31,16 +32,19 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the configuration; repeatable."),
 ]
 UntilOption = Annotated[
-    str | None, typer.Option("--until", metavar="STAGE", help="Only the stages up to this one, such as assembly.")
+    str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage, such as assembly.")
 ]
 
 AddressOption = Annotated[
     str,
     typer.Option(
-        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Of Ray's dashboard: http://HOST:8265."
+        "--address",
+        metavar="URL",
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="Address of the cluster's Ray dashboard: http://HOST:8265.",
     ),
 ]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The id that `submit` printed.")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as printed by `submit`.")]
 
 
 @app.command()
@@ -48,13 +52,17 @@ def run(
     config: ConfigArgument,
     overrides: SetOption = None,
     update: Annotated[
-        bool, typer.Option("--update", help="Take a changed configuration; redo only what depends on the change.")
+        bool,
+        typer.Option(
+            "--update", help="Accept a changed configuration and redo only the work that depends on the change."
+        ),
     ] = False,
     until: UntilOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the tracebacks of failed units.")] = False,
 ) -> None:
-    """Do everything of the run that is not done yet; also how a run is resumed."""
+    """Run everything that is not done yet. Run it again to resume."""
     console = Console()
-    with _errors(console, resumable=True):
+    with _errors(console, resumable=True, verbose=verbose):
         with phase(console, "Checking configuration, model and machine"):
             from pipeline.config.loading import load_config
             from pipeline.plan import plan_config
@@ -70,14 +78,14 @@ def run(
         with phase(console, "Writing the report"):
             report = write_report(opened)
         done, kept = sum(summary.done.values()), sum(summary.kept.values())
-        console.print(f"{done} units done now, {kept} were done before")
+        say(console, f"{counted(done, 'unit')} done now, {kept} were done before")
         directory, assembled = opened.directory, bool(opened.manifest.units("assembly"))
         if assembled:
             path = directory.location / directory.checkpoint_key()
-            console.print(f"checkpoint: {path}", soft_wrap=True, highlight=False)
-        console.print(f"report:     {report}", soft_wrap=True, highlight=False)
+            say(console, f"checkpoint: {path}")
+        say(console, f"report:     {report}")
         if assembled and isinstance(directory.location, StoreUrl):
-            console.print(f"get it:     python -m pipeline fetch {directory.location} FOLDER", highlight=False)
+            say(console, f"get it:     python -m pipeline fetch {directory.location} FOLDER")
 
 
 @app.command()
@@ -86,12 +94,10 @@ def plan(
     overrides: SetOption = None,
     shapes_only: Annotated[
         bool,
-        typer.Option(
-            "--shapes-only", help="Plan for another machine: the model's config files are enough, no weights are read."
-        ),
+        typer.Option("--shapes-only", help="Plan from the model's config files only; weights are not needed."),
     ] = False,
 ) -> None:
-    """Say beforehand what a run needs, and every reason why it would fail. Needs no GPU."""
+    """Estimate disk, memory and GPU hours, and check that the run can succeed. No GPU needed."""
     console = Console()
     with _errors(console):
         with phase(console, "Checking configuration and model", logged=False):
@@ -108,15 +114,16 @@ def plan(
 def study(
     study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")],
     overrides: SetOption = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only say how many runs and units it is, and every problem.")
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only count runs and units, and list all problems.")] = False,
     update: Annotated[
-        bool, typer.Option("--update", help="Take changed configurations; redo only what depends on the change.")
+        bool,
+        typer.Option(
+            "--update", help="Accept changed configurations and redo only the work that depends on the change."
+        ),
     ] = False,
     until: UntilOption = None,
 ) -> None:
-    """Compare settings over several seeds: everything they have in common is done once. Also how a study is resumed."""
+    """Compare settings over several seeds; work that settings share is done once. Run it again to resume."""
     console = Console()
     with _errors(console, resumable=not plan):
         with phase(console, "Loading"):
@@ -134,7 +141,7 @@ def study(
 
 @app.command()
 def status(run_directory: RunOrStudyArgument) -> None:
-    """What of a run or a study is done, whether it is running, and what failed."""
+    """Show the progress of a run or a study, whether it is running, and its failures."""
     console = Console()
     with _errors(console):
         from pipeline.status import show_status
@@ -150,7 +157,7 @@ def status(run_directory: RunOrStudyArgument) -> None:
 
 @app.command()
 def report(run_directory: RunOrStudyArgument) -> None:
-    """Write the report of a run anew, from what is there; of one in a bucket, or a study there, make a local copy."""
+    """Write a run's report again from its files. A report in a bucket is also copied to this folder."""
     console = Console()
     with _errors(console):
         from pipeline.fetching import fetch_file, fetch_report
@@ -163,38 +170,44 @@ def report(run_directory: RunOrStudyArgument) -> None:
             from pipeline.study.page import PAGE, TABLE
 
             for key in (PAGE, TABLE):
-                console.print(f"report: {location / key}", soft_wrap=True, highlight=False)
+                say(console, f"report: {location / key}")
                 if isinstance(location, StoreUrl):
-                    console.print(f"copy:   {fetch_file(location, key, Path.cwd())}", soft_wrap=True, highlight=False)
+                    say(console, f"copy:   {fetch_file(location, key, Path.cwd())}")
             return
-        console.print(f"report: {write_report_at(location)}", soft_wrap=True, highlight=False)
+        say(console, f"report: {write_report_at(location)}")
         if isinstance(location, StoreUrl):
-            console.print(f"copy:   {fetch_report(location, Path.cwd())}", soft_wrap=True, highlight=False)
+            say(console, f"copy:   {fetch_report(location, Path.cwd())}")
 
 
 @app.command()
 def fetch(
     run_directory: RunArgument,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],
-    method: Annotated[str | None, typer.Option(help="One of the methods compared; default: the run's own.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of the compared methods; default: the run's own.")
+    ] = None,
 ) -> None:
-    """Copy a run's checkpoint to a new local folder, every checksum verified: from_pretrained wants local files."""
+    """Copy a run's checkpoint to a new local folder for from_pretrained, and verify every checksum."""
     console = Console()
     with _errors(console):
         from pipeline.fetching import fetch_checkpoint
-        from storage.location import parse_location
+        from storage.location import expand_home, parse_location
 
+        folder = expand_home(folder)
         num_files = fetch_checkpoint(parse_location(run_directory), folder, method=method)
-        console.print(f"checkpoint: {folder.absolute()} ({num_files} files)", soft_wrap=True, highlight=False)
+        say(console, f"checkpoint: {folder.absolute()} ({counted(num_files, 'file')})")
 
 
 @app.command()
 def verify(
     checkpoint: Annotated[
-        str, typer.Argument(help="Pipeline folder of a quantized checkpoint; s3://bucket/prefix too.")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Pipeline folder of a quantized checkpoint: a path or s3://bucket/prefix."
+        ),
     ],
 ) -> None:
-    """Check a checkpoint: names, shapes, bits, bytes, checksums, and that every layer said to be quantized is."""
+    """Check a checkpoint: names, shapes, bits, bytes, checksums, and that all declared layers are quantized."""
     console = Console()
     with _errors(console):
         from pipeline.verification import show_verification
@@ -206,16 +219,19 @@ def verify(
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run, or of a study.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, or of a study.")],
     address: AddressOption,
     overrides: SetOption = None,
     update: Annotated[
-        bool, typer.Option("--update", help="Take a changed configuration; redo only what depends on the change.")
+        bool,
+        typer.Option(
+            "--update", help="Accept a changed configuration and redo only the work that depends on the change."
+        ),
     ] = False,
     until: UntilOption = None,
-    follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the job's output until it ends.")] = True,
+    follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the job's output, or return at once.")] = True,
 ) -> None:
-    """Run on a Ray cluster: uploads the checkout and runs it there. Submitting again resumes the run, or the study."""
+    """Upload the checkout to a Ray cluster and run a configuration or a study there. Submit it again to resume."""
     console = Console()
     with _errors(console):
         from pipeline.submission import job_of, submit_job
@@ -230,7 +246,7 @@ def submit(
 
 @app.command()
 def logs(job: JobArgument, address: AddressOption) -> None:
-    """Show a submitted job's output, from its beginning, until it ends."""
+    """Show a submitted job's output from its beginning until it ends."""
     console = Console()
     with _errors(console):
         from cluster.job_submission import JobClient
@@ -241,7 +257,7 @@ def logs(job: JobArgument, address: AddressOption) -> None:
 
 @app.command()
 def stop(job: JobArgument, address: AddressOption) -> None:
-    """Stop a submitted job; what it has done is kept."""
+    """Stop a submitted job. Finished work is kept."""
     console = Console()
     with _errors(console):
         from cluster.job_submission import JobClient
@@ -251,27 +267,29 @@ def stop(job: JobArgument, address: AddressOption) -> None:
 
 
 @contextlib.contextmanager
-def _errors(console: Console, *, resumable: bool = False) -> Iterator[None]:
-    """Mistakes of the user and failed units end in a message and exit code 1; bugs keep their traceback."""
+def _errors(console: Console, *, resumable: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Mistakes of the user and failed units end in a message and exit code 1; bugs keep their traceback.
+
+    Args:
+        resumable: the command may be run again to go on.
+        verbose: show the tracebacks of failed units too.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    again = "\nWhat is done is kept: the same command goes on from here." if resumable else ""
+    again = "\nFinished work is kept. Run the same command again to resume." if resumable else ""
     try:
         yield
     except KeyboardInterrupt:
-        console.print(f"stopped.{again}", highlight=False)
+        say(console, f"stopped.{again}")
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
-        hint = again if isinstance(error, OSError) else ""
-        console.print(f"[bold red]error:[/] {_escaped(str(error))}{hint}", highlight=False, soft_wrap=True)
+        say(console, ("error:", "bold red"), f" {error}{again if isinstance(error, OSError) else ''}")
         raise typer.Exit(1) from error
     except RuntimeError as error:
         if type(error).__name__ not in ("UnitsFailed", "WorkersFailed"):
             raise
-        console.print(f"[bold red]error:[/] {_escaped(str(error))}{again}", highlight=False, soft_wrap=True)
+        details = error.details() if hasattr(error, "details") else ""
+        if verbose and details:
+            say(console, details)
+        where = "\nTracebacks are in the run's logs/events.jsonl; --verbose shows them here." if details else ""
+        say(console, ("error:", "bold red"), f" {error}{'' if verbose else where}{again}")
         raise typer.Exit(1) from error
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

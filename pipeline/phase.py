@@ -1,4 +1,4 @@
-"""What a person sees before there are units: which long step a command is at."""
+"""Terminal output before there are units: which long step a command is at."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.text import Text
+
+from pipeline.terminal import say
 
 
 @contextlib.contextmanager
@@ -16,9 +19,9 @@ def phase(console: Console, description: str, *, logged: bool = True) -> Iterato
         logged: whether it is said elsewhere at all.
     """
     if console.is_terminal:
-        with console.status(f"{description} …"):
+        with console.status(Text(f"{description} …")):
             yield
         return
     if logged:
-        Console(stderr=True).print(f"{description} …", highlight=False)
+        say(Console(stderr=True), f"{description} …")
     yield

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from cluster.units import headline
 from pipeline.config.loading import parse_config
 from pipeline.event_log import OUT_OF_MEMORY, read_events
 from pipeline.run_units import STAGES, recorded_unit_names
@@ -52,7 +53,7 @@ class RunStatus:
     """Who drove it and ended without a word."""
     last_event: Mapping[str, Any] | None
     failures: dict[tuple[str, str], tuple[int, str]]
-    """Attempts and last line of the last error of units that failed and are not done."""
+    """Attempts, and the last error in one line, of units that failed and are not done."""
 
     @property
     def to_do(self) -> dict[str, int | None]:
@@ -82,7 +83,7 @@ def read_status(location: Location) -> RunStatus:
         stage.work_s = sum(record.seconds for record in done)
     _read_timeline(stages, events, records)
     failures = {
-        (e["stage"], e["unit"]): (e["attempt"], last_line(e["error"]))
+        (e["stage"], e["unit"]): (e["attempt"], headline(e["error"]))
         for e in events
         if e["event"] == "unit_failed" and e["unit"] not in records.get(e["stage"], {})
     }
@@ -137,9 +138,3 @@ def _read_timeline(
     close()
     for name, units in running.items():
         stages[name].running = [unit for unit in units if unit not in records[name]]
-
-
-def last_line(error: str) -> str:
-    """The last line of a traceback that says something."""
-    lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.context import Run, RunContext
 from pipeline.drive import drive
@@ -39,6 +38,7 @@ from pipeline.stages.refinement import Refinement
 from pipeline.stages.selection import Selection
 from pipeline.stages.stage import Stage
 from pipeline.stages.trajectories import Trajectories
+from pipeline.terminal import say
 from storage.manifest import DamagedRecord, HeldManifest, Manifest, OutputFile, UnitRecord
 from storage.run_directory import LOGS, RunDirectory
 
@@ -187,7 +187,7 @@ def drop_damaged(driven: DrivenRun, console: Console, sound: set[FileState]) -> 
             problems = [str(record)] if isinstance(record, DamagedRecord) else _problems(manifest, record, sound)
             if problems:
                 shown = driven.full_name(f"{stage.name}/{name}")
-                console.print(f"[yellow]{escape(shown)} is redone: {escape('; '.join(problems))}", highlight=False)
+                say(console, (f"{shown} is redone: {'; '.join(problems)}", "yellow"))
                 driven.log.write("unit_damaged", stage=stage.name, unit=name, problems=problems)
                 manifest.remove(stage.name, name)
 

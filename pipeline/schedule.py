@@ -122,8 +122,8 @@ class Schedule:
     Args:
         runs: each with its own label.
         stages: in order.
-        planned: called with every stage whose units have become known, and their number.
-        settled: called with the stage of every unit that is done without a worker.
+        planned: called with every stage whose units have become known, and their full names.
+        settled: called with the stage and the full name of every unit that is done without a worker.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Schedule:
         runs: Sequence[DrivenRun],
         stages: Sequence[Stage],
         *,
-        planned: Callable[[Stage, int], None] = lambda stage, num: None,
-        settled: Callable[[Stage], None] = lambda stage: None,
+        planned: Callable[[Stage, Sequence[str]], None] = lambda stage, units: None,
+        settled: Callable[[Stage, str], None] = lambda stage, unit: None,
     ) -> None:
         self.counts = Counts()
         self._planned, self._settled = planned, settled
@@ -197,7 +197,7 @@ class Schedule:
         plans = item.stage.plan(self._views[item.driven.label])
         self._open.extend(_Item(item.driven, item.stage, plan) for plan in plans)
         if plans:
-            self._planned(item.stage, len(plans))
+            self._planned(item.stage, [item.driven.full_name(plan.name) for plan in plans])
         return plans
 
     def _wait(self, item: _Item, missing: Iterable[tuple[str, str]]) -> None:
@@ -211,7 +211,7 @@ class Schedule:
             self._undone.append((driven, stage, unit))
             return
         self.counts.kept[stage.name] += 1
-        self._settled(stage)
+        self._settled(stage, driven.full_name(unit.name))
         self._sources.setdefault((stage.name, unit.name, unit.fingerprint), driven)
         self._mark_done(driven, record)
 
@@ -243,7 +243,7 @@ class Schedule:
         # Not under `unit`: the timeline is of what was worked on.
         taker.log.write("unit_adopted", stage=stage.name, name=unit.name, source=source.label)
         self.counts.adopted[stage.name] += 1
-        self._settled(stage)
+        self._settled(stage, taker.full_name(unit.name))
         self._mark_done(taker, record)
         return True
 

@@ -1,4 +1,4 @@
-"""`status`: the state of a run as tables for people, at most 80 columns wide where names allow."""
+"""`status`: the state of a run as human-readable tables, at most 80 columns wide where names allow."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from pipeline.planning.plan_tables import new_table, print_sentence
 from pipeline.run_state import RunStatus, StageStatus, read_status
+from pipeline.terminal import Part, PlainTable, counted, new_table, say, say_sentence, say_table
 from storage.location import Location
 
 _SHOWN_FAILURES = 8
@@ -21,23 +19,23 @@ def show_status(location: Location, console: Console) -> None:
     """Prints the status of the run at `location`."""
     status = read_status(location)
     state = state_text(status.holder, status.died, finished=not status.to_do, begun=status.last_event is not None)
-    console.print(f"[bold]run[/]     {escape(str(status.location))}", highlight=False, soft_wrap=True)
-    console.print(f"[bold]state[/]   {state}", highlight=False, soft_wrap=True)
+    say(console, ("run", "bold"), f"     {status.location}")
+    say(console, ("state", "bold"), "   ", *state)
     if status.last_event is not None:
-        console.print(f"[bold]last[/]    {escape(_event_text(status.last_event))}", highlight=False, soft_wrap=True)
+        say(console, ("last", "bold"), f"    {_event_text(status.last_event)}")
     console.line()
-    console.print(_table(status))
+    say_table(console, _table(status))
     for style, word, text in details(status):
-        print_sentence(console, f"[{style}]{word}[/]  {escape(text)}")
+        say_sentence(console, (word, style), f"  {text}")
     console.line()
-    print_sentence(console, _resume_text(status))
+    say_sentence(console, _resume_text(status))
 
 
 def details(status: RunStatus) -> Iterator[tuple[str, str, str]]:
     """Style, word and text of what is out of the ordinary."""
     failures = list(status.failures.items())
     for (stage, unit), (attempts, error) in failures[:_SHOWN_FAILURES]:
-        yield "red", "failed", f"{stage}/{unit} ({attempts} attempt{'s' if attempts > 1 else ''}): {error}"
+        yield "red", "failed", f"{stage}/{unit} ({counted(attempts, 'attempt')}): {error}"
     if len(failures) > _SHOWN_FAILURES:
         yield "red", "failed", f"and {len(failures) - _SHOWN_FAILURES} more, see logs/events.jsonl"
     for found in status.stages.values():
@@ -55,22 +53,22 @@ def _memory_text(stage: StageStatus) -> str:
     return f"{stage.name}: {tries}{lean}"
 
 
-def state_text(at_work: str | None, died: str | None, *, finished: bool, begun: bool) -> str:
-    """What a run or study is doing, in the console's markup.
+def state_text(at_work: str | None, died: str | None, *, finished: bool, begun: bool) -> tuple[Part, ...]:
+    """What a run or study is doing.
 
     Args:
         at_work: its driver; `died` likewise, of one that ended without a word.
     """
     if at_work is not None:
-        return f"[green]running[/]: {escape(at_work)}"
+        return ("running", "green"), f": {at_work}"
     if died is not None:
-        return f"[yellow]stopped[/]: its driver was killed ({escape(died)})"
+        return ("stopped", "yellow"), f": its driver was killed ({died})"
     if finished:
-        return "[green]finished[/]"
-    return "[yellow]stopped[/]: no driver" if begun else "[yellow]not started[/]"
+        return (("finished", "green"),)
+    return (("stopped", "yellow"), ": no driver") if begun else (("not started", "yellow"),)
 
 
-def _table(status: RunStatus) -> Table:
+def _table(status: RunStatus) -> PlainTable:
     table = new_table("Stage", "Done", "Failed tries", "Work", "Wall time")
     for stage in status.stages.values():
         total = "?" if stage.total is None else f"{stage.total:,}"
@@ -92,7 +90,7 @@ def _resume_text(status: RunStatus) -> str:
         return "All units are done. Running it again checks their files and writes the report."
     counts = ", ".join(f"{name} {'?' if num is None else num}" for name, num in to_do.items())
     verb = "Left to do" if status.holder is not None else "Running it again does"
-    return f"{verb}: {escape(counts)}. What is done is kept, if model and configuration are still the same."
+    return f"{verb}: {counts}. What is done is kept, if model and configuration are still the same."
 
 
 def _event_text(event: Mapping[str, Any]) -> str:

@@ -17,13 +17,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
 
 from cluster.job_submission import JobClient, JobEnd, JobRequest, new_submission_id
 from cluster.session import PROJECT_ROOT
 from pipeline.config.loading import ConfigError, parse_config, parse_override, read_prompts, read_values, set_value
 from pipeline.config.schema import RunConfig
 from pipeline.study.expansion import load_study
+from pipeline.terminal import say
 from storage.location import Location
 
 EXCLUDES = ("/tests", "/docs", "/benchmarks", "/.venv")
@@ -52,7 +52,9 @@ def job_of(path: Path, overrides: Sequence[str], *, update: bool = False, until:
     if problems:
         raise ConfigError(problems)
     values.pop("cluster", None)
-    return _request(["run", "/dev/stdin", *options], values, {"run": str(config.run), "config": str(path)}, config.run)
+    return _request(
+        ["run", "/dev/stdin", *options], values, {"run": str(values["run"]), "config": str(path)}, config.run
+    )
 
 
 def _study_job(path: Path, values: dict[str, Any], overrides: Sequence[str], options: Sequence[str]) -> JobRequest:
@@ -68,7 +70,7 @@ def _study_job(path: Path, values: dict[str, Any], overrides: Sequence[str], opt
     return _request(
         ["study", "/dev/stdin", *options, *last],
         values,
-        {"study": str(study.location), "config": str(path)},
+        {"study": str(values["study"]), "config": str(path)},
         study.location,
     )
 
@@ -90,9 +92,9 @@ def submit_job(address: str, request: JobRequest, console: Console, *, follow: b
     """Submits the job; returns its exit code, or 0 at once without `follow`."""
     client = JobClient(address)
     client.submit(request)
-    console.print(f"job:  {request.submission_id}", highlight=False, soft_wrap=True)
+    say(console, f"job:  {request.submission_id}")
     if not follow:
-        console.print(_what_next(client.address, request.submission_id), highlight=False, soft_wrap=True)
+        say(console, _what_next(client.address, request.submission_id))
         return 0
     return follow_job(client, request.submission_id, console)
 
@@ -102,11 +104,7 @@ def follow_job(client: JobClient, submission_id: str, console: Console) -> int:
     try:
         end = client.follow(submission_id, _write)
     except KeyboardInterrupt:
-        console.print(
-            f"\nnot followed any more; the job goes on.\n{_what_next(client.address, submission_id)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, f"\nnot followed any more; the job goes on.\n{_what_next(client.address, submission_id)}")
         return 130
     _show_end(end, submission_id, console)
     return end.exit_code
@@ -119,10 +117,12 @@ def stop_job(client: JobClient, submission_id: str, console: Console) -> None:
 
 def _show_end(end: JobEnd, submission_id: str, console: Console) -> None:
     style = "green" if end.status == "SUCCEEDED" else "bold red" if end.status == "FAILED" else "yellow"
-    again = "" if end.status == "SUCCEEDED" else "; what is done is kept: submit the same configuration again to go on"
-    console.print(f"[{style}]{end.status.lower()}[/]: {submission_id}{again}", highlight=False, soft_wrap=True)
+    again = (
+        "" if end.status == "SUCCEEDED" else "; finished work is kept: submit the same configuration again to resume"
+    )
+    say(console, (end.status.lower(), style), f": {submission_id}{again}")
     if end.message:
-        console.print(escape(end.message), highlight=False, soft_wrap=True)
+        say(console, end.message)
 
 
 def _what_next(address: str, submission_id: str) -> str:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from pipeline.planning.plan_tables import human_bytes, new_table, print_sentence
+from pipeline.planning.plan_tables import human_bytes
+from pipeline.terminal import PlainTable, new_table, say, say_sentence, say_table
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
 from storage.location import Location, StoreUrl
@@ -38,45 +37,40 @@ def show_verification(checkpoint: Location, console: Console) -> bool:
     """
     folder = _fetched(checkpoint) if isinstance(checkpoint, StoreUrl) else checkpoint
     report = verify_checkpoint(folder)
-    console.print(f"[bold]checkpoint[/]  {escape(str(checkpoint))}", highlight=False, soft_wrap=True)
+    say(console, ("checkpoint", "bold"), f"  {checkpoint}")
     if report.layers:
-        console.print(f"[bold]bits[/]        {escape(report.bits)}", highlight=False)
+        say(console, ("bits", "bold"), f"        {report.bits}")
         console.line()
-        console.print(_layer_table(report))
+        say_table(console, _layer_table(report))
         console.line()
-        console.print(
+        say(
+            console,
             f"{human_bytes(report.total_bytes)} in transformer/, {report.compression:.2f} times smaller than the "
             f"{human_bytes(report.source_bytes)} of 16 bits",
-            highlight=False,
-            soft_wrap=True,
         )
     for problem in report.problems[:_SHOWN_PROBLEMS]:
-        print_sentence(console, f"[bold red]problem:[/] [red]{escape(problem)}[/]")
+        say_sentence(console, ("problem:", "bold red"), " ", (problem, "red"))
     if (more := len(report.problems) - _SHOWN_PROBLEMS) > 0:
-        console.print(f"[bold red]problem:[/] [red]and {more} more[/]", highlight=False)
+        say(console, ("problem:", "bold red"), (f" and {more} more", "red"))
     if report.problems and (inside := _checkpoints_inside(folder)):
-        console.print(
-            f"{escape(str(checkpoint))} is a run directory; its checkpoints: {escape(', '.join(map(str, inside)))}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, f"{checkpoint} is a run directory; its checkpoints: {', '.join(map(str, inside))}")
     if report.ok:
         num = len(report.layers)
-        console.print(f"[green]sound[/]: all tensors and digests of {num} quantized layers are right", highlight=False)
+        say(console, ("sound", "green"), f": all tensors and digests of {num} quantized layers are right")
     return report.ok
 
 
-def _layer_table(report: VerificationReport) -> Table:
+def _layer_table(report: VerificationReport) -> PlainTable:
     """Layers that differ in their block's number only share a row; rows of one part of the model stand together."""
     table = new_table("Layers", "Bits", "Number", "b/weight", "Stored", left=2)
     rows = _rows(report.layers)
     above = None
     for (part, layer, bits), row in rows.items():
         if part != above:
-            table.add_row(f"[bold]{escape(part)}[/]")
+            table.add_row(part, style="bold")
             above = part
         table.add_row(
-            f"  {escape(layer)}",
+            f"  {layer}",
             bits,
             f"{row.layers:,}",
             f"{8 * row.stored_bytes / row.weights:.2f}",

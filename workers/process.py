@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 
+from workers.library_messages import quieten_libraries
 from workers.messages import Numerics
 
 _STATUS = Path("/proc/self/status")
 
 
 def prepare_process(numerics: Numerics) -> tuple[torch.device, torch.dtype]:
-    """Fixes threads and determinism; returns the device and the dtype of the model's weights and activations."""
+    """Fixes threads and determinism, quietens libraries; returns the device and the dtype of weights and activations."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    quieten_libraries()
     _reset_peak_memory()
     torch.set_num_threads(numerics.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,12 @@
-"""A plan as tables for people, at most 80 columns wide so that they read the same in a terminal and in a file."""
+"""A plan as human-readable tables, at most 80 columns wide so that they read the same in a terminal and in a file."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from pipeline.terminal import PlainTable, counted, new_table, say, say_sentence, say_table
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -33,39 +32,26 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("workers", _workers(plan)),
     )
     for key, value in lines:
-        console.print(f"[bold]{key:<8}[/] {escape(value)}", highlight=False, soft_wrap=True)
+        say(console, (f"{key:<8}", "bold"), f" {value}")
     for table in (_stage_table(plan), _checkpoint_table(plan)):
         console.line()
-        console.print(table)
+        say_table(console, table)
     console.line()
     _show_disk(plan, console)
     if any(stage.gpu_hours is not None for stage in plan.stages):
-        console.print(
+        said = (
             "GPU-hours are an estimate: counted operations and bytes at 80 % of an H100's measured rates,\n"
-            "without text encoding, loading and the solves of GPTQ.",
-            style="dim",
-            highlight=False,
-            soft_wrap=True,
+            "without text encoding, loading and the solves of GPTQ."
         )
     else:
-        console.print(
-            "Times on a CPU are not estimated; workspaces of convolutions take more memory.",
-            style="dim",
-            highlight=False,
-            soft_wrap=True,
-        )
+        said = "Times on a CPU are not estimated; workspaces of convolutions take more memory."
+    say(console, (said, "dim"))
     for note in plan.notes:
-        print_sentence(console, f"[yellow]note:[/] {escape(note)}")
+        say_sentence(console, ("note:", "yellow"), f" {note}")
     for problem in plan.problems:
-        print_sentence(console, f"[bold red]problem:[/] {escape(problem)}")
+        say_sentence(console, ("problem:", "bold red"), f" {problem}")
     if not plan.problems:
-        where = "Elsewhere nothing" if plan.lacking else "Nothing"
-        console.print(f"[green]{where} known beforehand is in the way.[/]", highlight=False)
-
-
-def print_sentence(console: Console, text: str) -> None:
-    """Prints a long line: wrapped between words in a terminal, left whole in a file, where it can be searched."""
-    console.print(text, highlight=False, soft_wrap=not console.is_terminal)
+        say(console, ("Ready to run elsewhere." if plan.lacking else "Ready to run.", "green"))
 
 
 def human_bytes(num: float) -> str:
@@ -78,15 +64,6 @@ def human_bytes(num: float) -> str:
     return f"{num:.{digits}f} {unit}"
 
 
-def new_table(*columns: str, left: int = 1) -> Table:
-    """An empty table; the first `left` columns are aligned to the left, numbers to the right."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        # Names are folded where the terminal is too narrow, numbers never cut.
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=index > 0, overflow="fold")
-    return table
-
-
 def _workers(plan: Plan) -> str:
     config = plan.context.config
     device = f"{config.workers.num_gpus:g} GPU" if config.workers.num_gpus else "CPU"
@@ -95,10 +72,12 @@ def _workers(plan: Plan) -> str:
     if config.workers.num_ranks is not None:
         offload = "" if config.workers.offload == "none" else f", offloaded to {config.workers.offload}"
         where += f"; model over {config.workers.num_ranks} by {config.workers.sharding}{offload}"
-    return f"{config.workers.num_workers} on {device}, {config.numerics.threads} threads each, {dtype}{where}"
+    return (
+        f"{config.workers.num_workers} on {device}, {counted(config.numerics.threads, 'thread')} each, {dtype}{where}"
+    )
 
 
-def _stage_table(plan: Plan) -> Table:
+def _stage_table(plan: Plan) -> PlainTable:
     table = new_table("Stage", "Units", "Disk", "Peak memory", "GPU-hours")
     for stage in plan.stages:
         table.add_row(
@@ -121,7 +100,7 @@ def _stage_table(plan: Plan) -> Table:
     return table
 
 
-def _checkpoint_table(plan: Plan) -> Table:
+def _checkpoint_table(plan: Plan) -> PlainTable:
     table = new_table("Checkpoint", "Bits", "Layers", "Bits/weight", "transformer/", "Smaller", "Folder", left=2)
     for size in plan.checkpoints:
         table.add_row(
@@ -141,8 +120,4 @@ def _show_disk(plan: Plan, console: Console) -> None:
     there = f", {human_bytes(plan.disk.existing_bytes)} are there" if plan.disk.existing_bytes else ""
     free = plan.disk.free_bytes
     room = "in a bucket" if free is None else f"{human_bytes(free)} are free"
-    console.print(
-        f"[bold]disk[/]     {human_bytes(plan.disk_bytes)} in all{there}; {room}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, ("disk", "bold"), f"     {human_bytes(plan.disk_bytes)} in all{there}; {room}")

@@ -13,6 +13,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from pipeline.context import RunContext
 from reelquant.attention.band_mask import band_width
 from reelquant.families.family import TokenLayout
+from workers.library_messages import quieten_libraries
 
 _CROP = int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
 """Tokens of the instruction in front of every prompt, which the pipeline cuts off again."""
@@ -165,6 +166,7 @@ def prompt_lengths(model: Path, prompts: Sequence[str]) -> list[int] | None:
         return None
     from transformers import AutoTokenizer
 
+    quieten_libraries()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     template = str(DEFAULT_PROMPT_TEMPLATE["template"])
     return [len(tokenizer(template.format(prompt)).input_ids) - _CROP for prompt in prompts]

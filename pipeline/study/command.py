@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.phase import phase
 from pipeline.runner import STAGES
@@ -17,6 +16,7 @@ from pipeline.study.expansion import load_study
 from pipeline.study.page import PAGE, TABLE, write_results
 from pipeline.study.preparation import PreparedStudy, prepare_study
 from pipeline.study.tables import show_results
+from pipeline.terminal import counted, say
 from storage.location import StoreUrl
 
 
@@ -45,20 +45,19 @@ def do_study(
     console.line()
     show_results(results, console)
     console.line()
-    console.print(
-        f"{outcome.done} units done now, {outcome.adopted} adopted from other runs, {outcome.kept} were done before"
-    )
-    console.print(f"results: {place / TABLE}", soft_wrap=True, highlight=False)
-    console.print(f"report:  {place / PAGE}", soft_wrap=True, highlight=False)
+    done = counted(outcome.done, "unit")
+    say(console, f"{done} done now, {outcome.adopted} adopted from other runs, {outcome.kept} were done before")
+    say(console, f"results: {place / TABLE}")
+    say(console, f"report:  {place / PAGE}")
     if isinstance(place, StoreUrl):
-        console.print(f"copies:  python -m pipeline report {place}", soft_wrap=True, highlight=False)
+        say(console, f"copies:  python -m pipeline report {place}")
     if outcome.failures:
         names = dict.fromkeys(run.setting.name for run in prepared.study.runs if run.label in outcome.failures)
-        console.print(
-            f"[bold red]error:[/] {len(outcome.failures)} of {len(prepared.study.runs)} runs failed, of the settings "
-            f"{escape(', '.join(names))}. What is done is kept: the same command goes on from here.",
-            highlight=False,
-            soft_wrap=True,
+        say(
+            console,
+            ("error:", "bold red"),
+            f" {len(outcome.failures)} of {len(prepared.study.runs)} runs failed, of the settings {', '.join(names)}. "
+            "Finished work is kept. Run the same command again to resume.",
         )
     return not outcome.failures
 

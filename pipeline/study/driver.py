@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
-from cluster.units import UnitFailure
+from cluster.units import UnitFailure, headline
 from pipeline.context import Run
 from pipeline.drive import drive
-from pipeline.run_state import last_line
 from pipeline.runner import STAGES, driven_runs, open_run, provenance
 from pipeline.schedule import DrivenRun, Task
 from pipeline.stages.stage import Stage
 from pipeline.study.expansion import STUDY_FILE
 from pipeline.study.preparation import PreparedStudy
+from pipeline.terminal import say
 from storage.atomic_files import create_directory, json_bytes
 from storage.local_store import LOCK_FILE
 from storage.run_directory import RunConfigMismatch, RunDirectory
@@ -37,7 +36,7 @@ class Failure:
     error: str
 
     def __str__(self) -> str:
-        return f"{self.stage}/{self.unit}: {last_line(self.error)}"
+        return f"{self.stage}/{self.unit}: {headline(self.error)}"
 
 
 @dataclass
@@ -123,4 +122,4 @@ class _SetAside:
             if driven is not task.driven:
                 values = {"attempt": failed.attempts, "error": failed.error, "will_retry": False}
                 driven.log.write("unit_failed", stage=failure.stage, unit=failure.unit, **values)
-            self._console.print(f"[red]{escape(driven.label)} is set aside: {escape(str(failure))}", highlight=False)
+            say(self._console, (f"{driven.label} is set aside: {failure}", "red"))

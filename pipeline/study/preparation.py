@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.config.loading import ConfigError
-from pipeline.context import Run, RunContext, build_context, folder_fingerprint
+from pipeline.context import Run, RunContext, build_context, folder_fingerprint, prompt_notes
 from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes, worker_problems
 from pipeline.planning.model_size import checkpoint_size, copied_bytes, source_tensors
-from pipeline.planning.plan_tables import human_bytes, new_table, print_sentence
+from pipeline.planning.plan_tables import human_bytes
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, count_tokens
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage, StageUnit
 from pipeline.study.expansion import Study, StudyRun
+from pipeline.terminal import counted, new_table, say, say_sentence, say_table
 from storage.location import Location, StoreUrl
 from storage.manifest import DamagedRecord, Manifest, UnitRecord
 from storage.run_directory import RunDirectory
@@ -74,12 +74,9 @@ class PreparedStudy:
         """Prints numbers of runs and units, notes and problems."""
         num_seeds = len(self.study.written.seeds)
         settings = len(self.study.settings)
-        console.print(f"[bold]study[/]  {escape(str(self.study.location))}", highlight=False, soft_wrap=True)
-        console.print(
-            f"[bold]runs[/]   {len(self.study.runs)}: {settings} setting{'s' * (settings > 1)} x {num_seeds} "
-            f"seed{'s' * (num_seeds > 1)}",
-            highlight=False,
-        )
+        grid = f"{counted(settings, 'setting')} x {counted(num_seeds, 'seed')}"
+        say(console, ("study", "bold"), f"  {self.study.location}")
+        say(console, ("runs", "bold"), f"   {len(self.study.runs)}: {grid}")
         console.line()
         table = new_table("Stage", "Separately", "Shared", "Done", "Disk")
         for count in self.counts:
@@ -90,13 +87,13 @@ class PreparedStudy:
                 f"{count.done:,}" if count.done else "-",
                 human_bytes(count.disk_bytes) if count.disk_bytes else "-",
             )
-        console.print(table)
+        say_table(console, table)
         for note in self.notes:
-            print_sentence(console, f"[yellow]note:[/] {escape(note)}")
+            say_sentence(console, ("note:", "yellow"), f" {note}")
         for problem in self.problems:
-            print_sentence(console, f"[bold red]problem:[/] {escape(problem)}")
+            say_sentence(console, ("problem:", "bold red"), f" {problem}")
         if not self.problems:
-            console.print("[green]Nothing known beforehand is in the way.[/]", highlight=False)
+            say(console, ("Ready to run.", "green"))
 
 
 def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedStudy:
@@ -128,7 +125,8 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedS
         f"{problem}; or make the study smaller"
         for problem in disk_problems(study.location, int(sum(count.disk_bytes for count in counts)), disk)
     ]
-    notes = worker_notes(first)
+    notes = list(dict.fromkeys(note for context in by_setting.values() for note in prompt_notes(context)))
+    notes += worker_notes(first)
     if isinstance(study.location, StoreUrl):
         notes.append(
             "in a bucket every run has its own copy of what runs have in common, made by the server: the bytes are those of "

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
-from rich.markup import escape
 
-from pipeline.planning.plan_tables import new_table, print_sentence
 from pipeline.run_state import RunStatus, read_status
 from pipeline.status import details, state_text
 from pipeline.study.expansion import STUDY_FILE
+from pipeline.terminal import new_table, say, say_sentence, say_table
 from storage.location import Location
 from storage.run_directory import RunDirectory
 from storage.run_store import RunStore, open_store
@@ -33,22 +32,22 @@ def show_study_status(location: Location, console: Console) -> None:
         driver = pool.submit(directory.store.driver)
         runs = dict(zip(labels, pool.map(lambda label: read_status(directory.location / label), labels), strict=True))
     finished = sum(not status.to_do for status in runs.values())
-    console.print(f"[bold]study[/]   {escape(str(directory.location))}", highlight=False, soft_wrap=True)
+    say(console, ("study", "bold"), f"   {directory.location}")
     found = driver.result()
     all_done = 0 < len(runs) == finished
     state = state_text(found.at_work, found.died, finished=all_done, begun=bool(runs))
-    console.print(f"[bold]state[/]   {state}", highlight=False, soft_wrap=True)
+    say(console, ("state", "bold"), "   ", *state)
     console.line()
     table = new_table("Run", "Done", "Failed tries", "Left to do")
     table.columns[-1].justify = "left"
     for label, status in runs.items():
         table.add_row(label, *_row(status), style=None if status.to_do else "green")
-    console.print(table)
+    say_table(console, table)
     for label, status in runs.items():
         for style, word, text in details(status):
-            print_sentence(console, f"[{style}]{word}[/]  {escape(label)}: {escape(text)}")
+            say_sentence(console, (word, style), f"  {label}: {text}")
     console.line()
-    print_sentence(
+    say_sentence(
         console,
         f"{finished} of {len(runs)} runs are finished. `status` of a run's directory says more of it"
         + ("." if all_done or found.at_work else "; the same command again does the rest."),

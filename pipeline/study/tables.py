@@ -1,18 +1,16 @@
-"""A study's rows as tables for people: Markdown for documents, rich for the terminal; the page takes the same cells."""
+"""A study's rows as human-readable tables: Markdown for documents, rich for the terminal; the page takes the same cells."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
-from rich.table import Table
 
-from pipeline.planning.plan_tables import new_table, print_sentence
 from pipeline.report.quantities import NOTHING, seconds_text
 from pipeline.study.intervals import Interval
 from pipeline.study.results import FULL_PRECISION, Row, StudyResults
+from pipeline.terminal import PlainTable, new_table, say_sentence, say_table
 
 _DISPENSABLE = ("n", "distillation", "recognized", "smaller", "SSIM", "density")
 """Columns that a narrow terminal does without, the first ones first."""
@@ -106,20 +104,20 @@ def show_results(results: StudyResults, console: Console) -> None:
         table = _table(shown, texts)
     if not console.is_terminal:
         console.width = max(console.width, _width(table, console))
-    console.print(table)
+    say_table(console, table)
     for row in rows:
         for failure in row.failures:
-            print_sentence(console, f"[red]failed[/]  {escape(row.name)}, {escape(failure)}")
+            say_sentence(console, ("failed", "red"), f"  {row.name}, {failure}")
 
 
-def _table(names: Sequence[str], texts: Sequence[Mapping[str, str]]) -> Table:
+def _table(names: Sequence[str], texts: Sequence[Mapping[str, str]]) -> PlainTable:
     table = new_table(*names)
     for row in texts:
-        table.add_row(*(escape(row[name]) for name in names))
+        table.add_row(*(row[name] for name in names))
     return table
 
 
-def _width(table: Table, console: Console) -> int:
+def _width(table: PlainTable, console: Console) -> int:
     return Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
 
 

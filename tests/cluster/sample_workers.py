@@ -1,6 +1,7 @@
 """Workers that misbehave on request. A payload is `(what, *arguments)`; marks left in files count the attempts."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -91,6 +92,26 @@ class SampleWorker:
         sys.stderr.write("the last word of " + name + "\n")
         sys.stderr.flush()
         os._exit(1)
+
+    def do_die(self, progress: Callable[[int, int], None], name: str, how: str) -> None:
+        """Die in the middle of a progress bar."""
+        self.mark(name)
+        sys.stderr.write("\rLoading pipeline components...:  57%|#####7    | 4/7 [00:00<00:00, 11.99it/s]")
+        sys.stderr.write("\rLoading pipeline components...: 100%|##########| 7/7 [00:00<00:00, 11.99it/s]")
+        sys.stderr.flush()
+        if how == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "crash":
+            os.abort()
+        sys.exit(3)
+
+    def do_fill_the_disk(self, progress: Callable[[int, int], None], name: str) -> None:
+        """Meet a full disk, and say more of it."""
+        self.mark(name)
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+        except OSError as error:
+            raise RuntimeError(f"{name} could not be written:\nno room") from error
 
     def do_raise(self, progress: Callable[[int, int], None], name: str, kind: str) -> None:
         """Raise an exception."""

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.actor_pool import PoolEvents, Unit, UnitsFailed, WorkersFailed, run_units
 from cluster.session import Session
+from cluster.units import headline
 from tests.cluster.sample_workers import PreparingSample, SampleWorker, Settings
 
 pytestmark = pytest.mark.usefixtures("session")
@@ -198,8 +199,30 @@ def test_a_value_error_is_not_retried_and_comes_with_its_traceback(tmp_path: Pat
     error = caught.value.failures["bad"].error
     assert "in do_raise" in error
     assert "ValueError: bad luck in bad" in error
-    assert error.rstrip() in str(caught.value)
+    assert headline(error) == "ValueError: bad luck in bad"
+    assert headline(error) in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert error.rstrip() in caught.value.details()
     assert caught.value.results == {"double-0": 0, "double-1": 2}
+
+
+@pytest.mark.parametrize(("how", "reason"), [("SIGKILL", "SIGKILL"), ("crash", "Aborted"), ("exit", "exit code 3")])
+def test_the_reason_of_a_death_is_its_headline_and_never_a_progress_bar(how: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UnitsFailed) as caught:
+        run([Unit("victim", ("die", "victim", how))], tmp_path, max_attempts=1)
+    error = caught.value.failures["victim"].error
+    assert reason in headline(error)
+    assert "ActorDiedError" in error, "Ray's own words are kept"
+    assert "Loading pipeline" not in error + str(caught.value)
+
+
+def test_a_full_disk_is_not_tried_again_and_comes_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UnitsFailed) as caught:
+        run([Unit("big", ("fill_the_disk", "big")), *doubles(1)], tmp_path, max_attempts=3)
+    assert attempts(tmp_path, "big") == 1
+    error = caught.value.failures["big"].error
+    assert headline(error) == "RuntimeError: big could not be written: no room"
+    assert "Errno 28" in error
 
 
 def test_another_exception_is_retried_in_a_new_process(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(finished_run:
     output = driver.communicate(timeout=120)[0].decode()
     assert driver.returncode == 1, output
     assert "No space left on device" in output
-    assert "same command goes on from here" in output
+    assert "same command again" in output
     assert not (run / "checkpoint").exists()
     hog.unlink()
     done = call(*arguments)

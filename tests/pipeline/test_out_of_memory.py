@@ -55,7 +55,7 @@ def test_short_memory_costs_no_byte_and_a_unit_that_cannot_be_done_keeps_only_it
     assert "distillation/s2q-segment-001 ran out of memory on cpu" in limited.stdout
     assert "the plan says" in limited.stdout
     assert "workers.num_workers" in limited.stdout
-    assert "the same command goes on from here" in limited.stdout
+    assert "same command again" in limited.stdout
     events = [e for e in read_events(run / "logs") if e.get("stage") == "distillation" and "attempt" in e]
     told = {
         e["unit"]: [(o["attempt"], o.get("reason"), o.get("lean")) for o in events if o["unit"] == e["unit"]]
