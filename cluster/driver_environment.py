@@ -111,3 +111,10 @@ def previous_sigterm_handler_restored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def reinstall_sigterm_handler() -> None:
+    """Put Python's SIGTERM handler back in front of that of Ray's core, which prints a dump of its stack and ends the process
+    before the session is closed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

@@ -40,7 +40,12 @@ for _name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_
     logging.getLogger(f"ray.{_name}").setLevel(logging.ERROR)
 logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
 
+_logger = logging.getLogger(__name__)
+
 _LOST_AFTER_S = 60.0
+_AGENT_PATIENCE_S = 30.0
+_NO_AGENT = ("No available agent", "Cannot connect to host")
+"""Ray's words where a dashboard knows of no agent, or of one that does not listen yet."""
 _POLL_INTERVAL_S = 0.5
 
 
@@ -101,15 +106,15 @@ class JobClient:
 
         Raises:
             ValueError: the folder is too large or the cluster does not take the request.
-            ConnectionError: the cluster is gone or refuses the token.
+            ConnectionError: the cluster is gone, refuses the token, or has no agent that starts jobs.
         """
         variables = {
             "RAY_AUTH_MODE": self._auth_mode,
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
             **request.env_vars,
         }
-        with self._explained():
-            self._client.submit_job(
+        self._when_an_agent_is_there(
+            lambda: self._client.submit_job(
                 entrypoint=request.entrypoint,
                 submission_id=request.submission_id,
                 runtime_env={
@@ -119,6 +124,7 @@ class JobClient:
                 },
                 metadata=dict(request.metadata),
             )
+        )
 
     def follow(self, submission_id: str, write: Callable[[str], None]) -> JobEnd:
         """Pass on what the job prints, from its beginning, until it ends; a lost connection is made anew.
@@ -162,6 +168,26 @@ class JobClient:
                 return _end_of(details)
             time.sleep(_POLL_INTERVAL_S)
         raise ConnectionError(f"{submission_id} was told to stop {STOP_WAIT_S + 30} s ago and is still at work")
+
+    def _when_an_agent_is_there(self, submit: Callable[[], object]) -> None:
+        """The cluster's agent, which starts a job, answers some seconds later than its dashboard."""
+        deadline = time.monotonic() + _AGENT_PATIENCE_S
+        while True:
+            try:
+                with self._explained():
+                    submit()
+                return
+            except ValueError as error:
+                if not any(words in str(error) for words in _NO_AGENT):
+                    raise
+                if time.monotonic() > deadline:
+                    raise ConnectionError(
+                        f"{self.address} has had no agent that starts jobs for {_AGENT_PATIENCE_S:.0f} s: if the cluster was "
+                        "just started, try again; otherwise another cluster of its machine may have the agent's port (52365): "
+                        "start Ray with --dashboard-agent-listen-port=PORT"
+                    ) from error
+                _logger.warning("%s: the cluster's agent is not there yet; trying on", self.address)
+            time.sleep(_POLL_INTERVAL_S)
 
     def _details(self, submission_id: str) -> JobDetails:
         with self._explained():

@@ -31,10 +31,12 @@ from cluster.driver_environment import (
     loopback_only,
     previous_sigterm_handler_restored,
     ray_messages_logged,
+    reinstall_sigterm_handler,
 )
 from cluster.end_of_process import without_progress_bars
 from cluster.proxies import loopback_excluded
 from cluster.session_directory import default_base, session_directory, write_token
+from cluster.slow_start import start_patiently
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SMALLEST_OBJECT_STORE_BYTES = 75 * 2**20
@@ -117,7 +119,7 @@ def ray_session(settings: SessionSettings) -> Iterator[Session]:
     """Open a session and close it again; a local one takes all its processes and files with it.
 
     Raises ValueError for settings that contradict each other, RuntimeError when a session is open already, and
-    ConnectionError when there is no cluster at the address or it refuses the token.
+    ConnectionError when there is no cluster at the address, it refuses the token, or Ray does not come up.
     """
     global _active
     if _active is not None or ray.is_initialized():
@@ -141,7 +143,9 @@ def ray_session(settings: SessionSettings) -> Iterator[Session]:
             stack.enter_context(environment(cluster_environment()))
             arguments = _remote_arguments(settings, address)
         stack.callback(ray.shutdown)
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **arguments)
+        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR, **arguments}
+        start_patiently(lambda: ray.init(**options), ray.shutdown)
+        reinstall_sigterm_handler()
         resources = ray.cluster_resources()
         _active = Session(
             address=ray.get_runtime_context().gcs_address,

@@ -29,6 +29,8 @@ from storage.location import Location
 EXCLUDES = ("/tests", "/docs", "/benchmarks", "/.venv")
 """Of the checkout, what no job needs; what .gitignore names stays behind too."""
 
+_PYTHON = "sh cluster/job_python.sh $PPID"
+"""`python -m pipeline` with the Python that has the application; $PPID is Ray's process that runs the job."""
 _END_OF_CONFIG = "END_OF_CONFIG"
 
 
@@ -80,7 +82,7 @@ def _request(command: Sequence[str], values: dict[str, Any], metadata: dict[str,
     commit = _commit()
     return JobRequest(
         submission_id=new_submission_id(place.name),
-        entrypoint=f"python -m pipeline {shlex.join(command)} <<'{_END_OF_CONFIG}'\n{text}{_END_OF_CONFIG}\n",
+        entrypoint=f"{_PYTHON} {shlex.join(command)} <<'{_END_OF_CONFIG}'\n{text}{_END_OF_CONFIG}\n",
         working_dir=PROJECT_ROOT,
         excludes=EXCLUDES,
         env_vars={"REELQUANT_COMMIT": commit} if commit else {},

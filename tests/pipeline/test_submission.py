@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.job_submission import JobClient, JobRequest, new_submission_id
+from cluster.session_directory import session_directory
 from pipeline.cli import app
 from pipeline.config.loading import ConfigError
 from pipeline.event_log import read_events
@@ -22,6 +24,7 @@ from pipeline.submission import job_of
 from storage.run_store import open_store
 from tests.cluster.ray_head import RayHead, free_ports, ray_head
 from tests.pipeline.small_run import ROOT, command, files, small_run
+from tests.recording_server import recording_server
 from tests.s3_server import S3Server, new_prefix
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -29,13 +32,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
-    with ray_head() as running:
+    """Started as by `.venv/bin/ray start`, with nothing of the environment on its PATH; a proxy is in the environment."""
+    with recording_server() as proxy, ray_head(PATH="/usr/bin:/bin", http_proxy=proxy.url) as running:
         yield running
+        # Ray looks for the metadata of clouds through it.
+        token = running.token_file.read_text()
+        assert [r for r in proxy.requests if token in r or "127.0.0.1" in r.splitlines()[0]] == []
 
 
 @pytest.fixture
 def client(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> JobClient:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
+    monkeypatch.setenv("http_proxy", head.environment["http_proxy"])
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # Ray's own client would take it
     return JobClient(head.dashboard)
 
@@ -76,6 +84,7 @@ def test_a_job_left_alone_then_stopped_then_submitted_again_gives_the_same_bytes
     shown = head.call("logs", job, "--address", head.dashboard)
     assert shown.returncode == 143, "a stopped job is no success"
     assert shown.stdout.count("Trajectories: 2/2") == 1
+    assert "SIGTERM received" not in shown.stdout, "no dump of Ray's core"
     assert not any(event["event"] == "run_finished" for event in read_events(run / "logs"))
     again = head.call("submit", config, "--address", head.dashboard)
     assert (again.returncode, again.stderr) == (0, ""), again.stdout
@@ -208,7 +217,7 @@ def test_what_a_job_could_not_do_is_refused_before_it_is_sent(tmp_path: Path) ->
 def test_the_command_carries_the_configuration(tmp_path: Path) -> None:
     request = job_of(small_run(tmp_path), ["seed=7", "cluster.address=auto"], update=True)
     first, *lines = request.entrypoint.splitlines()
-    assert first == "python -m pipeline run /dev/stdin --update <<'END_OF_CONFIG'"
+    assert first == "sh cluster/job_python.sh $PPID run /dev/stdin --update <<'END_OF_CONFIG'"
     assert "seed: 7" in lines
     assert not any(line.startswith("cluster") for line in lines), "a job finds its own cluster"
     assert request.metadata["run"] == str(tmp_path / "run")
@@ -232,8 +241,7 @@ def test_the_command_of_a_study_does_the_same_study_wherever_its_files_lie(tmp_p
     for file in (path, tmp_path / "base.yaml"):
         file.unlink()
     command = request.entrypoint.replace("study /dev/stdin", "study /dev/stdin --plan", 1)
-    program = command.replace("python", sys.executable, 1)
-    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4: 2 settings x 2 seeds" in done.stdout
     assert re.search(r"Activations +4 +4 ", done.stdout), "two samples in each of the two runs that need any"
@@ -261,3 +269,51 @@ def test_mistakes_on_the_command_line_end_in_a_message(tmp_path: Path, monkeypat
         assert result.exit_code == 1
         assert "error: the address is 'localhost:8265'" in result.output
     assert os.environ.get("RAY_AUTH_MODE") is None
+
+
+def job_python(process: int, *arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "cluster/job_python.sh", str(process), *arguments],
+        cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_job_takes_the_python_that_has_the_application() -> None:
+    with_ray = subprocess.Popen(
+        [sys.executable, "-c", "import ray; print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert with_ray.stdout is not None
+        with_ray.stdout.readline()
+        own = job_python(with_ray.pid, "--help", path="/usr/bin:/bin")
+        assert (own.returncode, "Usage" in own.stdout) == (0, True), own.stdout + own.stderr
+    finally:
+        with_ray.communicate()
+    found = job_python(0, "--help", path=f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    assert "Usage" in found.stdout
+    none = job_python(0, "--help", path="/usr/bin:/bin")
+    assert none.returncode == 1
+    assert "reelquant[application]" in none.stdout.splitlines()[0]
+
+
+class HeadWithoutAgent(RayHead):
+    """Its agent's port is taken by another program, as by a second cluster of the machine."""
+
+    def more_arguments(self) -> list[str]:
+        self.other = socket.create_server(("127.0.0.1", self._agent_port))
+        return []
+
+
+@pytest.mark.slow
+def test_an_agent_that_does_not_come_is_waited_for_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.job_submission._AGENT_PATIENCE_S", 1.0)
+    with session_directory(Path("/tmp")) as directory:
+        head = HeadWithoutAgent(directory)
+        try:
+            monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
+            client = JobClient(head.dashboard)
+            with pytest.raises(ConnectionError, match="dashboard-agent-listen-port"):
+                client.submit(JobRequest(new_submission_id("no agent"), "true", tmp_path))
+        finally:
+            head.kill()
+            head.other.close()
