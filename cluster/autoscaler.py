@@ -12,6 +12,8 @@ from ray._private import worker as ray_driver
 from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayError
 
+from cluster.units import resources_in_words
+
 _logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 5
@@ -72,6 +74,6 @@ def nodes_in_words() -> str:
     """Such as "3 nodes with 8 CPUs and 2 GPUs"."""
     alive, resources = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
     return (
-        f"{alive} node{'s' if alive != 1 else ''} with {resources.get('CPU', 0.0):g} CPUs and "
-        f"{resources.get('GPU', 0.0):g} GPUs"
+        f"{alive} node{'s' if alive != 1 else ''} with "
+        f"{resources_in_words(resources.get('CPU', 0.0), resources.get('GPU', 0.0))}"
     )

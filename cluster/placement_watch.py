@@ -75,12 +75,19 @@ def _check_feasible(crew: Crew, state: AutoscalerState) -> None:
 
 
 def _description(crew: Crew, state: AutoscalerState | None) -> str:
-    parts = [
-        f"{len(slots)} worker{'s' if len(slots) != 1 else ''} of {slots[0].recipe.size_in_words()}"
-        for slots in _placing(crew)
-    ]
+    parts = [_wanted(slots) for slots in _placing(crew)]
     words = "" if state is None else f"; {state}"
     return f"waiting for {' and '.join(parts)}: the cluster has {nodes_in_words()}{words}"
+
+
+def _wanted(slots: list[WorkerSlot]) -> str:
+    """Such as "6 workers of 1 CPU and 0 GPUs (2 fit at a time: they are starting, unless others use the cluster)"."""
+    recipe = slots[0].recipe
+    wanted = f"{len(slots)} worker{'s' if len(slots) != 1 else ''} of {recipe.size_in_words()}"
+    fitting = min(len(slots), room_of_nodes(recipe.num_cpus, recipe.num_gpus) // (recipe.num_ranks or 1))
+    if fitting == 0:
+        return wanted
+    return f"{wanted} ({fitting} fit at a time: they are starting, unless others use the cluster)"
 
 
 def _placing(crew: Crew) -> list[list[WorkerSlot]]:

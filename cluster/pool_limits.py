@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.session import Session
-from cluster.units import Unit
+from cluster.units import Unit, resources_in_words
 from cluster.worker_slot import WorkerRecipe
 
 
@@ -41,7 +41,7 @@ def room(session: Session, recipe: WorkerRecipe) -> int:
     if held < num_ranks:
         raise ValueError(
             f"a worker asks for {recipe.size_in_words()}, this session has "
-            f"{session.num_cpus:g} and {session.num_gpus:g}: ask for less, or use a session with more"
+            f"{resources_in_words(session.num_cpus, session.num_gpus)}: ask for less, or use a session with more"
         )
     return held // num_ranks
 

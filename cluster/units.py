@@ -23,6 +23,11 @@ class Unit:
     """Done by a worker of one process, also where the pool's other workers are replicas."""
 
 
+def resources_in_words(num_cpus: float, num_gpus: float) -> str:
+    """Such as "1 CPU and 0 GPUs"."""
+    return f"{num_cpus:g} CPU{'s' * (num_cpus != 1)} and {num_gpus:g} GPU{'s' * (num_gpus != 1)}"
+
+
 def headline(error: str) -> str:
     """The sentence of an error that says what was wrong: its first line, or where an older program wrote a traceback alone,
     the last one."""

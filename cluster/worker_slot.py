@@ -25,6 +25,7 @@ from cluster.rank import Rank, end_ranks
 from cluster.session import Session
 from cluster.ticket_queue import Ticket
 from cluster.unit_actor import Location, Membership, UnitActor, Worker
+from cluster.units import resources_in_words
 
 _untyped_remote: Any = ray.remote  # its types do not know concurrency_groups
 _REMOTE_ACTOR: Any = _untyped_remote(max_restarts=0, max_task_retries=0, concurrency_groups={"pulse": 1})(UnitActor)
@@ -55,9 +56,9 @@ class WorkerRecipe:
     """Of a replica; None for a worker of one process that is none."""
 
     def size_in_words(self) -> str:
-        """Such as "2 ranks of 1 CPUs and 1 GPUs"."""
+        """Such as "2 ranks of 1 CPU and 1 GPU"."""
         ranks = f"{self.num_ranks} ranks of " if self.num_ranks is not None and self.num_ranks > 1 else ""
-        return f"{ranks}{self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs"
+        return f"{ranks}{resources_in_words(self.num_cpus, self.num_gpus)}"
 
 
 class WorkerSlot:

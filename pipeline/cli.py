@@ -19,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help shows a type for every flag, and takes brackets for markup
+    context_settings={"max_content_width": 110},
     help="Calibrate, quantize and evaluate video diffusion transformers.",
 )
 
@@ -97,7 +99,7 @@ def plan(
         typer.Option("--shapes-only", help="Plan from the model's config files only; weights are not needed."),
     ] = False,
 ) -> None:
-    """Estimate disk, memory and GPU hours, and check that the run can succeed. No GPU needed."""
+    """Estimate disk, memory and GPU hours, and check the run. No GPU needed."""
     console = Console()
     with _errors(console):
         with phase(console, "Checking configuration and model", logged=False):
@@ -123,7 +125,7 @@ def study(
     ] = False,
     until: UntilOption = None,
 ) -> None:
-    """Compare settings over several seeds; work that settings share is done once. Run it again to resume."""
+    """Compare settings over several seeds; shared work is done once. Run it again to resume."""
     console = Console()
     with _errors(console, resumable=not plan):
         with phase(console, "Loading"):
@@ -141,7 +143,7 @@ def study(
 
 @app.command()
 def status(run_directory: RunOrStudyArgument) -> None:
-    """Show the progress of a run or a study, whether it is running, and its failures."""
+    """Show the progress of a run or a study, and its failures."""
     console = Console()
     with _errors(console):
         from pipeline.status import show_status
@@ -187,7 +189,7 @@ def fetch(
         str | None, typer.Option(metavar="NAME", help="One of the compared methods; default: the run's own.")
     ] = None,
 ) -> None:
-    """Copy a run's checkpoint to a new local folder for from_pretrained, and verify every checksum."""
+    """Copy a run's checkpoint to a new local folder. Verifies every checksum."""
     console = Console()
     with _errors(console):
         from pipeline.fetching import fetch_checkpoint
@@ -207,7 +209,7 @@ def verify(
         ),
     ],
 ) -> None:
-    """Check a checkpoint: names, shapes, bits, bytes, checksums, and that all declared layers are quantized."""
+    """Check a checkpoint. Names, shapes, bits, bytes and checksums, and that all declared layers are quantized."""
     console = Console()
     with _errors(console):
         from pipeline.verification import show_verification
@@ -231,7 +233,7 @@ def submit(
     until: UntilOption = None,
     follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the job's output, or return at once.")] = True,
 ) -> None:
-    """Upload the checkout to a Ray cluster and run a configuration or a study there. Submit it again to resume."""
+    """Upload the checkout to a Ray cluster and run it there. Submit it again to resume."""
     console = Console()
     with _errors(console):
         from pipeline.submission import job_of, submit_job

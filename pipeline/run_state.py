@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -87,7 +87,13 @@ def read_status(location: Location) -> RunStatus:
         for e in events
         if e["event"] == "unit_failed" and e["unit"] not in records.get(e["stage"], {})
     }
-    return RunStatus(directory.location, stages, driver.at_work, driver.died, events[-1] if events else None, failures)
+    return RunStatus(directory.location, stages, driver.at_work, driver.died, _last(events), failures)
+
+
+def _last(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The last event that something happened at: how many units a stage has is none."""
+    told = [event for event in events if event["event"] != "stage"]
+    return told[-1] if told else None
 
 
 def _read_records(directory: RunDirectory, stages: Mapping[str, StageStatus]) -> dict[str, dict[str, UnitRecord]]:

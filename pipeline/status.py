@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.terminal import Part, PlainTable, counted, new_table, say, say_sen
 from storage.location import Location
 
 _SHOWN_FAILURES = 8
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:\+\d\d:\d\d|Z)")
 
 
 def show_status(location: Location, console: Console) -> None:
@@ -60,9 +62,9 @@ def state_text(at_work: str | None, died: str | None, *, finished: bool, begun: 
         at_work: its driver; `died` likewise, of one that ended without a word.
     """
     if at_work is not None:
-        return ("running", "green"), f": {at_work}"
+        return ("running", "green"), f": {_readable_times(at_work)}"
     if died is not None:
-        return ("stopped", "yellow"), f": its driver was killed ({died})"
+        return ("stopped", "yellow"), f": its driver was killed ({_readable_times(died)})"
     if finished:
         return (("finished", "green"),)
     return (("stopped", "yellow"), ": no driver") if begun else (("not started", "yellow"),)
@@ -103,6 +105,11 @@ def _local_time(text: str) -> str:
     time = datetime.fromisoformat(text).astimezone(UTC)
     ago = max(0.0, (datetime.now(UTC) - time).total_seconds())
     return f"{time:%Y-%m-%d %H:%M:%S} UTC ({_duration(ago)} ago)"
+
+
+def _readable_times(text: str) -> str:
+    """The text, with its times as `_local_time` shows them."""
+    return _TIME.sub(lambda match: _local_time(match[0]), text)
 
 
 def _duration(seconds: float) -> str:

@@ -81,6 +81,10 @@ def parse_location(text: str | os.PathLike[str] | StoreUrl) -> Location:
             f"{shown} holds credentials, and a location is written into logs and configurations: give s3://bucket/prefix, "
             "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
+    if _BUCKET.fullmatch(bucket) and not key:
+        raise ValueError(
+            f"{shown} names a bucket and no prefix, which keeps runs apart: give {shown.rstrip('/')}/PREFIX, such as s3://{bucket}/runs/demo"
+        )
     parts = key.split("/")
     sound = all(_COMPONENT.fullmatch(part) and part not in (".", "..") for part in parts)
     if not _BUCKET.fullmatch(bucket) or not sound:

@@ -108,13 +108,20 @@ def has_torch() -> bool:
 
 
 def pip(*arguments: str) -> None:
-    """Run pip of .venv; of its output only errors pass through.
+    """Run pip of .venv. Of its output only errors pass through; every ten seconds a line says that it is at work.
 
     Raises:
         SystemExit: pip failed.
     """
     command = [str(INTERPRETER), "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input", *arguments]
-    status = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
+    started = time.monotonic()
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL) as process:
+        while True:
+            try:
+                status = process.wait(timeout=10)
+                break
+            except subprocess.TimeoutExpired:
+                announce(f"pip {arguments[0]} at work, {time.monotonic() - started:.0f} s")
     if status:
         raise SystemExit(f"set-up failed: {' '.join(command)} (exit status {status})")
 

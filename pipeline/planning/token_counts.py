@@ -145,8 +145,9 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
         own = getattr(context, f"{key}_prompts")
         cut = [length for length in lengths[start : start + len(own)] if length > limit]
         if cut:
+            have = "has" if len(cut) == 1 else "have"
             counts.notes.append(
-                f"prompts.{key}: {len(cut)} of {len(own)} prompts have more than the {limit} tokens of "
+                f"prompts.{key}: {len(cut)} of {len(own)} prompts {have} more than the {limit} tokens of "
                 f"generation.max_sequence_length (up to {max(cut)}); the rest is cut off"
             )
     counts.text = {

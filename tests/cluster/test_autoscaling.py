@@ -149,14 +149,14 @@ def test_what_no_node_can_hold_is_an_error_before_the_long_wait_ends(head: Autos
     watcher = Watcher()
     with pytest.raises(WorkersFailed, match="the cluster will not have room for a worker") as caught:
         run(SampleWorker, doubles(3), marks, num_workers=2, num_gpus=2, placement_timeout_s=14, events=watcher)
-    waiting = "waiting for 2 workers of 1 CPUs and 2 GPUs: the cluster has 1 node with 0 CPUs and 0 GPUs"
+    waiting = "waiting for 2 workers of 1 CPU and 2 GPUs: the cluster has 1 node with 0 CPUs and 0 GPUs"
     assert watcher.told == [f"{waiting}; the autoscaler is starting no node"]
     assert watcher.told[0] in str(caught.value)
     assert "max_workers" in str(caught.value)
 
 
 def test_a_replica_larger_than_the_largest_cluster_is_an_error(head: AutoscalingHead, marks: Path) -> None:
-    with pytest.raises(WorkersFailed, match=r"1 worker of 4 ranks of 1 CPUs and 1 GPUs: .* max_workers"):
+    with pytest.raises(WorkersFailed, match=r"1 worker of 4 ranks of 1 CPU and 1 GPU: .* max_workers"):
         run(SampleReplica, doubles(4), marks, num_workers=1, num_ranks=4, placement_timeout_s=14)
 
 

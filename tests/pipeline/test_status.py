@@ -101,7 +101,7 @@ def test_killed_run(run: RunDirectory) -> None:
     half_done(run)
     (run.path / "run.lock").write_text('{"host": "node-7", "pid": 4711, "started": "2026-01-02T03:01:00+00:00"}\n')
     text = shown(run.path)
-    assert "its driver was killed (process 4711 on host node-7, since 2026-01-02T03:01:00+00:00)" in text
+    assert "its driver was killed (process 4711 on host node-7, since 2026-01-02 03:01:00 UTC (" in text
     # Two drivers: 10 s and 20 s; the first one's unfinished unit is not counted twice.
     assert rows(text)["Trajectories"] == ["2/2", "1", "24 s", "30 s"]
     assert rows(text)["Selection"] == ["1/1", "-", "0.5 s", "0.5 s"]

@@ -35,9 +35,9 @@ def head() -> Iterator[RayHead]:
     """Started as by `.venv/bin/ray start`, with nothing of the environment on its PATH; a proxy is in the environment."""
     with recording_server() as proxy, ray_head(PATH="/usr/bin:/bin", http_proxy=proxy.url) as running:
         yield running
-        # Ray looks for the metadata of clouds through it.
-        token = running.token_file.read_text()
-        assert [r for r in proxy.requests if token in r or "127.0.0.1" in r.splitlines()[0]] == []
+        # Ray's own daemons, which inherit it, look for each other and for the metadata of clouds through it.
+        token, dashboard = running.token_file.read_text(), f":{running.dashboard_port}"
+        assert [r for r in proxy.requests if token in r or dashboard in r.splitlines()[0]] == []
 
 
 @pytest.fixture
