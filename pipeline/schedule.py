@@ -235,7 +235,7 @@ class Schedule:
         problems = ["its record is gone"]
         if record is not None:
             problems = adopt(record, source=source.run, source_label=source.label, taker=taker.run)
-        if problems:
+        if record is None or problems:
             shown = source.full_name(f"{stage.name}/{unit.name}")
             _logger.warning("%s cannot be adopted by %s: %s", shown, taker.label, "; ".join(problems))
             source.log.write("unit_damaged", stage=stage.name, unit=unit.name, problems=problems)

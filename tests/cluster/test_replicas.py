@@ -107,9 +107,7 @@ def test_several_replicas_work_at_once(tmp_path: Path) -> None:
 
 
 def test_a_replica_too_large_for_the_session_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"a worker asks for 3 ranks of 0\.5 CPUs and 1 GPUs, this session has 4 and 2"
-    ):
+    with pytest.raises(ValueError, match=r"3 ranks of 0\.5 CPUs and 1 GPU, .* 4 CPUs and 2 GPUs"):
         run(together("a"), tmp_path, num_ranks=3, num_gpus=1)
 
 

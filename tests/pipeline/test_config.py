@@ -320,7 +320,7 @@ def test_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
     path = write(tmp_path, run="~/runs/x", model="~/m", prompts=prompts, evaluation={"recognizer": "~/r"})
     workers = ["workers.sharding=deepspeed", "workers.offload=nvme", "workers.offload_path=~/n"]
     config = load_config(Path("~/run.yaml"), workers)
-    found = [config.run, config.model, config.prompts.calibration, config.prompts.held_out]
+    found: list[Any] = [config.run, config.model, config.prompts.calibration, config.prompts.held_out]
     found += [config.evaluation.recognizer, config.workers.offload_path]
     assert found == [tmp_path / name for name in ("runs/x", "m", "c.txt", "h.txt", "r", "n")]
     assert load_config(path, ["run=~/other"]).run == tmp_path / "other"
