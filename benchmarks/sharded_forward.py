@@ -92,7 +92,7 @@ def measure_rank(options: argparse.Namespace) -> None:
         _, result["with_hooks"] = passes(lambda: model(**given)[0], device, options.repeats)
     result["device"] = environment(device)["device"]
     (options.results / f"rank-{rank}.json").write_text(json.dumps(result))
-    features = {name: getattr(hooks, name)[-1].contiguous() for name in ("latent", "block_input", "weight_error")}
+    features = {name: steps[-1].contiguous() for name, steps in hooks.salience.items()}
     save_file({"output": output.cpu().contiguous(), **features}, options.results / f"rank-{rank}.safetensors")
     if dist.is_initialized():
         dist.barrier()

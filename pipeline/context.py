@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.loading import ConfigError, comparable, read_prompts, repeated_prompts
 from pipeline.config.method import MethodConfig
 from pipeline.config.schema import RunConfig
-from pipeline.layer_bits import group_conflicts, layer_kinds, resolve_bits
+from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.run_units import prompt_names
 from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
@@ -23,6 +23,7 @@ from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
+from workers.candidates import shortage
 from workers.messages import Generation, InferencePlan, MethodPlan, Numerics, PromptUnit, RunSource, Sharding
 from workers.model_source import family_of_model, linear_shapes, model_problems, transformer_config
 
@@ -75,6 +76,11 @@ class RunContext:
             config.seed,
             Numerics(**config.numerics.model_dump()),
         )
+
+    @property
+    def bits_label(self) -> str:
+        """Bits of the blocks' layers, such as `W4A6`."""
+        return bits_label(resolve_bits(self.config.bits, self.model.kinds), self.model.kinds)
 
     @property
     def sharding(self) -> Sharding:
@@ -266,15 +272,10 @@ def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig)
 
 
 def _too_few_candidates(config: RunConfig) -> list[str]:
-    selection, steps = config.selection, config.generation.num_inference_steps
-    pool = {"one_prompt": 1, "five_prompts": 5, "random_timesteps": 5}.get(
-        selection.strategy, config.prompts.num_calibration
+    problem = shortage(
+        config.selection.strategy,
+        num_samples=config.selection.num_samples,
+        num_prompts=config.prompts.num_calibration,
+        num_steps=config.generation.num_inference_steps,
     )
-    prompts = min(pool, config.prompts.num_calibration)
-    if selection.num_samples <= prompts * steps:
-        return []
-    return [
-        f"selection.num_samples is {selection.num_samples}, but strategy {selection.strategy!r} has {prompts * steps} "
-        f"candidates ({prompts} prompts x {steps} steps): raise prompts.num_calibration or "
-        "generation.num_inference_steps, or lower num_samples"
-    ]
+    return [] if problem is None else [problem]

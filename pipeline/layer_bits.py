@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,32 @@ def resolve_bits(bits: BitsConfig, kinds: Mapping[str, str]) -> dict[str, LayerB
     if problems:
         raise ConfigError(problems)
     return {name: layer for name, layer in resolved.items() if layer.weight < 16}
+
+
+def bits_label(bits: Mapping[str, LayerBits], kinds: Mapping[str, str]) -> str:
+    """The bits of the linears inside the blocks, such as `W4A6`.
+
+    What differs is said behind a comma: `W4A6, modulation W8` (weight bits of the AdaLN layers, which read one row a forward in
+    16 bits), `W4A6, 3 of 340 layers W8A8` (exceptions). Layers outside the blocks are not part of it.
+
+    Args:
+        bits: of the quantized layers, as `resolve_bits` gives them.
+        kinds: as `layer_kinds` gives them.
+    """
+    found = {
+        kind: Counter(bits.get(name, LayerBits(16, 16)) for name, other in kinds.items() if other == kind)
+        for kind in ("block", "modulation")
+    }
+    usual = found["block"].most_common(1)[0][0]
+    others = {layer: num for layer, num in found["block"].items() if layer != usual}
+    parts = [f"W{usual.weight}A{usual.activation}"]
+    if others:
+        widths = "/".join(sorted(f"W{layer.weight}A{layer.activation}" for layer in others))
+        parts.append(f"{sum(others.values())} of {found['block'].total()} layers {widths}")
+    modulation = sorted({layer.weight for layer in found["modulation"]})
+    if modulation and modulation != [usual.weight]:
+        parts.append(f"modulation {'/'.join(f'W{weight}' for weight in modulation)}")
+    return ", ".join(parts)
 
 
 def group_conflicts(family: ModuleType, config: Mapping[str, Any], bits: Mapping[str, LayerBits]) -> list[str]:

@@ -13,6 +13,7 @@ from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrect
 from reelquant.ops.band_attention.op import Precision
 from storage.location import Location
 from storage.manifest import OutputFile
+from workers.candidates import FEATURES
 from workers.usage import Usage
 
 Progress = Callable[[int, int], None]
@@ -92,6 +93,8 @@ class TrajectorySettings:
     salience_tokens: int
     """Tokens per layer from which `weight_error` is estimated, evenly spaced."""
     sharding: Sharding = Sharding()
+    features: tuple[str, ...] = FEATURES
+    """Which kinds of quantization salience to record."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,10 @@ class SelectionSettings:
     source: RunSource
     strategy: str
     quantization_feature: str
+    """One of `features`."""
     num_samples: int
+    features: tuple[str, ...] = FEATURES
+    """What the trajectories have recorded."""
 
 
 @dataclass(frozen=True)

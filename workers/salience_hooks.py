@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from reelquant.calibration.salience import quantization_salience
 from reelquant.calibration.spectral_norm import SpectralNorms
 from reelquant.ops.rounding_error.op import rounding_error
 from reelquant.quantization.quantizer import fake_quantize
+from workers.candidates import FEATURES
 
 WEIGHT_VALUES = 2**23
 """Values of a weight that are widened to float32 at a time. Every output has its own scale: it may be cut between them."""
@@ -56,20 +57,31 @@ def _energy_in_16_bits(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 class SalienceHooks:
-    """Collects, for every forward pass of a transformer (= one denoising step of one prompt), the features of `C_quant`."""
+    """Collects, for every forward pass of a transformer (= one denoising step of one prompt), the features of `C_quant`.
 
-    def __init__(self, family: ModuleType, transformer: nn.Module, *, weight_bits: int, max_tokens: int) -> None:
+    Args:
+        features: which of them. `block_input` and `weight_error` hook every block or linear; without them a pass costs what
+            it costs without hooks.
+    """
+
+    def __init__(
+        self,
+        family: ModuleType,
+        transformer: nn.Module,
+        *,
+        weight_bits: int,
+        max_tokens: int,
+        features: Collection[str] = FEATURES,
+    ) -> None:
         self._family, self._transformer = family, transformer
         self._weight_bits, self._max_tokens = weight_bits, max_tokens
         self._num_text = 0
         self._weight_error = torch.zeros(())
         self._block_norms = SpectralNorms()
-        self.latent: list[Tensor] = []
-        """Per step: the paper's feature, of the patchified latent tokens."""
-        self.block_input: list[Tensor] = []
-        """Per step `[blocks]`: spectral norm of `X^T X` of every block's input."""
-        self.weight_error: list[Tensor] = []
-        """Per step: sum over the blocks' linears of `||X (Q(W) - W)^T||^2 / ||X W^T||^2`."""
+        self.salience: dict[str, list[Tensor]] = {name: [] for name in features}
+        """Of every feature one tensor a step. `latent`: the paper's, of the patchified latent tokens. `block_input` `[blocks]`:
+        spectral norm of `X^T X` of every block's input. `weight_error`: sum over the blocks' linears of
+        `||X (Q(W) - W)^T||^2 / ||X W^T||^2`."""
         self.temb: list[Tensor] = []
         """Per step `[d]`: the timestep embedding that the modulation layers read."""
         self.conditions: dict[str, Tensor] = {}
@@ -84,11 +96,11 @@ class SalienceHooks:
         handles = [self._transformer.register_forward_pre_hook(self._begin, with_kwargs=True)]
         handles.append(self._transformer.register_forward_hook(self._end))
         handles.append(self._transformer.get_submodule("time_text_embed").register_forward_hook(self._keep_temb))
-        for block in blocks:
-            handles.append(block.register_forward_pre_hook(self._see_block))
-            for layer in block.modules():
-                if isinstance(layer, nn.Linear):
-                    handles.append(layer.register_forward_pre_hook(self._see_layer))
+        if "block_input" in self.salience:
+            handles += [block.register_forward_pre_hook(self._see_block) for block in blocks]
+        if "weight_error" in self.salience:
+            linears = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+            handles += [layer.register_forward_pre_hook(self._see_layer) for layer in linears]
         try:
             yield
         finally:
@@ -104,13 +116,17 @@ class SalienceHooks:
                 "pooled_embeds": kwargs["pooled_projections"][0].cpu(),
             }
         self.timesteps.append(float(kwargs["timestep"][0]))
-        self.latent.append(quantization_salience(self._patches(kwargs["hidden_states"][0].float())).cpu())
+        if "latent" in self.salience:
+            tokens = self._patches(kwargs["hidden_states"][0].float())
+            self.salience["latent"].append(quantization_salience(tokens).cpu())
         self._weight_error = torch.zeros((), device=kwargs["hidden_states"].device)
         self._block_norms = SpectralNorms()
 
     def _end(self, *_: Any) -> None:
-        self.block_input.append(self._block_norms.take())
-        self.weight_error.append(self._weight_error.cpu())
+        if "block_input" in self.salience:
+            self.salience["block_input"].append(self._block_norms.take())
+        if "weight_error" in self.salience:
+            self.salience["weight_error"].append(self._weight_error.cpu())
 
     def _keep_temb(self, _module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
         self.temb.append(output[0][0].float().cpu())

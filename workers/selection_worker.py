@@ -7,11 +7,9 @@ from torch import Tensor
 
 from reelquant.calibration.salience import minmax, select_salient
 from storage.run_directory import RunDirectory
+from workers.candidates import STRATEGIES, prompts_of, shortage
 from workers.messages import Progress, SelectionSettings, SelectionUnit, UnitOutput
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
-
-STRATEGIES = ("salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random")
-FEATURES = ("latent", "block_input", "weight_error")
 
 
 class SelectionWorker:
@@ -26,7 +24,7 @@ class SelectionWorker:
 
     def run(self, unit: SelectionUnit, progress: Progress) -> UnitOutput:
         """Scores all candidates and chooses."""
-        columns: dict[str, list[Tensor]] = {name: [] for name in ("diffusion", *FEATURES)}
+        columns: dict[str, list[Tensor]] = {name: [] for name in ("diffusion", *self._settings.features)}
         for index, prompt in enumerate(unit.prompts):
             for name, column in columns.items():
                 column.append(self._store.read(f"trajectories/{prompt.name}/{name}"))
@@ -75,22 +73,28 @@ def choose(
 ) -> list[int]:
     """Indices of the chosen candidates; candidate `p * num_steps + t` is step `t` of prompt `p`.
 
-    `salience`: the product score, best first. `stratified`: timesteps evenly spaced over the schedule, and at each the
-    prompts with the highest product scores. `one_prompt` and `five_prompts`: all timesteps of the first one or five
-    prompts, evenly thinned to `num_samples`. `random_timesteps`: random timesteps of the first five prompts. `uniform`:
-    timesteps evenly spaced over the schedule, the prompts in turn. `random`: any candidates.
+    | strategy | takes |
+    |---|---|
+    | `uniform` | the step in the middle of each of `num_samples` equal bins of the schedule; prompts equally often, +-1 |
+    | `salience` | the highest product scores, best first |
+    | `stratified` | the steps of `uniform`, at each the prompts with the highest product scores |
+    | `one_prompt`, `five_prompts` | all steps of the first one or five prompts, evenly thinned to `num_samples` |
+    | `random_timesteps` | random steps of the first five prompts |
+    | `random` | random candidates |
+
+    Args:
+        diffusion, quantization: the two scores `[candidates]`; `uniform` and the last four rows ignore them.
+        generator: of `uniform`'s order of prompts, and of the random strategies.
 
     Raises:
         ValueError: fewer candidates than samples asked for, or an unknown strategy.
     """
     num_prompts = len(diffusion) // num_steps
-    pool = {"one_prompt": 1, "five_prompts": 5, "random_timesteps": 5}.get(strategy, num_prompts)
-    candidates = min(pool, num_prompts) * num_steps
-    if num_samples > candidates:
-        raise ValueError(
-            f"selection.num_samples is {num_samples}, but strategy {strategy!r} has {candidates} candidates "
-            f"({min(pool, num_prompts)} prompts x {num_steps} steps): more prompts, more steps, or fewer samples"
-        )
+    if problem := shortage(strategy, num_samples=num_samples, num_prompts=num_prompts, num_steps=num_steps):
+        raise ValueError(problem)
+    candidates = prompts_of(strategy, num_prompts) * num_steps
+    if strategy == "uniform":
+        return _uniform(num_prompts, num_steps, num_samples, generator=generator)
     if strategy == "salience":
         return [int(i) for i in select_salient(diffusion.float(), quantization.float(), num_samples)]
     if strategy == "stratified":
@@ -98,22 +102,29 @@ def choose(
         return _stratified(ranked, num_steps, num_samples)
     if strategy in ("one_prompt", "five_prompts"):
         return [(2 * i + 1) * candidates // (2 * num_samples) for i in range(num_samples)]
-    if strategy == "uniform":
-        return _uniform(num_prompts, num_steps, num_samples)
     if strategy in ("random", "random_timesteps"):
         return sorted(torch.randperm(candidates, generator=generator)[:num_samples].tolist())
     raise ValueError(f"selection.strategy {strategy!r} is unknown: one of {', '.join(STRATEGIES)}")
 
 
-def _uniform(num_prompts: int, num_steps: int, num_samples: int) -> list[int]:
-    """Sample i is of prompt `i mod num_prompts`, at the i-th of `num_samples` evenly spaced places of the schedule; where
-    that candidate is taken already, at the next free step of the same prompt."""
-    chosen: list[int] = []
-    for i in range(num_samples):
-        step = (2 * i + 1) * num_steps // (2 * num_samples)
-        places = [i % num_prompts * num_steps + (step + k) % num_steps for k in range(num_steps)]
-        chosen.append(next(place for place in places if place not in chosen))
-    return chosen
+def _middle_steps(num_steps: int, num_samples: int) -> list[int]:
+    """The step in the middle of each of `num_samples` equal bins of the schedule, ascending. With more samples than steps
+    every step is there floor or ceil of `num_samples / num_steps` times."""
+    return [(2 * i + 1) * num_steps // (2 * num_samples) for i in range(num_samples)]
+
+
+def _uniform(num_prompts: int, num_steps: int, num_samples: int, *, generator: torch.Generator) -> list[int]:
+    """The middle steps, prompts in rounds: each round is a random permutation of all prompts, so that no prompt is tied to
+    a part of the schedule. A step that two rounds share takes no prompt twice."""
+    steps = _middle_steps(num_steps, num_samples)
+    prompts: list[int] = []
+    while len(prompts) < num_samples:
+        step = steps[len(prompts)]
+        taken = {prompt for prompt, at in zip(prompts, steps, strict=False) if at == step}
+        drawn = [int(i) for i in torch.randperm(num_prompts, generator=generator)]
+        first = [prompt for prompt in drawn if prompt not in taken][: steps.count(step) - len(taken)]
+        prompts += first + [prompt for prompt in drawn if prompt not in first]
+    return [prompt * num_steps + step for prompt, step in zip(prompts, steps, strict=False)]
 
 
 def _stratified(ranked: list[int], num_steps: int, num_samples: int) -> list[int]:
@@ -121,8 +132,7 @@ def _stratified(ranked: list[int], num_steps: int, num_samples: int) -> list[int
     step that has one)."""
     left = [[i for i in ranked if i % num_steps == step] for step in range(num_steps)]
     chosen: list[int] = []
-    for i in range(num_samples):
-        step = (2 * i + 1) * num_steps // (2 * num_samples)
+    for step in _middle_steps(num_steps, num_samples):
         places = (left[(step + k) % num_steps] for k in range(num_steps))
         chosen.append(next(place for place in places if place).pop(0))
     return chosen

@@ -19,8 +19,8 @@ class TrajectoryWorker:
     """Holds the full-precision pipeline; its unit is one prompt.
 
     Writes under `trajectories/<unit>/`: `latents [T+1, C, F, H, W]`, `prompt_embeds [tokens, D]`, `pooled_embeds [D]`,
-    `temb [T, d]`, `video [F, H, W, 3]` uint8, and the salience of each of the T candidates: `diffusion [T]`,
-    `latent [T]`, `block_input [T, blocks]`, `weight_error [T]`.
+    `temb [T, d]`, `timesteps [T]`, `video [F, H, W, 3]` uint8, and the salience of each of the T candidates: `diffusion [T]`
+    and the features asked for, of `latent [T]`, `block_input [T, blocks]` and `weight_error [T]`.
     """
 
     BESIDE_KEPT_PIPELINE = True
@@ -42,6 +42,7 @@ class TrajectoryWorker:
             self._pipeline.transformer,
             weight_bits=settings.weight_bits,
             max_tokens=settings.salience_tokens,
+            features=settings.features,
         )
         seed = self._seed(unit)
         with hooks.watching():
@@ -54,9 +55,7 @@ class TrajectoryWorker:
             "timesteps": torch.tensor(hooks.timesteps),
             "video": generated.video,
             "diffusion": diffusion_salience(latents),
-            "latent": torch.stack(hooks.latent),
-            "block_input": torch.stack(hooks.block_input),
-            "weight_error": torch.stack(hooks.weight_error),
+            **{name: torch.stack(hooks.salience[name]) for name in settings.features},
         }
         outputs = [file for name, value in arrays.items() for file in self._write(unit, name, value)]
         steps = sorted(generated.step_seconds)

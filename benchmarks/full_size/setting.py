@@ -123,7 +123,8 @@ class Setting:
                 "held_out": str(PROMPTS / "scenes_held_out.txt"),
                 "num_held_out": 1,
             },
-            "selection": {"num_samples": self.samples},
+            # The hooks' cost is part of what is measured.
+            "selection": {"num_samples": self.samples, "recorded_features": ["block_input", "weight_error"]},
             "method": {"preset": self.preset, "epochs": epochs or self.epochs, "rounding": self.rounding},
             # Of random weights nobody knows whether a block diverges: it is rounded then, and counted.
             "distillation": {"segment_length": self.segment_length, "on_failure": "gptq"},

@@ -27,16 +27,12 @@ _S2Q: dict[str, Any] = {
     "token_weights": True,
     "epochs": 15,
 }
-_QUANTSPARSE: dict[str, Any] = {"attention_distillation": "both", "attention": {"density": 0.25}}
-_EARLY_DENSE: dict[str, Any] = {
-    "attention": {
-        "density": 0.25,
-        "dense_steps": 5,
-        "calibrate": "dense",
-        "residual": {"extrapolation": "linear", "storage": "low_rank_int8"},
-    },
+_QUANTSPARSE: dict[str, Any] = {
+    "attention_distillation": "both",
+    "attention": {"density": 0.25, "dense_steps": 1, "residual": {"order": 1}},
 }
-_BEYOND: dict[str, Any] = {"weight_layout": "two_level", "protected_steps": 0.25}
+_EARLY_DENSE: dict[str, Any] = {"attention": {"density": 0.25, "dense_steps": 5, "residual": {"storage": "low_rank_int8"}}}
+_OURS: dict[str, Any] = {**_S2Q, "epochs": 5, "weight_layout": "two_level", "protected_steps": 0.25}
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": _NOTHING,
     "smoothquant": {**_NOTHING, "channel_scale": "smoothquant"},
@@ -44,14 +40,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gptq": {**_NOTHING, "rounding": "gptq"},
     "s2q": _S2Q,
     "quantsparse": {**_S2Q, "rounding": "nearest", "token_weights": False, **_QUANTSPARSE},
-    "reelquant": {**_S2Q, **_BEYOND},
-    "s2q_quantsparse": {**_S2Q, **_BEYOND, **_EARLY_DENSE},
+    "reelquant": _OURS,
+    "s2q_quantsparse": {**_OURS, **_EARLY_DENSE},
 }
 """`rtn`: round to nearest. `smoothquant`: its channel scale. `quarot`: Hadamard rotation. `gptq`: error feedback.
 `s2q`: S²Q-VDiT, everything learned, GPTQ at the end. `quantsparse`: QuantSparse, everything learned with attention
-distillation, sparse attention with its residual cache. Ours, with what won in docs/results.md: `reelquant`, S²Q-VDiT with
-two-level weights and protected first steps; `s2q_quantsparse`, both papers together, these two, the first five steps dense, the
-residual's change extrapolated and kept in 8 bits, calibration against dense attention."""
+distillation, sparse attention with its residual cache; the first step is dense and the residual of first order, as the second
+order of the paper's equation 14 measured worse (docs/results.md). `reelquant`: ours, S²Q-VDiT with two-level weights, protected
+first steps and 5 epochs. `s2q_quantsparse`: `reelquant` with sparse attention, first five steps dense, the residual's change
+extrapolated and kept in 8 bits. Configurations of the papers' experiments, samples and all, are in configs/papers."""
 
 
 _RESERVED = ("full_precision", "noise_floor")
@@ -70,8 +67,9 @@ class ResidualConfig(Part):
     """0 for none; 1 adds what the band missed at the last refresh, 2 also how that changed since the refresh before."""
     rank: int | None = Field(default=16, ge=1)
     """Of the projection (QuantSparse: 16); null for none."""
-    extrapolation: Literal["constant", "linear"] = "constant"
-    """`linear` scales the change with the steps since the refresh."""
+    extrapolation: Literal["constant", "linear"] = "linear"
+    """Of the change, with order 2: `linear` scales it with the steps since the refresh; `constant` adds it whole
+    (QuantSparse, equation 14), which measured 1 dB worse on the small model."""
     storage: Literal["full", "low_rank", "low_rank_int8"] = "low_rank"
     """`full` keeps whole residuals and projects the change only, as the paper's formula says; `low_rank` keeps factors,
     `low_rank_int8` their long side in 8 bits: half the memory."""
@@ -100,9 +98,9 @@ class AttentionConfig(Part):
     precision: Literal["full", "int8_16", "int8_fp8"] = "full"
     """Of attention's products while generating, dense steps too: that of the model; INT8 scores; INT8 scores with e4m3 weights
     and values, the fastest on Hopper. CUDA GPUs before Hopper run in full precision."""
-    calibrate: Literal["sparse", "corrected", "dense"] = "sparse"
-    """What distillation sees: the band alone; the band and what it misses of the full-precision attention, as right after
-    a refresh; or dense attention."""
+    calibrate: Literal["sparse", "corrected", "dense"] = "dense"
+    """What distillation sees: dense attention, as in QuantSparse's Algorithm 1; the band alone; or the band and what it misses
+    of the full-precision attention, as right after a refresh."""
 
 
 class MethodConfig(BaseModel):
@@ -129,7 +127,7 @@ class MethodConfig(BaseModel):
     weight_layout: Literal["per_channel", "two_level"] = "per_channel"
     """`two_level`: integer scales of groups of 64 inputs on top (method §9.1); 0.125 bits more per weight."""
     epochs: int = Field(default=0, ge=0)
-    """Passes over the samples per block (both papers: 15)."""
+    """Passes over the samples per block (both papers: 15; 5 in our presets, with which they were measured)."""
     learning_rate_transform: float = Field(default=5e-3, gt=0)
     """Of channel scale and rotation."""
     learning_rate_clip: float = Field(default=5e-2, gt=0)

@@ -9,12 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.config.method import MethodConfig
 from storage.location import Location, StoreUrl, expand_home, parse_location
+from workers.candidates import FEATURES, RANKED, Feature, Strategy
 
-Strategy = Literal["salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"]
 WeightBits = Annotated[int, Field(ge=2, le=8)]
 
 
@@ -62,6 +72,10 @@ class BitsException(BitsOf):
     """Shell pattern, e.g. `transformer_blocks.0.*`. One that matches no layer is an error."""
 
 
+LEAST_WEIGHT_BITS = {"modulation": 4, "refiner": 6, "embedder": 8}
+"""Default weight bits of the layers that read no video tokens, where `bits.weight` is not more."""
+
+
 class BitsConfig(Section):
     """Bits of all layers."""
 
@@ -69,24 +83,28 @@ class BitsConfig(Section):
     """Of the linears inside the blocks."""
     activation: int = 6
     """Of the linears inside the blocks that read tokens. 6 bits run in INT8 containers."""
-    modulation: BitsOf = BitsOf(weight=4, activation=16)
-    """AdaLN layers: one row a forward, so quantized activations would save nothing."""
-    refiner: BitsOf = BitsOf(weight=6, activation=16)
-    """Text refiner blocks, rounded to nearest."""
-    embedder: BitsOf = BitsOf(weight=8, activation=16)
-    """Linears of time, guidance and text embedders and of the last AdaLN, rounded to nearest."""
+    modulation: BitsOf = Field(default={}, validate_default=True)
+    """AdaLN layers, by default `weight` bits, 4 at least. One row a forward: quantized activations would save nothing."""
+    refiner: BitsOf = Field(default={}, validate_default=True)
+    """Text refiner blocks, rounded to nearest; by default `weight` bits, 6 at least."""
+    embedder: BitsOf = Field(default={}, validate_default=True)
+    """Linears of time, guidance and text embedders and of the last AdaLN, rounded to nearest; by default 8 bits."""
     exceptions: tuple[BitsException, ...] = ()
     """Applied in order after the above."""
+
+    @field_validator("modulation", "refiner", "embedder", mode="before")
+    @classmethod
+    def _follow_weight(cls, value: Any, info: ValidationInfo) -> Any:
+        """Fills in weight bits that are not given."""
+        if not isinstance(value, dict) or "weight" in value:
+            return value
+        least = LEAST_WEIGHT_BITS[str(info.field_name)]
+        return {**value, "weight": max(least, info.data.get("weight", least))}
 
     @model_validator(mode="after")
     def _check(self) -> BitsConfig:
         _activation_bits(self.activation)
         return self
-
-    @property
-    def label(self) -> str:
-        """Such as `W4A6`."""
-        return f"W{self.weight}A{self.activation}"
 
 
 class GenerationConfig(Section):
@@ -129,21 +147,34 @@ class PromptsConfig(Section):
 
 
 class SelectionConfig(Section):
-    """Salient data selection (S²Q-VDiT §3.2) and what it is compared with."""
+    """Which (prompt, step) pairs calibrate the model."""
 
-    strategy: Literal[
-        "salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "uniform", "random"
-    ] = "salience"
-    """`salience` keeps the highest product scores (the paper), `stratified` the highest at every step of an even schedule;
-    the others ignore the scores."""
-    quantization_feature: Literal["latent", "block_input", "weight_error"] = "latent"
-    """Which `C_quant`; all three are computed and stored in any case."""
+    strategy: Strategy = "uniform"
+    """`uniform`: one sample in each of `num_samples` equal bins of the schedule, all prompts equally often. `salience`: the
+    highest product scores (S²Q-VDiT §3.2); `stratified`: the highest at every step of an even schedule; both read the scores,
+    all others ignore them."""
+    quantization_feature: Feature = "latent"
+    """Which `C_quant` the scores take."""
+    recorded_features: tuple[Feature, ...] = ()
+    """More kinds of `C_quant` that the trajectories record. `latent`, which costs nothing, is always there, and so is the
+    one that the strategy reads. A study over strategies or features sets them, so that all share their trajectories."""
     num_samples: int = Field(default=40, ge=1)
     """Samples kept (S²Q-VDiT: 40)."""
     weight_error_tokens: int = Field(default=256, ge=1)
     """Tokens per layer from which `weight_error` is estimated."""
     weight_error_bits: WeightBits | None = None
     """At which `weight_error` rounds; null: `bits.weight`. A study over bits sets it, so that all share their trajectories."""
+
+    @property
+    def used_feature(self) -> Feature:
+        """The feature of the scores that are stored and shown, beside the diffusion salience."""
+        return self.quantization_feature if self.strategy in RANKED else "latent"
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """All features that the trajectories record."""
+        wanted = {"latent", self.used_feature, *self.recorded_features}
+        return tuple(feature for feature in FEATURES if feature in wanted)
 
 
 class DistillationConfig(Section):

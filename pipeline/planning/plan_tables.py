@@ -105,7 +105,7 @@ def _checkpoint_table(plan: Plan) -> PlainTable:
     for size in plan.checkpoints:
         table.add_row(
             size.method,
-            plan.context.config.bits.label,
+            plan.context.bits_label,
             f"{size.num_layers:,}",
             f"{size.bits_per_weight:.2f}",
             human_bytes(size.transformer_bytes),

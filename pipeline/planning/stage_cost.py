@@ -215,21 +215,28 @@ class CostModel:
 
     def _salience_bytes(self) -> int:
         """Of the salience hooks, beside a forward pass."""
-        model, d = self._context.model, hidden_size(self._context)
+        model, d, features = self._context.model, hidden_size(self._context), self._context.config.selection.features
         largest = max(out * inputs for out, inputs in model.linears.values())
         if self._on_tensor_cores:
-            return 4 * d * d * min(GRAMS_AT_ONCE, len(model.blocks)) + 2 * min(largest, HALF_WEIGHT_VALUES)
-        return 8 * self._counts.longest_stream * d + 20 * min(largest, WEIGHT_VALUES)
+            norms, errors = 4 * d * d * min(GRAMS_AT_ONCE, len(model.blocks)), 2 * min(largest, HALF_WEIGHT_VALUES)
+        else:
+            norms, errors = 8 * self._counts.longest_stream * d, 20 * min(largest, WEIGHT_VALUES)
+        return norms * ("block_input" in features) + errors * ("weight_error" in features)
 
     def _salience(self) -> Operations:
-        """Of the salience hooks in one pass: every block's spectral norm, every weight rounded and tried on some tokens.
+        """Of the salience hooks in one pass, as far as recorded: every block's spectral norm, every weight rounded and tried
+        on some tokens.
 
         On a GPU in 16 bits a chunk of tokens reads and writes the Gram matrix, a Lanczos step reads it, and a weight is read
         and its errors are written; on it the products are in 16 bits.
         """
         model, length, d = self._context.model, self._counts.longest_stream, hidden_size(self._context)
-        passes = 2 * math.ceil(length / SUMMED_ROWS) + USUAL_LANCZOS_STEPS if self._on_tensor_cores else 0
-        operations = Operations(matrix=2.0 * length * d**2, moved=4.0 * passes * d**2) * len(model.blocks)
+        features, operations = self._context.config.selection.features, Operations()
+        if "block_input" in features:
+            passes = 2 * math.ceil(length / SUMMED_ROWS) + USUAL_LANCZOS_STEPS if self._on_tensor_cores else 0
+            operations += Operations(matrix=2.0 * length * d**2, moved=4.0 * passes * d**2) * len(model.blocks)
+        if "weight_error" not in features:
+            return operations
         known = dict[tuple[int, int], Operations]()
         for shape in model.linears.values():
             if shape not in known:

@@ -17,19 +17,20 @@ def array_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> int:
-    """All trajectories: latents, conditions, the salience of every candidate, videos.
+    """All trajectories: latents, conditions, the recorded salience of every candidate, videos.
 
     Args:
         dtype: of the model, in which the text embeddings are kept.
     """
     config, steps = context.model.config, context.config.generation.num_inference_steps
-    width = hidden_size(context)
+    width, features = hidden_size(context), context.config.selection.features
+    salience = {"latent": (steps,), "block_input": (steps, len(context.model.blocks)), "weight_error": (steps,)}
     shared = (
         array_bytes((steps + 1, *counts.latent_shape), torch.float32)
         + array_bytes((int(config["pooled_projection_dim"]),), dtype)
         + array_bytes((steps, width), torch.float32)  # temb
-        + 4 * array_bytes((steps,), torch.float32)  # timesteps, diffusion, latent, weight_error
-        + array_bytes((steps, len(context.model.blocks)), torch.float32)  # block_input
+        + 2 * array_bytes((steps,), torch.float32)  # timesteps, diffusion
+        + sum(array_bytes(salience[feature], torch.float32) for feature in features)
         + array_bytes(counts.video_shape, torch.uint8)
     )
     text = sum(array_bytes((num, int(config["text_embed_dim"])), dtype) for num in counts.text.values())

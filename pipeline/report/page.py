@@ -101,11 +101,11 @@ def render(run: RunData) -> str:
 def _view(run: RunData) -> dict[str, Any]:
     models, read = measure(run), read_timeline(run.events)
     blocks, salience, refined = read_blocks(run), read_salience(run), read_refined(run)
-    bits = run.config["bits"]
+    assembled = run.record("assembly", run.method_names[0])
     return {
         "model": Path(run.config["model"]).name,
         "method": run.method_names[0],
-        "bits": f"W{bits['weight']}A{bits['activation']}",
+        "bits": assembled.result["bits"] if assembled else "",
         "provenance": _provenance(run, read),
         "unfinished": _unfinished(run),
         "problems": run.problems,
@@ -192,10 +192,10 @@ def _refined_text(found: Refined) -> list[str]:
 
 def _tiles(run: RunData, models: Sequence[ModelMeasurements]) -> list[Tile]:
     reference, main = models[0], models[1]
-    bits, psnr = run.config["bits"], main.spread("psnr_db")
+    assembled, psnr = run.record("assembly", main.name), main.spread("psnr_db")
     source = f"from {bytes_text(reference.transformer_bytes)} in 16 bits"
     tiles = [
-        Tile("Method", main.name, f"{bits['weight']}-bit weights, {bits['activation']}-bit activations"),
+        Tile("Method", main.name, assembled.result["bits"] if assembled else "not assembled yet"),
         Tile(
             "Transformer",
             bytes_text(main.transformer_bytes),

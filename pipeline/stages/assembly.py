@@ -45,7 +45,7 @@ class Assembly:
 
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
         records = require_all(run, "distillation", [part_name(method.name, name) for name, _ in parts(run)])
-        label = run.context.config.bits.label
+        label = run.context.bits_label
         artifacts = tuple(output.path for record in records for output in record.outputs)
         sparse, velocity, refined = sparse_attention(method, records), None, None
         if method.is_refined:

@@ -18,7 +18,9 @@ class Selection:
     def settings(self, run: Run) -> SelectionSettings:
         """Of the worker."""
         chosen = run.context.config.selection
-        return SelectionSettings(run.context.source, chosen.strategy, chosen.quantization_feature, chosen.num_samples)
+        return SelectionSettings(
+            run.context.source, chosen.strategy, chosen.used_feature, chosen.num_samples, chosen.features
+        )
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """One unit over all trajectories."""

@@ -26,6 +26,7 @@ class Trajectories:
             selection.weight_error_bits or context.config.bits.weight,
             selection.weight_error_tokens,
             context.sharding,
+            selection.features,
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:
@@ -34,9 +35,10 @@ class Trajectories:
         depends = {
             **run.context.base_fingerprint(),
             "generation": asdict(settings.generation),
-            "weight_bits": settings.weight_bits,
-            "salience_tokens": settings.salience_tokens,
+            "features": settings.features,
         }
+        if "weight_error" in settings.features:
+            depends |= {"weight_bits": settings.weight_bits, "salience_tokens": settings.salience_tokens}
 
         def make(prompt: PromptUnit) -> StageUnit:
             return unit(self.name, prompt.name, prompt, {**depends, "prompt": prompt.prompt}, shared=True)

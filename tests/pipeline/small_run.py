@@ -29,7 +29,7 @@ def small_run(folder: Path, **changes: Any) -> Path:
             "calibration": str(folder / "calibration.txt"), "num_calibration": 2,
             "held_out": str(folder / "held_out.txt"), "num_held_out": 1,
         },
-        "selection": {"num_samples": 3},
+        "selection": {"num_samples": 3, "recorded_features": ["block_input", "weight_error"]},
         "method": {"preset": "s2q", "rotation_block": 64, "epochs": 2},
         "distillation": {"segment_length": 3},
         "workers": {"num_workers": 2},

@@ -12,8 +12,15 @@ from pipeline.cli import app
 from tests.pipeline.small_run import ROOT, small_run
 from tests.pipeline.small_run import command as command_line
 
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.yaml"))
-WITHOUT_WEIGHTS = {"configs/hunyuanvideo-13b.yaml": "configs/models/hunyuanvideo-13b"}
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("configs", "configs/papers")
+    for path in (ROOT / folder).glob("*.yaml")
+)
+WITHOUT_WEIGHTS = dict.fromkeys(
+    ("configs/hunyuanvideo-13b.yaml", "configs/papers/quantsparse.yaml", "configs/papers/s2q-vdit.yaml"),
+    "configs/models/hunyuanvideo-13b",
+)
 """Configurations whose model does not ship, and the folder of its shapes."""
 
 
@@ -57,7 +64,7 @@ def test_an_unknown_stage_is_named_before_anything_else() -> None:
 
 
 def test_configurations_ship() -> None:
-    assert {"configs/demo.yaml", "configs/hunyuanvideo-13b.yaml"} <= set(CONFIGS)
+    assert {"configs/demo.yaml", *WITHOUT_WEIGHTS} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

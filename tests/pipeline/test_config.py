@@ -33,11 +33,38 @@ def problems_of(path: Path, *overrides: str) -> tuple[str, ...]:
     return raised.value.problems
 
 
-def test_least_configuration_has_the_papers_defaults(tmp_path: Path) -> None:
+def test_least_configuration_has_what_won(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
-    assert (config.prompts.num_calibration, config.selection.num_samples, config.method.epochs) == (10, 40, 15)
-    assert config.bits.label == "W4A6"
+    assert (config.method.preset, config.selection.strategy, config.selection.features) == (
+        "reelquant", "uniform", ("latent",)
+    )  # fmt: skip
+    assert (config.prompts.num_calibration, config.selection.num_samples, config.method.epochs) == (10, 40, 5)
+    assert (config.bits.weight, config.bits.activation) == (4, 6)
     assert config.methods == (config.method,)
+
+
+@pytest.mark.parametrize("weight", range(2, 9))
+def test_other_layers_follow_the_blocks_weight_bits(tmp_path: Path, weight: int) -> None:
+    bits = load_config(write(tmp_path, bits={"weight": weight, "refiner": {"activation": 8}})).bits
+    kinds = (bits.modulation, bits.refiner, bits.embedder)
+    assert [kind.weight for kind in kinds] == [max(4, weight), max(6, weight), 8]
+    assert [kind.activation for kind in kinds] == [16, 8, 16]
+    assert load_config(write(tmp_path, bits={"weight": 4}), [f"bits.weight={weight}"]).bits.modulation.weight == max(
+        4, weight
+    )
+    given = {"modulation": {"weight": 2}, "refiner": {"weight": 16}, "embedder": {"weight": 3}}
+    bits = load_config(write(tmp_path, bits={"weight": weight, **given})).bits
+    assert [bits.modulation.weight, bits.refiner.weight, bits.embedder.weight] == [2, 16, 3]
+
+
+def test_features_are_recorded_as_far_as_they_are_read(tmp_path: Path) -> None:
+    def recorded(**selection: Any) -> tuple[str, ...]:
+        return load_config(write(tmp_path, selection=selection)).selection.features
+
+    assert recorded(quantization_feature="weight_error") == ("latent",), "uniform reads none"
+    assert recorded(strategy="salience") == ("latent",)
+    assert recorded(strategy="stratified", quantization_feature="weight_error") == ("latent", "weight_error")
+    assert recorded(recorded_features=["block_input", "latent"]) == ("latent", "block_input")
 
 
 def test_configuration_survives_its_json(tmp_path: Path) -> None:
@@ -258,7 +285,7 @@ def test_a_part_of_the_tokens_reaches_the_recipe() -> None:
             r"method gptq: tokens_per_step 0.5 needs something to learn; set .* to learned, or tokens_per_step to 1",
         ),
         (
-            {"preset": "quantsparse", "tokens_per_step": 0.25},
+            {"preset": "quantsparse", "tokens_per_step": 0.25, "attention": {"calibrate": "sparse"}},
             r"tokens_per_step is 0.25, but .* sparse attention.*attention.calibrate to dense, attention.density to 1, or "
             r"tokens_per_step to 1",
         ),

@@ -1,12 +1,17 @@
-"""The weight error that the hooks sample, against the definition in float64."""
+"""The weight error that the hooks sample, against the definition in float64; which hooks there are."""
+
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
 
+from reelquant.families import hunyuan_video as family
 from reelquant.quantization.quantizer import fake_quantize
 from workers import salience_hooks
-from workers.salience_hooks import sampled_weight_error
+from workers.candidates import FEATURES
+from workers.salience_hooks import SalienceHooks, sampled_weight_error
 
 
 def drawn(n: int, out: int, d: int) -> tuple[Tensor, Tensor]:
@@ -59,3 +64,55 @@ def test_memory_in_16_bits() -> None:
     at_once = salience_hooks.HALF_WEIGHT_VALUES
     # The errors of one piece, and its products with the rows.
     assert torch.cuda.max_memory_allocated() - before < 2 * at_once + 4 * 256 * at_once / 3072 + 2**21
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Any:
+    """Two blocks with random weights."""
+    torch.manual_seed(0)
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, rope_axes_dim=(4, 4, 4), num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, mlp_ratio=2.0,
+    )  # fmt: skip
+
+
+def seen(transformer: Any, features: tuple[str, ...]) -> tuple[SalienceHooks, int]:
+    """Two passes with the hooks of `features`, and how many of them are on blocks and linears."""
+    hooks = SalienceHooks(family, transformer, weight_bits=4, max_tokens=16, features=features)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 1, 4, 6, generator=torch.Generator().manual_seed(1)),
+        "encoder_hidden_states": torch.ones(1, 5, 16),
+        "encoder_attention_mask": torch.ones(1, 5),
+        "pooled_projections": torch.ones(1, 8),
+        "guidance": torch.tensor([6000.0]),
+    }
+    with hooks.watching(), torch.no_grad():
+        blocks = [transformer.get_submodule(name) for name in family.block_names(transformer.config)]
+        watched = [
+            module
+            for block in blocks
+            for module in block.modules()
+            if module in blocks or isinstance(module, nn.Linear)
+        ]
+        num = sum(len(module._forward_pre_hooks) for module in watched)
+        for step in (900.0, 100.0):
+            transformer(**inputs, timestep=torch.tensor([step]))
+    assert sum(len(module._forward_pre_hooks) for module in transformer.modules()) == 0
+    return hooks, num
+
+
+def test_only_what_is_recorded_is_computed(transformer: Any) -> None:
+    every, num_every = seen(transformer, FEATURES)
+    assert {name: [tuple(t.shape) for t in steps] for name, steps in every.salience.items()} == {
+        "latent": [(), ()], "block_input": [(2,), (2,)], "weight_error": [(), ()],
+    }  # fmt: skip
+    for features in (("latent",), ("block_input",), ("latent", "weight_error"), ()):
+        hooks, num = seen(transformer, features)
+        assert set(hooks.salience) == set(features)
+        assert (num > 0) == bool({"block_input", "weight_error"} & set(features))
+        for name, steps in hooks.salience.items():
+            assert all(map(torch.equal, steps, every.salience[name]))
+        assert hooks.timesteps == [900.0, 100.0]
+        assert len(hooks.temb) == 2
+        assert set(hooks.conditions) == {"prompt_embeds", "pooled_embeds"}
+    assert num_every > 2

@@ -1,13 +1,17 @@
 """The choice among candidates, on scores small enough to check by hand, and the worker on a real store."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage.run_directory import RunDirectory
+from workers.candidates import STRATEGIES
 from workers.messages import Numerics, PromptUnit, RunSource, SelectionSettings, SelectionUnit
-from workers.selection_worker import STRATEGIES, SelectionWorker, choose, pooled
+from workers.selection_worker import SelectionWorker, choose, pooled
 
 PROMPTS, STEPS = 7, 6
 
@@ -49,11 +53,57 @@ def test_the_pools_of_the_other_strategies() -> None:
     assert chosen("one_prompt", STEPS) == list(range(STEPS)), "all timesteps of one prompt"
     assert {i // STEPS for i in chosen("five_prompts", 5 * STEPS)} == {0, 1, 2, 3, 4}
     assert max(chosen("random_timesteps", 25)) < 5 * STEPS
-    uniform = chosen("uniform", 12)
-    assert {i // STEPS for i in uniform} == set(range(PROMPTS)), "all prompts"
-    assert sorted(i % STEPS for i in uniform) == sorted([*range(STEPS), *range(STEPS)]), "every step equally often"
-    assert sorted(chosen("uniform", PROMPTS * STEPS)) == list(range(PROMPTS * STEPS))
     assert chosen("random", 5) != chosen("random", 5, seed=1)
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Prompts, steps, and a number of samples that they have candidates for."""
+    num_prompts, num_steps = draw(st.integers(1, 12)), draw(st.integers(2, 50))
+    return num_prompts, num_steps, draw(st.integers(1, num_prompts * num_steps))
+
+
+def uniform(num_prompts: int, num_steps: int, num_samples: int, *, seed: int) -> list[tuple[int, int]]:
+    """The chosen (prompt, step) pairs."""
+    none, generator = torch.zeros(num_prompts * num_steps), torch.Generator().manual_seed(seed)
+    found = choose("uniform", none, none, num_steps=num_steps, num_samples=num_samples, generator=generator)
+    return [divmod(i, num_steps) for i in found]
+
+
+@given(pool=pools(), seed=st.integers(0, 2**63 - 1))
+def test_uniform_takes_one_sample_a_bin_and_every_prompt_equally_often(pool: tuple[int, int, int], seed: int) -> None:
+    num_prompts, num_steps, num_samples = pool
+    pairs = uniform(*pool, seed=seed)
+    assert len(set(pairs)) == len(pairs) == num_samples, "no pair twice"
+    for i, (_, step) in enumerate(pairs):
+        # Step t covers [t, t + 1) of the schedule, bin i [i T / N, (i + 1) T / N): they overlap.
+        assert step * num_samples < (i + 1) * num_steps
+        assert i * num_steps < (step + 1) * num_samples
+    steps = Counter(step for _, step in pairs)
+    if num_samples <= num_steps:
+        assert max(steps.values()) == 1
+    else:
+        assert {steps[t] for t in range(num_steps)} <= {num_samples // num_steps, -(-num_samples // num_steps)}
+    prompts = Counter(prompt for prompt, _ in pairs)
+    assert {prompts[p] for p in range(num_prompts)} <= {num_samples // num_prompts, -(-num_samples // num_prompts)}
+    assert pairs == uniform(*pool, seed=seed), "the same seed chooses the same"
+
+
+@given(num_prompts=st.integers(5, 12), num_steps=st.integers(12, 50))
+def test_the_seed_decides_uniform_s_prompts_and_not_its_steps(num_prompts: int, num_steps: int) -> None:
+    found = [uniform(num_prompts, num_steps, num_prompts, seed=seed) for seed in range(8)]
+    assert len({tuple(prompt for prompt, _ in pairs) for pairs in found}) > 1
+    assert len({tuple(step for _, step in pairs) for pairs in found}) == 1
+
+
+def test_uniform_ties_no_prompt_to_a_part_of_the_schedule() -> None:
+    """With as many rounds as steps / prompts, prompts in the same order in all of them would meet every tenth step only."""
+    gaps = {seed: [step for prompt, step in uniform(10, 50, 50, seed=seed) if prompt == 0] for seed in range(5)}
+    assert all(len({step % 10 for step in steps}) > 1 for steps in gaps.values())
+
+
+def test_uniform_can_take_all_candidates() -> None:
+    assert sorted(chosen("uniform", PROMPTS * STEPS)) == list(range(PROMPTS * STEPS))
 
 
 def test_fewer_candidates_than_samples_is_an_error_with_both_numbers() -> None:
@@ -74,8 +124,27 @@ def test_the_worker_stores_all_scores_and_chooses(tmp_path: Path) -> None:
             run.calibration_store.write(f"trajectories/{prompt.name}/{name}", torch.arange(4.0) + 10 * index + 1)
         run.calibration_store.write(f"trajectories/{prompt.name}/block_input", torch.rand(4, 2) + index)
     source = RunSource(run.path, tmp_path, 0, Numerics("float32", 1))
-    worker = SelectionWorker(SelectionSettings(source, "salience", "weight_error", 2))
+    worker = SelectionWorker(SelectionSettings(source, "salience", "weight_error", 2))  # all features are recorded
     result = worker.run(SelectionUnit("selection", prompts), lambda *_: None).result
     assert result["chosen"] == [{"prompt": "prompt-002", "step": 3}, {"prompt": "prompt-002", "step": 2}]
     assert set(result["scores"]) == {"diffusion", "latent", "block_input", "weight_error"}
     assert result["scores"]["latent"][1] == [11.0, 12.0, 13.0, 14.0]
+
+
+def test_the_worker_reads_what_the_trajectories_recorded(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path / "run", {}, {})
+    prompts = tuple(PromptUnit(f"prompt-{i:03d}", f"prompt {i}") for i in range(3))
+    for prompt in prompts:
+        for name in ("diffusion", "latent"):
+            run.calibration_store.write(f"trajectories/{prompt.name}/{name}", torch.rand(4))
+    settings = [
+        SelectionSettings(
+            RunSource(run.path, tmp_path, seed, Numerics("float32", 1)), "uniform", "latent", 4, ("latent",)
+        )
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    results = [SelectionWorker(s).run(SelectionUnit("selection", prompts), lambda *_: None).result for s in settings]
+    assert set(results[0]["scores"]) == {"diffusion", "latent"}
+    assert [c["step"] for c in results[0]["chosen"]] == [0, 1, 2, 3]
+    assert results[0] == results[1]
+    assert any(result["chosen"] != results[0]["chosen"] for result in results[2:]), "the run's seed decides"

@@ -1,0 +1,53 @@
+"""Bits of every layer, and the label that is derived from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.config.schema import BitsConfig
+from pipeline.layer_bits import bits_label, resolve_bits
+
+KINDS = {
+    **{f"blocks.{i}.{layer}": "block" for i in range(3) for layer in ("to_q", "to_out", "proj")},
+    **{f"blocks.{i}.norm.linear": "modulation" for i in range(3)},
+    "refiner.to_q": "refiner",
+    "embedder.linear": "embedder",
+}
+
+
+def label(**bits: Any) -> str:
+    return bits_label(resolve_bits(BitsConfig.model_validate(bits), KINDS), KINDS)
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "expected"),
+    [(2, 4, "W2A4, modulation W4"), (4, 6, "W4A6"), (5, 16, "W5A16"), (8, 8, "W8A8")],
+)
+def test_modulation_is_named_where_it_has_other_bits(weight: int, activation: int, expected: str) -> None:
+    assert label(weight=weight, activation=activation) == expected
+
+
+def test_a_label_promises_no_bits_that_layers_do_not_have() -> None:
+    coarse = {"modulation": {"weight": 4}, "refiner": {"weight": 2}}
+    assert label(weight=8, activation=8, **coarse) == "W8A8, modulation W4"
+    assert label(weight=8, activation=8, modulation={"weight": 16}) == "W8A8, modulation W16"
+    exceptions: list[dict[str, Any]] = [{"pattern": "blocks.0.to_*", "weight": 8, "activation": 8}]
+    assert label(exceptions=exceptions) == "W4A6, 2 of 9 layers W8A8"
+    exceptions.append({"pattern": "*.proj", "weight": 16, "activation": 16})
+    assert label(exceptions=exceptions) == "W4A6, 5 of 9 layers W16A16/W8A8"
+    exceptions.append({"pattern": "blocks.2.norm.linear", "weight": 8})
+    assert label(exceptions=exceptions) == "W4A6, 5 of 9 layers W16A16/W8A8, modulation W4/W8"
+    assert label(weight=2, exceptions=[{"pattern": "*", "weight": 8, "activation": 8}]) == "W8A8"
+
+
+@pytest.mark.parametrize("weight", [2, 4, 8])
+def test_defaults_follow_the_blocks_bits(weight: int) -> None:
+    bits = resolve_bits(BitsConfig(weight=weight, activation=8), KINDS)
+    assert {bits[name].weight for name, kind in KINDS.items() if kind == "block"} == {weight}
+    found = {kind: bits[name] for name, kind in KINDS.items() if kind != "block"}
+    assert {kind: layer.weight for kind, layer in found.items()} == {
+        "modulation": max(4, weight), "refiner": max(6, weight), "embedder": 8,
+    }  # fmt: skip
+    assert {layer.activation for layer in found.values()} == {16}
