@@ -1,0 +1,130 @@
+"""README and docs: their figures are those on record, and a nominal density never stands without the effective one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config.method import MethodConfig
+from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "docs/results.md", "docs/performance.md")
+SPEED_ROWS = {
+    "diffusers as it comes, bf16": ("diffusers", None),
+    "dense": ("ours 100 %", ("study_joint", "dense s2q")),
+    "25 % in a sparse step, refresh every 5": ("ours 25 %", ("study_residual", "second, linear")),
+    "15 %, refresh every 5, attention in 8 bits": ("ours 15 %, 8-bit attention", None),
+}
+"""Row of the README's table: case of dit_step.json, and the setting of a study with its knobs."""
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def quality(study: str, setting: str) -> dict[str, Any]:
+    [row] = [row for row in record(study)["table"] if row["setting"] == setting]
+    return dict(row)
+
+
+def marked(name: str) -> list[list[str]]:
+    """Cells of the rows between two markers of the README."""
+    text = README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()][2:]
+
+
+def test_the_speed_table_is_that_on_record() -> None:
+    results = record("dit_step")["results"]
+    base, strongest = results["diffusers"]["mean_s"], results["strongest bf16"]["mean_s"]
+    rows = marked("speed")
+    assert [row[0] for row in rows] == list(SPEED_ROWS)
+    for name, pairs, seconds, to_base, to_strongest, peak, psnr in rows:
+        case, study = SPEED_ROWS[name]
+        row = results[case]
+        mean = row["mean_s"]
+        assert pairs == f"{100 * row.get('effective_density', 1):.1f} %"
+        assert seconds == f"{mean:.2f}" + ("" if row["how"] == "measured" else " (computed)")
+        assert (to_base, to_strongest) == (f"{base / mean:.2f}×", f"{strongest / mean:.2f}×")
+        assert peak == f"{row['peak_bytes'] / 2**30:.1f}"
+        if study is not None:
+            assert psnr == f"{quality(*study)['psnr_db']:.1f} dB"
+    below = " ".join(README.split("<!-- /speed -->")[1].split("##")[0].split())
+    assert f"takes {strongest:.2f} s" in below
+    assert f"({100 * quality('study_residual', 'second, linear')['effective_density']:.1f} % of the pairs" in below
+    floor = quality("study_joint", "noise floor (bf16, other attention backend)")["psnr_db"]
+    assert f"runs lie {floor:.1f} dB apart" in below
+
+
+def test_the_first_screen_says_what_was_never_measured() -> None:
+    first = " ".join(README.split("\n## ")[0].split())
+    assert "Quality was measured on a small model only" in first
+    assert "never measured on downloaded weights" in first
+
+
+def test_presets_are_compared_as_recorded() -> None:
+    rows = {
+        name: quality("study_beyond", name) for name in ("s2q as its paper gives it", "s2q", "two-level and protected")
+    }
+    gain = rows["two-level and protected"]["psnr_db"] - rows["s2q"]["psnr_db"]
+    assert f"`reelquant` is {gain:.1f} ± " in README
+    samples = rows["s2q"]["difference_db"]
+    half = (rows["s2q"]["difference_db_high"] - rows["s2q"]["difference_db_low"]) / 2
+    assert f"{samples:.1f} ± {half:.1f} dB above S²Q-VDiT's setting" in README
+
+
+def test_the_projected_distillation_is_that_on_record() -> None:
+    """Both pages give the hours that distillation_time.json's table gives."""
+    hours = re.findall(r"\| (none|both) \| all \| (\d\.\d\d) \|", (ROOT / "docs" / "performance.md").read_text())
+    (_, without), (_, with_both) = hours
+    prose = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert f"{without} GPU-hours without attention terms, {with_both} with both" in prose
+
+
+def paragraphs(text: str) -> list[str]:
+    """Prose: code, tables and what is made from the records left out, list items apart."""
+    text = re.sub(r"```.*?```|<!-- (\w+) -->.*?<!-- /\1 -->|`[^`\n]*`", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith("|")]
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n- |\n#", "\n".join(lines)) if part.strip()]
+
+
+NOMINAL = re.compile(r"\b(?:10|15|25|40) %[^.;:]*(?:attention|density|sparse step|band)|W4A8(?: and|,) \d+ %")
+EFFECTIVE = re.compile(r"effective|of (?:the|all|a schedule's) pairs|\(\d\d\.\d %")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_nominal_density_stands_beside_the_effective_one(page: str) -> None:
+    sections = re.split(r"\n#+ ", (ROOT / page).read_text())
+    # A section's own table has the column.
+    without = [section for section in sections if "| effective density |" not in section]
+    alone = [
+        part for text in without for part in paragraphs(text) if NOMINAL.search(part) and not EFFECTIVE.search(part)
+    ]
+    assert alone == []
+
+
+def test_a_nominal_density_alone_is_found() -> None:
+    for text in ("HunyuanVideo at 720p, W4A8 and 15 % attention: 2.1 s a step", "with 25 % density it is faster"):
+        assert NOMINAL.search(text)
+        assert not EFFECTIVE.search(text)
+
+
+def test_the_sparse_example_says_its_effective_density() -> None:
+    [example] = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "density:" in block]
+    attention = MethodConfig.model_validate(yaml.safe_load(example)["method"]).attention
+    spec = SparseAttentionSpec(
+        density=attention.density,
+        dense_steps=attention.dense_steps,
+        interval=attention.interval,
+        residual=ResidualSpec(**attention.residual.model_dump()),
+    )
+    dense = sum(spec.is_dense(step, "block") for step in range(50))
+    effective = (dense + (50 - dense) * attention.density) / 50
+    assert f"effective density here: {100 * effective:.0f} % of 50 steps" in example
