@@ -24,8 +24,6 @@ from workers.perceptual import PerceptualDistance
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.recognition import DigitRecognizer
 
-FRAMES_PER_SECOND = 15
-"""Of the films; the models say nothing about it."""
 OTHER_ATTENTION = "_native_math"
 """diffusers' name of the attention backend of the noise floor: plain matrix products and softmax. It holds the scores of all
 pairs of tokens, so it is for models and videos whose tokens number some thousands."""
@@ -119,9 +117,8 @@ class EvaluationWorker:
         return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _film(self, unit: EvaluationUnit, video: Tensor) -> OutputFile:
-        film = imwrite(
-            "<bytes>", video.numpy(), extension=".mp4", plugin="pyav", codec="libx264", fps=FRAMES_PER_SECOND
-        )
+        fps = self._settings.film_fps
+        film = imwrite("<bytes>", video.numpy(), extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
         assert isinstance(film, bytes)
         return self._run.store.put(f"{EVALUATION}/{unit.name}.mp4", film)
 

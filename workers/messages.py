@@ -250,6 +250,8 @@ class EvaluationSettings:
     films: bool = True
     sharding: Sharding = Sharding()
     """Of the full-precision model."""
+    film_fps: int = 24
+    """Frames a second of the films."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ _QUANTSPARSE: dict[str, Any] = {
     "attention_distillation": "both",
     "attention": {"density": 0.25, "dense_steps": 1, "residual": {"order": 1}},
 }
-_EARLY_DENSE: dict[str, Any] = {"attention": {"density": 0.25, "dense_steps": 5, "residual": {"storage": "low_rank_int8"}}}
+_EARLY_DENSE: dict[str, Any] = {
+    "attention": {"density": 0.25, "dense_steps": 5, "residual": {"storage": "low_rank_int8"}}
+}
 _OURS: dict[str, Any] = {**_S2Q, "epochs": 5, "weight_layout": "two_level", "protected_steps": 0.25}
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": _NOTHING,

@@ -30,6 +30,7 @@ class Evaluation:
             None if recognizer is None else recognizer.resolve(),
             context.config.evaluation.films,
             context.sharding,
+            context.config.evaluation.film_fps,
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:
@@ -60,7 +61,7 @@ class Evaluation:
             **run.context.base_fingerprint(),
             "generation": asdict(settings.generation),
             "recognizer": str(settings.recognizer.name) if settings.recognizer else None,
-            "films": settings.films,
+            "films": settings.film_fps if settings.films else None,
             "prompt": prompt.prompt,
             "upstream": upstream,
         }

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from imageio.v3 import imread
+from imageio.v3 import immeta, imread
 
 from pipeline.event_log import read_events
 from pipeline.report.timeline import Bar, read_timeline
@@ -61,6 +61,7 @@ def test_everything_is_there(finished_run: Path) -> None:
     films = sorted((run / "evaluation").glob("*.mp4"))
     assert [film.stem for film in films] == ["full_precision-prompt-000", "s2q-prompt-000"]
     assert imread(films[1], plugin="pyav").shape == (9, 48, 64, 3)
+    assert immeta(films[1], plugin="pyav")["fps"] == 24
     report = (run / "report.html").read_text()
     assert "<html" in report
     assert "How busy it was" in report
