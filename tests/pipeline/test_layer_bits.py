@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.loading import load_config
 from pipeline.config.schema import BitsConfig
+from pipeline.context import build_context
 from pipeline.layer_bits import bits_label, resolve_bits
+from tests.pipeline.small_run import ROOT
 
 KINDS = {
     **{f"blocks.{i}.{layer}": "block" for i in range(3) for layer in ("to_q", "to_out", "proj")},
@@ -51,3 +54,20 @@ def test_defaults_follow_the_blocks_bits(weight: int) -> None:
         "modulation": max(4, weight), "refiner": max(6, weight), "embedder": 8,
     }  # fmt: skip
     assert {layer.activation for layer in found.values()} == {16}
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(2, "W2A8, modulation W4"), (4, "W4A8"), (8, "W8A8")])
+def test_a_run_s_label_is_true_of_the_bits_that_its_workers_get(
+    weight: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"bits.weight={weight}", "bits.activation=8"])
+    context = build_context(config, weights=False)
+    assert context.bits_label == expected
+    for method in context.methods:
+        inside = {name: layer for name, layer in method.bits.items() if name.startswith(context.model.blocks)}
+        modulation = {layer.weight for name, layer in inside.items() if context.model.kinds[name] == "modulation"}
+        others = {
+            (layer.weight, layer.activation) for name, layer in inside.items() if context.model.kinds[name] == "block"
+        }
+        assert (modulation, others) == ({max(4, weight)}, {(weight, 8)})

@@ -13,6 +13,7 @@ from rich.console import Console
 from pipeline.config.schema import RunConfig
 from pipeline.study.command import plan_study
 from pipeline.study.expansion import load_study
+from pipeline.study.preparation import prepare_study
 from tests.pipeline.small_run import ROOT
 
 STUDIES = sorted(path for path in (ROOT / "configs" / "studies").glob("*.yaml") if path.name != "base.yaml")
@@ -24,6 +25,17 @@ def test_is_feasible(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
     assert plan_study(study, (), Console(file=said, width=200)), said.getvalue()
     assert "problem:" not in said.getvalue()
+
+
+@pytest.mark.parametrize("name", ["selection", "methods"])
+def test_settings_of_other_strategies_features_or_bits_share_their_trajectories(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study(ROOT / "configs" / "studies" / f"{name}.yaml")
+    [count] = [count for count in prepare_study(study).counts if count.name == "trajectories"]
+    num_seeds = len({run.config.seed for run in study.runs})
+    assert (count.shared, count.at_most) == (num_seeds * study.runs[0].config.prompts.num_calibration, False)
 
 
 RECORDED = {
