@@ -209,7 +209,7 @@ def verify(
         ),
     ],
 ) -> None:
-    """Check a checkpoint. Names, shapes, bits, bytes and checksums, and that all declared layers are quantized."""
+    """Check a checkpoint: checksums of all its files; names, shapes, bits and bytes of the quantized transformer."""
     console = Console()
     with _errors(console):
         from pipeline.verification import show_verification

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pipeline.planning.plan_tables import human_bytes
 from pipeline.terminal import PlainTable, new_table, say, say_sentence, say_table
+from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
 from storage.location import Location, StoreUrl
@@ -54,9 +55,19 @@ def show_verification(checkpoint: Location, console: Console) -> bool:
         say(console, ("problem:", "bold red"), (f" and {more} more", "red"))
     if report.problems and (inside := _checkpoints_inside(folder)):
         say(console, f"{checkpoint} is a run directory; its checkpoints: {', '.join(map(str, inside))}")
+    if report.layers and report.not_covered:
+        say_sentence(
+            console,
+            ("not covered:", "bold yellow"),
+            f" {', '.join(report.not_covered)}: there and readable, but {DIGESTS_NAME}, which has the digests of all files, is "
+            "not there (save_pretrained and older versions do not write it)",
+        )
     if report.ok:
+        files = f", and all {report.num_files} files have their digests" if report.num_files else ""
         num = len(report.layers)
-        say(console, ("sound", "green"), f": all tensors and digests of {num} quantized layers are right")
+        say_sentence(
+            console, ("sound", "green"), f": all tensors and digests of {num} quantized layers are right{files}"
+        )
     return report.ok
 
 

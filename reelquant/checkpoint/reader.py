@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from reelquant.checkpoint.pipeline_files import weight_map
 from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
 from reelquant.checkpoint.schema import QUANT_METHOD, TensorInfo, layer_tensors
 from reelquant.quantization.linear import QuantizedLinear
@@ -50,34 +51,18 @@ def is_checkpoint(path: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def weight_map(folder: Path) -> dict[str, list[str]]:
-    """Names of the weight files in a transformer's folder, with the tensors that the index promises in each.
+def read_weights(
+    folder: Path, *, variant: str | None = None, alone: bool = True
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Stored tensors by name, from the headers of a transformer's weight files, and what is wrong with the files.
 
-    A model in one file has no index: nothing is promised of it.
-
-    Raises:
-        ValueError: there are no safetensors weights, or the index cannot be read.
+    Args:
+        variant: of the weight files, such as `fp16`.
+        alone: other safetensors files beside them are wrong, as in a checkpoint; a source may have variants there.
     """
-    index = folder / INDEX_NAME
-    if not index.exists():
-        if not (folder / WEIGHTS_NAME).exists():
-            raise ValueError(f"{folder}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}; other formats are not read")
-        return {WEIGHTS_NAME: []}
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        result: dict[str, list[str]] = {file: [] for file in sorted(set(files.values()))}
-        for name, file in files.items():
-            result[file].append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: is no index of safetensors files ({error!r})") from error
-    return result
-
-
-def read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Stored tensors by name, from the headers of a transformer's weight files, and what is wrong with the files."""
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
-    files = weight_map(folder)
+    files = weight_map(folder, variant=variant)
     for file, promised in files.items():
         try:
             found, _ = read_header(folder / file)
@@ -93,7 +78,7 @@ def read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             problems += [f"tensor {name}: lies in {file}, but the index does not say so" for name in unlisted]
         problems += [f"tensor {name}: is stored twice" for name in sorted(set(found) & set(tensors))]
         tensors.update(found)
-    stray = {path.name for path in folder.glob("*.safetensors")} - set(files)
+    stray = {path.name for path in folder.glob("*.safetensors")} - set(files) if alone else set()
     problems += [f"file {file}: is no part of the model" for file in sorted(stray)]
     return tensors, problems
 

@@ -5,6 +5,7 @@ The same tensors always give the same bytes, and no more than one chunk of one t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -70,13 +71,17 @@ class StoredTensor:
         """
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            left = self.num_bytes
-            while left:
-                chunk = file.read(min(left, _CHUNK_BYTES))
-                if not chunk:
-                    raise ValueError(f"{self.path}: ends {left} bytes before the tensor at offset {self.offset} does")
-                left -= len(chunk)
-                yield chunk
+            yield from self.chunks_of(file)
+
+    def chunks_of(self, file: BinaryIO) -> Iterator[bytes]:
+        """The data from an open file that stands at its beginning; as `chunks`."""
+        left = self.num_bytes
+        while left:
+            chunk = file.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise ValueError(f"{self.path}: ends {left} bytes before the tensor at offset {self.offset} does")
+            left -= len(chunk)
+            yield chunk
 
     def read_bytes(self) -> bytes:
         """The data."""
@@ -162,6 +167,46 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         kind = "cut off" if size < end else "too long"
         raise ValueError(f"{path}: {kind}: its header promises {end} bytes, it has {size}")
     return tensors, metadata
+
+
+@dataclass(frozen=True)
+class ScannedFile:
+    """A safetensors file, all of whose bytes were read."""
+
+    sha256: str
+    tensors: Mapping[str, StoredTensor]
+    """By name."""
+    non_finite: tuple[str, ...]
+    """Names of the tensors with a NaN or an infinite value."""
+
+
+def scan_file(path: Path) -> ScannedFile:
+    """Reads a safetensors file once, for its checksum and its numbers.
+
+    Raises:
+        ValueError: as `read_header`.
+        OSError: the file cannot be read.
+    """
+    tensors, _ = read_header(path)
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes))
+    digest, non_finite = hashlib.sha256(), []
+    with path.open("rb") as file:
+        digest.update(file.read(ordered[0][1].offset if ordered else path.stat().st_size))
+        for name, tensor in ordered:
+            dtype, finite = _TORCH_DTYPES.get(tensor.info.dtype), True
+            for chunk in tensor.chunks_of(file):
+                digest.update(chunk)
+                finite = finite and (dtype is None or _is_finite(chunk, dtype))
+            non_finite += [] if finite else [name]
+    return ScannedFile(digest.hexdigest(), tensors, tuple(non_finite))
+
+
+def _is_finite(data: bytes, dtype: torch.dtype) -> bool:
+    """One pass at memory speed: the extremes of numbers with a NaN among them are NaN."""
+    if not dtype.is_floating_point:
+        return True
+    numbers = torch.frombuffer(bytearray(data), dtype=dtype)
+    return bool(torch.isfinite(torch.stack(torch.aminmax(numbers.float() if dtype.itemsize == 1 else numbers))).all())
 
 
 def write_file(path: Path, tensors: Mapping[str, TensorBytes], metadata: Mapping[str, str]) -> None:

@@ -1,7 +1,9 @@
-"""Whether a checkpoint is what it says: headers first, then every tensor's numbers and every layer's digest."""
+"""Whether a checkpoint is what it says: every file of its components against its digest; of the transformer also headers, then
+every tensor's numbers and every layer's digest."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +14,11 @@ import diffusers
 import torch
 from torch import nn
 
+from reelquant.checkpoint.file_digests import digest_problems, read_digests
 from reelquant.checkpoint.layer_packing import value_problem
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files
 from reelquant.checkpoint.reader import TRANSFORMER, disagreements, quantized_layers, read_config, read_weights
-from reelquant.checkpoint.safetensors_file import StoredTensor
+from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, layer_digest
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
@@ -58,6 +62,10 @@ class VerificationReport:
     """Bytes of all tensors of the transformer."""
     source_bytes: int = 0
     """Bytes that the transformer takes with 16 bits a number."""
+    num_files: int = 0
+    """Files that were compared with their digests in `reelquant.json`."""
+    not_covered: tuple[str, ...] = ()
+    """Components without digests, as `reelquant.json` is not there: their files are there and can be read, no more is known."""
 
     @property
     def ok(self) -> bool:
@@ -71,13 +79,22 @@ class VerificationReport:
 
 
 def verify_checkpoint(path: Path) -> VerificationReport:
-    """Checks the transformer of the pipeline folder `path`, tensor by tensor; what is wrong is reported, not raised.
+    """Checks the pipeline folder `path`; what is wrong is reported, not raised.
 
-    First names, shapes and dtypes of all tensors against the model; then that every number is finite, that scales are
-    positive, that codes are in range, and that every layer has the digest which its description promises.
+    Of every component that `model_index.json` names: whether its files are there and can be read, and whether they have the
+    digests in `reelquant.json`, where there is one. Of the transformer, tensor by tensor: names, shapes and dtypes against the
+    model; that every number is finite, that scales are positive, that codes are in range, and that every layer has the
+    digest which its description promises.
     """
     report = VerificationReport(path)
-    folder = path / TRANSFORMER
+    _check_transformer(report, path / TRANSFORMER)
+    if (path / TRANSFORMER / "config.json").is_file() or (path / MODEL_INDEX).is_file():
+        _check_files(report, path)
+    report.problems[:] = dict.fromkeys(report.problems)
+    return report
+
+
+def _check_transformer(report: VerificationReport, folder: Path) -> None:
     try:
         config = read_config(folder)
         spec = _specification(config, folder)
@@ -86,12 +103,12 @@ def verify_checkpoint(path: Path) -> VerificationReport:
         stored, report.problems = read_weights(folder)
     except ValueError as error:
         report.problems.append(str(error))
-        return report
+        return
     infos = {name: tensor.info for name, tensor in stored.items()}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     report.problems += disagreements(model, infos, ignored=ignored)
     if report.problems:
-        return report
+        return
     _count(report, model, stored)
     layers = quantized_layers(model)
     for name in sorted(stored):
@@ -101,7 +118,31 @@ def verify_checkpoint(path: Path) -> VerificationReport:
             report.problems.append(f"tensor {name}: {problem}")
     for name, layer in layers.items():
         report.problems += _layer_problems(name, layer, stored)
-    return report
+
+
+def _check_files(report: VerificationReport, path: Path) -> None:
+    files, problems = list_files(path)
+    others = {name: file for name, file in files.items() if not name.startswith(f"{TRANSFORMER}/")}
+    report.problems += [problem for problem in problems if not problem.startswith(str(path / TRANSFORMER))]
+    for file in others.values():
+        try:
+            if file.suffix == ".safetensors":
+                read_header(file)
+            elif file.suffix == ".json":
+                json.loads(file.read_bytes())
+        except (ValueError, OSError) as error:
+            report.problems.append(f"{file}: cannot be read: {error}")
+    try:
+        digests = read_digests(path)
+        if digests is not None:
+            report.problems += digest_problems(path, digests)
+    except (ValueError, OSError) as error:
+        report.problems.append(str(error))
+        return
+    if digests is None:
+        report.not_covered = tuple(dict.fromkeys(name.split("/")[0] for name in others))
+    else:
+        report.num_files = len(digests)
 
 
 def empty_model(config: Mapping[str, Any], spec: QuantizationSpec) -> nn.Module:

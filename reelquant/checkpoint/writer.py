@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.file_digests import DIGESTS_NAME, describe_files
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import open_block_artifact
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files, plain_index
 from reelquant.checkpoint.reader import (
     INDEX_NAME,
     TRANSFORMER,
@@ -30,7 +32,6 @@ from reelquant.checkpoint.schema import LAYER_SUFFIXES, LayerSpec, QuantizationS
 from reelquant.checkpoint.whole_folder import whole_folder
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".msgpack", ".pt", ".ckpt")
 
 
 def write_checkpoint(
@@ -40,6 +41,7 @@ def write_checkpoint(
     artifacts: Iterable[Path],
     bits: str,
     method: str,
+    variant: str | None = None,
     calibration: Mapping[str, Any] | None = None,
     sparse_attention: SparseAttentionSpec | None = None,
     step_protection: StepProtection | None = None,
@@ -48,12 +50,16 @@ def write_checkpoint(
 ) -> QuantizationSpec:
     """Writes the pipeline folder `output` from the pipeline folder `source` and the quantized layers of `artifacts`.
 
+    The other components are copied, of each the files that its loader reads (`pipeline_files`) and no others. Digests of all
+    files go into `reelquant.json`.
+
     Args:
         source: a diffusers pipeline folder with safetensors weights that are not quantized.
         output: is replaced if it is a checkpoint of this package.
         artifacts: files of `layer_packing.write_block_artifact`; tensors of the source that none replaces are copied.
         bits: label such as `W4A6`.
         method: name of the calibration method.
+        variant: of the source's weight files, such as `fp16`; the checkpoint's have plain names.
         calibration: JSON values: where the layers come from.
         sparse_attention, step_protection, velocity_correction: of the generation, None for none.
         max_shard_bytes: size of the weight files; a larger tensor has a file of its own.
@@ -71,9 +77,10 @@ def write_checkpoint(
     config = read_config(source / TRANSFORMER)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source}: its transformer is quantized already; give the full-precision pipeline")
-    weights, problems = read_weights(source / TRANSFORMER)
+    weights, problems = read_weights(source / TRANSFORMER, variant=variant, alone=False)
+    files, missing = _other_files(source, variant)
     layers, replacements, artifact_problems = _read_artifacts(artifacts)
-    problems += artifact_problems
+    problems += missing + artifact_problems
     if not problems:
         problems = group_problems(layers) + _fit_problems(weights, replacements, layers)
     if problems:
@@ -90,16 +97,18 @@ def write_checkpoint(
     # A layer's weight gives way; its bias stays, unless the artifact has one.
     kept = {name: tensor for name, tensor in weights.items() if name not in {f"{layer}.weight" for layer in layers}}
     with whole_folder(output) as written:
-        _copy_components(source, written)
+        _copy_files(files, written, variant)
         transformer = written / TRANSFORMER
+        transformer.mkdir()
         _write_json(transformer / "config.json", {**config, "quantization_config": spec.to_dict()})
         _write_shards(transformer, {**kept, **replacements}, max_shard_bytes)
+        _write_json(written / DIGESTS_NAME, describe_files(written))
     return spec
 
 
 def _check_folders(source: Path, output: Path, max_shard_bytes: int) -> None:
-    if not (source / "model_index.json").is_file():
-        raise ValueError(f"{source}: is no diffusers pipeline folder: it has no model_index.json")
+    if not (source / MODEL_INDEX).is_file():
+        raise ValueError(f"{source}: is no diffusers pipeline folder: it has no {MODEL_INDEX}")
     if output == source or output.is_relative_to(source) or source.is_relative_to(output):
         raise ValueError(f"{output}: the checkpoint cannot be written over or into its source {source}")
     if output.exists() and not is_checkpoint(output):
@@ -155,16 +164,22 @@ def _fit_problems(
     return problems
 
 
-def _copy_components(source: Path, target: Path) -> None:
-    """Copies every file of the pipeline but hidden ones and the transformer's weights."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+def _other_files(source: Path, variant: str | None) -> tuple[dict[str, Path], list[str]]:
+    """All files of a source but the transformer's, which are written anew; and what it lacks."""
+    files, problems = list_files(source, variant=variant)
+    if not problems and f"{TRANSFORMER}/config.json" not in files:
+        problems = [f"{source / MODEL_INDEX} names no {TRANSFORMER}"]
+    return {name: path for name, path in files.items() if not name.startswith(f"{TRANSFORMER}/")}, problems
+
+
+def _copy_files(files: Mapping[str, Path], target: Path, variant: str | None) -> None:
+    """Copies files to their names inside `target`; indexes of a variant are rewritten for the plain names."""
+    for name, path in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors.index.json") and path.name != Path(name).name:
+            _write_json(target / name, plain_index(path, variant))
             continue
-        if relative.parts[0] == TRANSFORMER and path.name.endswith(_WEIGHT_ENDINGS):
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as original, (target / relative).open("wb") as copy:
+        with path.open("rb") as original, (target / name).open("wb") as copy:
             shutil.copyfileobj(original, copy, 2**24)
             copy.flush()
             os.fsync(copy.fileno())

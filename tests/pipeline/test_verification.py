@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.verification import show_verification
+from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
@@ -55,6 +57,7 @@ def test_sound_checkpoint(checkpoint: Path) -> None:
     report = verify_checkpoint(checkpoint)
     assert f"{report.compression:.2f} times smaller" in text
     assert "sound: all tensors and digests of 5 quantized layers are right" in text
+    assert f"all {report.num_files} files" in text
 
 
 def test_flipped_bit_and_infinite_scale_are_both_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -69,6 +72,30 @@ def test_flipped_bit_and_infinite_scale_are_both_named(checkpoint: Path, tmp_pat
     assert any("single_transformer_blocks.1.proj_out" in line and "digest" in line for line in problems)
     assert any("norm_out.linear.weight_scale" in line for line in problems)
     assert "sound:" not in text
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_damaged_other_components(checkpoint: Path, tmp_path: Path, digests: bool) -> None:
+    own = Path(shutil.copytree(checkpoint, tmp_path / "own"))
+    (own / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (own / "text_encoder" / "model.safetensors").write_text("x")
+    shutil.rmtree(own / "tokenizer_2")
+    if not digests:
+        (own / DIGESTS_NAME).unlink()
+    sound, text = shown(own)
+    assert not sound
+    problems = [line for line in text.splitlines() if line.startswith("problem: ")]
+    for named in ("vae", "text_encoder/model.safetensors", "tokenizer_2"):
+        assert any(named in problem for problem in problems), named
+    assert ("not covered: " in text) is not digests
+
+
+def test_what_save_pretrained_writes_is_not_covered_but_sound(checkpoint: Path, tmp_path: Path) -> None:
+    DiffusionPipeline.from_pretrained(str(checkpoint), local_files_only=True).save_pretrained(str(tmp_path / "again"))
+    sound, text = shown(tmp_path / "again")
+    assert sound
+    assert "not covered: " in text
+    assert "text_encoder_2" in text
 
 
 def test_truncated_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -86,7 +113,7 @@ def test_many_problems_are_counted(checkpoint: Path, tmp_path: Path) -> None:
     save_file({name: tensors[name] for name in sorted(tensors)[100:]}, own / WEIGHTS, {"format": "pt"})
     sound, text = shown(own)
     assert not sound
-    assert "problem: and 70 more" in text
+    assert "problem: and 71 more" in text
 
 
 def test_what_is_no_checkpoint(checkpoint: Path, digits_model: Path, tmp_path: Path) -> None:

@@ -109,7 +109,12 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "scheduler" / "scheduler_config.json").write_text("{}\n")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "junk").write_text("not to be copied")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanVideoPipeline"}))
+    index = {
+        "_class_name": "HunyuanVideoPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "HunyuanVideoTransformer3DModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

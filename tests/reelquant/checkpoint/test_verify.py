@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.schema import LayerSpec, TensorInfo, layer_digest
 from reelquant.checkpoint.verify import verify_checkpoint
 
@@ -16,12 +17,15 @@ WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
 
 def edit_tensors(checkpoint: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Also takes the digests of files away: every other check has to find what it is for."""
+    (checkpoint / DIGESTS_NAME).unlink(missing_ok=True)
     tensors = {name: tensor.clone() for name, tensor in load_file(checkpoint / WEIGHTS).items()}
     edit(tensors)
     save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
 
 
 def edit_config(checkpoint: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    (checkpoint / DIGESTS_NAME).unlink(missing_ok=True)
     path = checkpoint / "transformer" / "config.json"
     config = json.loads(path.read_text())
     edit(config)
@@ -168,6 +172,7 @@ def test_reports_damaged_files(own_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_reports_an_index_that_does_not_fit_its_files(own_checkpoint: Path) -> None:
     folder = own_checkpoint / "transformer"
+    (own_checkpoint / DIGESTS_NAME).unlink()
     (own_checkpoint / WEIGHTS).rename(folder / "a.safetensors")
     names = sorted(load_file(folder / "a.safetensors"))
     index = {
@@ -184,3 +189,68 @@ def test_reports_an_index_that_does_not_fit_its_files(own_checkpoint: Path) -> N
     ]
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
     assert "is no index of safetensors files" in verify_checkpoint(own_checkpoint).problems[0]
+
+
+def test_every_file_of_every_component_has_a_digest(own_checkpoint: Path) -> None:
+    report = verify_checkpoint(own_checkpoint)
+    listed = json.loads((own_checkpoint / DIGESTS_NAME).read_text())
+    there = {str(path.relative_to(own_checkpoint)) for path in own_checkpoint.rglob("*") if path.is_file()}
+    assert set(listed["files"]) == there - {DIGESTS_NAME}
+    assert (report.problems, report.num_files, report.not_covered) == ([], len(listed["files"]), ())
+
+
+def test_files_that_are_missing_changed_or_too_many(own_checkpoint: Path) -> None:
+    scheduler = own_checkpoint / "scheduler"
+    (scheduler / "scheduler_config.json").write_text('{"shift": 3.0}\n')
+    (scheduler / "more.json").write_text("{}")
+    (own_checkpoint / "transformer" / "pytorch_model.bin").write_text("x")
+    (own_checkpoint / "README.md").write_text("a model card is nobody's concern")
+    (scheduler / ".hidden").write_text("nor is this")
+    assert verify_checkpoint(own_checkpoint).problems == [
+        "file scheduler/scheduler_config.json: has changed since it was written",
+        "file scheduler/more.json: is no part of the checkpoint",
+        "file transformer/pytorch_model.bin: is no part of the checkpoint",
+    ]
+    (scheduler / "scheduler_config.json").unlink()
+    problems = verify_checkpoint(own_checkpoint).problems
+    assert "file scheduler/scheduler_config.json: is missing" in problems
+    (own_checkpoint / "model_index.json").unlink()
+    assert f"{own_checkpoint / 'model_index.json'} is missing" in verify_checkpoint(own_checkpoint).problems
+
+
+def test_a_changed_tensor_that_is_not_quantized(own_checkpoint: Path) -> None:
+    tensors = load_file(own_checkpoint / WEIGHTS)
+    tensors[f"{BLOCK}.attn.norm_q.weight"] += 1
+    save_file(tensors, own_checkpoint / WEIGHTS, metadata={"format": "pt"})
+    assert verify_checkpoint(own_checkpoint).problems == [f"file {WEIGHTS}: has changed since it was written"]
+
+
+def test_without_digests_the_other_components_are_not_covered(own_checkpoint: Path) -> None:
+    (own_checkpoint / DIGESTS_NAME).unlink()
+    report = verify_checkpoint(own_checkpoint)
+    assert (report.problems, report.num_files) == ([], 0)
+    assert report.not_covered == ("model_index.json", "scheduler")
+    (own_checkpoint / "scheduler" / "scheduler_config.json").write_text("{")
+    [problem] = verify_checkpoint(own_checkpoint).problems
+    assert "scheduler_config.json: cannot be read" in problem
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "{}", '{"format_version": 99, "files": {}}', '{"format_version": 1, "files": []}']
+)
+def test_a_file_of_digests_that_cannot_be_used(own_checkpoint: Path, content: str) -> None:
+    (own_checkpoint / DIGESTS_NAME).write_text(content)
+    [problem] = verify_checkpoint(own_checkpoint).problems
+    assert str(own_checkpoint / DIGESTS_NAME) in problem
+
+
+def test_digests_of_files_outside_are_not_read(own_checkpoint: Path) -> None:
+    path = own_checkpoint / DIGESTS_NAME
+    content = json.loads(path.read_text())
+    content["files"]["../../outside"] = content["files"]["/etc/passwd"] = "0" * 64
+    path.write_text(json.dumps(content))
+    (own_checkpoint.parent / "outside").write_text("x")
+    assert verify_checkpoint(own_checkpoint).problems == [
+        "file ../../outside: is missing",
+        "file /etc/passwd: is missing",
+    ]

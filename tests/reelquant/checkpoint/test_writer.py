@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
@@ -68,6 +69,7 @@ def test_holds_the_sources_and_the_artifacts_tensors(
 def test_copies_the_rest_of_the_pipeline(tiny_source: Path, tiny_checkpoint: Path) -> None:
     assert set(files(tiny_checkpoint)) == {
         "model_index.json",
+        "reelquant.json",
         "scheduler/scheduler_config.json",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
@@ -183,6 +185,58 @@ def test_artifacts_bias_replaces_the_sources(tiny_source: Path, tiny_artifacts: 
     output = write(tiny_source, tmp_path / "out", [tmp_path / "odd.safetensors", tiny_artifacts[1]])
     assert torch.equal(tensors(output)["transformer_blocks.0.ff.net.0.proj.bias"], bias)
     assert verify_checkpoint(output).problems == []
+
+
+def test_takes_what_loaders_read_and_nothing_else(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    shutil.move(source / "scheduler", tmp_path / "shared")
+    (source / "scheduler").symlink_to("../shared")
+    (tmp_path / "shared" / "again").symlink_to(tmp_path / "shared")  # a loop
+    save_file({"x": torch.ones(1)}, source / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    for stray in ("README.md", "demo.mp4", "transformer/original.pt", "transformer/notes.json", "scheduler/old.bin"):
+        (source / stray).write_text("stray")
+    output = write(source, tmp_path / "out", tiny_artifacts)
+    assert files(output) == files(tiny_checkpoint)
+    assert not (output / "scheduler").is_symlink()
+
+
+def test_a_variant_becomes_a_plain_checkpoint(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Sharded and in one file; the other components' variants too."""
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    model = HunyuanVideoTransformer3DModel.from_pretrained(tiny_source / "transformer", torch_dtype=torch.bfloat16)
+    shutil.rmtree(source / "transformer")
+    model.save_pretrained(source / "transformer", variant="bf16", max_shard_size="50KB")
+    model.save_pretrained(source / "second", variant="bf16", max_shard_size="50KB")
+    index = json.loads((source / "model_index.json").read_text())
+    index["second"] = index["transformer"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="only the variants bf16 are there"):
+        write(source, tmp_path / "out", tiny_artifacts)
+    output = tmp_path / "out"
+    write_checkpoint(source, output, artifacts=tiny_artifacts, bits="W4A6", method="test", variant="bf16")
+    assert not [name for name in files(output) if "bf16" in name]
+    assert verify_checkpoint(output).problems == []
+    expected = tensors(tiny_checkpoint)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(output).items())
+    again = HunyuanVideoTransformer3DModel.from_pretrained(output / "second", torch_dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_source_that_lacks_components_is_refused_with_all_of_them(
+    tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    (source / "scheduler" / "scheduler_config.json").unlink()
+    index = json.loads((source / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderKLHunyuanVideo"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"scheduler_config\.json is missing.*vae/"):
+        write(source, tmp_path / "out", tiny_artifacts)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unusable_source_weights_are_refused(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
