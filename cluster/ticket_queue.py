@@ -18,6 +18,8 @@ class Ticket:
     """`Unit.affinity`."""
     attempt: int = 0
     """Attempts begun."""
+    error: str | None = None
+    """The worker's own, of the attempt before; None after another end, such as its death."""
     alone: bool = False
     """Share no round of a replica with another unit: one of them has failed, and it must be seen which."""
     priority: int = 0

@@ -116,6 +116,8 @@ class Outcome:
     """When the worker raised: the exception in one line, and below it the traceback."""
     retryable: bool
     """False where another attempt at once gives the same error: after a ValueError, and where a disk is full."""
+    environmental: bool
+    """The worker raised an OSError: the same error again may be the machine's, and pass."""
     out_of_memory: bool
     """The worker raised a MemoryError."""
     saved_memory: bool
@@ -187,16 +189,17 @@ class UnitActor:
     def _call(self, serial: int, function: Callable[[], Any]) -> Outcome:
         self._work_thread = threading.get_ident()
         self._pulse = Pulse(serial=serial, count=0, done=0, total=0)
-        result, error, retryable, out_of_memory, saved_memory = None, None, True, False, False
+        result, error, retryable, environmental, out_of_memory, saved_memory = None, None, True, False, False, False
         start = time.perf_counter()
         try:
             result = function()
         except Exception as exception:  # noqa: BLE001 - each belongs to the unit and is reported with its traceback
             summary = " ".join(f"{type(exception).__name__}: {exception}".split())
             error, retryable = f"{summary}\n{traceback.format_exc()}", not _is_final(exception)
+            environmental = isinstance(exception, OSError)
             out_of_memory, saved_memory = isinstance(exception, MemoryError), getattr(exception, "saved_memory", False)
         seconds = time.perf_counter() - start
-        return Outcome(result, error, retryable, out_of_memory, saved_memory, seconds, self._pulse)
+        return Outcome(result, error, retryable, environmental, out_of_memory, saved_memory, seconds, self._pulse)
 
 
 def _is_final(error: BaseException | None) -> bool:

@@ -165,7 +165,10 @@ class UnitPool:
             self._take_out_of_memory(slot, rank, outcome)
             return
         if outcome.error is not None and (outcome.retryable or slot.num_ranks > 1):
-            self._lose(slot, rank, outcome.error, retryable=outcome.retryable)
+            # What one process raises twice with the same words it raises again; a rank may repeat what another one did to it.
+            same = outcome.error == ticket.error and slot.num_ranks == 1 and not outcome.environmental
+            self._lose(slot, rank, outcome.error, retryable=outcome.retryable and not same)
+            ticket.error = outcome.error
             return
         rank.rest()
         if not slot.waits:
@@ -245,7 +248,7 @@ class UnitPool:
                 slot.retire()
             return
         for ticket in tickets:
-            ticket.alone = slot.num_ranks > 1
+            ticket.alone, ticket.error = slot.num_ranks > 1, None
             if ticket is rank.ticket:
                 will_retry = retryable and ticket.attempt < self._limits.max_attempts
                 self._fail(ticket, error, will_retry=will_retry, out_of_memory=out_of_memory)

@@ -23,7 +23,11 @@ class AssemblyWorker:
         self._run = RunDirectory(settings.source.run)
 
     def run(self, unit: AssemblyUnit, progress: Progress) -> UnitOutput:
-        """Writes the checkpoint, then checks it as `verify` does."""
+        """Writes the checkpoint, then checks it as `verify` does.
+
+        Raises:
+            ValueError: the checkpoint is not sound, which it would be again.
+        """
         reports: list[VerificationReport] = []
 
         def write(folder: Path) -> None:
@@ -31,7 +35,7 @@ class AssemblyWorker:
             progress(1, 2)
             reports.append(verify_checkpoint(folder))
             if problems := reports[-1].problems:
-                raise RuntimeError(f"the assembled checkpoint {folder} is not sound: {'; '.join(problems)}")
+                raise ValueError(f"the assembled checkpoint {folder} is not sound: {'; '.join(problems)}")
 
         with self._run.store.local_files(unit.artifacts) as artifacts:
             outputs = self._run.store.publish(unit.checkpoint, write, last=INDEX)
@@ -58,6 +62,7 @@ class AssemblyWorker:
             artifacts=artifacts,
             bits=unit.bits_label,
             method=unit.method.name,
+            variant=self._settings.source.variant,
             calibration=dict(self._settings.calibration),
             sparse_attention=unit.sparse_attention,
             step_protection=unit.method.inference.protection,

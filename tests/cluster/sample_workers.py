@@ -116,7 +116,11 @@ class SampleWorker:
     def do_raise(self, progress: Callable[[int, int], None], name: str, kind: str) -> None:
         """Raise an exception."""
         self.mark(name)
-        raise {"value": ValueError, "runtime": RuntimeError}[kind](f"bad luck in {name}")
+        raise {"value": ValueError, "runtime": RuntimeError, "os": OSError}[kind](f"bad luck in {name}")
+
+    def do_raise_anew(self, progress: Callable[[int, int], None], name: str) -> None:
+        """Raise an exception that says something else at every attempt."""
+        raise RuntimeError(f"attempt {self.mark(name)}")
 
     def do_too_much(self, progress: Callable[[int, int], None], name: str) -> None:
         """Ask for more memory than any machine has."""

@@ -232,6 +232,20 @@ def test_another_exception_is_retried_in_a_new_process(tmp_path: Path) -> None:
     assert len(pids) == 2
 
 
+def test_the_same_error_twice_is_not_tried_again_but_another_or_the_machines_is(tmp_path: Path) -> None:
+    units = [
+        Unit("same", ("raise", "same", "runtime")),
+        Unit("anew", ("raise_anew", "anew")),
+        Unit("disk", ("raise", "disk", "os")),
+    ]
+    with pytest.raises(UnitsFailed) as caught:
+        run(units, tmp_path, max_attempts=3)
+    assert {name: failure.attempts for name, failure in caught.value.failures.items()} == {
+        "same": 2, "anew": 3, "disk": 3,
+    }  # fmt: skip
+    assert {name: attempts(tmp_path, name) for name in caught.value.failures} == {"same": 2, "anew": 3, "disk": 3}
+
+
 def marked_pids(marks: Path, name: str) -> list[str]:
     """Processes that did attempts at a unit, in order."""
     paths = sorted(marks.glob(f"{name}.*"), key=lambda path: int(path.name.split(".")[2]))
