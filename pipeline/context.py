@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +16,7 @@ from pipeline.run_units import prompt_names
 from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.checkpoint.inference_specs import StepProtection
+from reelquant.checkpoint.pipeline_files import fingerprint
 from reelquant.noise_schedule import threshold_after
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.atomic_files import sha256_file
@@ -25,7 +24,8 @@ from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from workers.candidates import shortage
 from workers.messages import Generation, InferencePlan, MethodPlan, Numerics, PromptUnit, RunSource, Sharding
-from workers.model_source import family_of_model, linear_shapes, model_problems, transformer_config
+from workers.model_source import check_model, family_of_model, linear_shapes, transformer_config
+from workers.recognition import DigitRecognizer
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class ModelFacts:
     """`(outputs, inputs)` by full layer name."""
     kinds: Mapping[str, str]
     """`block`, `modulation`, `refiner` or `embedder`, by full layer name."""
+    variant: str | None = None
+    """Of the weight files."""
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -65,6 +67,8 @@ class RunContext:
     held_out_prompts: tuple[PromptUnit, ...]
     methods: tuple[MethodPlan, ...]
     model_fingerprint: str
+    recognizer_fingerprint: str | None = None
+    """None where no recognizer is configured."""
 
     @property
     def source(self) -> RunSource:
@@ -75,6 +79,7 @@ class RunContext:
             config.model.resolve(),
             config.seed,
             Numerics(**config.numerics.model_dump()),
+            config.model_variant,
         )
 
     @property
@@ -117,18 +122,18 @@ class Run:
     manifest: Manifest
 
 
-def model_facts(folder: Path) -> ModelFacts:
+def model_facts(folder: Path, *, variant: str | None = None) -> ModelFacts:
     """Reads the model's configuration; no weights."""
     family, config = family_of_model(folder), transformer_config(folder)
     linears = linear_shapes(config, family)
-    return ModelFacts(folder, family, config, linears, layer_kinds(family, config, linears))
+    return ModelFacts(folder, family, config, linears, layer_kinds(family, config, linears), variant)
 
 
 def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
     """Checks everything that can be checked before any work.
 
     Args:
-        weights: read the model's weights too (NaN, truncation) and fingerprint them.
+        weights: read the model's weights too, compare them with the components' classes, and fingerprint them.
 
     Raises:
         ConfigError: all problems at once.
@@ -150,13 +155,13 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
             f"prompts.held_out: {sorted(set(shared))} are calibration prompts too; held-out prompts must be others"
         )
     problems += _too_few_candidates(config)
-    if config.evaluation.recognizer is not None and not config.evaluation.recognizer.is_dir():
-        problems.append(f"evaluation.recognizer: {config.evaluation.recognizer} is not a folder")
-    problems += model_problems(config.model) if weights else []
-    if not (config.model / "transformer" / "config.json").is_file():
-        raise ConfigError(problems or [f"model: {config.model} has no transformer/config.json"])
+    problems += recognizer_problems(config.evaluation.recognizer)
+    checked = check_model(config.model, variant=config.model_variant, weights=weights)
+    problems += checked.problems
+    if not checked.can_plan:
+        raise ConfigError(list(dict.fromkeys(problems)))
     try:
-        model = model_facts(config.model)
+        model = model_facts(config.model, variant=config.model_variant)
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
         problems += [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
@@ -172,7 +177,8 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         prompts["calibration"],
         prompts["held_out"],
         methods,
-        folder_fingerprint(config.model) if weights else "",
+        checked.fingerprint,
+        recognizer_fingerprint(config.evaluation.recognizer),
     )
 
 
@@ -217,14 +223,21 @@ def recipe_of(method: MethodConfig, blocks: tuple[str, ...]) -> Recipe:
     return Recipe(**method.model_dump(include=names), sparse=sparse)
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """Hash over names and contents of all files of a folder."""
-    digest = hashlib.sha256()
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as hashers:  # a large model is some files of 5 GB
-        for path, checksum in zip(paths, hashers.map(sha256_file, paths), strict=True):
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{checksum}\n".encode())
-    return digest.hexdigest()[:32]
+def recognizer_problems(folder: Path | None) -> list[str]:
+    """Files that a configured recognizer lacks."""
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        return [f"evaluation.recognizer: {folder} is not a folder"]
+    missing = [name for name in DigitRecognizer.FILES if not (folder / name).is_file()]
+    return [f"evaluation.recognizer: {folder} has no {', '.join(missing)}"] if missing else []
+
+
+def recognizer_fingerprint(folder: Path | None) -> str | None:
+    """Hash over the files of a recognizer, which is the same whatever its folder is called; None for none."""
+    if folder is None:
+        return None
+    return fingerprint({name: sha256_file(folder / name) for name in DigitRecognizer.FILES})
 
 
 def prompt_notes(context: RunContext) -> list[str]:

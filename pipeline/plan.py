@@ -11,7 +11,7 @@ from rich.console import Console
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.context import RunContext, build_context, prompt_notes
-from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes, worker_problems
+from pipeline.planning.machine import Disk, disk_of, disk_problems, run_problems, worker_notes, worker_problems
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_tables import show_plan
 from pipeline.planning.stage_cost import PROCESS_BYTES, CostModel, StageCost
@@ -97,9 +97,13 @@ def plan_config(config: RunConfig, *, shapes_only: bool = False) -> Plan:
             found = error.problems
             context = build_context(config, weights=False)
         plan = make_plan(context, shapes_only=shapes_only)
-    except ConfigError as error:
-        machine = [] if shapes_only else worker_problems(config)
-        raise ConfigError(list(dict.fromkeys([*found, *error.problems, *machine]))) from error
+    except Exception as error:
+        more = error.problems if isinstance(error, ConfigError) else ()
+        if not (found or more):
+            raise
+        # A model that is not sound may break its planning anywhere: what was found says why.
+        machine = [] if shapes_only else [*worker_problems(config), *run_problems(config.run, config.model)]
+        raise ConfigError(list(dict.fromkeys([*found, *more, *machine]))) from error
     plan.problems[:] = dict.fromkeys([*found, *plan.problems])
     return plan
 
@@ -112,7 +116,7 @@ def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
     dtype = {"auto": torch.bfloat16 if on_gpu else torch.float32}.get(config.numerics.dtype) or getattr(
         torch, config.numerics.dtype
     )
-    copied, tensors = copied_bytes(model.folder), source_tensors(model)
+    copied, tensors = copied_bytes(model.folder, variant=model.variant), source_tensors(model)
     checkpoints = tuple(
         checkpoint_size(model, method, tensors=tensors, component_bytes=copied) for method in context.methods
     )
@@ -122,7 +126,11 @@ def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
     costs = {} if counts.problems else CostModel(context, counts, dtype).stages()
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, costs=costs)
     disk = disk_of(config.run)
-    machine = [*worker_problems(config), *disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)]
+    no_run = run_problems(config.run, model.folder)
+    machine = [
+        *worker_problems(config),
+        *(no_run or disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)),
+    ]
     lacking, machine = (machine, []) if shapes_only else ([], machine)
     notes = [
         *counts.notes,

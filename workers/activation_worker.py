@@ -35,7 +35,11 @@ class ActivationWorker:
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._family = family_of_model(settings.source.model)
         self._pipeline = full_precision(
-            settings.source.model, device=self._device, dtype=self._dtype, sharding=settings.sharding
+            settings.source.model,
+            device=self._device,
+            dtype=self._dtype,
+            sharding=settings.sharding,
+            variant=settings.source.variant,
         )
         self._store = RunDirectory(settings.source.run).calibration_store
 

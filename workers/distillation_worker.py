@@ -86,7 +86,10 @@ class DistillationWorker:
 
     def _distill(self, unit: SegmentUnit, progress: Progress) -> Any:
         method, source = unit.method, self._settings.source
-        blocks = {name: load_block(source.model, name, device=self._device, dtype=self._dtype) for name in unit.blocks}
+        blocks = {
+            name: load_block(source.model, name, device=self._device, dtype=self._dtype, variant=source.variant)
+            for name in unit.blocks
+        }
         bits = {name: _bits_inside(method, name) for name in blocks}
         samples = [
             self._sample(sample, entry)
@@ -138,10 +141,11 @@ class DistillationWorker:
 
     def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
         layers: dict[str, RoundedLayer] = {}
+        source = self._settings.source
         for name, bits in method.bits.items():
             if self._family.auxiliary_kind(name) is None:
                 continue
-            tensors = load_tensors(self._settings.source.model / "transformer", name)
+            tensors = load_tensors(source.model / "transformer", name, variant=source.variant)
             weight = tensors["weight"].to(self._device).float()
             layout = method.recipe.weight_layout
             clip = best_clip(weight, bits.weight, layout) if method.recipe.clip == "learned" else 1.0

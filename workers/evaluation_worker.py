@@ -125,7 +125,8 @@ class EvaluationWorker:
     def _pipeline(self, folder: Path, dtype: torch.dtype) -> Any:
         if folder == self._settings.source.model:
             self._opened = None
-            return full_precision(folder, device=self._device, dtype=dtype, sharding=self._settings.sharding)
+            sharding, variant = self._settings.sharding, self._settings.source.variant
+            return full_precision(folder, device=self._device, dtype=dtype, sharding=sharding, variant=variant)
         if self._opened is None or self._opened[:2] != (folder, dtype):
             self._opened = None
             let_go()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,26 +27,30 @@ from torch.distributed.fsdp import FSDPModule
 from workers.model_source import weight_files
 
 
-def open_fsdp(folder: Path, *, device: torch.device, dtype: torch.dtype, offload: bool) -> nn.Module:
+def open_fsdp(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, offload: bool, variant: str | None = None
+) -> nn.Module:
     """The transformer in `folder` over the ranks of the process group, ready for inference.
 
     Args:
         dtype: of the parameters, whatever the files hold.
         offload: keep the shards in host memory and bring every block to the GPU when it runs.
+        variant: of the weight files.
 
     Raises:
         ValueError: the files lack a tensor or hold one of another shape.
     """
     offload = offload and device.type == "cuda"
     model = build_without_weights(folder, dtype)
-    check_tensors(model, folder)
+    files = weight_files(folder, variant=variant)
+    check_tensors(model, folder, files)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     wrap(model, offload=offload)
     model.to_empty(device="cpu" if offload else device)
     # `to_empty` has emptied them too, and those that are not persistent are in no file.
     for name, buffer in buffers.items():
         _set_buffer(model, name, buffer.to(device))
-    load(model.state_dict(), storage_reader=_reader(folder))
+    load(model.state_dict(), storage_reader=_reader(folder, files))
     return model
 
 
@@ -93,13 +97,13 @@ def build_without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def check_tensors(model: nn.Module, folder: Path) -> None:
-    """Whether the files in `folder` hold all that `model` needs.
+def check_tensors(model: nn.Module, folder: Path, files: Mapping[str, Path]) -> None:
+    """Whether `files` in `folder`, by tensor, hold all that `model` needs.
 
     Raises:
         ValueError: names everything that is missing.
     """
-    missing = sorted(model.state_dict().keys() - weight_files(folder).keys())
+    missing = sorted(model.state_dict().keys() - files.keys())
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise ValueError(f"{folder} lacks the tensors {shown}: it is not whole, or of another configuration")
@@ -115,9 +119,9 @@ class _ListedFiles(FileSystem):
         return self._files
 
 
-def _reader(folder: Path) -> HuggingFaceStorageReader:
+def _reader(folder: Path, files: Mapping[str, Path]) -> HuggingFaceStorageReader:
     reader = HuggingFaceStorageReader(str(folder))
-    reader.fs = _ListedFiles(sorted(set(weight_files(folder).values())))
+    reader.fs = _ListedFiles(sorted(set(files.values())))
     return reader
 
 

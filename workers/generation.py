@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from workers.messages import Generation, Progress
+
+CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type", "callback_on_step_end")
+"""Names of the arguments with which `generate` calls a pipeline."""
 
 
 @dataclass
@@ -54,12 +57,7 @@ def generate(
     with torch.no_grad():
         frames = pipeline(
             prompt,
-            height=generation.height,
-            width=generation.width,
-            num_frames=generation.num_frames,
-            num_inference_steps=generation.num_inference_steps,
-            guidance_scale=generation.guidance_scale,
-            max_sequence_length=generation.max_sequence_length,
+            **asdict(generation),
             latents=latents,
             output_type="pt" if decode else "latent",
             callback_on_step_end=after_step,

@@ -22,7 +22,7 @@ from workers.sharded_model import open_full_precision
 
 @dataclass(frozen=True)
 class _Kept:
-    opened_with: tuple[Path, torch.device, torch.dtype, Sharding]
+    opened_with: tuple[Path, str | None, torch.device, torch.dtype, Sharding]
     pipeline: Any
 
 
@@ -30,7 +30,9 @@ _kept: list[_Kept] = []
 """At most one."""
 
 
-def full_precision(folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding) -> Any:
+def full_precision(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding, variant: str | None = None
+) -> Any:
     """The pipeline as `open_full_precision` opens it: the one that is kept, or in its place a new one.
 
     Whoever changes it for its own purpose changes it back.
@@ -38,10 +40,11 @@ def full_precision(folder: Path, *, device: torch.device, dtype: torch.dtype, sh
     Raises:
         ValueError: as `open_full_precision`.
     """
-    wanted = (folder, device, dtype, sharding)
+    wanted = (folder, variant, device, dtype, sharding)
     if not _kept or _kept[0].opened_with != wanted:
         let_go()
-        _kept.append(_Kept(wanted, open_full_precision(folder, device=device, dtype=dtype, sharding=sharding)))
+        opened = open_full_precision(folder, device=device, dtype=dtype, sharding=sharding, variant=variant)
+        _kept.append(_Kept(wanted, opened))
     return _kept[0].pipeline
 
 

@@ -80,6 +80,8 @@ class RunSource:
     model: Path
     seed: int
     numerics: Numerics
+    variant: str | None = None
+    """Of the model's weight files, such as `fp16`."""
 
 
 @dataclass(frozen=True)

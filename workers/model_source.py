@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from reelquant.families.family import family_of
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json, weight_map
+from reelquant.checkpoint.safetensors_file import read_header
+from reelquant.families.family import TokenLayout, family_of
+from workers.component_check import component_problems, structure_problems
 
 
-def open_pipeline(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+def open_pipeline(folder: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None) -> Any:
     """The pipeline in `folder`, on `device`, as `read_pipeline` reads it."""
-    return read_pipeline(folder, dtype=dtype).to(device)
+    return read_pipeline(folder, dtype=dtype, variant=variant).to(device)
 
 
-def read_pipeline(folder: Path, *, dtype: torch.dtype, **components: nn.Module) -> Any:
+def read_pipeline(folder: Path, *, dtype: torch.dtype, variant: str | None = None, **components: nn.Module) -> Any:
     """The pipeline in `folder` in host memory, silent, from local safetensors only.
 
     Its VAE decodes in tiles of space, as it always does in tiles of time: whole frames of 720 x 1280 would take 34 GiB.
     Videos of one tile (256 x 256) come out the same.
 
     Args:
+        variant: of the weight files, such as `fp16`, of components that have it.
         components: those that are open already, by name.
     """
     pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **components
+        str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, variant=variant, **components
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_tiling()
@@ -39,124 +43,115 @@ def read_pipeline(folder: Path, *, dtype: torch.dtype, **components: nn.Module) 
 
 
 def transformer_config(model: Path) -> dict[str, Any]:
-    """`config.json` of the transformer."""
-    config: dict[str, Any] = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
-    return config
+    """`config.json` of the transformer.
+
+    Raises:
+        ValueError: the file is missing, or holds no JSON object.
+    """
+    return read_json(model / "transformer" / "config.json")
 
 
 def family_of_model(model: Path) -> ModuleType:
-    """The family module of the model in `model`."""
+    """The family module of the model in `model`.
+
+    Raises:
+        ValueError: the transformer's `config.json` cannot be read, or no family knows its architecture.
+    """
+    transformer_config(model)
     return family_of(model / "transformer" / "config.json")
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file, for a diffusers component folder (sharded or not)."""
+def weight_files(folder: Path, *, variant: str | None = None) -> dict[str, Path]:
+    """Tensor name -> safetensors file, for a diffusers component folder; of shards only the index is read.
+
+    Raises:
+        ValueError: there are no such weights.
+    """
     files: dict[str, Path] = {}
-    for path in _listed_files(folder):
-        with safe_open(path, framework="pt") as opened:
-            files.update(dict.fromkeys(opened.keys(), path))
+    for file, promised in weight_map(folder, variant=variant).items():
+        if not promised:
+            promised = list(read_header(folder / file)[0])
+        files.update(dict.fromkeys(promised, folder / file))
     return files
 
 
-def load_tensors(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """All tensors whose name begins with `prefix.`, without the prefix; nothing else is read."""
+def load_tensors(folder: Path, prefix: str, *, variant: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors whose name begins with `prefix.`, without the prefix; no file is opened that holds none of them."""
+    wanted = {n: path for n, path in weight_files(folder, variant=variant).items() if n.startswith(f"{prefix}.")}
     tensors: dict[str, torch.Tensor] = {}
-    for name, path in weight_files(folder).items():
-        if name.startswith(f"{prefix}."):
-            with safe_open(path, framework="pt") as opened:
-                tensors[name.removeprefix(f"{prefix}.")] = opened.get_tensor(name)
+    for path in dict.fromkeys(wanted.values()):
+        with safe_open(path, framework="pt") as opened:
+            own = (name for name, file in wanted.items() if file == path)
+            tensors.update({name.removeprefix(f"{prefix}."): opened.get_tensor(name) for name in own})
     return tensors
 
 
-def load_block(model: Path, name: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_block(
+    model: Path, name: str, *, device: torch.device, dtype: torch.dtype, variant: str | None = None
+) -> nn.Module:
     """One block with its weights: the memory of the block, not of the model."""
     family = family_of_model(model)
     with torch.device("meta"):
         block: nn.Module = family.build_block(transformer_config(model), name)
-    tensors = load_tensors(model / "transformer", name)
+    tensors = load_tensors(model / "transformer", name, variant=variant)
     block.load_state_dict({key: value.to(device, dtype) for key, value in tensors.items()}, assign=True, strict=True)
     return block.eval()
 
 
-def model_problems(model: Path) -> list[str]:
-    """Everything that would make a run on the model in `model` fail; empty when it is sound.
+@dataclass(frozen=True)
+class ModelCheck:
+    """What was found in a model's folder."""
 
-    Reads every weight once: a truncated file or a NaN is found before the long job starts.
+    problems: tuple[str, ...]
+    """Everything that would make a run on the model fail, `model: ` in front; empty when it is sound."""
+    fingerprint: str
+    """Over names and contents of the files that are read, and of no others; empty unless it is sound and was read."""
+    can_plan: bool
+    """Whether settings alone say enough to plan a run: what is wrong, if anything, are the weights and other files."""
+
+
+def check_model(model: Path, *, variant: str | None = None, weights: bool = True) -> ModelCheck:
+    """Checks the model in `model`.
+
+    Args:
+        variant: of the weight files, such as `fp16`, of components that have it.
+        weights: reads every file once and compares all tensors with the components' classes; without it, settings alone.
     """
     if not model.is_dir():
-        return [
-            f"model: {model} is not a folder. Give a local diffusers pipeline folder (models of a hub are fetched first)"
-        ]
-    index = model / "model_index.json"
-    if not index.is_file():
-        return [f"model: {model} has no model_index.json: not a diffusers pipeline folder"]
-    problems: list[str] = []
-    for component, value in json.loads(index.read_text(encoding="utf-8")).items():
-        if component.startswith("_") or not isinstance(value, list) or value[0] is None:
-            continue
-        if not (model / component).is_dir():
-            problems.append(f"model: {model} lacks the folder {component}/ that model_index.json names")
-    config = model / "transformer" / "config.json"
-    if not config.is_file():
-        return [*problems, f"model: {config} is missing"]
+        said = "is not a folder. Give a local diffusers pipeline folder (models of a hub are fetched first)"
+        return ModelCheck((f"model: {model} {said}",), "", can_plan=False)
+    if not (model / MODEL_INDEX).is_file():
+        problem = f"model: {model} has no {MODEL_INDEX}: not a diffusers pipeline folder"
+        return ModelCheck((problem,), "", can_plan=False)
+    settings = [*structure_problems(model), *_transformer_problems(model)]
+    found, fingerprint = component_problems(model, variant=variant) if weights else ([], "")
+    problems = tuple(f"model: {problem}" for problem in dict.fromkeys([*settings, *found]))
+    return ModelCheck(problems, "" if problems else fingerprint, can_plan=not settings)
+
+
+def model_problems(model: Path, *, variant: str | None = None) -> list[str]:
+    """The problems of `check_model`."""
+    return list(check_model(model, variant=variant).problems)
+
+
+def _transformer_problems(model: Path) -> list[str]:
+    """Whether the transformer's configuration is one that a family knows, not quantized, and agrees with itself."""
+    path = model / "transformer" / "config.json"
     try:
-        family_of(config)
+        family, config = family_of_model(model), transformer_config(model)
     except ValueError as error:
-        return [*problems, f"model: {error}"]
-    if "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
-        problems.append(f"model: {config} is quantized already; calibration starts from the 16-bit model")
-    for component in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        folder = model / component
-        if folder.is_dir():
-            problems += [f"model: {problem}" for problem in _weight_problems(folder)]
-    return problems
-
-
-def _listed_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a component, from its index where it has one."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        names = set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values())
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{indexes[0]} names files outside its folder: {sorted(names)}")
-        return [folder / name for name in sorted(names)]
-    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-        if (folder / name).is_file():
-            return [folder / name]
-    raise FileNotFoundError(f"{folder} has no safetensors weights (diffusion_pytorch_model.safetensors or an index)")
-
-
-def _weight_problems(folder: Path) -> Iterator[str]:
+        return [str(error)]
+    if "quantization_config" in config:
+        return [f"{path} is quantized already; calibration starts from the 16-bit model"]
     try:
-        paths = _listed_files(folder)
-    except (FileNotFoundError, ValueError) as error:
-        yield str(error)
-        return
-    for path in paths:
-        if not path.is_file():
-            yield f"{path} is missing, though the index names it"
-            continue
-        try:
-            with safe_open(path, framework="pt") as opened:
-                bad = [name for name in opened.keys() if not _finite(opened.get_tensor(name))]  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            yield f"{path} cannot be read (truncated or damaged): {error}"
-            continue
-        if bad:
-            yield f"{path} holds NaN or infinite weights in {_some(bad)}"
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    """One pass at memory speed: the extremes of a tensor with NaN are NaN."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def _some(names: Iterable[str], most: int = 8) -> str:
-    listed = list(names)
-    rest = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+        build_on_meta(config, family)
+        table = family.rotary_embedding(config, TokenLayout(1, 1, 1, 1))[0].shape[-1]
+        _, head_dim = family.num_heads(config)
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        return [f"{path}: no {family.ARCHITECTURE} can be built from it: {type(error).__name__}: {error}"]
+    if table == head_dim:
+        return []
+    return [f"{path}: attention heads have {head_dim} channels, but its rotary tables have {table}: they must be equal"]
 
 
 def linear_shapes(config: Mapping[str, Any], family: ModuleType) -> dict[str, tuple[int, int]]:

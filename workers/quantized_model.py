@@ -19,13 +19,16 @@ from reelquant.runtime.attach import attach_runtime
 from workers.model_source import build_on_meta, family_of_model, load_tensors, transformer_config, weight_files
 
 
-def quantized_block(model: Path, name: str, artifact: Path, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def quantized_block(
+    model: Path, name: str, artifact: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None
+) -> nn.Module:
     """One block with its quantized layers; its attention is dense.
 
     Args:
         model: the source's pipeline folder.
         artifact: the block's, of `checkpoint.layer_packing.write_block_artifact`.
         dtype: of everything but the tensors of quantized layers, whose dtypes the format prescribes.
+        variant: of the source's weight files.
     """
     with torch.device("meta"):
         block: nn.Module = family_of_model(model).build_block(transformer_config(model), name)
@@ -36,7 +39,8 @@ def quantized_block(model: Path, name: str, artifact: Path, *, device: torch.dev
         for layer, spec in specs.items()
     }
     tensors = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
-    _fill(block, inside, {**load_tensors(model / "transformer", name), **tensors}, device=device, dtype=dtype)
+    kept = load_tensors(model / "transformer", name, variant=variant)
+    _fill(block, inside, {**kept, **tensors}, device=device, dtype=dtype)
     return block
 
 
@@ -46,6 +50,7 @@ def quantized_transformer(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    variant: str | None = None,
     spec: QuantizationSpec | None = None,
 ) -> Any:
     """The whole transformer with the quantized layers of `artifacts`.
@@ -53,7 +58,7 @@ def quantized_transformer(
     Args:
         model: the source's pipeline folder.
         artifacts: of all blocks, and what lies outside of them.
-        dtype: as for `quantized_block`.
+        dtype, variant: as for `quantized_block`.
         spec: gives it sparse attention, protected steps and a velocity correction, as far as it has them; its layers are
             not read.
     """
@@ -64,26 +69,29 @@ def quantized_transformer(
         tensors, specs = read_block_artifact(path)
         stored.update(tensors)
         layers.update(specs)
-    kept = _source_tensors(model, without={f"{layer}.weight" for layer in layers})
+    kept = _source_tensors(model, variant, without={f"{layer}.weight" for layer in layers})
     _fill(transformer, layers, {**kept, **stored}, device=device, dtype=dtype)
     if spec is not None:
         attach_runtime(transformer, spec)
     return transformer
 
 
-def full_precision_transformer(model: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+def full_precision_transformer(
+    model: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None
+) -> Any:
     """The source's transformer, without the rest of its pipeline."""
     transformer = build_on_meta(transformer_config(model), family_of_model(model))
-    _fill(transformer, {}, _source_tensors(model, without=set()), device=device, dtype=dtype)
+    _fill(transformer, {}, _source_tensors(model, variant, without=set()), device=device, dtype=dtype)
     return transformer
 
 
-def _source_tensors(model: Path, *, without: set[str]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, path in weight_files(model / "transformer").items():
-        if name not in without:
-            with safe_open(path, framework="pt") as opened:
-                tensors[name] = opened.get_tensor(name)
+def _source_tensors(model: Path, variant: str | None, *, without: set[str]) -> dict[str, Tensor]:
+    files = weight_files(model / "transformer", variant=variant)
+    tensors: dict[str, Tensor] = {}
+    for path in dict.fromkeys(files.values()):
+        with safe_open(path, framework="pt") as opened:
+            own = (name for name, file in files.items() if file == path and name not in without)
+            tensors.update({name: opened.get_tensor(name) for name in own})
     return tensors
 
 

@@ -82,12 +82,16 @@ def expected_digits(prompt: str) -> tuple[int, ...] | None:
 
 
 class DigitRecognizer:
-    """Reads one digit, or one in each half, from a video; weights from `config.json` and `model.safetensors`."""
+    """Reads one digit, or one in each half, from a video."""
+
+    FILES = ("config.json", "model.safetensors")
+    """Settings and weights, of its folder."""
 
     def __init__(self, folder: Path) -> None:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        settings, weights = (Path(folder) / name for name in self.FILES)
+        config = json.loads(settings.read_text())
         self.model = DigitClassifier(config["width"])
-        self.model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        self.model.load_state_dict(load_file(weights))
         self.model.eval()
         self.num_votes: int = config["num_votes"]
         self.min_probability: float = config["min_probability"]

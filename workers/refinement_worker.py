@@ -36,7 +36,7 @@ class RefinementWorker:
     def __init__(self, settings: RefinementSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
-        self._model = settings.source.model
+        self._model, self._variant = settings.source.model, settings.source.variant
         self._family = family_of_model(self._model)
         self._config = transformer_config(self._model)
         self._run = RunDirectory(settings.source.run)
@@ -85,8 +85,10 @@ class RefinementWorker:
         protection = unit.method.inference.protection
         samples = [self._sample(sample, names[0], protection) for sample in self._settings.samples] if names else []
         for name in names:
-            reference = load_block(self._model, name, device=self._device, dtype=self._dtype)
-            quantized = quantized_block(self._model, name, artifacts[name], device=self._device, dtype=self._dtype)
+            reference = load_block(self._model, name, device=self._device, dtype=self._dtype, variant=self._variant)
+            quantized = quantized_block(
+                self._model, name, artifacts[name], device=self._device, dtype=self._dtype, variant=self._variant
+            )
             # The quantized block's attention is dense: what runs sparse is corrected towards dense by its residual.
             dtype = self._bias_dtype(name)
             yield name, repair_block(self._family, name, (reference, quantized), samples, bias_dtype=dtype)
@@ -94,7 +96,7 @@ class RefinementWorker:
     def _bias_dtype(self, block: str) -> torch.dtype | None:
         """The source's, in which a checkpoint keeps biases."""
         layers = (output.layer for level in self._family.output_layers(block) for output in level)
-        tensors = load_tensors(self._model / "transformer", f"{block}.{next(layers)}")
+        tensors = load_tensors(self._model / "transformer", f"{block}.{next(layers)}", variant=self._variant)
         return tensors["bias"].dtype if "bias" in tensors else None
 
     def _sample(self, sample: SampleUnit, entry: str, protection: StepProtection | None) -> RepairSample:
@@ -134,7 +136,7 @@ class RefinementWorker:
         if len(prompts) < LEAST_PROMPTS:
             said = f"not fitted: {len(prompts)} calibration prompts, {LEAST_PROMPTS} or more are needed"
             return {"velocity": {"note": said}}
-        exact = full_precision_transformer(self._model, device=self._device, dtype=self._dtype)
+        exact = full_precision_transformer(self._model, device=self._device, dtype=self._dtype, variant=self._variant)
         references = [list(self._velocities(exact, prompt, advance)) for prompt in prompts]
         del exact
         spec = QuantizationSpec(
@@ -144,7 +146,9 @@ class RefinementWorker:
             sparse_attention=unit.sparse_attention,
             step_protection=method.inference.protection,
         )
-        quantized = quantized_transformer(self._model, artifacts, device=self._device, dtype=self._dtype, spec=spec)
+        quantized = quantized_transformer(
+            self._model, artifacts, device=self._device, dtype=self._dtype, variant=self._variant, spec=spec
+        )
         # bfloat16 has steps of 4 near 1000: two steps may have one timestep, and then share their correction.
         stored = self._timesteps(prompts[0])
         times = list(dict.fromkeys(stored))

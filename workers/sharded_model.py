@@ -25,33 +25,37 @@ from workers.model_source import open_pipeline, read_pipeline
 from workers.process_group import join_process_group
 
 
-def open_full_precision(folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding) -> Any:
+def open_full_precision(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding, variant: str | None = None
+) -> Any:
     """The pipeline in `folder`, silent. With sharding, all ranks open it at once, and none ever holds the whole transformer.
 
     Raises:
         ValueError: the transformer's files lack a tensor or hold one of another shape.
     """
     if sharding.kind == "none":
-        return open_pipeline(folder, device=device, dtype=dtype)
+        return open_pipeline(folder, device=device, dtype=dtype, variant=variant)
     device = join_process_group(device)
-    transformer = open_sharded_transformer(folder / "transformer", device=device, dtype=dtype, sharding=sharding)
-    pipeline = read_pipeline(folder, dtype=dtype, transformer=transformer)
+    transformer = open_sharded_transformer(
+        folder / "transformer", device=device, dtype=dtype, sharding=sharding, variant=variant
+    )
+    pipeline = read_pipeline(folder, dtype=dtype, variant=variant, transformer=transformer)
     if device.type == "cuda":
         offload_components(pipeline, device)
     return pipeline
 
 
 def open_sharded_transformer(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding
+    folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding, variant: str | None = None
 ) -> nn.Module:
     """The transformer in `folder`, its weights read by every rank or, with DeepSpeed, tensor by tensor by rank 0."""
     if sharding.kind == "deepspeed":
         from workers.zero3_model import open_zero3
 
-        return open_zero3(folder, device=device, dtype=dtype, sharding=sharding)
+        return open_zero3(folder, device=device, dtype=dtype, sharding=sharding, variant=variant)
     from workers.fsdp_model import open_fsdp
 
-    return open_fsdp(folder, device=device, dtype=dtype, offload=sharding.offload == "cpu")
+    return open_fsdp(folder, device=device, dtype=dtype, offload=sharding.offload == "cpu", variant=variant)
 
 
 def release_blocks(transformer: nn.Module, sharding: Sharding) -> None:

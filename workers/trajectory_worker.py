@@ -31,7 +31,9 @@ class TrajectoryWorker:
         source = settings.source
         self._device, dtype = prepare_process(source.numerics)
         self._family = family_of_model(source.model)
-        self._pipeline = full_precision(source.model, device=self._device, dtype=dtype, sharding=settings.sharding)
+        self._pipeline = full_precision(
+            source.model, device=self._device, dtype=dtype, sharding=settings.sharding, variant=source.variant
+        )
         self._store = RunDirectory(source.run).calibration_store
 
     def run(self, unit: PromptUnit, progress: Progress) -> UnitOutput:

@@ -27,14 +27,16 @@ LIVE_VALUES = 2 * 10**8
 """Parameters that may be whole at once on a rank, over those of the layer that runs: those fetched ahead."""
 
 
-def open_zero3(folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding) -> nn.Module:
+def open_zero3(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding, variant: str | None = None
+) -> nn.Module:
     """The transformer in `folder` over the ranks of the process group, ready for inference; all parameters in `dtype`.
 
     Raises:
         ValueError: the files lack a tensor.
     """
     skeleton = build_without_weights(folder, dtype)
-    check_tensors(skeleton, folder)
+    check_tensors(skeleton, folder, weight_files(folder, variant=variant))
     largest = max(parameter.numel() for parameter in skeleton.parameters())
     configuration = zero3_configuration(dtype, sharding, largest=largest)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
@@ -43,7 +45,7 @@ def open_zero3(folder: Path, *, device: torch.device, dtype: torch.dtype, shardi
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=configuration):
         model: nn.Module = model_class.from_config(model_configuration)
     model.requires_grad_(False).eval()
-    with _tensors(folder) as tensors:
+    with _tensors(folder, variant) as tensors:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if dist.get_rank() == 0:
@@ -81,9 +83,9 @@ def zero3_configuration(dtype: torch.dtype, sharding: Sharding, *, largest: int)
 
 
 @contextmanager
-def _tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
+def _tensors(folder: Path, variant: str | None) -> Iterator[Callable[[str], Tensor]]:
     """`read(name)`, over files that stay open."""
-    files = weight_files(folder)
+    files = weight_files(folder, variant=variant)
     with ExitStack() as stack:
         opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
         yield lambda name: opened[files[name]].get_tensor(name)

@@ -57,9 +57,9 @@ _RESERVED = ("full_precision", "noise_floor")
 
 
 class Part(BaseModel):
-    """A part of a method: unknown keys are errors, values do not change after loading."""
+    """A part of a method: unknown keys and infinite numbers are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ResidualConfig(Part):
@@ -108,7 +108,7 @@ class AttentionConfig(Part):
 class MethodConfig(BaseModel):
     """A preset and its changes; a field left out takes the preset's value."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     preset: Preset = "reelquant"
     """Which of the presets to start from; `s2q_quantsparse` if none is named and the attention is sparse."""

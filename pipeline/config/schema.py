@@ -46,9 +46,9 @@ def _activation_bits(value: int) -> int:
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+    """A part of the configuration: unknown keys and infinite numbers are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class BitsOf(Section):
@@ -296,7 +296,10 @@ class RunConfig(Section):
     """The run directory, a path or `s3://bucket/prefix`: everything is kept there, and running again resumes there."""
     model: LocalPath
     """Local diffusers pipeline folder of the 16-bit model."""
-    seed: int = Field(default=0, ge=0)
+    model_variant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
+    """Weight files of the model that are taken, such as `fp16` for `diffusion_pytorch_model.fp16.safetensors`, where there are
+    such; the checkpoint's have plain names. null: the plain files."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Every unit's seed comes from this, the stage and the unit."""
     generation: GenerationConfig = GenerationConfig()
     prompts: PromptsConfig
@@ -326,4 +329,7 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the results, as JSON values: all but where and with how many workers."""
-        return self.model_dump(mode="json", exclude={"run", "workers", "cluster"})
+        left_out = {"run", "workers", "cluster"}
+        if self.model_variant is None:
+            left_out.add("model_variant")  # runs that were made before there was this key go on
+        return self.model_dump(mode="json", exclude=left_out)

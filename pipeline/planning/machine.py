@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -36,6 +38,25 @@ def disk_of(run: Location) -> Disk:
     while not there.exists():
         there = there.parent
     return Disk(existing, shutil.disk_usage(there).free)
+
+
+def run_problems(run: Location, model: Path) -> list[str]:
+    """Why nothing can be written where the run directory is to be, or must not."""
+    if isinstance(run, StoreUrl):
+        return []
+    if run.resolve().is_relative_to(model.resolve()):
+        return [f"run: {run} lies inside the model {model}, whose folder must not change: give another run directory"]
+    there = run.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        inside = "is" if there == run.absolute() else f"lies inside {there}, which is"
+        return [f"run: {run} {inside} no folder: give another run directory"]
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return []
+    except OSError as error:
+        return [f"run: {there} is not writable ({error.strerror}), so {run} cannot be made: give another run directory"]
 
 
 def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 
 from pipeline.config.loading import ConfigError
 from pipeline.context import ModelFacts
+from reelquant.checkpoint.pipeline_files import list_files, read_components, read_json
 from reelquant.checkpoint.reader import TRANSFORMER, read_weights
 from reelquant.checkpoint.schema import LayerSpec, TensorInfo, layer_tensors
 from reelquant.quantization.rotation import block_size
@@ -24,7 +24,6 @@ from workers.model_source import build_on_meta
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
 _SOURCE_BYTES = 2
 """Bytes of a number in the 16-bit source with which a checkpoint is compared, as `verify` counts."""
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".msgpack", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class CheckpointSize:
 def source_tensors(model: ModelFacts) -> dict[str, TensorInfo]:
     """The transformer's tensors: from the headers of its weights, or from its architecture in bfloat16 without them."""
     try:
-        stored, problems = read_weights(model.folder / TRANSFORMER)
+        stored, problems = read_weights(model.folder / TRANSFORMER, variant=model.variant, alone=False)
     except ValueError:
         stored, problems = {}, ["no weights"]
     if not problems:
@@ -150,19 +149,19 @@ def tensor_bytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * _ITEM_BYTES.get(info.dtype, 8)
 
 
-def copied_bytes(model: Path) -> dict[str, int]:
+def copied_bytes(model: Path, *, variant: str | None = None) -> dict[str, int]:
     """Bytes of every component but the transformer, which a checkpoint copies: of its files, or counted without them.
 
     Components without weights of their own and files beside the components are left out where they are not there.
     """
     counted = {}
+    files, _ = list_files(model, variant=variant)
     for name in components(model):
-        folder = model / name
-        if name == TRANSFORMER or not folder.is_dir():
+        own = [path for file, path in files.items() if file.startswith(f"{name}/")]
+        if name == TRANSFORMER or not own:
             continue
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        counted[name] = sum(path.stat().st_size for path in files)
-        if not any(path.name.endswith(_WEIGHTS) for path in files) and (folder / "config.json").is_file():
+        counted[name] = sum(path.stat().st_size for path in own)
+        if not any(path.suffix == ".safetensors" for path in own) and (model / name / "config.json").is_file():
             counted[name] += _SOURCE_BYTES * num_parameters(model, name)
     return counted
 
@@ -171,17 +170,12 @@ def components(model: Path) -> dict[str, tuple[str, str]]:
     """`(library, class)` by component name, from `model_index.json`; components that are null are left out.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it names what is not of diffusers or transformers.
     """
-    path = model / "model_index.json"
-    if not path.is_file():
-        raise ConfigError([f"model: {path} is missing: not a diffusers pipeline folder"])
-    index = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        name: (str(value[0]), str(value[1]))
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value[0] is not None
-    }
+    try:
+        return read_components(model)
+    except ValueError as error:
+        raise ConfigError([f"model: {error}"]) from error
 
 
 def num_parameters(model: Path, component: str) -> int:
@@ -202,5 +196,5 @@ def component_on_meta(model: Path, component: str) -> nn.Module | None:
         if library == "transformers":
             built: nn.Module = kind(kind.config_class.from_pretrained(str(folder), local_files_only=True))
         else:
-            built = kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            built = kind.from_config(read_json(folder / "config.json"))
     return built

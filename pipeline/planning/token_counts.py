@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 
 from pipeline.context import RunContext
 from reelquant.attention.band_mask import band_width
+from reelquant.checkpoint.pipeline_files import read_json
 from reelquant.families.family import TokenLayout
 from workers.library_messages import quieten_libraries
 
@@ -92,7 +92,7 @@ def _vae_config(model: Path, counts: TokenCounts) -> dict[str, Any]:
     if not path.is_file():
         counts.problems.append(f"model: {path} is missing")
         return defaults
-    return {**defaults, **json.loads(path.read_text(encoding="utf-8"))}
+    return {**defaults, **read_json(path)}
 
 
 def _grid_problems(context: RunContext, *, spatial: int, temporal: int) -> list[str]:
@@ -177,5 +177,5 @@ def _text_positions(model: Path) -> int | None:
     path = model / "text_encoder" / "config.json"
     if not path.is_file():
         return None
-    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    positions = read_json(path).get("max_position_embeddings")
     return int(positions) if positions is not None else None

@@ -60,7 +60,7 @@ class Evaluation:
         depends = {
             **run.context.base_fingerprint(),
             "generation": asdict(settings.generation),
-            "recognizer": str(settings.recognizer.name) if settings.recognizer else None,
+            "recognizer": run.context.recognizer_fingerprint,
             "films": settings.film_fps if settings.films else None,
             "prompt": prompt.prompt,
             "upstream": upstream,

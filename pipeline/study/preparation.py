@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 from pipeline.config.loading import ConfigError
-from pipeline.context import Run, RunContext, build_context, folder_fingerprint, prompt_notes
-from pipeline.planning.machine import Disk, disk_of, disk_problems, worker_notes, worker_problems
+from pipeline.context import Run, RunContext, build_context, prompt_notes
+from pipeline.planning.machine import Disk, disk_of, disk_problems, run_problems, worker_notes, worker_problems
 from pipeline.planning.model_size import checkpoint_size, copied_bytes, source_tensors
 from pipeline.planning.plan_tables import human_bytes
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
@@ -28,7 +28,7 @@ from pipeline.terminal import counted, new_table, say, say_sentence, say_table
 from storage.location import Location, StoreUrl
 from storage.manifest import DamagedRecord, Manifest, UnitRecord
 from storage.run_directory import RunDirectory
-from workers.model_source import model_problems
+from workers.model_source import check_model
 
 
 @dataclass
@@ -112,10 +112,12 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedS
         except ConfigError as error:
             problems += error.problems
             continue
-        by_setting[run.setting.slug] = replace(context, model_fingerprint=fingerprints[run.config.model])
+        by_setting[run.setting.slug] = replace(
+            context, model_fingerprint=fingerprints[run.config.model, run.config.model_variant]
+        )
         problems += count_tokens(context).problems
     first = study.runs[0].config
-    problems += worker_problems(first)
+    problems += [*worker_problems(first), *run_problems(study.location, first.model)]
     if len(by_setting) < len(study.settings):
         raise ConfigError(list(dict.fromkeys(problems)))
     contexts = {run.label: replace(by_setting[run.setting.slug], config=run.config) for run in study.runs}
@@ -145,16 +147,16 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedS
     return PreparedStudy(study, contexts, counts, disk, list(dict.fromkeys(problems)), notes)
 
 
-def _models(study: Study) -> tuple[dict[Path, str], list[str]]:
-    """Fingerprints of the models by folder; every weight is read once."""
-    fingerprints: dict[Path, str] = {}
+def _models(study: Study) -> tuple[dict[tuple[Path, str | None], str], list[str]]:
+    """Fingerprints of the models by folder and variant; every weight is read once."""
+    fingerprints: dict[tuple[Path, str | None], str] = {}
     problems: list[str] = []
     for run in study.runs:
-        folder = run.config.model
-        if folder not in fingerprints:
-            found = model_problems(folder)
-            problems += found
-            fingerprints[folder] = folder_fingerprint(folder) if not found else ""
+        key = (run.config.model, run.config.model_variant)
+        if key not in fingerprints:
+            checked = check_model(key[0], variant=key[1])
+            problems += checked.problems
+            fingerprints[key] = checked.fingerprint
     return fingerprints, problems
 
 
@@ -248,7 +250,7 @@ def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
         context.model,
         context.methods[0],
         tensors=source_tensors(context.model),
-        component_bytes=copied_bytes(context.model.folder),
+        component_bytes=copied_bytes(context.model.folder, variant=context.model.variant),
     )
     return {
         "trajectories": trajectory_bytes(context, counts, dtype) / len(context.calibration_prompts),

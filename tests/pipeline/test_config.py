@@ -3,12 +3,13 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts, repeated_prompts
 from pipeline.config.method import PRESETS, MethodConfig
@@ -71,7 +72,32 @@ def test_configuration_survives_its_json(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, compare=["rtn", {"preset": "gptq", "solve": "asymmetric"}]))
     again = RunConfig.model_validate({**config.identity(), "run": "r"})
     assert again == config
-    assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster"}
+    assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster", "model_variant"}
+
+
+def float_fields(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Dotted places of all numbers with a fraction in a configuration, those of its sections too."""
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        if float in kinds:
+            yield (*path, name)
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from float_fields(kind, (*path, name))
+
+
+def test_every_number_must_be_finite(tmp_path: Path) -> None:
+    fields = list(float_fields(RunConfig))
+    assert ("generation", "guidance_scale") in fields
+    assert ("method", "lambda_global") in fields
+    assert ("method", "attention", "density") in fields
+    for place in fields:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            changes: Any = value
+            for key in reversed(place):
+                changes = {key: changes}
+            with pytest.raises(ConfigError):
+                load_config(write(tmp_path, **changes))
 
 
 MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -94,6 +120,8 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"compare": ["reelquant"]}, ("method and compare", "['reelquant', 'reelquant']", "`name`")),
     ({"prompts": None}, ("prompts:",)),
     ({"seed": -1}, ("seed:", "it is -1")),
+    ({"seed": 2**70}, ("seed:", f"it is {2**70}")),
+    ({"model_variant": "../fp16"}, ("model_variant:",)),
     ({"workers": {"gpus_per_replica": 2}}, ("workers.gpus_per_replica is 2", "workers.sharding")),
     ({"workers": {"offload": "cpu"}}, ("workers.offload cpu", "workers.sharding", "fsdp or deepspeed")),
     ({"workers": {"sharding": "fsdp", "num_gpus": 0.5}}, ("workers.num_gpus is 0.5", "workers.sharding fsdp")),

@@ -16,7 +16,7 @@ from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.context import build_context
 from pipeline.plan import Plan, make_plan, plan_config
-from pipeline.planning.machine import disk_of
+from pipeline.planning.machine import disk_of, run_problems
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, planned_layers, source_tensors
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
@@ -79,7 +79,8 @@ def shown(plan: Plan, width: int = 80) -> str:
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model with a random transformer of five narrow blocks, in float32 shards. Read only."""
-    model = copy_of_model(tmp_path_factory.mktemp("tiny"), weights=False)
+    model = copy_of_model(tmp_path_factory.mktemp("tiny"))
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     config = json.loads((model / "transformer" / "config.json").read_text())
     config.update(
         num_attention_heads=3, attention_head_dim=32, rope_axes_dim=[8, 12, 12], num_layers=2, num_single_layers=3
@@ -354,6 +355,7 @@ def test_everything_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000))
     plan = plan_config(config)
     expected = [
+        "no AutoencoderKLHunyuanVideo can be built from it",
         "NaN or infinite weights in decoder.conv_in.conv.bias",
         "generation.height is 48, but VAE (16x) and patches (2x) need a multiple of 32: 32 or 64",
         "generation.num_frames is 13, but VAE (8x in time) and patches (1x) need 8 k + 1",
@@ -386,6 +388,48 @@ def test_unplannable_run_still_lists_what_the_machine_lacks(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("plain_machine")
+@pytest.mark.parametrize("changes", [{"vae": ["os", "system"]}, {"_class_name": "HunyuanVideoImageToVideoPipeline"}])
+def test_an_unsound_model_is_refused_with_all_that_is_known(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = copy_of_model(tmp_path)
+    edit(model / "model_index.json", **changes)
+    (model / "scheduler" / "scheduler_config.json").write_text("{")
+    for shapes_only in (False, True):
+        with pytest.raises(ConfigError, match=r"model_index\.json") as raised:
+            plan_config(small(tmp_path, "workers.num_workers=0", model=str(model)), shapes_only=shapes_only)
+        assert ("workers.num_workers is 0" in str(raised.value)) is not shapes_only
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_a_config_whose_model_cannot_be_built_is_named_though_planning_fails_too(tmp_path: Path) -> None:
+    model = copy_of_model(tmp_path)
+    edit(model / "vae" / "config.json", block_out_channels=[16, 32, 60])
+    with pytest.raises(ConfigError, match=r"vae") as raised:
+        plan_config(small(tmp_path, model=str(model)))
+    assert [p for p in raised.value.problems if str(model / "vae") in p]
+
+
+def test_places_where_no_run_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    model = copy_of_model(tmp_path)
+    for run in ("file", "file/run", "link", "model", "model/run", "model/../model/run"):
+        [problem] = run_problems(tmp_path / run, model)
+        assert problem.startswith(f"run: {tmp_path / run} "), problem
+    [problem] = run_problems(Path("/proc/foo"), model)
+    assert "/proc/foo" in problem
+    assert "not writable" in problem
+    before = sorted(tmp_path.iterdir())
+    assert run_problems(tmp_path / "new" / "run", model) == run_problems(tmp_path, model) == []
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_a_run_that_cannot_be_written_is_not_said_to_lack_disk(tmp_path: Path) -> None:
+    [problem] = plan_config(small(tmp_path, "run=/proc/foo")).problems
+    assert "not writable" in problem
+
+
+@pytest.mark.usefixtures("plain_machine")
 def test_model_without_index(tmp_path: Path) -> None:
     model = copy_of_model(tmp_path)
     (model / "model_index.json").unlink()
@@ -397,7 +441,7 @@ def test_model_without_index(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("plain_machine")
 def test_missing_weights_are_a_problem_only_with_weights(tmp_path: Path) -> None:
     config = small(tmp_path, "workers.num_gpus=1", model=str(copy_of_model(tmp_path, weights=False)))
-    assert [p for p in plan_config(config).problems if "no safetensors weights" in p]
+    assert [p for p in plan_config(config).problems if "has neither" in p]
     plan = plan_config(config, shapes_only=True)
     assert plan.problems == []
     assert any(note.startswith("here it would not run: workers.num_gpus is 1") for note in plan.notes)
