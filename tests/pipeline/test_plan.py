@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.schema import RunConfig
-from pipeline.context import build_context
+from pipeline.context import build_context, recognizer_fingerprint, recognizer_problems
 from pipeline.plan import Plan, make_plan, plan_config
 from pipeline.planning.machine import disk_of, run_problems
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, planned_layers, source_tensors
@@ -421,6 +421,21 @@ def test_places_where_no_run_can_be(tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     assert run_problems(tmp_path / "new" / "run", model) == run_problems(tmp_path, model) == []
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_recognizer_is_known_by_its_content(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(ROOT / "assets" / "digit-recognizer", tmp_path / name)
+    first, same = (recognizer_fingerprint(tmp_path / name) for name in ("one", "two"))
+    assert first == same
+    edit(tmp_path / "two" / "config.json", num_votes=1)
+    assert recognizer_fingerprint(tmp_path / "two") != first
+    (tmp_path / "one" / "model.safetensors").unlink()
+    [problem] = recognizer_problems(tmp_path / "one")
+    assert "model.safetensors" in problem
+    assert recognizer_problems(None) == []
+    with pytest.raises(ConfigError, match=r"evaluation\.recognizer"):
+        build_context(small(tmp_path, evaluation={"recognizer": str(tmp_path / "one")}), weights=False)
 
 
 @pytest.mark.usefixtures("plain_machine")

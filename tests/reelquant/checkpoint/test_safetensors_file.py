@@ -1,3 +1,4 @@
+import hashlib
 import struct
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reelquant.checkpoint.safetensors_file import MemoryTensor, read_header, write_file
+from reelquant.checkpoint.safetensors_file import MemoryTensor, read_header, scan_file, write_file
 
 TENSORS = {
     "b": torch.arange(3, dtype=torch.uint8),
@@ -78,3 +79,28 @@ def test_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path) 
 def test_dtype_that_safetensors_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dtype torch\.complex128 cannot be stored"):
         write_file(tmp_path / "x", {"x": MemoryTensor(torch.zeros(2, dtype=torch.complex128))}, {})
+
+
+def test_a_scan_is_the_files_checksum_and_names_what_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelquant.checkpoint.safetensors_file._CHUNK_BYTES", 16)
+    path = tmp_path / "x.safetensors"
+    bad = {
+        "last": torch.arange(37.0),
+        "first": torch.arange(9.0).bfloat16(),
+        "inside": torch.arange(30.0, dtype=torch.float64),
+        "eight": torch.ones(40).to(torch.float8_e4m3fn),
+    }
+    bad["last"][-1], bad["first"][0], bad["inside"][11] = torch.nan, torch.inf, -torch.inf
+    bad["eight"].view(torch.uint8)[33] = 0x7F  # NaN in e4m3
+    write_file(path, {name: MemoryTensor(tensor) for name, tensor in {**TENSORS, **bad}.items()}, {})
+    found = scan_file(path)
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert set(found.non_finite) == set(bad)
+    assert found.tensors == read_header(path)[0]
+    write_file(path, {}, {})
+    assert scan_file(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut off"):
+        scan_file(path)
