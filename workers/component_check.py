@@ -60,7 +60,7 @@ def component_problems(model: Path, *, variant: str | None) -> tuple[list[str], 
     files, problems = list_files(model, variant=variant)
     if not files:
         return problems, ""
-    problems += _lacking_components(model)
+    problems += [*_lacking_components(model), *(_nameless(model) if variant is not None else ())]
     problems += [problem for path in files.values() if path.suffix == ".json" for problem in _json_problems(path)]
     weights = {name: path for name, path in files.items() if path.suffix == ".safetensors"}
     checksums = sha256_of_files({name: path for name, path in files.items() if name not in weights})
@@ -129,6 +129,13 @@ def _lacking_components(model: Path) -> list[str]:
     lacking = needed - set(read_components(model)) - set(pipeline_class._optional_components) - set(_PLANNED)
     name = pipeline_class.__name__
     return [f"{model / MODEL_INDEX}: names no {part}, which {name} needs" for part in sorted(lacking)]
+
+
+def _nameless(model: Path) -> list[str]:
+    """Files over which diffusers stumbles where it looks for a variant (`_identify_model_variants`)."""
+    inside = (path for name in read_components(model) if (model / name).is_dir() for path in (model / name).iterdir())
+    found = [str(path) for path in inside if "." not in path.name]
+    return [f"{path}: diffusers takes no variant beside a file without an ending: move it away" for path in found]
 
 
 def _index_problems(

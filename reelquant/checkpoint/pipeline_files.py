@@ -185,6 +185,10 @@ def _weight_names(folder: Path, library: str, variant: str | None) -> tuple[Path
 def _model_files(folder: Path, library: str, variant: str | None) -> tuple[dict[str, Path], list[str]]:
     files = {name: folder / name for name in ("config.json", "generation_config.json") if (folder / name).is_file()}
     problems = [] if "config.json" in files else [f"{folder / 'config.json'} is missing"]
+    if library == "transformers" and (folder / "adapter_config.json").exists():
+        problems.append(
+            f"{folder / 'adapter_config.json'}: its loader adds an adapter: merge it into the weights, or remove it"
+        )
     try:
         shards = weight_map(folder, library, variant=variant)
     except ValueError as error:

@@ -155,6 +155,12 @@ def test_every_weight_component_is_read(model: Path) -> None:
     assert name in problem
 
 
+def test_an_adapter_that_a_loader_would_add_is_refused(model: Path) -> None:
+    (model / "text_encoder" / "adapter_config.json").write_text("{}")
+    [problem] = model_problems(model)
+    assert str(model / "text_encoder" / "adapter_config.json") in problem
+
+
 def test_what_loaders_do_not_read_changes_no_fingerprint(digits_model: Path, model: Path) -> None:
     expected = check_model(digits_model).fingerprint
     (model / ".cache" / "huggingface").mkdir(parents=True)
@@ -178,6 +184,12 @@ def test_a_variant_is_taken_where_it_is_asked_for_and_named_where_it_is_not(mode
     assert all("fp16" in problem and "model_variant" in problem for problem in plain)
     assert model_problems(model, variant="fp16") == []
     assert sum(".fp16" in path.name for path in list_files(model, variant="fp16")[0].values()) > 3
+    (model / "text_encoder" / "LICENSE").write_text("x")
+    [problem] = model_problems(model, variant="fp16")
+    assert str(model / "text_encoder" / "LICENSE") in problem
+    with pytest.raises(IndexError):  # in diffusers: once it loads this, the check goes
+        read_pipeline(model, dtype=torch.float16, variant="fp16")
+    (model / "text_encoder" / "LICENSE").unlink()
     loaded = read_pipeline(model, dtype=torch.float16, variant="fp16")
     state = loaded.vae.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in vae.state_dict().items())
