@@ -31,8 +31,8 @@ def diffusion_salience(latents: Tensor) -> Tensor:
     changes, energies = [], []
     for before, after in pairwise(rows):
         wide = after.double()
-        changes.append((wide - before.double()).square_().sum())
-        energies.append(wide.square_().sum())
+        changes.append((wide - before.double()).square().sum())
+        energies.append(wide.square().sum())
     change, energy = torch.stack(changes), torch.stack(energies)
     zero = (energy == 0) & (change > 0)
     if bool(zero.any()):

@@ -12,12 +12,15 @@ from reelquant.calibration.salience import (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_diffusion_salience_is_the_formula(dtype: torch.dtype) -> None:
-    latents = torch.randn(6, 3, 5, 7).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 3, 5, 7), (6, 11)])
+def test_diffusion_salience_is_the_formula(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = latents.clone()
     wide = latents.double()
     expected = [float((wide[t] - wide[t - 1]).square().sum() / wide[t].square().sum()) for t in range(1, 6)]
     got = diffusion_salience(latents)
+    assert torch.equal(latents, given)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(expected))
 
