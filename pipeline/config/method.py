@@ -141,7 +141,7 @@ class MethodConfig(BaseModel):
     rotation_block: Literal[16, 32, 64, 128] = 128
     """Largest side of the rotation's blocks. 128 takes 0.1 % of a large model's bytes; models of a few MB want 64 or less."""
     damping: float = Field(default=0.01, gt=0)
-    """Of GPTQ, relative to the mean of the Hessian's diagonal."""
+    """Of GPTQ, a share of the Hessian's diagonal (`reelquant.quantization.gptq`)."""
 
     attention_distillation: Literal["none", "global", "local", "both"] = "none"
     """Attention terms of the block loss (MSAD, QuantSparse §3.2)."""

@@ -56,7 +56,7 @@ class Recipe:
     rotation_block: int
     """Largest side of the rotation's blocks, a power of two; 128 costs nothing beside the weights of a large model."""
     damping: float
-    """Of GPTQ, relative to the mean of the Hessian's diagonal."""
+    """Of GPTQ, a share of the Hessian's diagonal (`quantization.gptq`)."""
     attention_distillation: AttentionTerms = "none"
     """Attention terms of the block loss (MSAD, QuantSparse §3.2)."""
     lambda_global: float | Literal["auto"] = "auto"

@@ -4,12 +4,17 @@ GPTQ (arXiv 2210.17323) minimizes `tr(E H E^T)`, `E` the weight error and `H = s
 tokens `x_j` with token weights `w_j`. Which tokens make up `H` is the caller's: plain tensors in, plain tensors out.
 
 Asymmetric solve (GPTAQ, arXiv 2504.02692, in closed form): the layer reads the quantized stream `X_q` but should give
-what the full-precision stream gave. With `C = sum_j w_j x_fp_j x_q_j^T` and `l = damping * mean(diag H)`,
+what the full-precision stream gave. With `C = sum_j w_j x_fp_j x_q_j^T` and L the diagonal matrix of the damping,
 
-    || W X_fp - W' X_q ||² + l || W - W' ||²  =  const + tr((W' - W*) (H + l I) (W' - W*)^T),
-    W* = (W C + l W) (H + l I)^-1
+    || W X_fp - W' X_q ||² + || (W - W') L^1/2 ||²  =  const + tr((W' - W*) (H + L) (W' - W*)^T),
+    W* = (W C + W L) (H + L)^-1
 
 so rounding `W*` by plain GPTQ with `H` and the same damping is the asymmetric solve.
+
+Damping: input j gets `L_jj = damping * max(H_jj, m)`, m the mean of `diag H` without its largest tenth. Textbook GPTQ
+takes the mean of all of it, in which one input of 10^8 times the energy leaves all others without feedback. Without m,
+quiet inputs would take over more of the loud ones' errors than their grid holds (measured, 192 inputs of log-normal
+amplitude, sigma 2, 4 bits: 0.56 of the error of nearest rounding, the mean 0.27, this rule 0.18).
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from reelquant.quantization.weight_grid import WeightGrid
 
 LARGEST_FLOAT64_FEATURES = 4096
 """Above it factors are float32: a float64 Hessian of 15,360 inputs and its factor would take 6 GB."""
+TYPICAL_SHARE = 0.9
+"""Share of the inputs, the quieter ones, whose mean energy is the least that the damping counts with."""
 
 
 def gptq_round(
@@ -37,7 +44,7 @@ def gptq_round(
             whose weights are rounded to nearest. Its scale does not matter.
         grid: the grid of these weights.
         block_columns: columns worked on before the rest of the matrix is updated; speed only.
-        damping: share of the mean diagonal added to the diagonal, >= 0.
+        damping: share of the diagonal added to it, >= 0; see the module.
 
     Returns: int8 [out, in], within +-max_code(grid.bits).
     Raises: ValueError for other shapes, NaN or inf (naming the tensor), or a Hessian that damping leaves indefinite.
@@ -115,13 +122,13 @@ def _upper_factor_of_inverse(hessian: Tensor, damping: float) -> Tensor:
 
 
 def _damped(hessian: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
-    """A copy of `hessian` with the damping on its diagonal; a dead input, which no other depends on, gets the mean."""
+    """A copy of `hessian` with the damping on its diagonal. A dead input, which no other depends on, gets a typical one."""
     damped = hessian.to(dtype, copy=True)
     diagonal = damped.diagonal()
-    mean = diagonal.mean()
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    live = diagonal[diagonal > 0].sort().values
+    typical = live[: max(1, int(TYPICAL_SHARE * len(live)))].mean() if len(live) else torch.ones_like(diagonal[0])
     dead = diagonal == 0
-    diagonal.add_(damping * mean).add_(dead * mean)
+    diagonal.add_(damping * diagonal.clamp_min(typical)).add_(dead * typical)
     return damped
 
 

@@ -25,6 +25,13 @@ def objective(error: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian.double()) * error).sum())
 
 
+def ridge(hessian: Tensor, damping: float) -> Tensor:
+    """The damping as a diagonal matrix, float64."""
+    energies = hessian.double().diagonal()
+    quieter = energies.sort().values[: int(0.9 * len(energies))]
+    return torch.diag(damping * energies.clamp_min(float(quieter.mean())))
+
+
 @pytest.mark.parametrize("layout", FITS)
 @pytest.mark.parametrize(("out", "d", "block_columns"), [(33, 150, 128), (16, 65, 7), (1, 64, 64)])
 def test_beats_nearest_rounding(layout: str, out: int, d: int, block_columns: int) -> None:
@@ -54,7 +61,7 @@ def test_is_the_textbook_algorithm() -> None:
     hessian = x.T @ x
     weight = torch.randn(9, 40, generator=torch.Generator().manual_seed(6))
     grid = fit_two_level(weight, 4)
-    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(40)
+    damped = hessian.double() + ridge(hessian, 0.01)
     step = grid.column_scale(40).double()
     rest, codes = weight.double().clone(), torch.zeros(9, 40)
     left = torch.argsort(hessian.diagonal(), descending=True).tolist()
@@ -92,6 +99,43 @@ def test_rank_deficient_hessian_and_dead_inputs() -> None:
     assert torch.equal(gptq_round(weight, torch.zeros(100, 100), grid), grid.round(weight))
 
 
+@pytest.mark.parametrize("loud", [[0], [3, 40, 41], [63]])
+@pytest.mark.parametrize("energy", [1e8, 1e12])
+def test_loud_inputs_leave_the_others_their_feedback(loud: list[int], energy: float) -> None:
+    """With the mean of the diagonal as damping the ratio is 1: all others are rounded to nearest."""
+    x = correlated_input(1000, 64)
+    hessian = (x.T @ x).double()
+    hessian[loud] = 0
+    hessian[:, loud] = 0
+    hessian[loud, loud] = energy * float(hessian.diagonal().mean())
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(11))
+    grid = fit_two_level(weight, 4)
+    others = torch.ones(64, dtype=torch.bool)
+    others[loud] = False
+
+    def error(codes: Tensor) -> float:
+        return objective((grid.dequantize(codes) - weight)[:, others], hessian[others][:, others])
+
+    codes = gptq_round(weight, hessian, grid)
+    ratio = error(codes) / error(grid.round(weight))
+    assert ratio < 0.4, ratio  # measured: 0.24 to 0.28
+    assert torch.equal(codes[:, loud], grid.round(weight)[:, loud])
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+def test_damping_suits_inputs_of_different_energy(spread: float) -> None:
+    """Each input's own energy alone as damping has a ratio of 0.68 at a spread of 2."""
+    generator = torch.Generator().manual_seed(12)
+    mixing = torch.randn(128, 128, generator=generator) * (1 + 10 * 0.85 ** torch.arange(128))[:, None]
+    x = torch.randn(1500, 128, generator=generator) @ mixing * torch.exp(spread * torch.randn(128, generator=generator))
+    hessian = (x.T @ x).double()
+    weight = torch.randn(16, 128, generator=generator)
+    grid = fit_two_level(weight, 4)
+    nearest = objective(grid.dequantize(grid.round(weight)) - weight, hessian)
+    ratio = objective(grid.dequantize(gptq_round(weight, hessian, grid)) - weight, hessian) / nearest
+    assert ratio < 0.25, ratio  # measured: 0.16, 0.09 and 0.15
+
+
 def test_float32_factor_of_wide_layers_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated_input(2000, 256)
     hessian = x.T @ x
@@ -114,18 +158,18 @@ def test_asymmetric_target_is_the_minimizer() -> None:
     token_weights = torch.rand(800, 1, dtype=torch.float64)
     cross, hessian = x_fp.T @ (token_weights * x_q), x_q.T @ (token_weights * x_q)
     weight = torch.randn(5, 30, dtype=torch.float64)
-    ridge = 0.05 * hessian.diagonal().mean()
+    penalty = ridge(hessian, 0.05)
 
     def loss(candidate: Tensor) -> Tensor:
         residual = (x_fp @ weight.T - x_q @ candidate.T) ** 2 * token_weights
-        return residual.sum() + ridge * ((candidate - weight) ** 2).sum()
+        return residual.sum() + ((candidate - weight) ** 2 * penalty.diagonal()).sum()
 
     target = asymmetric_target(weight, cross, hessian, damping=0.05).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(target), target)
     start = weight.clone().requires_grad_()
     (gradient_at_weight,) = torch.autograd.grad(loss(start), start)
     assert float(gradient.norm() / gradient_at_weight.norm()) < 1e-10
-    closed_form = torch.linalg.solve(hessian + ridge * torch.eye(30), (weight @ cross + ridge * weight).T).T
+    closed_form = torch.linalg.solve(hessian + penalty, (weight @ cross + weight @ penalty).T).T
     torch.testing.assert_close(target.detach(), closed_form)
 
 
