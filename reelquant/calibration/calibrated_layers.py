@@ -19,8 +19,13 @@ from reelquant.quantization.weight_grid import WeightGrid, fake_quantize_weight,
 _CLIP_CANDIDATES = tuple(1.0 - 0.025 * i for i in range(21))
 
 
+LARGEST_START = 0.998
+"""Where a learned clip of the whole range starts, its sigmoid being below 1: `127 / 0.998 = 127.25`, so that the largest value
+of 8 bits still rounds to the largest code and nothing is cut off."""
+
+
 def _logit(clip: Tensor) -> Tensor:
-    return torch.logit(clip.clamp(0.05, 0.98))
+    return torch.logit(clip.clamp(0.05, LARGEST_START))
 
 
 class GroupTransform(nn.Module):
@@ -48,7 +53,7 @@ class GroupTransform(nn.Module):
             self.start = hadamard(block)
             self.skew = nn.Parameter(torch.zeros(block, block), requires_grad=recipe.rotation == "learned")
         if quantized:
-            self.clip_logit = nn.Parameter(torch.tensor([4.0]), requires_grad=recipe.clip == "learned")
+            self.clip_logit = nn.Parameter(_logit(torch.ones(1)), requires_grad=recipe.clip == "learned")
         self._clips = quantized and recipe.clip == "learned"
         self._frozen: tuple[Tensor | None, Tensor | None] | None = None
         self._memo: tuple[weakref.ref[Tensor], Tensor] | None = None
