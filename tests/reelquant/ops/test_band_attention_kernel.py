@@ -205,7 +205,7 @@ def test_what_the_kernel_does_not_take() -> None:
         band_attention(q.detach().requires_grad_(), k, v, **options)
     with pytest.raises(ValueError, match="not contiguous"):
         band_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, **options)
-    with pytest.raises(ValueError, match=r"of rank 5, not torch.bfloat16 of a power of two from 16 to 128"):
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 of rank 5, not .* a power of two from 16"):
         band_attention(q, k, v, corrections=drawn_corrections(q, 5, num=1), **options)
     with pytest.raises(ValueError, match="there are 3 corrections, more than 2"):
         band_attention(q, k, v, corrections=drawn_corrections(q, 16, num=1) * 3, **options)
