@@ -112,6 +112,7 @@ def linear(record: Recorder, ceiling: float, *, alternatives: bool, quick: bool)
 
 def one_linear(codes: Tensor, scale: Tensor, operands: list[tuple[Tensor, Tensor, str]], config: Any) -> Row:
     """All launches of a case together, checked against float64 on rows from both ends."""
+    from reelquant.ops.architecture import architecture
     from reelquant.ops.int8_linear.launch import choose_config, launch_int8_linear
 
     calls, worst = [], 0.0
@@ -130,7 +131,8 @@ def one_linear(codes: Tensor, scale: Tensor, operands: list[tuple[Tensor, Tensor
         y = gelu(y, approximate="tanh") if activation else y
         y = y if gate is None or residual is None else residual[rows].double() + gate * y
         worst = max(worst, float((out[rows].double() - y).norm() / y.norm()))
-    used = config or choose_config(len(codes), len(operands[0][0]), codes.shape[1])
+    count = architecture(codes.device).num_multiprocessors
+    used = config or choose_config(len(codes), len(operands[0][0]), num_multiprocessors=count)
     return {**timed(lambda: [call() for call in calls]), "relative_error": worst, "config": asdict(used)}
 
 

@@ -9,7 +9,7 @@
 |---|---|---|
 | `full` | D | D, and the change (in factors of rank k; whole without a rank) |
 | `low_rank` | factors of D | factors of D and of the change |
-| `low_rank_int8` | the same, their rows in 8 bits with a scale a head and direction | the same |
+| `low_rank_int8` | the same, their rows in 8 bits with a scale for 128 tokens of a head and direction | the same |
 
 With factors the change is taken against what was kept of the refresh before, so it holds what that truncation lost too.
 """
@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reelquant.attention.sparse_spec import ResidualSpec
-from reelquant.ops.band_attention.reference import Correction
+from reelquant.ops.band_attention.reference import SCALED_TOKENS, Correction, decoded
 from reelquant.ops.residual_factorization.op import Factors, factorize, factorize_refresh
 from reelquant.ops.residual_factorization.reference import head_groups
 
@@ -37,15 +38,21 @@ class _Term:
     rows: Tensor
     """[H, L, k] or, whole, [H, L, D]; in the dtype of the attention, or int8 codes."""
     directions: Tensor | None = None
-    """[H, D, k], float32 or wider: it is small. Times the scales of the codes, where rows are codes."""
+    """[H, D, k], float32 or wider: it is small. Times the largest scale of the codes, where rows are codes."""
+    row_scale: Tensor | None = None
+    """[H, ceil(L / 128), k] bfloat16, at most 1: scales of the codes, beside the largest of a head and direction."""
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + (0 if self.directions is None else self.directions.nbytes)
+        return sum(x.nbytes for x in (self.rows, self.directions, self.row_scale) if x is not None)
+
+    def decoded(self, heads: slice, dtype: torch.dtype) -> Tensor:
+        """The rows of these heads in `dtype`."""
+        return decoded(self.rows[heads], None if self.row_scale is None else self.row_scale[heads], dtype)
 
     def added_to(self, x: Tensor, heads: slice, scale: float = 1.0) -> Tensor:
         """`x + scale * term` for `x` [h, L, D] of these heads, in the dtype of `x`."""
-        rows = self.rows[heads].to(x.dtype)
+        rows = self.decoded(heads, x.dtype)
         if self.directions is None:
             return torch.add(x, rows, alpha=scale)
         return torch.baddbmm(x, rows, self.directions[heads].to(x.dtype).transpose(1, 2), alpha=scale)
@@ -145,7 +152,7 @@ class ResidualCache:
         for term, scale in scaled:
             if term.directions is None:
                 return None
-            found.append(Correction(term.rows, term.directions, scale))
+            found.append(Correction(term.rows, term.directions, scale, term.row_scale))
         return tuple(found)
 
     def _change_scale(self, kept: _Kept, step: int) -> float:
@@ -173,7 +180,7 @@ class ResidualCache:
         if self._spec.order == 2 and self._kept is not None:
             term = self._kept.residual
             assert term.directions is not None
-            before = Factors(term.rows, term.directions)
+            before = Factors(term.decoded(slice(None), sparse.dtype), term.directions)
         found = factorize_refresh(dense, sparse, self._spec.rank, before=before)
         if not bool(found[0].directions.isfinite().all()):
             _raise_not_finite(step, dense, sparse)
@@ -224,10 +231,15 @@ class ResidualCache:
 
 
 def _coded(rows: Tensor, directions: Tensor) -> _Term:
-    """The term with rows as int8 codes, symmetric, a scale for every head and direction."""
-    scale = (rows.abs().amax(dim=1, keepdim=True).to(directions.dtype) / _LARGEST_CODE).clamp_min(_TINY)
-    codes = (rows.to(directions.dtype) / scale).round_().to(torch.int8)
-    return _Term(codes, directions * scale)
+    """The term with rows as int8 codes, symmetric, a scale for 128 tokens of every head and direction."""
+    length = rows.shape[1]
+    groups = pad(rows, (0, 0, 0, -length % SCALED_TOKENS)).unflatten(1, (-1, SCALED_TOKENS))
+    largest = groups.abs().amax(dim=2).to(directions.dtype)
+    scale = (largest.amax(dim=1, keepdim=True) / _LARGEST_CODE).clamp_min(_TINY)
+    relative = (largest / (_LARGEST_CODE * scale)).clamp_min(_TINY).to(torch.bfloat16)
+    steps = (relative.to(directions.dtype) * scale).unsqueeze(2)
+    codes = (groups.to(directions.dtype) / steps).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
+    return _Term(codes.flatten(1, 2)[:, :length].contiguous(), directions * scale, relative)
 
 
 def _joined(terms: list[_Term]) -> _Term:

@@ -32,7 +32,8 @@ from reelquant.ops.band_attention.op import (
     dense_and_band_attention,
     dense_attention,
 )
-from reelquant.ops.implementation import HOPPER, obstacle
+from reelquant.ops.eight_bit_attention.op import NEEDS as EIGHT_BITS
+from reelquant.ops.implementation import obstacle
 from reelquant.runtime.generation import GenerationState, current_pass
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class SparseAttention:
 @lru_cache(maxsize=64)
 def _lacks_eight_bits(device: torch.device) -> bool:
     """Whether the kernels of attention in 8 bits cannot run there; says so once."""
-    found = obstacle(device, HOPPER)
+    found = obstacle(device, EIGHT_BITS)
     if found is not None:
         logger.warning("attention in 8 bits cannot run (%s): it runs in full precision", found)
     return found is not None

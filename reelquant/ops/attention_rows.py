@@ -1,5 +1,7 @@
 """What the kernels of attention have in common, in 16 bits and in 8: the queries of a program, the keys they see, the output.
 
+Rows of a correction may be int8 codes with a scale for every `SCALED_TOKENS` tokens, the last time fewer, and every column.
+
 A program takes `ROWS` queries of one head, neighbours in the order of the head's kind; those of the text come first and see all
 keys. A query sees the video's positions within its reach, and the text. Both depend on a position monotonously: some query of
 a block sees `seen_from(first) … seen_to(last)`, and all of them see `seen_from(last) … seen_to(first)`.
@@ -11,6 +13,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from reelquant.ops.band_attention.reference import SCALED_TOKENS
+
+_SCALED_TOKENS = tl.constexpr(SCALED_TOKENS)
 
 
 @triton.jit
@@ -51,23 +57,37 @@ def seen_to(position, reach, num_video):
 
 
 @triton.jit
+def _corrected(
+    result, rows, rows_head, rows_stride, scales, directions, head, token, num_tokens,
+    HEAD_DIM: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """`result [ROWS, HEAD_DIM] + rows @ directions^T`."""
+    rank, column = tl.arange(0, RANK), tl.arange(0, HEAD_DIM)
+    factors = tl.load(rows + head * rows_head + token[:, None] * rows_stride + rank[None, :])
+    if scales is not None:
+        group = head * tl.cdiv(num_tokens, _SCALED_TOKENS) + token // _SCALED_TOKENS
+        factors = factors.to(tl.float32) * tl.load(scales + group[:, None] * RANK + rank[None, :]).to(tl.float32)
+    turned = tl.load(directions + (head * HEAD_DIM + column)[None, :] * RANK + rank[:, None])
+    return tl.dot(factors.to(turned.dtype), turned, result)
+
+
+@triton.jit
 def write_rows(
-    out, out_head, out_stride, acc, total, head, token, stored,
-    rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
+    out, out_head, out_stride, acc, total, head, token, stored, num_tokens,
+    rows_a, rows_a_head, rows_a_stride, scales_a, directions_a,
+    rows_b, rows_b_head, rows_b_stride, scales_b, directions_b,
     HEAD_DIM: tl.constexpr, RANK_A: tl.constexpr, RANK_B: tl.constexpr,
 ):  # fmt: skip
     """Normalizes, adds `rows @ directions^T` of up to two terms, and writes the rows that are `stored`."""
     result = acc / total[:, None]
     column = tl.arange(0, HEAD_DIM)
     if RANK_A > 0:
-        rank = tl.arange(0, RANK_A)
-        rows = tl.load(rows_a + head * rows_a_head + token[:, None] * rows_a_stride + rank[None, :])
-        directions = tl.load(directions_a + (head * HEAD_DIM + column)[None, :] * RANK_A + rank[:, None])
-        result = tl.dot(rows.to(directions.dtype), directions, result)
+        result = _corrected(
+            result, rows_a, rows_a_head, rows_a_stride, scales_a, directions_a, head, token, num_tokens, HEAD_DIM, RANK_A
+        )  # fmt: skip
     if RANK_B > 0:
-        rank = tl.arange(0, RANK_B)
-        rows = tl.load(rows_b + head * rows_b_head + token[:, None] * rows_b_stride + rank[None, :])
-        directions = tl.load(directions_b + (head * HEAD_DIM + column)[None, :] * RANK_B + rank[:, None])
-        result = tl.dot(rows.to(directions.dtype), directions, result)
+        result = _corrected(
+            result, rows_b, rows_b_head, rows_b_stride, scales_b, directions_b, head, token, num_tokens, HEAD_DIM, RANK_B
+        )  # fmt: skip
     target = out + head * out_head + token[:, None] * out_stride + column[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=stored[:, None])

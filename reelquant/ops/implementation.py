@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-__all__ = ["Implementation", "obstacle", "reference_only", "takes_triton"]
+from reelquant.ops.architecture import Needs, architecture
+
+__all__ = ["Implementation", "obstacle", "reference_only", "takes_int_mm", "takes_triton"]
 
 Implementation = Literal["auto", "reference", "triton"]
 
-AMPERE = (8, 0)
-HOPPER = (9, 0)
+ANY_GPU = Needs()
 
 _kernels_held_back: ContextVar[bool] = ContextVar("kernels_held_back", default=False)
 
@@ -38,7 +40,7 @@ def takes_triton(
     device: torch.device,
     *,
     unsuited: str | None = None,
-    capability: tuple[int, int] = AMPERE,
+    needs: Needs = ANY_GPU,
     on_meta: bool = False,
 ) -> bool:
     """Whether the Triton kernel runs: `auto` takes it where it can, `triton` must be able to.
@@ -47,31 +49,36 @@ def takes_triton(
         implementation: what the caller asked for.
         device: where its tensors are.
         unsuited: what about these arguments the kernel does not take, None where it takes them.
-        capability: the least CUDA compute capability that the kernel runs on.
+        needs: what the kernel asks of the GPU.
         on_meta: the kernel is registered for meta tensors too, which then stand for tensors on such a GPU.
 
     Raises: ValueError for an unknown implementation, or for `triton` where the kernel cannot run.
     """
     if implementation not in ("auto", "reference", "triton"):
         raise ValueError(f"no implementation {implementation!r}: there are auto, reference and triton")
-    if implementation == "reference":
-        return False
-    if implementation == "auto" and _kernels_held_back.get():
+    if implementation == "reference" or (implementation == "auto" and _kernels_held_back.get()):
         return False
     stands_in = on_meta and device.type == "meta"
-    found = (None if stands_in else obstacle(device, capability)) or unsuited
+    found = (None if stands_in else obstacle(device, needs)) or unsuited
     if found is not None and implementation == "triton":
         raise ValueError(f"implementation triton cannot run: {found}; use reference or auto")
     return found is None
 
 
-def obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
-    """Why no Triton kernel that needs `capability` can run on `device`, None if it can."""
+def takes_int_mm(implementation: Implementation, device: torch.device) -> bool:
+    """Whether `auto` multiplies INT8 by `torch._int_mm`, where no kernel does."""
+    return implementation == "auto" and not _kernels_held_back.get() and architecture(device).has_int8
+
+
+def obstacle(device: torch.device, needs: Needs = ANY_GPU) -> str | None:
+    """Why no Triton kernel with these needs can run on `device`, None if it can."""
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device}"
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
-    found = torch.cuda.get_device_capability(device)
-    if found < capability:
-        return f"it needs compute capability {capability[0]}.{capability[1]}, {device} has {found[0]}.{found[1]}"
-    return None
+    return architecture(device).obstacle(needs)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import weakref
 from functools import partial
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.families.family import family_of_architecture
+from reelquant.ops.implementation import obstacle
+from reelquant.ops.int8_linear.op import NEEDS
 from reelquant.quantization.input_transform import current_activation_bits
 from reelquant.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto", "on", "off"]
-HOPPER = (9, 0)
 
 
 class BlockFusion:
@@ -117,10 +117,8 @@ def _slow_here(hidden: Tensor) -> str | None:
     """Why the kernels behind the fused operations would not run for `hidden`."""
     if not hidden.is_cuda:
         return f"the kernels need a CUDA GPU, the model is on {hidden.device}"
-    if torch.cuda.get_device_capability(hidden.device) < HOPPER:
-        return "the kernels need compute capability 9.0 (Hopper)"
-    if find_spec("triton") is None:
-        return "triton is not installed"
+    if (reason := obstacle(hidden.device, NEEDS)) is not None:
+        return reason
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return f"the kernels take bfloat16 and float16, the model runs in {hidden.dtype}"
     return None

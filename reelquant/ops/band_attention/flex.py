@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from reelquant.families.family import TokenLayout
+from reelquant.ops.architecture import current_stream
 from reelquant.ops.band_attention.reference import dense_attention
 
 BLOCK = 128
@@ -33,7 +34,7 @@ def band_attention_flex(q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: 
     """See `op.band_attention`; CUDA only."""
     if width >= layout.num_video:
         return dense_attention(q, k, v)
-    mask = band_block_mask(layout.num_video, layout.num_tokens, width, str(q.device))
+    mask = band_block_mask(layout.num_video, layout.num_tokens, width, q.device, current_stream(q.device))
     frames, places = layout.num_frames, layout.height * layout.width
     q, k, v = (swap_orders(x, kinds, frames, places) for x in (q, k, v))
     return swap_orders(_attend(q, k, v, mask), kinds, places, frames)
@@ -64,7 +65,7 @@ def _swapped(head: Tensor, outer: int, inner: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def band_block_mask(num_video: int, num_tokens: int, width: int, device: str) -> BlockMask:
+def band_block_mask(num_video: int, num_tokens: int, width: int, device: torch.device, _stream: int) -> BlockMask:
     """Blocks of 128 x 128 that a band over the first `num_video` tokens and the dense text touch or fill."""
 
     def band(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_heads", "num_video", "num_text", "places", "width"])
 def band_attention_kernel(
-    q, k, v, k_box, v_box, out, dense_out, heads, rows_a, directions_a, rows_b, directions_b,
+    q, k, v, k_box, v_box, out, dense_out, heads, rows_a, scales_a, directions_a, rows_b, scales_b, directions_b,
     q_head, q_stride, k_head, k_stride, v_head, v_stride, out_head, out_stride, dense_head, dense_stride,
     rows_a_head, rows_a_stride, rows_b_head, rows_b_stride,
     num_heads, num_video, num_text, places, width, scale,
@@ -144,8 +144,9 @@ def band_attention_kernel(
         1, COLUMNS, HEAD_DIM, LOAD, K_INSIDE, V_INSIDE, True,
     )  # fmt: skip
     write_rows(
-        out, out_head, out_stride, acc, total, wide_head, token, stored,
-        rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
+        out, out_head, out_stride, acc, total, wide_head, token, stored, num_video + num_text,
+        rows_a, rows_a_head, rows_a_stride, scales_a, directions_a,
+        rows_b, rows_b_head, rows_b_stride, scales_b, directions_b,
         HEAD_DIM, RANK_A, RANK_B,
     )  # fmt: skip
     if BOTH:
@@ -173,7 +174,8 @@ def band_attention_kernel(
             FRAMES, COLUMNS, HEAD_DIM, MAIN, K_INSIDE, V_INSIDE, True,
         )  # fmt: skip
         write_rows(
-            dense_out, dense_head, dense_stride, acc, total, wide_head, token, stored,
-            rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
+            dense_out, dense_head, dense_stride, acc, total, wide_head, token, stored, num_video + num_text,
+            rows_a, rows_a_head, rows_a_stride, scales_a, directions_a,
+            rows_b, rows_b_head, rows_b_stride, scales_b, directions_b,
             HEAD_DIM, 0, 0,
         )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import e, log2
@@ -15,6 +14,7 @@ from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from reelquant.families.family import TokenLayout
+from reelquant.ops.architecture import Architecture, architecture, current_stream, launching
 from reelquant.ops.band_attention.kernel import band_attention_kernel
 from reelquant.ops.band_attention.reference import Correction
 
@@ -29,6 +29,8 @@ class Tile:
     columns: int
     warps: int
     stages: int
+    shared_kib: int = 0
+    """Shared memory of a program, at most, of all that one kernel does with this tile; a test compiles it."""
 
 
 TILES: dict[int, tuple[Tile, ...]] = {
@@ -37,8 +39,8 @@ TILES: dict[int, tuple[Tile, ...]] = {
 }
 """Head size -> tiles for Hopper worth measuring, the default first (`benchmarks.attention_kernels` compares them)."""
 
-SMALL_TILE = Tile(128, 64, 8, 2)
-"""For GPUs before Hopper: less than 99 KiB of shared memory for both head sizes."""
+SMALL_TILE = Tile(128, 64, 8, 2, shared_kib=98)
+"""For all other GPUs, with `pointers`: less than 99 KiB of shared memory for both head sizes."""
 
 
 def band_attention_triton(
@@ -97,12 +99,12 @@ def _launch(
     q = qkv[0]
     if layout.num_frames == 1 or width >= layout.num_video:
         kinds = "s" * len(kinds)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    cut = tile or choose_tile(architecture(q.device), q.shape[2])
+    with launching(q, cut.shared_kib):
         for kind in sorted(set(kinds)):
             frames = layout.num_frames if kind == "t" else 1
-            cut = tile or _tile(q)
             way = load or _load(qkv, frames, cut)
-            heads = _heads(kinds, kind, str(q.device))
+            heads = _heads(kinds, kind, q.device, current_stream(q.device))
             blocks = cdiv(layout.num_video, cut.rows) + cdiv(layout.num_text, cut.rows)
             arguments = _arguments(qkv, outs, corrections, layout=layout, frames=frames, cut=cut, way=way)
             band_attention_kernel[(len(heads) * blocks,)](
@@ -171,6 +173,7 @@ def correction_arguments(q: Tensor, corrections: Sequence[Correction]) -> dict[s
             rows.stride(0),
             rows.stride(1),
         )
+        named[f"scales_{letter}"] = None if term is None else term.row_scale
         named[f"directions_{letter}"] = q if term is None else (term.directions * term.scale).to(q.dtype).contiguous()
         named[f"RANK_{letter.upper()}"] = 0 if term is None else rows.shape[2]
     return named
@@ -184,10 +187,9 @@ def descriptor(x: Tensor, axis: int, block: tuple[int, ...]) -> TensorDescriptor
     return TensorDescriptor(x, list(x.shape), list(x.stride()), shape)
 
 
-def _tile(q: Tensor) -> Tile:
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
-        return SMALL_TILE
-    return TILES[q.shape[2]][0]
+def choose_tile(found: Architecture, head_dim: int) -> Tile:
+    """The default of Hopper, and for other GPUs the one that fits all."""
+    return TILES[head_dim][0] if found.has_wgmma else SMALL_TILE
 
 
 def _load(qkv: tuple[Tensor, Tensor, Tensor], frames: int, cut: Tile) -> Load:
@@ -197,8 +199,9 @@ def _load(qkv: tuple[Tensor, Tensor, Tensor], frames: int, cut: Tile) -> Load:
 
 
 def takes_tma(*tensors: Tensor) -> bool:
-    """Whether the device has a tensor memory accelerator and the strides of these `[H, L, D]` suit it."""
-    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device) < (9, 0):
+    """Whether the tiles are Hopper's, made for its tensor memory accelerator, and the strides of these `[H, L, D]` suit it."""
+    found = architecture(tensors[0].device)
+    if not (found.has_tma and found.has_wgmma):
         return False
     return all(
         x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
@@ -207,7 +210,7 @@ def takes_tma(*tensors: Tensor) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _heads(kinds: str, kind: str, device: str) -> Tensor:
+def _heads(kinds: str, kind: str, device: torch.device, _stream: int) -> Tensor:
     """int32, the heads of one kind."""
     with torch.inference_mode(False):
         return torch.tensor([head for head, letter in enumerate(kinds) if letter == kind], dtype=torch.int32).to(device)

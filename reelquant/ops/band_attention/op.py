@@ -21,6 +21,7 @@ from torch import Tensor
 
 from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.reference import (
+    SCALED_TOKENS,
     Correction,
     band_attention_reference,
     corrected,
@@ -196,6 +197,14 @@ def _check_corrections(q: Tensor, corrections: Sequence[Correction]) -> None:
             raise ValueError(
                 f"a correction needs rows [{heads}, {tokens}, r] and directions [{heads}, {head_dim}, r], "
                 f"got {tuple(term.rows.shape)} and {tuple(term.directions.shape)}"
+            )
+        scales, expected = term.row_scale, (heads, -(-tokens // SCALED_TOKENS), rank)
+        if scales is not None and (
+            scales.shape != expected or scales.dtype != torch.bfloat16 or not scales.is_contiguous()
+        ):
+            raise ValueError(
+                f"row_scale of a correction must be bfloat16 {list(expected)}, contiguous, "
+                f"got {scales.dtype} {list(scales.shape)}"
             )
 
 

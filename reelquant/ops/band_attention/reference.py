@@ -15,16 +15,33 @@ from torch.nn.functional import scaled_dot_product_attention
 from reelquant.attention.band_mask import place_major_order, place_major_positions
 from reelquant.families.family import TokenLayout
 
+SCALED_TOKENS = 128
+"""Tokens that share a `row_scale`."""
+
 
 @dataclass(frozen=True)
 class Correction:
     """`scale * rows @ directions^T`, added to the attention of every head after its normalization."""
 
     rows: Tensor
-    """[H, L, r] floating, or int8 codes whose scales `directions` hold."""
+    """[H, L, r] floating, or int8 codes."""
     directions: Tensor
     """[H, D, r] floating."""
     scale: float = 1.0
+    row_scale: Tensor | None = None
+    """[H, ceil(L / SCALED_TOKENS), r] bfloat16, contiguous: factors on the rows of so many tokens each, for int8 codes."""
+
+    def decoded_rows(self, heads: slice, dtype: torch.dtype) -> Tensor:
+        """[h, L, r] of some heads, with their factors, in `dtype`."""
+        return decoded(self.rows[heads], None if self.row_scale is None else self.row_scale[heads], dtype)
+
+
+def decoded(rows: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`rows` [H, L, r] times their `row_scale`, see `Correction`, in `dtype`."""
+    values = rows.to(dtype)
+    if row_scale is None:
+        return values
+    return values * row_scale.to(dtype).repeat_interleave(SCALED_TOKENS, dim=1)[:, : rows.shape[1]]
 
 
 def band_attention_reference(
@@ -75,8 +92,8 @@ def corrected(out: Tensor, corrections: Sequence[Correction]) -> Tensor:
     for head, plain in enumerate(out):
         wide = plain.to(torch.promote_types(out.dtype, torch.float32))
         for term in corrections:
-            rows, directions = term.rows[head].to(wide.dtype), term.directions[head].to(wide.dtype)
-            wide = torch.addmm(wide, rows, directions.T, alpha=term.scale)
+            [rows] = term.decoded_rows(slice(head, head + 1), wide.dtype)
+            wide = torch.addmm(wide, rows, term.directions[head].to(wide.dtype).T, alpha=term.scale)
         heads.append(wide.to(out.dtype))
     return torch.stack(heads)
 

@@ -9,7 +9,6 @@ No atomics: the same bits every time. Shapes: H heads, L tokens, D head size.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from math import e, log2
 
 import torch
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.ops.architecture import Architecture, architecture, launching
 from reelquant.ops.band_attention.launch import Load, Tile, descriptor, takes_tma
 
 TILES: dict[int, tuple[Tile, ...]] = {
@@ -35,8 +35,8 @@ TILES: dict[int, tuple[Tile, ...]] = {
 MOST_COLUMNS = 256
 """No tile has more columns."""
 
-SMALL_TILE = Tile(128, 64, 8, 2)
-"""For GPUs before Hopper: less than 99 KiB of shared memory for both head sizes."""
+SMALL_TILE = Tile(128, 64, 8, 2, shared_kib=98)
+"""For all other GPUs: less than 99 KiB of shared memory for both head sizes."""
 
 
 @triton.jit
@@ -146,13 +146,14 @@ def _launch(kernel, tensors: dict[str, Tensor], passing: str, tile: Tile | None,
     """`passing` names the one of q and k whose rows pass by."""
     q, k, moving = tensors["q"], tensors["k"], tensors[passing]
     heads, length, head_dim = q.shape
-    cut, way = tile or _tile(q), load or ("tma" if takes_tma(moving) else "pointers")
+    cut = tile or choose_tile(architecture(q.device), head_dim)
+    way = load or ("tma" if takes_tma(moving) else "pointers")
     inside = moving.stride(0) < moving.stride(1)
     arguments = dict(tensors)
     if way == "tma":
         rows = moving.transpose(0, 1) if inside else moving
         arguments[passing] = descriptor(rows, 0 if inside else 1, (cut.columns,))
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with launching(q, cut.shared_kib):
         kernel[(heads * triton.cdiv(length, cut.rows),)](
             **arguments, q_head=q.stride(0), q_stride=q.stride(1), k_head=k.stride(0), k_stride=k.stride(1),
             lse_head=tensors["lse"].stride(0), length=length, scale=head_dim**-0.5 * log2(e),
@@ -161,7 +162,6 @@ def _launch(kernel, tensors: dict[str, Tensor], passing: str, tile: Tile | None,
         )  # fmt: skip
 
 
-def _tile(q: Tensor) -> Tile:
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
-        return SMALL_TILE
-    return TILES[q.shape[2]][0]
+def choose_tile(found: Architecture, head_dim: int) -> Tile:
+    """The default of Hopper, and for other GPUs the one that fits all."""
+    return TILES[head_dim][0] if found.has_wgmma else SMALL_TILE

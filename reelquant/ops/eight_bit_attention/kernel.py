@@ -48,6 +48,13 @@ _WEIGHT_BITS = tl.constexpr(8.0)
 
 
 @triton.jit
+def _range(magnitudes):
+    """The largest along the last axis, at least 1e-12, NaN where there is one: NaN is above all numbers as an integer."""
+    largest = tl.max(magnitudes.to(tl.int32, bitcast=True), len(magnitudes.shape) - 1).to(tl.float32, bitcast=True)
+    return tl.maximum(largest, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _attend(
     acc, total, peak, queries, query_scale, keys, key_scale, values, head, length,
     begin, count, other_begin, other_count, last_begin, last_count, low, high, text_from, text_end, num_video,
@@ -103,7 +110,7 @@ def _attend(
 @triton.jit(do_not_specialize=["num_heads", "num_video", "num_text", "frames", "places", "width"])
 def eight_bit_attention_kernel(
     q, keys, key_scale, values, value_scale, value_mean, temporal, out, dense_out,
-    rows_a, directions_a, rows_b, directions_b,
+    rows_a, scales_a, directions_a, rows_b, scales_b, directions_b,
     q_head, q_stride, out_head, out_stride, dense_head, dense_stride,
     rows_a_head, rows_a_stride, rows_b_head, rows_b_stride,
     num_heads, num_video, num_text, text_from, length, frames, places, width, scale,
@@ -121,7 +128,7 @@ def eight_bit_attention_kernel(
         tl.int64
     )
     exact = tl.load(q + wide_head * q_head + token[:, None] * q_stride + tl.arange(0, HEAD_DIM)[None, :]).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(exact), 1), 1e-12)
+    largest = _range(tl.abs(exact))
     queries = (exact * (127.0 / largest)[:, None] + _ROUND - _ROUND).to(tl.int8)
     query_scale = largest * (scale / 127.0)
 
@@ -151,8 +158,10 @@ def eight_bit_attention_kernel(
     column = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
     by, plus = tl.load(value_scale + column), tl.load(value_mean + column)
     write_rows(
-        out, out_head, out_stride, acc * by[None, :] + total[:, None] * plus[None, :], total, wide_head, token, stored,
-        rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
+        out, out_head, out_stride, acc * by[None, :] + total[:, None] * plus[None, :], total,
+        wide_head, token, stored, num_video + num_text,
+        rows_a, rows_a_head, rows_a_stride, scales_a, directions_a,
+        rows_b, rows_b_head, rows_b_stride, scales_b, directions_b,
         HEAD_DIM, RANK_A, RANK_B,
     )  # fmt: skip
     if BOTH:
@@ -171,8 +180,9 @@ def eight_bit_attention_kernel(
         )  # fmt: skip
         write_rows(
             dense_out, dense_head, dense_stride, acc * by[None, :] + total[:, None] * plus[None, :], total,
-            wide_head, token, stored,
-            rows_a, rows_a_head, rows_a_stride, directions_a, rows_b, rows_b_head, rows_b_stride, directions_b,
+            wide_head, token, stored, num_video + num_text,
+            rows_a, rows_a_head, rows_a_stride, scales_a, directions_a,
+            rows_b, rows_b_head, rows_b_stride, scales_b, directions_b,
             HEAD_DIM, 0, 0,
         )  # fmt: skip
 
@@ -184,7 +194,7 @@ def value_places(place):
     return place - inside + inside % 4 // 2 * 8 + inside // 4 * 2 + inside % 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def partial_statistics(
     k, v, partial, k_head, k_stride, v_head, v_stride, num_tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, STRIDE: tl.constexpr,
@@ -216,7 +226,7 @@ def partial_statistics(
     tl.store(target + 3 * HEADS * DIM, greatest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "num_keys", "num_values"])
 def final_statistics(
     partial, key_shift, value_shift, value_scale, num_chunks, num_keys, num_values,
     HEADS: tl.constexpr, DIM: tl.constexpr, LARGEST: tl.constexpr, CHUNKS: tl.constexpr,
@@ -267,7 +277,7 @@ def quantize_keys_values_kernel(
     )
     shifted = exact.to(tl.float32) - tl.load(key_shift + head * DIM + column)[None, :]
     shifted = tl.where(inside[:, None], shifted, 0.0)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(shifted), 1), 0), 1e-12)
+    largest = _range(_range(tl.abs(shifted)))
     codes = (shifted * (127.0 / largest) + _ROUND - _ROUND).to(tl.int8)
     tl.store(key_codes + (wide_head * length + position)[:, None] * DIM + column[None, :], codes)
     tl.store(key_scales + head * (length // GROUP) + group, largest / 127.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import e, log2
@@ -15,6 +14,7 @@ from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from reelquant.families.family import TokenLayout
+from reelquant.ops.architecture import current_stream, launching
 from reelquant.ops.band_attention.launch import Tile, correction_arguments, new_output
 from reelquant.ops.band_attention.reference import Correction
 from reelquant.ops.eight_bit_attention.kernel import (
@@ -74,7 +74,7 @@ def quantize_keys_values_triton(
     key_scale = k.new_empty(heads, length // GROUP, dtype=torch.float32)
     value_codes = k.new_empty(heads, head_dim, length, dtype=torch.float8_e4m3fn if eight_bit_values else v.dtype)
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    with _on(k):
+    with launching(k):
         partial_statistics[(num_chunks, heads)](
             k, v, partial, *strides, tokens, HEADS=heads, DIM=head_dim, CHUNK=CHUNK, TOKENS=64, STRIDE=STRIDE
         )
@@ -97,7 +97,7 @@ def quantize_keys_values_triton(
             key_shift,
             value_shift,
             value_scale,
-            _temporal(kinds, str(k.device)),
+            _temporal(kinds, k.device, current_stream(k.device)),
             key_codes,
             key_scale,
             value_codes,
@@ -157,7 +157,7 @@ def _launch(
     cut = tile or (TILES[head_dim][0] if eight_bit_values else EightBitTile(64, 64, 4, 3))
     out, dense = outs[0], outs[0] if outs[1] is None else outs[1]
     options: dict[str, Any] = {} if cut.registers is None else {"maxnreg": cut.registers}
-    with _on(q):
+    with launching(q, cut.shared_kib):
         eight_bit_attention_kernel[(heads * (cdiv(layout.num_video, cut.rows) + cdiv(layout.num_text, cut.rows)),)](
             q=q,
             keys=_descriptor(kv.key_codes, (cut.columns, head_dim)),
@@ -165,7 +165,7 @@ def _launch(
             values=_descriptor(kv.value_codes, (head_dim, cut.columns)),
             value_scale=kv.value_scale,
             value_mean=kv.value_shift,
-            temporal=_temporal(kv.kinds, str(q.device)),
+            temporal=_temporal(kv.kinds, q.device, current_stream(q.device)),
             out=out,
             dense_out=dense,
             q_head=q.stride(0),
@@ -203,12 +203,8 @@ def _descriptor(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), list(block))
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 @lru_cache(maxsize=256)
-def _temporal(kinds: str, device: str) -> Tensor:
+def _temporal(kinds: str, device: torch.device, _stream: int) -> Tensor:
     """int32, 1 where a head is temporal."""
     with torch.inference_mode(False):
         return torch.tensor([kind == "t" for kind in kinds], dtype=torch.int32).to(device)

@@ -23,13 +23,12 @@ Compiled for sm_90 by triton 3.6.0, at widths of whole chunks, they take at most
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.ops.architecture import launching
 from reelquant.ops.fake_quantization.op import ROW_GROUP, gradients, results
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8, SMALLEST_SCALE
 
@@ -183,7 +182,7 @@ def _fake_quantize_backward(
 def launch_fake_quantize(x: Tensor, clip: Tensor, largest: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.results`; arguments as checked by `op`, `clip` float32 of one element or one per row, `group_size` 0: none."""
     out, amax, group_scale = results(x, group_size)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with launching(x):
         _fake_quantize[(len(amax),)](
             x, clip, out, amax, group_scale if group_size else None, **_tiles(x, clip, largest, group_size)
         )
@@ -206,7 +205,7 @@ def launch_fake_quantize_backward(
     # Two programs of 16 warps share a multiprocessor where 64 registers are enough: one loads while the other waits.
     whole = tiles["CHUNKS"] * tiles["GROUPS"] * tiles["GROUP"] == tiles["D"]
     fits = x.element_size() == 2 and tiles["CHUNKS"] <= 3 and whole
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with launching(x):
         _fake_quantize_backward[(len(amax),)](
             grad, x, clip, amax, group_scale, grad_x if of_x else None, grad_clip, **tiles, maxnreg=64 if fits else None
         )  # fmt: skip

@@ -18,13 +18,13 @@ Near the last token a tile moves back over tokens of the one before, which are c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.ops.architecture import architecture, launching
 from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE
 from reelquant.ops.input_quantization.reference import Norm
 from reelquant.quantization.quantizer import max_code
@@ -160,7 +160,7 @@ def _largest(pieces, CHUNKS: tl.constexpr):
     return tl.reduce(largest, 1, _larger)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _quantize_input(
     x, factor, offset, unit, rotation, clip, codes, token_scale, stride, num_tokens, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -303,36 +303,37 @@ def launch_quantize_input(
     chunks = triton.cdiv(d, width)
     vector = min(16 // x.element_size(), width)
     lanes = min(width, 32 * vector * max(1, config.num_warps // config.tokens))
-    factor, offset, unit = _vectors(channel_scale, norm, rotation, d=d, width=chunks * width, order=(lanes, vector))
     codes = torch.empty((num_tokens, d), dtype=torch.int8, device=x.device)
     token_scale = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(num_tokens, config.tokens)
-    _quantize_input[(min(tiles, config.programs * _num_multiprocessors(x.device)),)](
-        x,
-        factor,
-        offset,
-        unit,
-        None if rotation is None else rotation.contiguous(),
-        clip,
-        codes,
-        token_scale,
-        x.stride(0),
-        num_tokens,
-        0.0 if norm is None else norm.eps,
-        D=d,
-        BLOCK=block,
-        TOKENS=config.tokens,
-        SLOTS=config.slots,
-        CHUNKS=chunks,
-        LANES=lanes,
-        VECTOR=vector,
-        GROUP=_group(config, block),
-        LARGEST=max_code(bits),
-        PREFETCH=config.prefetch,
-        num_warps=config.num_warps,
-        num_stages=1,
-        maxnreg=config.max_registers,
-    )
+    programs = config.programs * architecture(x.device).num_multiprocessors
+    with launching(x):
+        factor, offset, unit = _vectors(channel_scale, norm, rotation, d=d, width=chunks * width, order=(lanes, vector))
+        _quantize_input[(min(triton.cdiv(num_tokens, config.tokens), programs),)](
+            x,
+            factor,
+            offset,
+            unit,
+            None if rotation is None else rotation.contiguous(),
+            clip,
+            codes,
+            token_scale,
+            x.stride(0),
+            num_tokens,
+            0.0 if norm is None else norm.eps,
+            D=d,
+            BLOCK=block,
+            TOKENS=config.tokens,
+            SLOTS=config.slots,
+            CHUNKS=chunks,
+            LANES=lanes,
+            VECTOR=vector,
+            GROUP=_group(config, block),
+            LARGEST=max_code(bits),
+            PREFETCH=config.prefetch,
+            num_warps=config.num_warps,
+            num_stages=1,
+            maxnreg=config.max_registers,
+        )
     return codes, token_scale
 
 
@@ -351,7 +352,7 @@ def _vectors(
     width: int,
     order: tuple[int, int],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    # Factor, offset and unit for `_quantize_input`.
+    # Factor, offset and unit for `_quantize_input`; on the device that is current.
     if channel_scale is None and norm is None:
         return None, None, None
     given = channel_scale if norm is None else norm.scale_plus_one
@@ -374,9 +375,3 @@ def _vectors(
         num_warps=16,
     )
     return factor, None if norm is None else offset, None if rotation is None else unit
-
-
-@lru_cache(maxsize=16)
-def _num_multiprocessors(device: torch.device) -> int:
-    # In Triton's interpreter, on a CPU, any number does.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

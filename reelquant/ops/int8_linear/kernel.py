@@ -50,7 +50,7 @@ def _halves(x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def int8_linear_kernel(
     codes, token_scale, weight, weight_scale, bias, gate, residual, out,
     num_tokens, num_outputs, num_inputs,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from reelquant.ops.architecture import architecture, launching
 from reelquant.ops.int8_linear.kernel import int8_linear_kernel
 
 
@@ -35,20 +35,22 @@ class Config:
     """One program per multiprocessor that walks tiles; otherwise one per tile."""
     flatten: bool = True
     """One loop over tiles and d."""
+    shared_kib: int = 0
+    """Shared memory of a program with the heaviest epilogue in 16 bits; a test compiles it."""
 
 
-SMALL = Config(64, 32, 256, num_warps=4, num_stages=4, persistent=False, flatten=False)
+SMALL = Config(64, 32, 256, num_warps=4, num_stages=4, persistent=False, flatten=False, shared_kib=100)
 """Text tokens alone: bound by reading the weight once, so as many programs as there are columns."""
-MEDIUM = Config(128, 128, 128, num_warps=8, num_stages=4, split=2)
-LARGE = Config(128, 256, 128, num_warps=8, num_stages=3, split=2)
+MEDIUM = Config(128, 128, 128, num_warps=8, num_stages=4, split=2, shared_kib=160)
+LARGE = Config(128, 256, 128, num_warps=8, num_stages=3, split=2, shared_kib=208)
 
 
-def choose_config(num_tokens: int, num_outputs: int, num_inputs: int) -> Config:
-    """By class of shape; `benchmarks/linear_kernels.py` sweeps the alternatives. `num_inputs` changes nothing so far."""
+def choose_config(num_tokens: int, num_outputs: int, *, num_multiprocessors: int) -> Config:
+    """By class of shape; `benchmarks/linear_kernels.py` sweeps the alternatives."""
     if num_tokens <= 512:
         return SMALL
     # Tiles of 128 x 256 leave multiprocessors without one: smaller tiles.
-    if triton.cdiv(num_tokens, LARGE.block_m) * triton.cdiv(num_outputs, LARGE.block_n) < 2 * 132:
+    if triton.cdiv(num_tokens, LARGE.block_m) * triton.cdiv(num_outputs, LARGE.block_n) < 2 * num_multiprocessors:
         return MEDIUM
     return LARGE
 
@@ -67,17 +69,22 @@ def launch_int8_linear(
     config: Config | None = None,
 ) -> Tensor:
     """Fills `out`; arguments as checked by `op.int8_linear`. `config` None: by shape."""
-    config = fitting(config or choose_config(len(codes), len(weight), codes.shape[1]), out, residual)
+    if config is None:
+        count = architecture(out.device).num_multiprocessors
+        config = choose_config(len(codes), len(weight), num_multiprocessors=count)
+    config = fitting(config, out, residual)
     vectors = (token_scale, weight_scale, bias, gate)
-    _run(codes, weight, vectors, residual, out, gelu=activation is not None, config=config)
+    with launching(out, config.shared_kib):
+        _run(codes, weight, vectors, residual, out, gelu=activation is not None, config=config)
     return out
 
 
 def _run(
     codes: Tensor, weight: Tensor, vectors: Any, residual: Tensor | None, out: Tensor, *, gelu: bool, config: Config
 ) -> None:
+    found = architecture(out.device)
     num_tiles = triton.cdiv(len(codes), config.block_m) * triton.cdiv(len(weight), config.block_n)
-    num_programs = min(num_tiles, num_multiprocessors(out.device)) if config.persistent else num_tiles
+    num_programs = min(num_tiles, found.num_multiprocessors) if config.persistent else num_tiles
     part = [config.block_m, config.block_n // config.split]
     token_scale, weight_scale, bias, gate = vectors
     int8_linear_kernel[(num_programs,)](
@@ -98,7 +105,7 @@ def _run(
         GROUP=config.group,
         SPLIT=config.split,
         GELU=gelu,
-        FAST=out.dtype != torch.float32 and out.is_cuda,
+        FAST=out.dtype != torch.float32 and found.has_wgmma,  # PTX, tested there
         FLATTEN=config.flatten and config.persistent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -111,9 +118,3 @@ def fitting(config: Config, out: Tensor, residual: Tensor | None) -> Config:
     if widest == 2 or config.block_n < 128:
         return config
     return replace(config, split=4, num_stages=min(3, config.num_stages))
-
-
-@lru_cache(maxsize=16)
-def num_multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; in Triton's interpreter, on a CPU, any number does: 4."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

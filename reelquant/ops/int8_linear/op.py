@@ -6,21 +6,29 @@
 | implementation | where |
 |---|---|
 | `reference` | any device |
-| `triton` | CUDA from compute capability 9.0 (its tiles need the shared memory of Hopper); n and d multiples of 16 |
+| `triton` | Hopper (`NEEDS`); n and d multiples of 16 |
+
+Where the kernel does not run, `auto` multiplies by `torch._int_mm` on CUDA from capability 8.0 on, filled up to its shapes,
+with the reference's epilogue: exact, so the same numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from reelquant.ops.implementation import HOPPER, Implementation, takes_triton
+from reelquant.ops.architecture import Needs
+from reelquant.ops.implementation import Implementation, takes_int_mm, takes_triton
+from reelquant.ops.int8_linear.int_mm import integer_product_int_mm
 from reelquant.ops.int8_linear.reference import int8_linear_reference
 
-__all__ = ["Implementation", "int8_linear"]
+__all__ = ["NEEDS", "Implementation", "int8_linear"]
+
+NEEDS = Needs(("wgmma", "tma", "int8"), shared_kib=208)
 
 MULTIPLE = 16
 LARGEST_INPUTS = 131_071
@@ -77,6 +85,8 @@ def int8_linear(
         *_vector_problems(vectors, shape),
         *_device_problems({**rows, **vectors}, codes.device),
     ]
+    if residual is not None and _overlaps(residual, out):
+        problems.append("residual overlaps out without being the same rows: a tile would read what another has written")
     if codes.shape[1] > LARGEST_INPUTS:
         problems.append(f"d is {codes.shape[1]}; up to {LARGEST_INPUTS} inputs, int32 holds the sum")
     if activation not in (None, "gelu_tanh"):
@@ -85,10 +95,12 @@ def int8_linear(
         problems.append("a gate goes with a residual and without an activation")
     if problems:
         raise ValueError("; ".join(problems))
-    if takes_triton(implementation, codes.device, unsuited=_unsuited(rows), capability=HOPPER):
+    if takes_triton(implementation, codes.device, unsuited=_unsuited(rows), needs=NEEDS):
         from reelquant.ops.int8_linear.launch import launch_int8_linear
 
         run: Callable[..., Tensor] = launch_int8_linear
+    elif takes_int_mm(implementation, codes.device):
+        run = partial(int8_linear_reference, product=integer_product_int_mm)
     else:
         run = int8_linear_reference
     with torch.no_grad():
@@ -134,6 +146,31 @@ def _vector_problems(vectors: dict[str, Tensor | None], shape: tuple[int, int]) 
 def _device_problems(tensors: dict[str, Tensor | None], device: torch.device) -> list[str]:
     elsewhere = {name: str(x.device) for name, x in tensors.items() if x is not None and x.device != device}
     return [f"all tensors must be on {device} as codes is; elsewhere: {elsewhere}"] if elsewhere else []
+
+
+def _overlaps(residual: Tensor, out: Tensor) -> bool:
+    """Whether some element of `out` lies in memory of `residual`, unless at its own place in it."""
+    steps = zip(out.shape, residual.stride(), out.stride(), strict=True)
+    if residual.data_ptr() == out.data_ptr() and residual.dtype == out.dtype:
+        return any(size > 1 and a != b for size, a, b in steps)
+    if residual.device != out.device or residual.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return False
+    starts, ends = zip(*(_extent(x) for x in (residual, out)), strict=True)
+    if max(starts) >= min(ends):
+        return False
+    step = out.stride(0) * out.element_size()
+    if step != residual.stride(0) * residual.element_size() or step <= 0:
+        return True
+    # Rows a step apart: columns of one wider buffer, side by side, do not meet.
+    widths = [x.shape[1] * x.element_size() for x in (residual, out)]
+    apart = (out.data_ptr() - residual.data_ptr()) % step
+    return apart < widths[0] or apart + widths[1] > step
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """First byte of a matrix, and the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _unsuited(rows: dict[str, Tensor | None]) -> str | None:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.ops.architecture import launching
+
 
 @triton.jit
 def _normed_and_turned(pointers, inside, weight, cos, sin, eps, DIM: tl.constexpr, TOKENS: tl.constexpr):
@@ -19,7 +21,7 @@ def _normed_and_turned(pointers, inside, weight, cos, sin, eps, DIM: tl.constexp
     return x * cos + turned * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_video"])
 def _qk_norm_rope(
     qkv, q_weight, k_weight, text_q_weight, text_k_weight, cos_table, sin_table, stride, num_tokens, num_video, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
@@ -57,19 +59,20 @@ def launch_qk_norm_rope(
     num_stages: int = 1,
 ) -> Tensor:
     """Changes `qkv`; arguments as checked by `op.qk_norm_rope`. `tokens`: of a program."""
-    _qk_norm_rope[(triton.cdiv(len(qkv), tokens),)](
-        qkv,
-        *norm_weights,
-        *text_norm_weights,
-        *rotary,
-        qkv.stride(0),
-        len(qkv),
-        len(rotary[0]),
-        eps,
-        HEADS=num_heads,
-        DIM=len(norm_weights[0]),
-        TOKENS=tokens,
-        STAGES=num_stages,
-        num_warps=num_warps,
-    )
+    with launching(qkv):
+        _qk_norm_rope[(triton.cdiv(len(qkv), tokens),)](
+            qkv,
+            *norm_weights,
+            *text_norm_weights,
+            *rotary,
+            qkv.stride(0),
+            len(qkv),
+            len(rotary[0]),
+            eps,
+            HEADS=num_heads,
+            DIM=len(norm_weights[0]),
+            TOKENS=tokens,
+            STAGES=num_stages,
+            num_warps=num_warps,
+        )
     return qkv

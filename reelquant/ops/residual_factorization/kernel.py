@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.ops.architecture import architecture, launching
 from reelquant.ops.residual_factorization.reference import Factors, top_directions
 
 GRAM_TOKENS, PROJECTED_TOKENS = 32, 128
 """Tokens of a tile of either pass."""
-PROGRAMS = 132
-"""About so many programs share pass 1: one a multiprocessor of an H100."""
+GRAMS_KIB = 64
+"""Shared memory of a program of pass 1, at most; a test compiles it."""
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _known(old_rows, high, low, rows, L, rank, K: tl.constexpr, PRODUCT: tl.cons
     return tl.dot(u, high) + tl.dot(u, low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "tokens_of_part"])
 def _grams(
     dense, sparse, old_rows, old_directions, out,
     stride_dh, stride_dl, stride_sh, stride_sl, L, rank, tokens_of_part,
@@ -91,7 +92,7 @@ def _projected(x, directions, ds, ks, rank, PRODUCT: tl.constexpr):
     return tl.dot(x, high) + tl.dot(x, low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _project(
     dense, sparse, old_rows, old_directions, directions, change_directions, out, change_out,
     stride_dh, stride_dl, stride_sh, stride_sl, L, rank,
@@ -122,7 +123,9 @@ def launch_factorize_refresh(
     heads, length, d = dense.shape
     terms = 1 if before is None else 2
     old_rows, old_directions = (dense, dense) if before is None else (x.contiguous() for x in before)
-    parts = max(1, min(PROGRAMS // heads, triton.cdiv(length, GRAM_TOKENS)))
+    # About one program of pass 1 a multiprocessor.
+    programs = architecture(dense.device).num_multiprocessors
+    parts = max(1, min(programs // heads, triton.cdiv(length, GRAM_TOKENS)))
     tokens_of_part = triton.cdiv(triton.cdiv(length, parts), GRAM_TOKENS) * GRAM_TOKENS
     strides = (dense.stride(0), dense.stride(1), sparse.stride(0), sparse.stride(1))
     shape = {
@@ -132,16 +135,18 @@ def launch_factorize_refresh(
         "PRODUCT": tl.bfloat16 if dense.is_cuda else tl.float32,  # the interpreter multiplies no bf16
     }
     partial = torch.empty(terms, parts, heads, d, d, dtype=torch.float32, device=dense.device)
-    _grams[(parts, heads)](
-        dense, sparse, old_rows, old_directions, partial, *strides, length, rank, tokens_of_part,
-        BLOCK_L=GRAM_TOKENS, **shape, num_warps=8,
-    )  # fmt: skip
+    with launching(dense, GRAMS_KIB):
+        _grams[(parts, heads)](
+            dense, sparse, old_rows, old_directions, partial, *strides, length, rank, tokens_of_part,
+            BLOCK_L=GRAM_TOKENS, **shape, num_warps=8,
+        )  # fmt: skip
     gram = partial.sum(dim=1, dtype=torch.float64).flatten(0, 1)
     directions = top_directions(gram, rank, iterations).float().unflatten(0, (terms, heads)).contiguous()
     rows = torch.empty(terms, heads, length, rank, dtype=sparse.dtype, device=dense.device)
-    _project[(triton.cdiv(length, PROJECTED_TOKENS), heads)](
-        dense, sparse, old_rows, old_directions, directions[0], directions[-1], rows[0], rows[-1],
-        *strides, length, rank, BLOCK_L=PROJECTED_TOKENS, **shape, num_warps=8,
-    )  # fmt: skip
+    with launching(dense):
+        _project[(triton.cdiv(length, PROJECTED_TOKENS), heads)](
+            dense, sparse, old_rows, old_directions, directions[0], directions[-1], rows[0], rows[-1],
+            *strides, length, rank, BLOCK_L=PROJECTED_TOKENS, **shape, num_warps=8,
+        )  # fmt: skip
     found = [Factors(rows[i], directions[i]) for i in range(terms)]
     return found[0], found[1] if before is not None else None

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reelquant.ops.architecture import current_stream
+
 TILE_ROWS = 8192
 TILE_BYTES = 128 * 2**20
 """Heads of a refresh are worked on in groups of about this many bytes of float32, at least one head."""
@@ -100,7 +102,9 @@ def _gram(residual: Tensor, wide: torch.dtype) -> Tensor:
 def top_directions(gram: Tensor, rank: int, iterations: int) -> Tensor:
     """Orthonormal columns [H, D, k] that span the top eigenvectors of `gram`, in no order."""
     heads, d, _ = gram.shape
-    directions = _orthonormal(_orthonormal(_start(d, rank, gram.device).expand(heads, -1, -1)))
+    directions = _orthonormal(
+        _orthonormal(_start(d, rank, gram.device, current_stream(gram.device)).expand(heads, -1, -1))
+    )
     shifted = power = _shifted(gram)
     for iteration in range(iterations):
         if iteration and iteration % ITERATIONS_PER_POWER == 0:
@@ -114,7 +118,7 @@ def top_directions(gram: Tensor, rank: int, iterations: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _start(d: int, rank: int, device: torch.device) -> Tensor:
+def _start(d: int, rank: int, device: torch.device, _stream: int) -> Tensor:
     """float64 [D, k]: random, the same everywhere. Kept, because a copy to a GPU waits for all that the GPU has to do."""
     return torch.randn(d, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
 

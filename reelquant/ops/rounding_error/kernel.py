@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.ops.architecture import launching
 from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE
 from reelquant.quantization.quantizer import max_code
 
@@ -49,14 +50,15 @@ def _rounding_error(
 def launch_rounding_error(weight: Tensor, *, bits: int, out: Tensor, block: int = 1024, num_warps: int = 4) -> Tensor:
     """Fills `out`; arguments as checked by `op.rounding_error`. `block`: columns at a time."""
     num_rows, num_columns = weight.shape
-    _rounding_error[(num_rows,)](
-        weight,
-        out,
-        *weight.stride(),
-        num_columns,
-        LARGEST=max_code(bits),
-        BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    with launching(weight):
+        _rounding_error[(num_rows,)](
+            weight,
+            out,
+            *weight.stride(),
+            num_columns,
+            LARGEST=max_code(bits),
+            BLOCK=block,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )
     return out

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.ops.architecture import launching
+
 CODES_PER_UNIT = 16
 UNITS_PER_GROUP = 4
 KERNEL_BITS = (4, 6, 8)
@@ -95,15 +97,16 @@ def launch_expand_weight(
 ) -> Tensor:
     """Fills `out`; arguments as checked by `op.expand_weight`. `block`: units a program."""
     num_units = out.numel() // CODES_PER_UNIT
-    _expand[(triton.cdiv(num_units, block),)](
-        packed.view(torch.int32),
-        group_scale,
-        out.view(torch.int32),
-        num_units,
-        UNITS_PER_ROW=out.shape[1] // CODES_PER_UNIT,
-        GROUPS_PER_ROW=-(-out.shape[1] // (CODES_PER_UNIT * UNITS_PER_GROUP)),
-        BITS=bits,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
+    with launching(out):
+        _expand[(triton.cdiv(num_units, block),)](
+            packed.view(torch.int32),
+            group_scale,
+            out.view(torch.int32),
+            num_units,
+            UNITS_PER_ROW=out.shape[1] // CODES_PER_UNIT,
+            GROUPS_PER_ROW=-(-out.shape[1] // (CODES_PER_UNIT * UNITS_PER_GROUP)),
+            BITS=bits,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
     return out

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from reelquant.attention.residual_cache import ResidualCache
+from reelquant.ops.band_attention.reference import corrected
 from reelquant.ops.residual_factorization import reference
 
 
@@ -128,10 +129,34 @@ def test_rows_of_8_bits_are_near_those_of_16(dtype: torch.dtype) -> None:
     assert [(c.rows.dtype, c.directions.dtype) for c in corrections] == [(torch.int8, torch.float32)] * 2
 
 
+@pytest.mark.parametrize("length", [300, 512, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loud_token_costs_its_128_neighbours_alone(length: int, dtype: torch.dtype) -> None:
+    """With one scale for all tokens, 100 times louder ones cost the others 5 % of their energy."""
+    caches = [ResidualCache(1, 8, "constant", storage=storage) for storage in ("low_rank", "low_rank_int8")]
+    dense, sparse = drawn(0, 2, length, 64)
+    loud = length // 2
+    dense[:, loud] = sparse[:, loud] + 100 * (dense - sparse)[:, loud]
+    for cache in caches:
+        cache.refresh(0, dense.to(dtype), sparse.to(dtype))
+    exact, coded = (cache.correct(1, torch.zeros(2, length, 64)).double() for cache in caches)
+    others = torch.arange(length) // 128 != loud // 128
+    squared = (coded - exact).square()
+    if others.any():
+        assert float(squared[:, others].sum() / exact[:, others].square().sum()) < 2e-4
+    inside = ~others
+    assert float(squared[:, inside].sum() / exact[:, inside].square().sum()) < 1e-3
+    corrections = caches[1].corrections(1, torch.zeros(2, length, 64, dtype=dtype))
+    assert corrections is not None
+    [term] = corrections
+    assert term.row_scale is not None
+    torch.testing.assert_close(corrected(torch.zeros(2, length, 64), corrections).double(), coded, rtol=1e-5, atol=1e-5)
+
+
 def test_bytes() -> None:
     heads, length, dim, rank = 3, 100, 32, 4
     whole, factors = heads * length * dim * 2, heads * (length * rank * 2 + dim * rank * 4)
-    codes = heads * (length * rank + dim * rank * 4)
+    codes = heads * (length * rank + rank * 2 + dim * rank * 4)
     expected = {
         (1, None, "full"): (whole, whole),
         (1, rank, "full"): (whole, whole),

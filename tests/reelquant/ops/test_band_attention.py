@@ -129,7 +129,7 @@ def test_the_blocks_for_flex_attention_are_those_of_the_mask(layout: TokenLayout
     from reelquant.ops.band_attention.flex import BLOCK, band_block_mask
 
     width = min(width, layout.num_video - 1)
-    blocks = band_block_mask(layout.num_video, layout.num_tokens, width, "cpu")
+    blocks = band_block_mask(layout.num_video, layout.num_tokens, width, torch.device("cpu"), 0)
     mask, count = whole_mask(layout, width, "s"), -(-layout.num_tokens // BLOCK)
     assert blocks.kv_indices is not None
     assert blocks.full_kv_num_blocks is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import Correction, band_attention, dense_and_band_attention
+from reelquant.ops.band_attention.reference import SCALED_TOKENS
 from tests.reelquant.ops.test_band_attention import brute_force, qkv
 
 LAYOUTS = [TokenLayout(16, 9, 11, 60), TokenLayout(5, 11, 13, 9), TokenLayout(8, 7, 20, 300), TokenLayout(1, 31, 40, 0)]
@@ -38,7 +39,7 @@ def poisoned(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def drawn_corrections(like: Tensor, rank: int, *, num: int) -> list[Correction]:
-    """The second with int8 rows."""
+    """The second with int8 rows and their scales."""
     heads, tokens, head_dim = like.shape
     generator = torch.Generator().manual_seed(5)
     terms: list[Correction] = []
@@ -47,13 +48,21 @@ def drawn_corrections(like: Tensor, rank: int, *, num: int) -> list[Correction]:
         directions = torch.randn(heads, head_dim, rank, generator=generator).to(like.device)
         if terms:
             rows, directions = (30 * rows).round().to(torch.int8), directions / 30
-        terms.append(Correction(rows, directions, scale))
+            groups = -(-tokens // SCALED_TOKENS)
+            factors = torch.rand(heads, groups, rank, generator=generator).to(like.device, torch.bfloat16)
+            terms.append(Correction(rows, directions, scale, factors))
+        else:
+            terms.append(Correction(rows, directions, scale))
     return terms
 
 
 def plus(attention: Tensor, corrections: list[Correction]) -> Tensor:
     for term in corrections:
-        attention = attention + term.scale * (term.rows.double() @ term.directions.double().transpose(1, 2)).cpu()
+        rows = term.rows.double()
+        if term.row_scale is not None:
+            group = torch.arange(rows.shape[1], device=rows.device) // SCALED_TOKENS
+            rows = rows * term.row_scale.double()[:, group]
+        attention = attention + term.scale * (rows @ term.directions.double().transpose(1, 2)).cpu()
     return attention
 
 
@@ -136,6 +145,10 @@ def test_what_does_not_fit_is_refused() -> None:
         band_attention(q, k, v, out=torch.empty(2, 26, 8), **options)
     with pytest.raises(ValueError, match="out cannot be given where a gradient is needed"):
         band_attention(q.clone().requires_grad_(), k, v, out=torch.empty_like(q), **options)
+    codes, directions = torch.ones(2, 26, 4, dtype=torch.int8), torch.ones(2, 8, 4)
+    for factors in (torch.ones(2, 1, 4), torch.ones(2, 26, 4).bfloat16(), torch.ones(2, 1, 8).bfloat16()[..., ::2]):
+        with pytest.raises(ValueError, match="row_scale"):
+            band_attention(q, k, v, corrections=[Correction(codes, directions, row_scale=factors)], **options)
     bad = Correction(torch.ones(2, 26, 4), torch.ones(2, 8, 5))
     with pytest.raises(ValueError, match=r"directions \[2, 8, r\], got \(2, 26, 4\) and \(2, 8, 5\)"):
         band_attention(q, k, v, corrections=[bad], **options)
