@@ -20,9 +20,9 @@ from reelquant.ops.architecture import Architecture, architecture, launching
 from reelquant.ops.band_attention.launch import Load, Tile, descriptor, takes_tma
 
 TILES: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(128, 128, 8, 3), Tile(128, 128, 4, 3), Tile(256, 64, 8, 3), Tile(256, 128, 8, 3)),
+    64: (Tile(128, 128, 8, 3, shared_kib=65), Tile(128, 128, 4, 3), Tile(256, 64, 8, 3), Tile(256, 128, 8, 3)),
     128: (
-        Tile(128, 128, 8, 2),
+        Tile(128, 128, 8, 2, shared_kib=97),
         Tile(128, 64, 8, 4),
         Tile(256, 64, 8, 3),
         Tile(256, 128, 8, 3),

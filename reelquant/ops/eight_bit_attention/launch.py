@@ -39,13 +39,13 @@ class EightBitTile(Tile):
 
 TILES: dict[int, tuple[EightBitTile, ...]] = {
     64: (
-        EightBitTile(64, 128, 4, 3),
+        EightBitTile(64, 128, 4, 3, shared_kib=53),
         EightBitTile(64, 64, 4, 3),
         EightBitTile(128, 128, 8, 3),
         EightBitTile(128, 64, 8, 3),
     ),
     128: (
-        EightBitTile(64, 128, 4, 3),
+        EightBitTile(64, 128, 4, 3, shared_kib=105),
         EightBitTile(64, 128, 4, 2),
         EightBitTile(128, 128, 8, 3),
         EightBitTile(64, 64, 4, 3),
@@ -56,7 +56,10 @@ TILES: dict[int, tuple[EightBitTile, ...]] = {
     ),
 }
 """Head size -> tiles worth measuring, the default first. All compile for sm_90a with their products asynchronous and, but for
-the one with fewer registers (36 bytes), without spills. With 16-bit values take 64 columns."""
+the one with fewer registers (36 bytes), without spills."""
+
+SIXTEEN_BIT_TILE = EightBitTile(64, 64, 4, 3, shared_kib=81)
+"""For 16-bit values."""
 
 
 def quantize_keys_values_triton(
@@ -154,7 +157,7 @@ def _launch(
     kv, layout = keys_values, keys_values.layout
     heads, length, head_dim = kv.key_codes.shape
     eight_bit_values = kv.value_codes.dtype == torch.float8_e4m3fn
-    cut = tile or (TILES[head_dim][0] if eight_bit_values else EightBitTile(64, 64, 4, 3))
+    cut = tile or (TILES[head_dim][0] if eight_bit_values else SIXTEEN_BIT_TILE)
     out, dense = outs[0], outs[0] if outs[1] is None else outs[1]
     options: dict[str, Any] = {} if cut.registers is None else {"maxnreg": cut.registers}
     with launching(q, cut.shared_kib):

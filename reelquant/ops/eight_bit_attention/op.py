@@ -47,7 +47,7 @@ __all__ = [
     "quantize_keys_values",
 ]
 
-NEEDS = Needs(("wgmma", "tma", "int8", "e4m3"), shared_kib=98)
+NEEDS = Needs(("wgmma", "tma", "int8", "e4m3"), shared_kib=105)
 _TILE_ROWS = 256
 _RANKS = (16, 32, 64, 128)
 

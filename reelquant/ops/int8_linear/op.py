@@ -28,7 +28,7 @@ from reelquant.ops.int8_linear.reference import int8_linear_reference
 
 __all__ = ["NEEDS", "Implementation", "int8_linear"]
 
-NEEDS = Needs(("wgmma", "tma", "int8"), shared_kib=208)
+NEEDS = Needs(("wgmma", "tma", "int8"), shared_kib=209)
 
 MULTIPLE = 16
 LARGEST_INPUTS = 131_071

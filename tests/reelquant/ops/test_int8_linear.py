@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from reelquant.checkpoint.schema import LayerSpec
+from reelquant.ops.int8_linear import op
+from reelquant.ops.int8_linear.int_mm import integer_product_int_mm
 from reelquant.ops.int8_linear.op import int8_linear
 from reelquant.ops.int8_linear.reference import int8_linear_reference, integer_product
 from reelquant.quantization.input_transform import quantized_input
@@ -106,6 +108,50 @@ def test_the_sum_is_exact() -> None:
     codes, weight = (torch.randint(-128, 128, (m, 15_360), generator=generator).to(torch.int8) for m in (5, 7))
     codes[0], weight[0], codes[1], weight[1] = -128, -128, 127, -127
     assert torch.equal(integer_product(codes, weight).long(), codes.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "d", "n"), [(1, 1, 1), (16, 40, 19), (17, 16, 24), (33, 63, 65), (300, 3072, 80), (5, 15_360, 7)]
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_product_of_torch_is_the_reference(num_tokens: int, d: int, n: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(d)
+    codes = torch.randint(-128, 128, (num_tokens, d + 3), generator=generator).to(device, torch.int8)[:, 1 : d + 1]
+    weight = torch.randint(-128, 128, (n, d), generator=generator).to(device, torch.int8)
+    found = integer_product_int_mm(codes, weight)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, integer_product(codes, weight))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_the_epilogue_on_the_product_of_torch_gives_the_same_bits(
+    epilogue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = drawn(4099, 40, 19, seed=5)
+    call = arguments(inputs, epilogue, inputs.residual)
+    bias = call.pop("bias")
+    expected = int8_linear(*inputs[:4], bias, **call, implementation="reference")  # type: ignore[arg-type]
+    monkeypatch.setattr(op, "takes_int_mm", lambda _implementation, _device: True)
+    check_epilogue(inputs, epilogue, torch.float32, int8_linear)
+    assert torch.equal(int8_linear(*inputs[:4], bias, **call), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "another dtype"])
+def test_residual_and_out_may_not_meet_elsewhere_than_in_place(kind: str) -> None:
+    inputs = drawn(6, 32, 16)
+    joint = torch.zeros(7, 40)
+    out = joint[:6, :16]
+    residual = {
+        "rows": joint[1:, :16],
+        "columns": joint[:6, 8:24],
+        "another dtype": joint.view(torch.bfloat16)[:6, :16],
+    }
+    with pytest.raises(ValueError, match="residual overlaps out"):
+        int8_linear(*inputs[:4], residual=residual[kind], out=out)
+    for allowed in (joint[:6, 16:32], out, torch.zeros(6, 16)):
+        int8_linear(*inputs[:4], residual=allowed, out=out)
+    one = drawn(1, 32, 16)
+    int8_linear(*one[:4], residual=joint[:1, :16].as_strided((1, 16), (3, 1)), out=joint[:1, :16])
 
 
 def test_is_what_a_quantized_linear_computes() -> None:
