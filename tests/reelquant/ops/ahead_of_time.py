@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def eight_bit_case(tile: eight_bit.EightBitTile, head_dim: int, dtype: torch.dty
     eight_bit.eight_bit_dense_and_band_triton(q, kept, width=700, tile=tile)
 
 
-def column_sums_case(tile: column_sums.Tile, head_dim: int, load: band.Load) -> None:
+def column_sums_case(tile: band.Tile, head_dim: int, load: band.Load) -> None:
     q, k, _ = qkv(head_dim)
     column_sums.column_sums_triton(q, k, tiles=(tile, tile), load=load)
 
@@ -112,47 +113,29 @@ def factorization_case() -> None:
     factorization.launch_factorize_refresh(dense, dense, 16, before=before, iterations=1)
 
 
-HOPPER: dict[str, tuple[int, Callable[[], None]]] = {
-    **{
-        f"int8_linear {name}": (config.shared_kib, lambda c=config: linear_case(c))
-        for name, config in {"small": linear.SMALL, "medium": linear.MEDIUM, "large": linear.LARGE}.items()
-    },
-    **{
-        f"band {dim}": (tiles[0].shared_kib, lambda t=tiles[0], d=dim: band_case(t, d, "tma"))
-        for dim, tiles in band.TILES.items()
-    },
-    **{
-        f"int8_fp8 {dim}": (tiles[0].shared_kib, lambda t=tiles[0], d=dim: eight_bit_case(t, d, torch.float8_e4m3fn))
-        for dim, tiles in eight_bit.TILES.items()
-    },
-    "int8_16 128": (
-        eight_bit.SIXTEEN_BIT_TILE.shared_kib,
-        lambda: eight_bit_case(eight_bit.SIXTEEN_BIT_TILE, 128, torch.bfloat16),
-    ),
-    **{
-        f"column sums {dim}": (tiles[0].shared_kib, lambda t=tiles[0], d=dim: column_sums_case(t, d, "tma"))
-        for dim, tiles in column_sums.TILES.items()
-    },
-}
-"""What Hopper alone runs: case -> declared KiB of shared memory, and its launches."""
-ANY: dict[str, tuple[int, Callable[[], None]]] = {
-    **{
-        f"small band {dim}": (
-            band.SMALL_TILE.shared_kib,
-            lambda d=dim: band_case(band.SMALL_TILE, d, "pointers"),
-        )
-        for dim in (64, 128)
-    },
-    **{
-        f"small column sums {dim}": (
-            column_sums.SMALL_TILE.shared_kib,
-            lambda d=dim: column_sums_case(column_sums.SMALL_TILE, d, "pointers"),
-        )
-        for dim in (64, 128)
-    },
-    "factorization": (factorization.GRAMS_KIB, factorization_case),
-}
-"""What every GPU runs."""
+def cases_of_hopper() -> dict[str, tuple[int, Callable[[], None]]]:
+    """What Hopper alone runs: case -> declared KiB of shared memory, and its launches."""
+    found: dict[str, tuple[int, Callable[[], None]]] = {}
+    for name, config in {"small": linear.SMALL, "medium": linear.MEDIUM, "large": linear.LARGE}.items():
+        found[f"int8_linear {name}"] = (config.shared_kib, partial(linear_case, config))
+    for dim in (64, 128):
+        tile, wide, eight = band.TILES[dim][0], column_sums.TILES[dim][0], eight_bit.TILES[dim][0]
+        found[f"band {dim}"] = (tile.shared_kib, partial(band_case, tile, dim, "tma"))
+        found[f"column sums {dim}"] = (wide.shared_kib, partial(column_sums_case, wide, dim, "tma"))
+        found[f"int8_fp8 {dim}"] = (eight.shared_kib, partial(eight_bit_case, eight, dim, torch.float8_e4m3fn))
+    sixteen = eight_bit.SIXTEEN_BIT_TILE
+    found["int8_16 128"] = (sixteen.shared_kib, partial(eight_bit_case, sixteen, 128, torch.bfloat16))
+    return found
+
+
+def cases_of_all() -> dict[str, tuple[int, Callable[[], None]]]:
+    """What every GPU runs."""
+    found: dict[str, tuple[int, Callable[[], None]]] = {"factorization": (factorization.GRAMS_KIB, factorization_case)}
+    for dim in (64, 128):
+        tile, wide = band.SMALL_TILE, column_sums.SMALL_TILE
+        found[f"small band {dim}"] = (tile.shared_kib, partial(band_case, tile, dim, "pointers"))
+        found[f"small column sums {dim}"] = (wide.shared_kib, partial(column_sums_case, wide, dim, "pointers"))
+    return found
 
 
 def main() -> None:
@@ -166,9 +149,9 @@ def main() -> None:
 
     driver.set_active(Target(int(sys.argv[1])))
     JITFunction.run = compile_only
-    found = {}
+    cases, found = {**cases_of_hopper(), **cases_of_all()}, {}
     for name in sys.argv[2:]:
-        {**HOPPER, **ANY}[name][1]()
+        cases[name][1]()
         found[name], taken[:] = list(taken), []
     print(json.dumps(found))
 

@@ -112,7 +112,7 @@ def check_not_a_number(attention: Callable[..., Tensor], precision: Precision, b
     tensors = dict(zip("qkv", normed(SMALL, 2, 32, seed=3), strict=True))
     tensors[name] = tensors[name].clone()
     tensors[name][1, token, 7] = torch.nan
-    out = attention(**tensors, kinds="st", layout=SMALL, width=1000, precision=precision)
+    out = attention(*tensors.values(), kinds="st", layout=SMALL, width=1000, precision=precision)
     assert bool(out[0].isfinite().all()), broken
     concerned = out[1, token] if name == "q" else out[1] if name == "k" else out[1, :, 7]
     assert bool(concerned.isnan().all()), broken
@@ -134,7 +134,7 @@ def test_what_is_not_a_number_comes_out_so_of_the_kernels(precision: Precision) 
         tensors = dict(zip("qkv", normed(layout, 2, 64, seed=3, dtype=torch.bfloat16, device="cuda"), strict=True))
         tensors[name] = tensors[name].clone()
         tensors[name][1, token, 7] = torch.nan
-        out = band_attention(**tensors, kinds="st", layout=layout, width=10_000, precision=precision)
+        out = band_attention(*tensors.values(), kinds="st", layout=layout, width=10_000, precision=precision)
         concerned = out[1, token] if name == "q" else out[1] if name == "k" else out[1, :, 7]
         assert bool(concerned.isnan().all()), (name, token)
         assert bool(out[0].isfinite().all()), (name, token)
