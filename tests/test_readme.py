@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from pipeline.config.method import MethodConfig
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
+from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.noise_schedule import shifted_levels
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -95,6 +96,7 @@ def paragraphs(text: str) -> list[str]:
     return [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n- |\n#", "\n".join(lines)) if part.strip()]
 
 
+LEVELS = shifted_levels(50)
 NOMINAL = re.compile(r"\b(?:10|15|25|40) %[^.;:]*(?:attention|density|sparse step|band)|W4A8(?: and|,) \d+ %")
 EFFECTIVE = re.compile(r"effective|of (?:the|all|a schedule's) pairs|\(\d\d\.\d %")
 
@@ -121,10 +123,10 @@ def test_the_sparse_example_says_its_effective_density() -> None:
     attention = MethodConfig.model_validate(yaml.safe_load(example)["method"]).attention
     spec = SparseAttentionSpec(
         density=attention.density,
-        dense_steps=attention.dense_steps,
+        dense_above=dense_threshold(attention.dense_steps, LEVELS, refreshes=attention.residual.order > 0),
         interval=attention.interval,
         residual=ResidualSpec(**attention.residual.model_dump()),
     )
-    dense = sum(spec.is_dense(step, "block") for step in range(50))
-    effective = (dense + (50 - dense) * attention.density) / 50
+    num_sparse = spec.schedule(LEVELS).count("sparse")
+    effective = 1 - num_sparse / len(LEVELS) * (1 - attention.density)
     assert f"effective density here: {100 * effective:.0f} % of 50 steps" in example
