@@ -497,7 +497,7 @@ def test_cut_prompts_and_too_many_workers_are_notes(tmp_path: Path) -> None:
     config = small(tmp_path, "generation.max_sequence_length=4", "workers.num_workers=9")
     plan = plan_config(config)
     assert plan.problems == []
-    assert [note.split(" prompts have")[0] for note in plan.notes[:2]] == [
+    assert [note.split(" prompts ha")[0] for note in plan.notes[:2]] == [
         "prompts.calibration: 2 of 2", "prompts.held_out: 1 of 1",
     ]  # fmt: skip
     assert "workers.num_workers is 9, but this machine has room for 4" in plan.notes[2]
