@@ -301,7 +301,7 @@ def test_runs_in_a_bucket_have_what_they_share_as_copies(
     for key in ("study.html", "results.csv"):
         assert (tmp_path / f"study-{key}").read_bytes() == open_store(place).read(key)
     shown = CliRunner().invoke(app, ["status", place]).output
-    assert re.search(r"^seed-3/gptq-0\.1 +5 +- +distillation \?, assembly 1, evaluation 2$", shown, re.MULTILINE), shown
+    assert re.search(r"^seed-3/gptq-0\.1 +5 +- +distillation \?, assembly 1, evaluation 3$", shown, re.MULTILINE), shown
     assert "stopped: no driver" in shown
     assert "0 of 2 runs are finished." in shown
     with RunDirectory(place).lock():
