@@ -182,7 +182,7 @@ def test_a_poison_unit_is_set_aside_and_the_others_finish(tmp_path: Path) -> Non
         run([Unit("poison", ("exit", "poison")), *doubles(6)], tmp_path, events=recorder)
     assert caught.value.results == {f"double-{index}": 2 * index for index in range(6)}
     assert caught.value.failures["poison"].attempts == attempts(tmp_path, "poison") == 3
-    assert "the last word of poison" in str(caught.value)
+    assert "the last word of poison" in caught.value.details()
     assert [attempts(tmp_path, f"double-{index}") for index in range(6)] == [1] * 6
     assert [(attempt, will_retry) for _, attempt, _, will_retry in recorder.of("failed")] == [
         (1, True),
@@ -371,7 +371,7 @@ def test_gpus_are_shared_out_by_ray(tmp_path: Path) -> None:
 
 
 def test_a_worker_too_large_for_the_session_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a worker asks for 1 CPUs and 3 GPUs, this session has 4 and 2"):
+    with pytest.raises(ValueError, match="1 CPU and 3 GPUs, this session has 4 CPUs and 2 GPUs"):
         run(doubles(1), tmp_path, num_cpus=1, num_gpus=3)
 
 

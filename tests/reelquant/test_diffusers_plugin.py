@@ -210,7 +210,9 @@ def test_save_and_load_again(tiny_checkpoint: Path, tmp_path: Path, max_shard_si
     again = load(tmp_path, torch_dtype=torch.bfloat16)
     assert same_tensors(model, again)
     assert torch.equal(output(model), output(again))
-    assert verify_checkpoint(tmp_path).problems == []
+    # The transformer alone is no pipeline; nothing else is wrong with it.
+    [problem] = verify_checkpoint(tmp_path).problems
+    assert "model_index.json" in problem
     configs = [json.loads((path / "transformer" / "config.json").read_text()) for path in (tiny_checkpoint, tmp_path)]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
@@ -271,8 +273,11 @@ def test_names_every_tensor_that_is_missing_extra_or_wrong(own_checkpoint: Path)
         load(own_checkpoint)
     text = str(caught.value)
     problems = verify_checkpoint(own_checkpoint).problems
-    assert len(problems) == 9
-    assert all(problem in text for problem in problems)
+    about_weights = [problem for problem in problems if problem.startswith(("tensor ", "layer "))]
+    assert len(about_weights) == 9
+    assert all(problem in text for problem in about_weights)
+    # The changed file has another digest, too.
+    assert len(problems) == 10
     assert f"layer {BLOCK}.norm1.linear: is declared as quantized, but" in text
 
 
