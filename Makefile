@@ -6,8 +6,8 @@
 PYTHON ?= python3
 # Optional parts of pyproject.toml to install; add deepspeed for ZeRO-3 replicas. `make test` adds what only tests need.
 EXTRAS ?= application,dev
-# Two processes, to which tests/conftest.py deals out modules in their order. For a single process: make test PYTEST_ARGS=
-PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+# Three processes (many tests wait for others), to which tests/conftest.py deals out modules in their order. For a single process: make test PYTEST_ARGS=
+PYTEST_ARGS ?= -n 3 --dist loadgroup --no-loadscope-reorder
 # The run directory that configs/demo.yaml names.
 DEMO_RUN ?= runs/demo
 
