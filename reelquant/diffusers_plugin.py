@@ -29,8 +29,7 @@ from reelquant.checkpoint.schema import GROUP_SUFFIXES, LAYER_SUFFIXES, QUANT_ME
 from reelquant.families.family import family_of_architecture
 from reelquant.quantization.dequantization import dequantize_linear_layers, num_parameters
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
-from reelquant.runtime.attach import attach_runtime
-from reelquant.runtime.block_fusion import unfuse_blocks
+from reelquant.runtime.attach import attach_runtime, detach_runtime
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 
 logger = logging.get_logger(__name__)
@@ -171,8 +170,8 @@ class ReelquantQuantizer(DiffusersQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        """Gives `model` plain linear layers; sparse attention and the velocity correction stay until it is saved."""
-        unfuse_blocks(model)
+        """Makes `model` a plain one: linear layers, diffusers' attention, no protected steps and no velocity correction."""
+        detach_runtime(model)
         dequantize_linear_layers(model, model.dtype)  # type: ignore[arg-type]
         model.__dict__.pop("num_parameters", None)
         config: Any = model.config

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor, nn
 
 from reelquant.ops.band_attention.op import dense_attention
@@ -35,8 +36,10 @@ class CoreAttentionProcessor:
         self._register()
 
     def _register(self) -> None:
-        self._handle = next(_handles)
-        _processors[self._handle] = self
+        number = next(_handles)
+        # A tensor is an input of compiled code; a number would be a constant of it, and every block compiled anew.
+        self._handle = torch.tensor(number)
+        _processors[number] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {"core": self.core}
@@ -94,8 +97,8 @@ class CoreAttentionProcessor:
 
 
 @torch.library.custom_op("reelquant::attend", mutates_args=())
-def _attend_op(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, handle: int) -> Tensor:
-    return _processors[handle]._attend(query, key, value, mask).to(query.dtype).contiguous()
+def _attend_op(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, handle: Tensor) -> Tensor:
+    return _processors[int(handle)]._attend(query, key, value, mask).to(query.dtype).contiguous()
 
 
 @_attend_op.register_fake
@@ -103,12 +106,13 @@ def _(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def set_attention_core(block: nn.Module, core: AttentionCore) -> None:
-    """Makes `block` compute its attention with `core` from now on.
+def set_attention_core(block: nn.Module, core: AttentionCore | None) -> None:
+    """Makes `block` compute its attention with `core` from now on, as diffusers does if there is none.
 
     A core with a method `prepare` is given the `Conditioning` before every `call_block`.
     """
-    block.get_submodule("attn").set_processor(CoreAttentionProcessor(core))  # type: ignore[operator]
+    attention: Any = block.get_submodule("attn")
+    attention.set_processor(HunyuanVideoAttnProcessor2_0() if core is None else CoreAttentionProcessor(core))
 
 
 def prepare_core(block: nn.Module, conditioning: Any) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from reelquant.attention.sparse_attention import SparseAttention
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families.family import family_of_architecture
-from reelquant.runtime.block_fusion import fuse_blocks
+from reelquant.runtime.block_fusion import fuse_blocks, unfuse_blocks
 from reelquant.runtime.generation import GenerationTracker
 from reelquant.runtime.step_protection import protect_steps
 from reelquant.runtime.velocity_correction import correct_velocity
@@ -32,11 +35,11 @@ def attach_runtime(transformer: nn.Module, spec: QuantizationSpec) -> Generation
         return None
     family = family_of_architecture(architecture)
     tracker = GenerationTracker(family.noise_level)
-    tracker.begin_passes(transformer)
+    hooks = [tracker.begin_passes(transformer)]
     if spec.step_protection is not None:
-        protect_steps(transformer, spec.step_protection)
+        hooks += protect_steps(transformer, spec.step_protection)
     if spec.velocity_correction is not None:
-        correct_velocity(transformer, spec.velocity_correction)
+        hooks.append(correct_velocity(transformer, spec.velocity_correction))
     if spec.sparse_attention is not None:
         config = dict(transformer.config)  # type: ignore[arg-type]
         sparse = SparseAttention(spec.sparse_attention, architecture=architecture, config=config)
@@ -44,5 +47,19 @@ def attach_runtime(transformer: nn.Module, spec: QuantizationSpec) -> Generation
         for name in family.block_names(config):
             family.set_attention_core(transformer.get_submodule(name), partial(sparse.attend, name))
         transformer.sparse_attention = sparse  # type: ignore[assignment]
-    tracker.end_passes(transformer)
+    hooks.append(tracker.end_passes(transformer))
+    transformer.runtime_hooks = tuple(hooks)  # type: ignore[assignment]
     return tracker
+
+
+def detach_runtime(transformer: nn.Module) -> None:
+    """Takes away what `attach_runtime` gave: what is left computes what diffusers' own class does with its weights."""
+    unfuse_blocks(transformer)
+    hooks: Sequence[RemovableHandle] = transformer.__dict__.pop("runtime_hooks", ())
+    for hook in hooks:
+        hook.remove()
+    transformer.__dict__.pop("_reset_stateful_cache", None)
+    if transformer.__dict__.pop("sparse_attention", None) is not None:
+        family: Any = family_of_architecture(type(transformer).__name__)
+        for name in family.block_names(dict(transformer.config)):  # type: ignore[arg-type]
+            family.set_attention_core(transformer.get_submodule(name), None)

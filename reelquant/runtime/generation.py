@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +98,16 @@ class GenerationTracker:
         self._noise_level = state["_noise_level"]
         self._forget_all()
 
-    def begin_passes(self, transformer: nn.Module) -> None:
+    def begin_passes(self, transformer: nn.Module) -> RemovableHandle:
         """Begins every pass of `transformer` from now on, and ends generations with their pipeline's call."""
-        transformer.register_forward_pre_hook(self._before, with_kwargs=True)
         if hasattr(type(transformer), "_reset_stateful_cache"):
             # Pipelines of diffusers call it when they end.
             transformer._reset_stateful_cache = partial(_end_call, self, transformer)  # type: ignore[assignment]
+        return transformer.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def end_passes(self, transformer: nn.Module) -> None:
+    def end_passes(self, transformer: nn.Module) -> RemovableHandle:
         """Ends them; hooks that are registered in between see the current pass."""
-        transformer.register_forward_hook(self._after, always_call=True)
+        return transformer.register_forward_hook(self._after, always_call=True)
 
     @not_traced
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

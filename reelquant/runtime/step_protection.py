@@ -10,16 +10,20 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from reelquant.checkpoint.inference_specs import StepProtection
 from reelquant.quantization.input_transform import set_least_activation_bits
 from reelquant.runtime.generation import current_pass, not_traced
 
 
-def protect_steps(transformer: nn.Module, protection: StepProtection) -> None:
-    """Gives the quantized layers of `transformer` the protected steps' bits while such a step is at work in their thread."""
-    transformer.register_forward_pre_hook(partial(_raise_bits, protection))
-    transformer.register_forward_hook(_own_bits, always_call=True)
+def protect_steps(transformer: nn.Module, protection: StepProtection) -> tuple[RemovableHandle, RemovableHandle]:
+    """Gives the quantized layers of `transformer` the protected steps' bits while such a step is at work in their thread,
+    until the returned hooks are removed."""
+    return (
+        transformer.register_forward_pre_hook(partial(_raise_bits, protection)),
+        transformer.register_forward_hook(_own_bits, always_call=True),
+    )
 
 
 @not_traced

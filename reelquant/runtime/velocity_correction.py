@@ -10,14 +10,15 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.runtime.generation import current_pass, not_traced
 
 
-def correct_velocity(transformer: nn.Module, correction: VelocityCorrection) -> None:
-    """Applies `correction` to every output `[B, C, F, H, W]` of `transformer` from now on."""
-    transformer.register_forward_hook(partial(_corrected, correction))
+def correct_velocity(transformer: nn.Module, correction: VelocityCorrection) -> RemovableHandle:
+    """Applies `correction` to every output `[B, C, F, H, W]` of `transformer` until the returned hook is removed."""
+    return transformer.register_forward_hook(partial(_corrected, correction))
 
 
 @not_traced

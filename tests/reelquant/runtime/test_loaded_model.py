@@ -20,7 +20,9 @@ from torch import Tensor
 
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.checkpoint.writer import write_checkpoint
+from reelquant.runtime.attach import attach_runtime
 
 CPU = torch.device("cpu")
 SPARSE = SparseAttentionSpec(
@@ -191,6 +193,37 @@ def test_compiled_it_computes_the_same(checkpoint: Path, how: str) -> None:
         model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     assert torch.allclose(REQUESTS[0].run(model), expected, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()
+
+
+def test_blocks_of_a_kind_share_their_compiled_code(tiny_source: Path) -> None:
+    torch._dynamo.reset()
+    config = HunyuanVideoTransformer3DModel.load_config(tiny_source / "transformer")
+    torch.manual_seed(0)
+    model: Any = HunyuanVideoTransformer3DModel.from_config({**config, "num_layers": 4, "num_single_layers": 5}).eval()
+    spec = QuantizationSpec("W4A6", "test", layers={}, sparse_attention=SPARSE, velocity_correction=CORRECTION)
+    attach_runtime(model, spec)
+    expected = REQUESTS[0].run(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    # One code for the first shapes, one more for a part of them that changes; never one a block.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert torch.allclose(REQUESTS[0].run(model), expected, rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("duplicate", [None, copy.deepcopy, _pickled])
+def test_dequantized_it_is_what_it_saves(
+    checkpoint: Path, tmp_path: Path, duplicate: Callable[[Any], Any] | None
+) -> None:
+    model = load(checkpoint)
+    model = model if duplicate is None else duplicate(model)
+    model.dequantize()
+    model.save_pretrained(tmp_path / "transformer")
+    plain = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    # Weights read from a file are aligned otherwise.
+    assert torch.allclose(REQUESTS[0].run(model), REQUESTS[0].run(plain), rtol=1e-4, atol=1e-4)
+    assert not hasattr(model, "sparse_attention")
+    processors = {type(processor) for processor in model.attn_processors.values()}
+    assert processors == {type(processor) for processor in plain.attn_processors.values()}
 
 
 @pytest.mark.gpu
