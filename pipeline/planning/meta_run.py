@@ -13,6 +13,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
@@ -77,6 +78,26 @@ class MetaRun:
         self._live_bytes -= self._sizes.pop(key)
 
 
+@dataclass(frozen=True)
+class _Operation:
+    """What one operation gives and takes, for arguments of given shapes."""
+
+    made: tuple[torch.Size, tuple[int, ...], torch.dtype] | None
+    """Shape, strides and dtype of the new tensor, its only result; None where it gives something else."""
+    in_place: bool
+    """Whether it gives its first argument back."""
+    flops: float
+    counter: str
+    """Attribute of `MetaRun` that counts its `flops`."""
+    moved_bytes: int
+
+
+_operations: dict[Any, _Operation] = {}
+"""What is known of operations, for all counts of this process: torch's own functions for meta tensors are Python for the most
+part, and a block does the same operations many times."""
+MOST_OPERATIONS = 1 << 16
+
+
 class _Dispatch(TorchDispatchMode):
     def __init__(self, run: MetaRun) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,24 +106,52 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        given = kwargs or {}
+        key = (func, _description(args), _description(tuple(given.items())))
+        known = _operations.get(key)
+        if known is not None and known.made is not None:
+            shape, strides, dtype = known.made
+            out = torch.empty_strided(shape, strides, dtype=dtype, device=META)
+        elif known is not None and known.in_place:
+            out = args[0]
+        else:
+            out = func(*args, **given)
+        if known is None:
+            known = _counted(func, args, given, out)
+            if len(_operations) < MOST_OPERATIONS:
+                _operations[key] = known
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._run.see(leaf)
-        if (count := flop_registry.get(_out_of_place(func))) is not None:
-            flops = count(*args, **(kwargs or {}), out_val=out)
-            if "convolution" in func._schema.name:
-                self._run.convolution_flops += flops
-            elif cast(Tensor, out).itemsize > 2:
-                self._run.float32_flops += flops
-            else:
-                self._run.matrix_flops += flops
-        elif not _only_makes_room(func):
-            given = () if _only_writes(func) else (args, kwargs or {})
-            self._run.moved_bytes += sum(
-                _held_bytes(leaf) for leaf in tree_leaves((given, out)) if isinstance(leaf, Tensor)
-            )
+        setattr(self._run, known.counter, getattr(self._run, known.counter) + known.flops)
+        self._run.moved_bytes += known.moved_bytes
         return out
+
+
+def _description(argument: Any) -> Any:
+    """All of an argument on which the result of an operation on the meta device depends, as a key."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device.type
+    if isinstance(argument, tuple | list):
+        return tuple(map(_description, argument))
+    # Equal keys of other types give other dtypes: 1, 1.0 and True.
+    return type(argument), argument
+
+
+def _counted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> _Operation:
+    flops, counter, moved = 0.0, "matrix_flops", 0
+    if (count := flop_registry.get(_out_of_place(func))) is not None:
+        flops = count(*args, **kwargs, out_val=out)
+        if "convolution" in func._schema.name:
+            counter = "convolution_flops"
+        elif cast(Tensor, out).itemsize > 2:
+            counter = "float32_flops"
+    elif not _only_makes_room(func):
+        read = () if _only_writes(func) else (args, kwargs)
+        moved = sum(_held_bytes(leaf) for leaf in tree_leaves((read, out)) if isinstance(leaf, Tensor))
+    new = isinstance(out, Tensor) and all(result.alias_info is None for result in func._schema.returns)
+    made = (out.shape, out.stride(), out.dtype) if new and out.device == META else None
+    return _Operation(made, bool(args) and out is args[0], flops, counter, moved)
 
 
 def _out_of_place(func: Any) -> Any:
