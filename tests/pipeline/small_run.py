@@ -32,7 +32,7 @@ def small_run(folder: Path, **changes: Any) -> Path:
         "selection": {"num_samples": 3, "recorded_features": ["block_input", "weight_error"]},
         "method": {"preset": "s2q", "rotation_block": 64, "epochs": 2},
         "distillation": {"segment_length": 3},
-        "workers": {"num_workers": 2},
+        "workers": {"num_workers": 1},  # each takes 5 s of a CPU to start
         **changes,
     }  # fmt: skip
     path = folder / "run.yaml"

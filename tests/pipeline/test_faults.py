@@ -31,8 +31,9 @@ def head() -> Iterator[RayHead]:
 
 
 def half_of(finished: Path, folder: Path) -> tuple[str, Path]:
-    """Configuration and directory of the finished run as it was before the distillation."""
+    """Configuration, for one worker, and directory of the finished run as it was before the distillation."""
     config, run = copy_of(finished, folder), folder / "run"
+    config.write_text(config.read_text().replace("num_workers: 2", "num_workers: 1"))
     for stage in ("distillation", "assembly", "evaluation"):
         for record in Manifest(run).records(stage):
             Manifest(run).remove(stage, record.unit)

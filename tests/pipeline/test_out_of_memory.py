@@ -48,7 +48,7 @@ def test_short_memory_costs_no_byte_and_a_unit_that_cannot_be_done_keeps_only_it
     arguments = ("run", config, "--set", "prompts.num_calibration=1")
     limits = json.dumps({"s2q-segment-000": TIGHT, "s2q-segment-001": HOPELESS})
     limited = subprocess.run(
-        [sys.executable, "-m", "tests.workers.limited_pipeline", *arguments, "--set", "workers.num_workers=1"], cwd=ROOT,
+        [sys.executable, "-m", "tests.workers.limited_pipeline", *arguments], cwd=ROOT,
         env={**os.environ, **EXACT_MALLOC, LIMITS: limits}, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert limited.returncode == 1, limited.stdout + limited.stderr

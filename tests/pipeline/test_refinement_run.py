@@ -49,7 +49,6 @@ def refined_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compare=["rtn"],
         distillation={"segment_length": 2},
         selection={"num_samples": 6},
-        workers={"num_workers": 1},
     )
     (folder / "calibration.txt").write_text("".join(f"the digit {i} moving left\n" for i in range(4)))
     config = yaml.safe_load(path.read_text())

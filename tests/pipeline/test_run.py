@@ -90,7 +90,7 @@ print(sum(k.endswith("weight_packed") for k in first), "quantized")
 
 @pytest.mark.slow
 def test_one_worker_gives_the_bytes_of_two(finished_run: Path, tmp_path: Path) -> None:
-    done = call("run", str(small_run(tmp_path)), "--set", "workers.num_workers=1")
+    done = call("run", str(small_run(tmp_path)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert files(tmp_path / "run" / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
@@ -168,7 +168,7 @@ def worker_processes(driver: psutil.Process) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: Path) -> None:
-    config, run = small_run(tmp_path), tmp_path / "run"
+    config, run = small_run(tmp_path, workers={"num_workers": 2}), tmp_path / "run"
 
     def start() -> psutil.Popen:
         return psutil.Popen(command("run", str(config)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

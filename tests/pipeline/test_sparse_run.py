@@ -27,7 +27,7 @@ BLOCKS = [f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_b
 
 @pytest.mark.ray
 def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_path: Path) -> None:
-    done = call("run", str(small_run(tmp_path, method=METHOD, bits=BITS, workers={"num_workers": 1})))
+    done = call("run", str(small_run(tmp_path, method=METHOD, bits=BITS)))
     assert done.returncode == 0, done.stdout + done.stderr
     checkpoint = tmp_path / "run" / "checkpoint"
     stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]

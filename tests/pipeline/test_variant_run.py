@@ -26,7 +26,6 @@ def test_every_worker_takes_the_variant_and_the_checkpoint_is_plain(digits_model
         generation=generation,
         selection={"num_samples": 1},
         method={"preset": "rtn", "drift_repair": True, "velocity_correction": True},
-        workers={"num_workers": 1},
     )
     done = call("run", str(config), "--until", "assembly")
     assert done.returncode == 0, done.stdout + done.stderr
