@@ -130,8 +130,6 @@ def synchronize(device: torch.device) -> None:
 def run_ranks(options: argparse.Namespace, *, sharding: str, num_ranks: int, results: Path) -> list[dict[str, Any]]:
     """Starts a process a rank, each with a GPU of its own where there are GPUs, and reads what they found."""
     results.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     shared = ["--rank", "--folder", options.folder, "--results", results, "--sharding", sharding]
     shared += ["--offload", options.offload if sharding != "none" else "none", "--repeats", options.repeats]
     shared += ["--threads", options.threads, "--layout", *options.layout]
@@ -139,18 +137,22 @@ def run_ranks(options: argparse.Namespace, *, sharding: str, num_ranks: int, res
         shared += ["--offload-path", options.offload_path]
     gpus = visible_gpus(num_ranks) if torch.cuda.is_available() else None
     started = []
-    for rank in range(num_ranks):
-        place = {
-            "RANK": rank,
-            "WORLD_SIZE": num_ranks,
-            "LOCAL_RANK": 0,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        place |= {"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {}
-        environ = {**os.environ, **{name: str(value) for name, value in place.items()}}
-        arguments = [sys.executable, "-m", "benchmarks.sharded_forward", *map(str, shared)]
-        started.append(subprocess.Popen(arguments, env=environ))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address, port = server.getsockname()
+        for rank in range(num_ranks):
+            place = {
+                "RANK": rank,
+                "WORLD_SIZE": num_ranks,
+                "LOCAL_RANK": 0,
+                "MASTER_ADDR": address,
+                "MASTER_PORT": port,
+            }
+            place |= {"MASTER_LISTEN_FD": server.fileno()} if rank == 0 else {}
+            place |= {"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {}
+            environ = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            arguments = [sys.executable, "-m", "benchmarks.sharded_forward", *map(str, shared)]
+            held = [server.fileno()] if rank == 0 else []
+            started.append(subprocess.Popen(arguments, env=environ, pass_fds=held))
     try:
         while any(process.poll() is None for process in started):
             if any(process.poll() for process in started):  # the others wait for it

@@ -56,7 +56,8 @@ class LeanWorker(Worker, Protocol):
 
 class ReplicaWorker(Worker, Protocol):
     """The protocol of a worker class whose ranks hold something together. It finds its place as a program started by
-    `torchrun` does: in the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    `torchrun` does: in the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. In rank 0
+    MASTER_LISTEN_FD is the descriptor of the socket that listens there already."""
 
     def shadow(self, unit: Any, progress: Callable[[int, int], None], /) -> None:
         """Take part in rank 0's unit where there is none left for this rank: do what the others wait for, and write nothing."""
@@ -70,8 +71,8 @@ class Location:
     pid: int
     address: str
     """Of its node."""
-    free_port: int
-    """A port of that address which nobody used when it was asked."""
+    port: int | None
+    """Where the process listens for the ranks of its replica; None where it was not asked to."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Membership:
     address: str
     """Of rank 0's node."""
     port: int
-    """Where rank 0 is to listen."""
+    """Where rank 0 listens."""
 
     def environment(self) -> dict[str, str]:
         """As `torchrun` tells it. Ray shows every process its own GPU alone, so the local rank is 0."""
@@ -133,19 +134,29 @@ class UnitActor:
         self._worker: Any = None
         self._pulse = Pulse(serial=-1, count=0, done=0, total=0)
         self._work_thread = threading.get_ident()
+        self._listening: socket.socket | None = None
 
-    def locate(self) -> Location:
-        """Say where this process is; the first call, so its answer also says that the actor has a place."""
-        address = ray.util.get_node_ip_address()
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
+    def locate(self, *, listen: bool) -> Location:
+        """Say where this process is; the first call, so its answer also says that the actor has a place.
+
+        Args:
+            listen: the ranks of a replica are to meet here. From now on the port is this process's: nobody else can take it
+                before the worker answers there, which is a model's loading later.
+        """
+        address, port = ray.util.get_node_ip_address(), None
+        if listen:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            self._listening = socket.create_server((address, 0), family=family)
+            port = self._listening.getsockname()[1]
         return Location(ray.get_runtime_context().get_node_id(), os.getpid(), address, port)
 
     def load(self, worker_class: type[Worker], settings: Any, membership: Membership | None) -> Outcome:
         """Construct the worker, in place of the one before."""
         if membership is not None:
             os.environ.update(membership.environment())
+        if self._listening is not None:
+            os.environ["MASTER_LISTEN_FD"] = str(self._listening.detach())  # the worker's from here on
+            self._listening = None
 
         def construct() -> None:
             self._worker = None

@@ -8,7 +8,8 @@ EMPTY --start--> PLACING --all located--> LOADING --all loaded--> IDLE <--all an
 
 A replica's ranks hold one model together and wait for each other, so they live and die together: all are placed before any
 loads, each does a unit of a round, and when one fails all are ended. Their actors are in one placement group, on one node
-if one has room. Each generation of a replica meets at a new port of the node of its rank 0.
+if one has room. Each generation of a replica meets at a new port, on which its rank 0
+listens from the moment it has a place.
 """
 
 import enum
@@ -110,8 +111,8 @@ class WorkerSlot:
                 actor = _REMOTE_ACTOR.options(**resources, scheduling_strategy=place).remote()
                 self.ranks.append(Rank(f"{self.name}.{index}", actor, self._session))
         self._enter(SlotState.PLACING)
-        for rank in self.ranks:
-            rank.ask(rank.actor.locate.remote())
+        for index, rank in enumerate(self.ranks):
+            rank.ask(rank.actor.locate.remote(listen=index == 0 and not self.single))
 
     def take_place(self, rank: Rank, location: Location) -> None:
         """An actor has a place. When all have, construct the worker in each."""
@@ -122,8 +123,8 @@ class WorkerSlot:
         self._enter(SlotState.LOADING)
         for index, other in enumerate(self.ranks):
             membership = None
-            if self.recipe.num_ranks is not None:
-                membership = Membership(index, self.num_ranks, places[0].address, places[0].free_port)
+            if places[0].port is not None:
+                membership = Membership(index, self.num_ranks, places[0].address, places[0].port)
             other.ask(other.actor.load.remote(self.recipe.worker_class, self.recipe.settings, membership))
 
     def rest(self) -> None:

@@ -1,7 +1,8 @@
 """Joins the processes of a replica: the ranks that hold one sharded model together.
 
 Who started a rank has told it its place in the environment, as `torchrun` does: RANK and WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT of rank 0, and LOCAL_RANK, its device among those that it sees.
+MASTER_PORT of rank 0, and LOCAL_RANK, its device among those that it sees. Who holds rank 0's port hands it the listening
+socket as MASTER_LISTEN_FD, a descriptor; otherwise rank 0 opens the port now, and another program may have taken it meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ TIMEOUT = timedelta(minutes=10)
 """After so long a rank gives up waiting for another. Longer than one may be behind the other: reading text encoders from a slow
 disk, storing the stream of one block. A rank that dies is noticed by who started it, long before."""
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LISTENING = "MASTER_LISTEN_FD"
 
 
 def join_process_group(device: torch.device) -> torch.device:
@@ -53,11 +55,15 @@ def join_process_group(device: torch.device) -> torch.device:
 def _store(rank: int, world_size: int) -> TCPStore:
     """Rank 0's, which listens on MASTER_ADDR alone: by itself a store listens on every interface."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    listening = None
-    if rank == 0:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listening = socket.create_server((address, port), family=family).detach()
+    listening = _listening_socket(address, port).detach() if rank == 0 else None
     return TCPStore(address, port, world_size, rank == 0, timeout=TIMEOUT, master_listen_fd=listening)
+
+
+def _listening_socket(address: str, port: int) -> socket.socket:
+    descriptor = os.environ.pop(_LISTENING, None)  # it is the store's from now on
+    if descriptor is not None:
+        return socket.socket(fileno=int(descriptor))
+    return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
 
 
 def _stay_on_loopback(address: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from cluster.actor_pool import Unit, UnitsFailed, WorkersFailed, run_units
-from tests.cluster.sample_replicas import RankOrAlone, SampleReplica
+from tests.cluster.sample_replicas import JoiningRank, RankOrAlone, SampleReplica
 from tests.cluster.sample_workers import Settings
 from tests.cluster.test_actor_pool import Recorder, attempts, living_workers
 
@@ -95,6 +95,13 @@ def test_ranks_are_told_their_place_and_have_a_gpu_each(tmp_path: Path) -> None:
         assert first[name] == second[name] == value
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
     assert [group["state"] for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"] == []
+
+
+def test_nobody_can_take_the_port_before_the_ranks_meet_there() -> None:
+    units = [Unit(str(index), index) for index in range(3)]
+    results = run_units(JoiningRank, None, units, num_workers=1, num_ranks=2, num_cpus=0.5, stall_timeout_s=120.0)
+    held = "EADDRINUSE"
+    assert results == {"0": (held, [0, 1]), "1": (held, [0, 1]), "2": (held, [2, 2])}
 
 
 def test_several_replicas_work_at_once(tmp_path: Path) -> None:

@@ -24,19 +24,21 @@ NUM_RANKS = 2
 def run_ranks(*arguments: str, num_ranks: int = NUM_RANKS) -> None:
     """Runs a module on so many ranks, each with a GPU where there are GPUs; the output of those that fail is the error."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    place = {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            env={**os.environ, **place, "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
+        address, port = server.getsockname()
+        place = {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        held = [{"MASTER_LISTEN_FD": str(server.fileno())}] + [{}] * (num_ranks - 1)
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                cwd=ROOT,
+                env={**os.environ, **place, **held[rank], "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)},
+                pass_fds=[server.fileno()] if held[rank] else [],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(num_ranks)
+        ]
     try:
         outputs = [rank.communicate(timeout=250)[0] for rank in ranks]
     finally:
