@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers.quantizers.auto
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -26,6 +25,7 @@ from reelquant.checkpoint.older_versions import Schedule
 from reelquant.checkpoint.reader import disagreements, quantized_layers
 from reelquant.checkpoint.safetensors_file import read_header
 from reelquant.checkpoint.schema import GROUP_SUFFIXES, LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, TensorInfo
+from reelquant.diffusers_internals import ignored_keys, register_quantizer, remove_from_config
 from reelquant.families.family import family_of_architecture
 from reelquant.quantization.dequantization import dequantize_linear_layers, num_parameters
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
@@ -149,8 +149,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
         self._value_problems = []
         replace_linear_layers(model, self.quantization_config.spec.layers)
         self._layers = quantized_layers(model)
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        _refuse(disagreements(model, self._stored, ignored=ignored))
+        _refuse(disagreements(model, self._stored, ignored=ignored_keys(model)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         problems = self._value_problems
@@ -174,8 +173,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
         detach_runtime(model)
         dequantize_linear_layers(model, model.dtype)  # type: ignore[arg-type]
         model.__dict__.pop("num_parameters", None)
-        config: Any = model.config
-        model._internal_dict = type(config)({k: v for k, v in config.items() if k != "quantization_config"})
+        remove_from_config(model, "quantization_config")
         return model
 
     def get_state_dict_and_metadata(
@@ -203,8 +201,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
 
 def register() -> None:
     """Makes the checkpoint format known to diffusers; calling it again changes nothing."""
-    diffusers.quantizers.auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = ReelquantQuantizer
-    diffusers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = ReelquantConfig
+    register_quantizer(QUANT_METHOD, ReelquantQuantizer, ReelquantConfig)
 
 
 def _refuse(problems: list[str]) -> None:

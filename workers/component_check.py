@@ -28,6 +28,7 @@ from reelquant.checkpoint.pipeline_files import (
     weight_map,
 )
 from reelquant.checkpoint.safetensors_file import ScannedFile, scan_file
+from reelquant.diffusers_internals import optional_components
 from workers.generation import CALL_ARGUMENTS
 
 _SHOWN_TENSORS = 8
@@ -126,7 +127,7 @@ def _lacking_components(model: Path) -> list[str]:
         return []
     parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
     needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    lacking = needed - set(read_components(model)) - set(pipeline_class._optional_components) - set(_PLANNED)
+    lacking = needed - set(read_components(model)) - optional_components(pipeline_class) - set(_PLANNED)
     name = pipeline_class.__name__
     return [f"{model / MODEL_INDEX}: names no {part}, which {name} needs" for part in sorted(lacking)]
 

@@ -1,7 +1,7 @@
 """A transformer sharded by FSDP2: every parameter is cut along its first axis, a rank reads its own part from the files.
 
-Built without weights, wrapped by accelerate, given memory for its shards, loaded in place by torch.distributed.checkpoint: a
-rank's memory is its shards and, while the model runs, one gathered block and the next.
+Built without weights, cut as accelerate's plugin says, given memory for its shards, loaded in place by
+torch.distributed.checkpoint: a rank's memory is its shards and, while the model runs, one gathered block and the next.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 from accelerate import FullyShardedDataParallelPlugin, init_empty_weights
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from reelquant.diffusers_internals import float32_modules, no_initial_weights, unsplit_classes
 from workers.model_source import weight_files
 
 
@@ -55,26 +53,26 @@ def open_fsdp(
 
 
 def wrap(model: nn.Module, *, offload: bool) -> None:
-    """Cuts `model` in place into one unit for each block, as its class names them, and one for the rest."""
+    """Cuts `model` in place into one unit for each block, as its class names them, and one for the rest.
+
+    Accelerate's plugin says which modules are blocks and how they are held. `Accelerator.prepare` would cut them too, but
+    has FSDP on GPUs alone, wants an optimizer, and is global to the process.
+    """
     classes = {type(module).__name__ for module in model.modules()}
-    unsplit: Any = model._no_split_modules
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=sorted(classes & set(unsplit or ())),
+        transformer_cls_names_to_wrap=sorted(classes & unsplit_classes(model)),
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
         cpu_offload=offload,
     )
-    # accelerate's own Accelerator has FSDP on GPUs alone, and is global to the process.
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=False
-    )
-    sharded = fsdp2_prepare_model(accelerator, model)
-    assert isinstance(sharded, FSDPModule)
-    sharded.set_reshard_after_forward(
-        True
-    )  # of the root and the last layers too, for which FSDP expects a backward pass
+    plugin.set_auto_wrap_policy(model)
+    is_block: Any = plugin.auto_wrap_policy
+    blocks = [module for module in model.modules() if is_block(module=module, recurse=False, nonwrapped_numel=0)]
+    for module in (*reversed(blocks), model):  # what is inside another comes before it
+        # After the root's forward pass too: left to itself, FSDP expects a backward pass and keeps it whole.
+        fully_shard(module, reshard_after_forward=True, offload_policy=plugin.cpu_offload)
 
 
 def reshard(model: nn.Module) -> None:
@@ -88,9 +86,9 @@ def build_without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model of `folder/config.json`: parameters on the meta device, buffers with their values, as diffusers builds it."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model_class = getattr(diffusers, config["_class_name"])
-    with _default_dtype(dtype), no_init_weights(), init_empty_weights():
+    with _default_dtype(dtype), no_initial_weights(), init_empty_weights():
         model: nn.Module = model_class.from_config(config)
-    kept = set(model_class._keep_in_fp32_modules or ())
+    kept = float32_modules(model_class)
     for name, parameter in model.named_parameters():
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()

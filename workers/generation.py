@@ -10,6 +10,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from reelquant.diffusers_internals import execution_device
 from workers.messages import Generation, Progress
 
 CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type", "callback_on_step_end")
@@ -36,7 +37,7 @@ def generate(
     Args:
         decode: without it, the result has no video.
     """
-    device = pipeline._execution_device
+    device = execution_device(pipeline)
     latents = randn_tensor(
         latent_shape(pipeline, generation), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
     ).to(device)

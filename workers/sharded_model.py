@@ -3,7 +3,7 @@
 | `Sharding.kind` | the transformer | its other components |
 |---|---|---|
 | `none` | whole, on the device | on the device |
-| `fsdp` | `workers.fsdp_model`: PyTorch's FSDP2, wrapped by accelerate | whole on every rank |
+| `fsdp` | `workers.fsdp_model`: PyTorch's FSDP2, as accelerate's plugin says | whole on every rank |
 | `deepspeed` | `workers.zero3_model`: ZeRO-3; shards on the device, in host memory or on NVMe | whole on every rank |
 
 Every rank runs its own batch, and gathers one block at a time from all. So all ranks must run the same number of forward

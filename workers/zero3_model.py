@@ -15,10 +15,10 @@ import deepspeed
 import diffusers
 import torch
 import torch.distributed as dist
-from diffusers.models.modeling_utils import no_init_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from reelquant.diffusers_internals import no_initial_weights
 from workers.fsdp_model import build_without_weights, check_tensors
 from workers.messages import Sharding
 from workers.model_source import weight_files
@@ -42,7 +42,7 @@ def open_zero3(
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     model_configuration: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model_class = getattr(diffusers, model_configuration["_class_name"])
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=configuration):
+    with no_initial_weights(), deepspeed.zero.Init(config_dict_or_path=configuration):
         model: nn.Module = model_class.from_config(model_configuration)
     model.requires_grad_(False).eval()
     with _tensors(folder, variant) as tensors:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from reelquant.diffusers_internals import execution_device
+
 BLOCKS = r"(single_)?transformer_blocks\..*"
 OUTSIDE_BLOCKS = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 GROUP_SIZE = 64
@@ -197,7 +199,7 @@ def _loaded_with(opened: Opened, quantization_config: Any) -> Any:
             local_files_only=True,
             use_safetensors=True,
         )
-        .to(pipeline._execution_device)
+        .to(execution_device(pipeline))
     )
     return pipeline
 

@@ -20,6 +20,7 @@ from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files
 from reelquant.checkpoint.reader import TRANSFORMER, disagreements, quantized_layers, read_config, read_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, layer_digest
+from reelquant.diffusers_internals import ignored_keys
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.quantization.quantizer import max_code
@@ -105,8 +106,7 @@ def _check_transformer(report: VerificationReport, folder: Path) -> None:
         report.problems.append(str(error))
         return
     infos = {name: tensor.info for name, tensor in stored.items()}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    report.problems += disagreements(model, infos, ignored=ignored)
+    report.problems += disagreements(model, infos, ignored=ignored_keys(model))
     if report.problems:
         return
     _count(report, model, stored)

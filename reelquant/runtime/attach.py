@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reelquant.attention.sparse_attention import SparseAttention
 from reelquant.checkpoint.schema import QuantizationSpec
+from reelquant.diffusers_internals import not_at_end_of_call
 from reelquant.families.family import family_of_architecture
 from reelquant.runtime.block_fusion import fuse_blocks, unfuse_blocks
 from reelquant.runtime.generation import GenerationTracker
@@ -58,7 +59,7 @@ def detach_runtime(transformer: nn.Module) -> None:
     hooks: Sequence[RemovableHandle] = transformer.__dict__.pop("runtime_hooks", ())
     for hook in hooks:
         hook.remove()
-    transformer.__dict__.pop("_reset_stateful_cache", None)
+    not_at_end_of_call(transformer)
     if transformer.__dict__.pop("sparse_attention", None) is not None:
         family: Any = family_of_architecture(type(transformer).__name__)
         for name in family.block_names(dict(transformer.config)):  # type: ignore[arg-type]

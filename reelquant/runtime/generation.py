@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from reelquant.diffusers_internals import at_end_of_call
+
 logger = logging.getLogger(__name__)
 
 MOST_STATES = 8
@@ -100,9 +102,7 @@ class GenerationTracker:
 
     def begin_passes(self, transformer: nn.Module) -> RemovableHandle:
         """Begins every pass of `transformer` from now on, and ends generations with their pipeline's call."""
-        if hasattr(type(transformer), "_reset_stateful_cache"):
-            # Pipelines of diffusers call it when they end.
-            transformer._reset_stateful_cache = partial(_end_call, self, transformer)  # type: ignore[assignment]
+        at_end_of_call(transformer, self.end_call)
         return transformer.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def end_passes(self, transformer: nn.Module) -> RemovableHandle:
@@ -179,11 +179,6 @@ def _drop(tracker: weakref.ref[GenerationTracker], key: tuple[int, int], dead: w
     known = None if alive is None else alive._states.get(key)
     if alive is not None and known is not None and known[0] is dead:
         alive._states.pop(key, None)
-
-
-def _end_call(tracker: GenerationTracker, transformer: Any, *args: Any, **kwargs: Any) -> None:
-    tracker.end_call()
-    type(transformer)._reset_stateful_cache(transformer, *args, **kwargs)
 
 
 @lru_cache(maxsize=16)

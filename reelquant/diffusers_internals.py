@@ -1,0 +1,90 @@
+"""Private interfaces of diffusers that this project uses, where diffusers has no public one. The tests of this file say what
+has changed when a new version of diffusers behaves differently. Of accelerate only public interfaces are used.
+
+| interface | used for |
+|---|---|
+| `quantizers.auto.AUTO_QUANTIZER_MAPPING`, `AUTO_QUANTIZATION_CONFIG_MAPPING` | making the checkpoint format known |
+| `ConfigMixin._internal_dict` | taking `quantization_config` out of a dequantized model's configuration |
+| `ModelMixin._keys_to_ignore_on_load_unexpected` | tensors of a file that a model has no place for |
+| `ModelMixin._keep_in_fp32_modules`, `_no_split_modules` | dtypes and blocks of a sharded model |
+| `modeling_utils.no_init_weights` | building a model without drawing weights |
+| `CacheMixin._reset_stateful_cache` | seeing a pipeline's call end |
+| `DiffusionPipeline._execution_device` | drawing noise where an offloaded pipeline runs |
+| `DiffusionPipeline._optional_components` | components that a pipeline can do without |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def register_quantizer(method: str, quantizer: type, config: type) -> None:
+    """Makes a quantization method known to `from_pretrained`; calling it again changes nothing."""
+    from diffusers.quantizers import auto
+
+    auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+
+
+def remove_from_config(model: nn.Module, key: str) -> None:
+    """Takes `key` out of the model's configuration; other models of the same configuration keep it."""
+    config: Any = model.config
+    model._internal_dict = type(config)({name: value for name, value in config.items() if name != key})  # type: ignore[assignment]
+
+
+def ignored_keys(model: nn.Module) -> tuple[str, ...]:
+    """Patterns of tensor names that a file may hold although the model has no place for them."""
+    return tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+def float32_modules(model_class: type) -> frozenset[str]:
+    """Parts of parameter names that `from_pretrained` keeps in float32, whatever the dtype of the model."""
+    found: Any = model_class
+    return frozenset(found._keep_in_fp32_modules or ())
+
+
+def unsplit_classes(model: nn.Module) -> frozenset[str]:
+    """Names of the classes of `model`'s blocks: modules that stay on one device as a whole."""
+    found: Any = model
+    return frozenset(found._no_split_modules or ())
+
+
+def no_initial_weights() -> AbstractContextManager[None]:
+    """Models built inside it draw no weights."""
+    from diffusers.models.modeling_utils import no_init_weights
+
+    context: AbstractContextManager[None] = no_init_weights()
+    return context
+
+
+def at_end_of_call(transformer: nn.Module, callback: Callable[[], None]) -> None:
+    """Calls `callback` whenever a pipeline's call with `transformer` ends, for models that pipelines tell so."""
+    if hasattr(type(transformer), "_reset_stateful_cache"):
+        transformer._reset_stateful_cache = partial(_end_call, callback, transformer)  # type: ignore[assignment]
+
+
+def not_at_end_of_call(transformer: nn.Module) -> None:
+    """Takes back what `at_end_of_call` did."""
+    transformer.__dict__.pop("_reset_stateful_cache", None)
+
+
+def _end_call(callback: Callable[[], None], transformer: Any, *args: Any, **kwargs: Any) -> None:
+    callback()
+    type(transformer)._reset_stateful_cache(transformer, *args, **kwargs)
+
+
+def execution_device(pipeline: Any) -> torch.device:
+    """The device on which `pipeline` runs; its components may wait on another."""
+    device: torch.device = pipeline._execution_device
+    return device
+
+
+def optional_components(pipeline_class: Any) -> frozenset[str]:
+    """Names of the components that a pipeline may be without."""
+    return frozenset(pipeline_class._optional_components)

@@ -1,0 +1,157 @@
+"""Canaries: each fails when diffusers changes a private interface that this project uses, and says which."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers.quantizers import auto
+from torch import nn
+
+from reelquant import diffusers_internals
+from reelquant.diffusers_internals import (
+    at_end_of_call,
+    execution_device,
+    float32_modules,
+    ignored_keys,
+    no_initial_weights,
+    optional_components,
+    register_quantizer,
+    remove_from_config,
+    unsplit_classes,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("reelquant", "workers", "pipeline", "cluster", "storage", "benchmarks", "tools")
+WAN: dict[str, Any] = {
+    "num_attention_heads": 1, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 8,
+    "ffn_dim": 8, "num_layers": 1, "cross_attn_norm": True,
+}  # fmt: skip
+HUNYUAN: dict[str, Any] = {
+    "num_attention_heads": 1, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 1,
+    "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 8, "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 4, 4),
+}  # fmt: skip
+
+
+def changed(interface: str) -> str:
+    return f"diffusers {diffusers.__version__} has changed {interface}: mend {diffusers_internals.__file__}"
+
+
+@pytest.fixture(scope="module")
+def wan() -> WanTransformer3DModel:
+    return WanTransformer3DModel(**WAN)
+
+
+def hunyuan_pipeline() -> HunyuanVideoPipeline:
+    components = dict.fromkeys(("text_encoder", "tokenizer", "vae", "scheduler", "text_encoder_2", "tokenizer_2"))
+    return HunyuanVideoPipeline(transformer=HunyuanVideoTransformer3DModel(**HUNYUAN), **components)  # type: ignore[arg-type]
+
+
+def test_the_tables_of_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Config:
+        def __init__(self, quant_method: str) -> None:
+            self.quant_method = quant_method
+
+        @classmethod
+        def from_dict(cls, values: dict[str, str]) -> "Config":
+            return cls(**values)
+
+    class Quantizer:
+        def __init__(self, config: Config, **_: Any) -> None:
+            self.config = config
+
+    tables = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
+    for table in tables:
+        monkeypatch.setattr(auto, table, dict(getattr(auto, table, {})))
+    register_quantizer("canary", Quantizer, Config)
+    found: Any = auto.DiffusersAutoQuantizer.from_config({"quant_method": "canary"})  # type: ignore[arg-type]
+    assert type(found) is Quantizer, changed(" and ".join(tables))
+    assert type(found.config) is Config, changed(tables[1])
+
+
+def test_the_configuration_of_a_model() -> None:
+    model, other = (WanTransformer3DModel(**WAN) for _ in range(2))
+    for each in (model, other):
+        each.register_to_config(quantization_config={"quant_method": "canary"})
+    remove_from_config(model, "quantization_config")
+    assert "quantization_config" not in model.config, changed("ConfigMixin._internal_dict")
+    assert "quantization_config" not in model.to_json_string(), changed("ConfigMixin._internal_dict")
+    assert model.config.ffn_dim == WAN["ffn_dim"], changed("ConfigMixin._internal_dict")
+    assert "quantization_config" in other.config
+
+
+def test_keys_without_a_place(tmp_path: Path) -> None:
+    interface = "ModelMixin._keys_to_ignore_on_load_unexpected"
+    extended = WanTransformer3DModel(**WAN)
+    assert ignored_keys(extended) == ("norm_added_q",), changed(interface)
+    assert ignored_keys(hunyuan_pipeline().transformer) == ()
+    for name in ("norm_added_q", "canary"):
+        extended.register_parameter(name, nn.Parameter(torch.zeros(1)))
+    extended.save_pretrained(tmp_path)
+    _, found = WanTransformer3DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert found["unexpected_keys"] == ["canary"], changed(interface)
+
+
+def test_modules_kept_in_float32(tmp_path: Path, wan: WanTransformer3DModel) -> None:
+    wan.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    kept = {name for name, parameter in loaded.named_parameters() if parameter.dtype == torch.float32}
+    expected = {name for name, _ in loaded.named_parameters() if float32_modules(type(wan)) & set(name.split("."))}
+    assert expected, changed("ModelMixin._keep_in_fp32_modules")
+    assert kept == expected, changed("ModelMixin._keep_in_fp32_modules")
+    assert float32_modules(HunyuanVideoTransformer3DModel) == frozenset()
+
+
+def test_classes_of_blocks(wan: nn.Module) -> None:
+    for model, blocks in (
+        (wan, {"WanTransformerBlock"}),
+        (hunyuan_pipeline().transformer, {"HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"}),
+    ):
+        classes = {type(module).__name__ for module in model.modules()}
+        assert blocks <= classes & unsplit_classes(model), changed("ModelMixin._no_split_modules")
+
+
+def test_models_without_drawn_weights() -> None:
+    before = torch.get_rng_state()
+    with no_initial_weights():
+        nn.Linear(3, 3)
+        nn.Conv3d(1, 2, 3)
+    assert torch.equal(torch.get_rng_state(), before), changed("modeling_utils.no_init_weights")
+    nn.Linear(3, 3)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_end_of_a_call() -> None:
+    pipeline, calls = hunyuan_pipeline(), []
+    at_end_of_call(pipeline.transformer, lambda: calls.append("end"))
+    pipeline.maybe_free_model_hooks()  # all pipelines of diffusers end with it
+    assert calls == ["end"], changed("CacheMixin._reset_stateful_cache")
+
+
+def test_the_device_of_a_pipeline() -> None:
+    assert execution_device(hunyuan_pipeline()) == torch.device("cpu"), changed("DiffusionPipeline._execution_device")
+
+
+def test_components_that_may_be_absent() -> None:
+    interface = "DiffusionPipeline._optional_components"
+    assert optional_components(DiffusionPipeline) == frozenset(), changed(interface)
+    assert "transformer_2" in optional_components(diffusers.WanPipeline), changed(interface)
+
+
+def test_no_other_file_uses_them() -> None:
+    text = Path(diffusers_internals.__file__).read_text(encoding="utf-8")
+    table = "\n".join(re.findall(r"^\| (.*) \|.*\|$", text, re.M))
+    names = set(re.findall(r"\b(_[a-z0-9_]+|AUTO_[A-Z_]+|no_init_weights)\b", table))
+    assert {"_internal_dict", "AUTO_QUANTIZER_MAPPING", "no_init_weights"} <= names
+    used = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path != Path(diffusers_internals.__file__)
+        for name in names & set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    }
+    assert used == set()
