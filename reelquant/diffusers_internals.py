@@ -35,7 +35,7 @@ def register_quantizer(method: str, quantizer: type, config: type) -> None:
 def remove_from_config(model: nn.Module, key: str) -> None:
     """Takes `key` out of the model's configuration; other models of the same configuration keep it."""
     config: Any = model.config
-    model._internal_dict = type(config)({name: value for name, value in config.items() if name != key})  # type: ignore[assignment]
+    model._internal_dict = type(config)({name: value for name, value in config.items() if name != key})
 
 
 def ignored_keys(model: nn.Module) -> tuple[str, ...]:

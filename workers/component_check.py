@@ -24,6 +24,7 @@ from reelquant.checkpoint.pipeline_files import (
     list_files,
     read_components,
     read_json,
+    transformer_names,
     variant_of,
     weight_map,
 )
@@ -75,7 +76,9 @@ def component_problems(model: Path, *, variant: str | None) -> tuple[list[str], 
             problems.append(f"{weights[name]} cannot be read (truncated or damaged): {error}")
             continue
         checksums[name] = found.sha256
-    for name, (library, class_name) in read_components(model).items():
+    components = read_components(model)
+    transformers = transformer_names(components)
+    for name, (library, class_name) in components.items():
         folder = model / name
         if not folder.is_dir() or any(f"{folder}{end}" in problem for problem in problems for end in "/: "):
             continue  # its loader would say the same in other words
@@ -85,7 +88,7 @@ def component_problems(model: Path, *, variant: str | None) -> tuple[list[str], 
         if is_model(library, class_name):
             own = {path: file for path, file in scanned.items() if path.parent == folder}
             problems += _index_problems(folder, library, variant, own)
-            problems += _tensor_problems(component_class, folder, variant, own, strict=name == "transformer")
+            problems += _tensor_problems(component_class, folder, variant, own, strict=name in transformers)
         else:
             problems += _settings_problems(component_class, folder)
     problems += [
@@ -99,7 +102,7 @@ def component_problems(model: Path, *, variant: str | None) -> tuple[list[str], 
 def _pipeline_problems(model: Path, components: Mapping[str, tuple[str, str]]) -> list[str]:
     """Whether the pipeline's class exists and can be called as a run calls it, and whether there is a model in it."""
     index = model / MODEL_INDEX
-    pipeline_class = _pipeline_class(model)
+    pipeline_class = pipeline_class_of(model)
     if pipeline_class is None:
         name = read_json(index).get("_class_name")
         return [f"{index}: _class_name is {name!r}: diffusers {diffusers.__version__} has no such pipeline"]
@@ -114,7 +117,8 @@ def _pipeline_problems(model: Path, components: Mapping[str, tuple[str, str]]) -
     return problems
 
 
-def _pipeline_class(model: Path) -> Any:
+def pipeline_class_of(model: Path) -> Any:
+    """The pipeline's class by its index; None where diffusers has none of that name."""
     name = read_json(model / MODEL_INDEX).get("_class_name")
     found: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline) else None
@@ -122,7 +126,7 @@ def _pipeline_class(model: Path) -> Any:
 
 def _lacking_components(model: Path) -> list[str]:
     """Components that the pipeline's class needs and `model_index.json` does not name."""
-    pipeline_class = _pipeline_class(model)
+    pipeline_class = pipeline_class_of(model)
     if pipeline_class is None:
         return []
     parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]

@@ -16,7 +16,7 @@ from torch import nn
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json, weight_map
 from reelquant.checkpoint.safetensors_file import read_header
 from reelquant.families.family import TokenLayout, family_of
-from workers.component_check import component_problems, structure_problems
+from workers.component_check import component_problems, pipeline_class_of, structure_problems
 
 
 def open_pipeline(folder: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None) -> Any:
@@ -34,9 +34,12 @@ def read_pipeline(folder: Path, *, dtype: torch.dtype, variant: str | None = Non
         variant: of the weight files, such as `fp16`, of components that have it.
         components: those that are open already, by name.
     """
-    pipeline = DiffusionPipeline.from_pretrained(
+    # Not by DiffusionPipeline, which reads components again that its own class does not know as optional ones.
+    pipeline_class = pipeline_class_of(folder) or DiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(
         str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, variant=variant, **components
     )
+    assert all(getattr(pipeline, name) is component for name, component in components.items())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_tiling()
     return pipeline

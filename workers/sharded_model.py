@@ -1,6 +1,6 @@
-"""Opens the full-precision pipeline, whole on one device or with its transformer sharded over the ranks of a replica.
+"""Opens the full-precision pipeline, whole on one device or with its transformers sharded over the ranks of a replica.
 
-| `Sharding.kind` | the transformer | its other components |
+| `Sharding.kind` | the transformers, one or two | its other components |
 |---|---|---|
 | `none` | whole, on the device | on the device |
 | `fsdp` | `workers.fsdp_model`: PyTorch's FSDP2, as accelerate's plugin says | whole on every rank |
@@ -14,12 +14,14 @@ Hooks: weights are whole in the forward pre-hook of the layer that owns them, an
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from reelquant.checkpoint.pipeline_files import read_components, transformer_names
 from workers.messages import Sharding
 from workers.model_source import open_pipeline, read_pipeline
 from workers.process_group import join_process_group
@@ -28,20 +30,21 @@ from workers.process_group import join_process_group
 def open_full_precision(
     folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding, variant: str | None = None
 ) -> Any:
-    """The pipeline in `folder`, silent. With sharding, all ranks open it at once, and none ever holds the whole transformer.
+    """The pipeline in `folder`, silent. With sharding, all ranks open it at once, and none ever holds a whole transformer.
 
     Raises:
-        ValueError: the transformer's files lack a tensor or hold one of another shape.
+        ValueError: a transformer's files lack a tensor or hold one of another shape.
     """
     if sharding.kind == "none":
         return open_pipeline(folder, device=device, dtype=dtype, variant=variant)
     device = join_process_group(device)
-    transformer = open_sharded_transformer(
-        folder / "transformer", device=device, dtype=dtype, sharding=sharding, variant=variant
-    )
-    pipeline = read_pipeline(folder, dtype=dtype, variant=variant, transformer=transformer)
+    transformers = {
+        name: open_sharded_transformer(folder / name, device=device, dtype=dtype, sharding=sharding, variant=variant)
+        for name in transformer_names(read_components(folder))
+    }
+    pipeline = read_pipeline(folder, dtype=dtype, variant=variant, **transformers)
     if device.type == "cuda":
-        offload_components(pipeline, device)
+        offload_components(pipeline, device, but=transformers)
     return pipeline
 
 
@@ -66,8 +69,8 @@ def release_blocks(transformer: nn.Module, sharding: Sharding) -> None:
         reshard(transformer)
 
 
-def offload_components(pipeline: Any, device: torch.device) -> None:
-    """Keeps all of a pipeline but its transformer in host memory.
+def offload_components(pipeline: Any, device: torch.device, *, but: Collection[str]) -> None:
+    """Keeps all of a pipeline but its transformers, the components named in `but`, in host memory.
 
     Text encoders are used once a prompt and may be larger than a shard: they run layer by layer, so that none of them is ever
     whole on the device. A VAE decodes tile by tile: it comes as a whole, and leaves before the next denoising step.
@@ -75,10 +78,11 @@ def offload_components(pipeline: Any, device: torch.device) -> None:
     from accelerate import cpu_offload, cpu_offload_with_hook
 
     for name, component in pipeline.components.items():
-        if not isinstance(component, nn.Module) or name == "transformer":
+        if not isinstance(component, nn.Module) or name in but:
             continue
         if name.startswith("text_encoder"):
             cpu_offload(component, device)
         else:
             _, hook = cpu_offload_with_hook(component, device)
-            pipeline.transformer.register_forward_pre_hook(lambda *_, hook=hook: hook.offload())
+            for transformer in but:
+                getattr(pipeline, transformer).register_forward_pre_hook(lambda *_, hook=hook: hook.offload())

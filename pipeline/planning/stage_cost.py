@@ -42,6 +42,7 @@ from pipeline.planning.operations import Operations
 from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
+from reelquant.checkpoint.pipeline_files import read_components, transformer_names
 from reelquant.ops.implementation import reference_only
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
@@ -75,6 +76,9 @@ class CostModel:
         self._weights = {name: self._component_bytes(name) for name in components(context.model.folder)}
         transformer = to_dtype(build_on_meta(context.model.config, context.model.family), dtype)
         self._weights["transformer"] = bytes_of(transformer)
+        self._sharded_bytes = sum(
+            self._weights[name] for name in transformer_names(read_components(context.model.folder))
+        )
         self._forward = self._count_forward(transformer)
         self._blocks = BlockCosts(context, counts, dtype)
 
@@ -103,7 +107,7 @@ class CostModel:
         workers = self._context.config.workers
         if workers.num_ranks is None:
             return self._pipeline_bytes
-        on_gpu, model = workers.num_gpus > 0, self._weights["transformer"]
+        on_gpu, model = workers.num_gpus > 0, self._sharded_bytes
         shard = 0 if on_gpu and workers.offload != "none" else model // workers.num_ranks
         gathered = 2 * max(bytes_of(self._blocks.block(name)) for name in self._context.model.blocks)
         return shard + min(gathered, model) + (0 if on_gpu else self._pipeline_bytes - model)

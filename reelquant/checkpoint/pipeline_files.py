@@ -28,6 +28,7 @@ _WITHOUT_WEIGHTS = {
     ),
 }
 """Classes that are loaded from settings alone; a class that is not matched is a model, whose weights must be there."""
+_TRANSFORMER = re.compile(r"Transformer\w*Model$")
 _SETTINGS_ENDINGS = (".json", ".txt", ".jinja", ".model", ".spm", ".bpe", ".codes", ".tiktoken", ".tokenizer", ".vocab")
 _TEMPLATES = "additional_chat_templates"
 _VARIANT = re.compile(r"\.([^.]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
@@ -80,6 +81,14 @@ def read_components(folder: Path) -> dict[str, tuple[str, str]]:
 def is_model(library: str, class_name: str) -> bool:
     """Whether a component has weights, by the name of its class."""
     return _WITHOUT_WEIGHTS[library].search(class_name) is None
+
+
+def transformer_names(components: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+    """Names of the diffusion transformers among `(library, class)` by component name: `transformer`, and `transformer_2` where
+    the later steps have a model of their own."""
+    return tuple(
+        name for name, (library, cls) in components.items() if library == "diffusers" and _TRANSFORMER.search(cls)
+    )
 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:

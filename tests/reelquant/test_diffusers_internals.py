@@ -48,7 +48,7 @@ def wan() -> WanTransformer3DModel:
 
 def hunyuan_pipeline() -> HunyuanVideoPipeline:
     components = dict.fromkeys(("text_encoder", "tokenizer", "vae", "scheduler", "text_encoder_2", "tokenizer_2"))
-    return HunyuanVideoPipeline(transformer=HunyuanVideoTransformer3DModel(**HUNYUAN), **components)  # type: ignore[arg-type]
+    return HunyuanVideoPipeline(transformer=HunyuanVideoTransformer3DModel(**HUNYUAN), **components)
 
 
 def test_the_tables_of_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_the_tables_of_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in tables:
         monkeypatch.setattr(auto, table, dict(getattr(auto, table, {})))
     register_quantizer("canary", Quantizer, Config)
-    found: Any = auto.DiffusersAutoQuantizer.from_config({"quant_method": "canary"})  # type: ignore[arg-type]
+    found: Any = auto.DiffusersAutoQuantizer.from_config({"quant_method": "canary"})
     assert type(found) is Quantizer, changed(" and ".join(tables))
     assert type(found.config) is Config, changed(tables[1])
 

@@ -2,11 +2,13 @@
 
     python -m tests.workers.sharded_checks FOLDER
 
-FOLDER holds `whole/` and `lacking/`, transformers of which the second lacks a tensor. Ends with 0 if all is as it should be.
+FOLDER holds `whole/` and `lacking/`, transformers of which the second lacks a tensor, and `experts/`, a pipeline with two
+transformers. Ends with 0 if all is as it should be.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from workers.messages import Sharding
 from workers.process_group import join_process_group
-from workers.sharded_model import open_sharded_transformer, release_blocks
+from workers.sharded_model import (
+    offload_components,
+    open_full_precision,
+    open_sharded_transformer,
+    release_blocks,
+)
 
 FSDP = Sharding("fsdp")
 CPU = torch.device("cpu")
@@ -83,6 +90,41 @@ def check_early_exit(model: nn.Module, own: dict[str, Tensor], world_size: int) 
     assert_sharded(model, world_size)
 
 
+def check_experts(folder: Path) -> None:
+    """A pipeline whose later steps have a transformer of their own: this rank holds its part of both."""
+    arguments = {"device": CPU, "dtype": torch.float32}
+    expected = video(open_full_precision(folder, sharding=Sharding("none"), **arguments))
+    pipeline = open_full_precision(folder, sharding=FSDP, **arguments)
+    offload_components(pipeline, CPU, but=("transformer", "transformer_2"))
+    for _ in range(2):
+        assert torch.equal(video(pipeline), expected)
+        for transformer in (pipeline.transformer, pipeline.transformer_2):
+            assert_sharded(transformer, dist.get_world_size())
+
+
+def video(pipeline: Any) -> Tensor:
+    """Of four steps, of which each transformer does two; another one on every rank."""
+    seen: list[nn.Module] = []
+    experts = [pipeline.transformer, pipeline.transformer_2]
+    handles = [expert.register_forward_pre_hook(lambda module, _: seen.append(module)) for expert in experts]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    result: Tensor = pipeline(
+        f"the digit {dist.get_rank()}",
+        max_sequence_length=16,
+        height=16,
+        width=16,
+        num_frames=5,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        output_type="pt",
+        generator=generator,
+    ).frames
+    for handle in handles:
+        handle.remove()
+    assert seen == [experts[0], experts[0], experts[1], experts[1]]
+    return result
+
+
 def main(folder: Path) -> None:
     """All checks."""
     join_process_group(CPU)
@@ -91,6 +133,7 @@ def main(folder: Path) -> None:
     check_dtype(folder / "whole", torch.bfloat16)
     with pytest.raises(ValueError, match=r"lacks the tensors proj_out\.bias"):
         open_sharded_transformer(folder / "lacking", device=CPU, dtype=torch.float32, sharding=FSDP)
+    check_experts(folder / "experts")
     dist.destroy_process_group()
 
 

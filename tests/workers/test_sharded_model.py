@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tests.needs import need_module
 from tests.workers.replica_ranks import GENERATION, MODEL, PROMPTS, ignore
@@ -81,7 +89,26 @@ def test_values_dtypes_buffers_and_early_exits(tmp_path: Path) -> None:
     model.save_pretrained(lacking)
     file = lacking / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if name != "proj_out.bias"}, file)
+    save_experts(tmp_path / "experts", model)
     run_ranks("tests.workers.sharded_checks", str(tmp_path))
+
+
+def save_experts(folder: Path, first: WanTransformer3DModel) -> None:
+    """A pipeline with a transformer for the steps above half of the noise, and another one below."""
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(MODEL / "tokenizer"),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=first,
+        transformer_2=WanTransformer3DModel(**dict(first.config)),
+        boundary_ratio=0.5,
+    ).save_pretrained(folder)
 
 
 def test_zero3_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path) -> None:
@@ -100,7 +127,7 @@ def test_offloaded_components_change_no_value() -> None:
         return generate(pipeline, PROMPTS[0].prompt, GENERATION, seed=0, progress=ignore).video
 
     expected = video()
-    offload_components(pipeline, torch.device("cpu"))
+    offload_components(pipeline, torch.device("cpu"), but=("transformer",))
     assert all(parameter.is_meta for parameter in pipeline.text_encoder.parameters()), "brought layer by layer"
     assert isinstance(pipeline.vae, AutoencoderKLHunyuanVideo)
     for _ in range(2):
