@@ -60,6 +60,9 @@ def run(
         ),
     ] = False,
     until: UntilOption = None,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="Hash all finished files again, also those with unchanged size and time.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the tracebacks of failed units.")] = False,
 ) -> None:
     """Run everything that is not done yet. Run it again to resume."""
@@ -76,7 +79,7 @@ def run(
             planned = plan_config(load_config(config, overrides or ()))
             planned.require_feasible()
             opened = open_run(planned.context, update=update)
-        summary = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes)
+        summary = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes, rehash=rehash)
         with phase(console, "Writing the report"):
             report = write_report(opened)
         done, kept = sum(summary.done.values()), sum(summary.kept.values())

@@ -3,7 +3,8 @@
     units of all stages (name, fingerprint) -> those without a sound record of that fingerprint -> workers -> records
 
 A unit is done when its manifest record is there, has the unit's fingerprint, and all its outputs have the recorded size and
-checksum. The driver writes the record after the worker has made the outputs durable; a crash costs the units in flight.
+checksum; files that look as they did when they were last hashed are not hashed again (`storage.hashed_files`). The driver
+writes the record after the worker has made the outputs durable; a crash costs the units in flight.
 
 A unit begins when its inputs are done (`pipeline.schedule`), and the workers get those that are ready (`pipeline.drive`).
 `pipeline.study` drives many runs at once through the same parts.
@@ -102,18 +103,24 @@ def stages_until(last: str | None) -> tuple[Stage, ...]:
 
 
 def run_stages(
-    run: Run, console: Console, *, stages: tuple[Stage, ...] = STAGES, planned_bytes: Mapping[str, int] | None = None
+    run: Run,
+    console: Console,
+    *,
+    stages: tuple[Stage, ...] = STAGES,
+    planned_bytes: Mapping[str, int] | None = None,
+    rehash: bool = False,
 ) -> RunSummary:
     """Does all of the stages that is not done yet, under the run's lock.
 
     Args:
         planned_bytes: of memory for one worker, by stage; for messages where memory is short.
+        rehash: hash all outputs again, whatever they look like.
 
     Raises:
         RunLocked: another driver works on the run.
         UnitsFailed, WorkersFailed: units that could not be done; everything else is kept.
     """
-    with driven_runs({"": run}, console) as [driven]:
+    with driven_runs({"": run}, console, rehash=rehash) as [driven]:
         planned = replace(driven, planned_bytes=planned_bytes or {})
         counts = drive([planned], stages, console).counts
         driven.log.write("run_finished")
@@ -121,8 +128,11 @@ def run_stages(
 
 
 @contextlib.contextmanager
-def driven_runs(runs: Mapping[str, Run], console: Console) -> Iterator[list[DrivenRun]]:
+def driven_runs(runs: Mapping[str, Run], console: Console, *, rehash: bool = False) -> Iterator[list[DrivenRun]]:
     """Takes the runs, by label, under their locks: leftovers are swept, damaged units are not done any more.
+
+    Args:
+        rehash: hash all outputs again, whatever they look like.
 
     Raises:
         RunLocked: another driver works on one of them.
@@ -133,7 +143,10 @@ def driven_runs(runs: Mapping[str, Run], console: Console) -> Iterator[list[Driv
         locks.enter_context(locked([run.directory for run in runs.values()]))
         found = []
         for label, run in runs.items():
-            run = replace(run, manifest=HeldManifest(run.directory.location))
+            manifest = HeldManifest(run.directory.location)
+            if rehash:
+                manifest.hashed.forget()
+            run = replace(run, manifest=manifest)
             run.directory.sweep_partial_files()
             log = EventLog(run.directory.location / LOGS)
             locks.callback(log.close)
@@ -176,12 +189,14 @@ FileState = tuple[Hashable, str]
 
 
 def drop_damaged(driven: DrivenRun, console: Console, sound: set[FileState]) -> None:
-    """Checks the outputs of all done units by checksum; a unit with a lost or damaged output is not done any more.
+    """Checks the outputs of all done units by checksum; a unit with a lost or damaged output is not done any more. Files that
+    look as they did when they were last hashed are sound.
 
     Args:
         sound: files that were found sound before, of any run; what is found sound now is added.
     """
     manifest = driven.run.manifest
+    assert isinstance(manifest, HeldManifest)
     for stage in STAGES:
         for name, record in manifest.read_stage(stage.name).items():
             problems = [str(record)] if isinstance(record, DamagedRecord) else _problems(manifest, record, sound)
@@ -192,13 +207,15 @@ def drop_damaged(driven: DrivenRun, console: Console, sound: set[FileState]) -> 
                 manifest.remove(stage.name, name)
 
 
-def _problems(manifest: Manifest, record: UnitRecord, sound: set[FileState]) -> list[str]:
+def _problems(manifest: HeldManifest, record: UnitRecord, sound: set[FileState]) -> list[str]:
     if problems := manifest.missing_or_damaged(record, deep=False):
         return problems
-    unseen = tuple(output for output in record.outputs if _state(manifest, output) not in sound)
+    states = {output: _state(manifest, output) for output in record.outputs}
+    unseen = tuple(o for o, state in states.items() if state not in sound and not manifest.hashed.holds(o))
     if problems := manifest.missing_or_damaged(replace(record, outputs=unseen), deep=True):
         return problems
-    sound.update(_state(manifest, output) for output in unseen)
+    manifest.hashed.note(record.outputs)
+    sound.update(states.values())
     return []
 
 

@@ -58,7 +58,8 @@ class LocalStore:
         if not path.resolve().is_relative_to(self._root.resolve()):
             raise ValueError("a link out of the run directory")
         found = path.stat()
-        return StoredFile(found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size))
+        identity = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+        return StoredFile(found.st_size, identity, mtime_ns=found.st_mtime_ns)
 
     def listed(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from storage.atomic_files import json_bytes
+from storage.hashed_files import HashedFiles
 from storage.location import Location, StoreUrl, local_path, parse_location
 from storage.output_file import OutputFile as OutputFile
 from storage.run_store import StoredFile, open_store
@@ -184,6 +185,8 @@ class HeldManifest(Manifest):
     def __init__(self, run: "str | os.PathLike[str] | StoreUrl") -> None:
         super().__init__(run)
         self._found: dict[tuple[str, str], UnitRecord] = {}
+        self.hashed = HashedFiles(self._store)
+        """Outputs that need not be read again."""
 
     def read(self, stage: str, unit: str) -> UnitRecord | None:
         """As of every manifest."""
@@ -198,6 +201,7 @@ class HeldManifest(Manifest):
         """As of every manifest."""
         self._found.pop((record.stage, record.unit), None)
         super().write(record)
+        self.hashed.note(record.outputs)  # whoever wrote them has hashed them
 
     def remove(self, stage: str, unit: str) -> None:
         """As of every manifest."""

@@ -5,6 +5,7 @@
     config.json      format version, resolved configuration, provenance
     run.lock         who drives the run: a flock in a folder, a lease in a bucket
     manifest/        storage.manifest
+    hashed.jsonl     storage.hashed_files
     calibration.zarr storage.calibration_store
     blocks/          block artifacts, a folder a method
     checkpoint/      the result (checkpoints/<method>/ when methods are compared)

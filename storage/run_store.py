@@ -52,6 +52,8 @@ class StoredFile:
     """Changes with the content, in this process's lifetime at least."""
     e_tag: str | None = None
     """Of an object; None in a file system."""
+    mtime_ns: int | None = None
+    """When the content last changed, in a file system; None for an object, whose e_tag says more."""
 
 
 @dataclass(frozen=True)
