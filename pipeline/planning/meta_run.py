@@ -4,7 +4,7 @@ The code that runs is the model's own, so the count cannot grow stale. Counted a
 `torch.cuda.max_memory_allocated` sees them, without the workspaces of libraries and the allocator's rounding), the
 floating-point operations of matrix products, convolutions and attention, and the bytes that all other operations read and
 write. Attention is counted as a fused kernel: it keeps its inputs, its output and one number a row for the backward pass,
-never the L x L scores.
+never the L x L scores. Where torch may use none (`sdpa_kernel(SDPBackend.MATH)`), it is counted as what it does then.
 """
 
 from __future__ import annotations
@@ -195,10 +195,16 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
+        if func is not nn.functional.scaled_dot_product_attention or not _may_fuse():
             return func(*args, **(kwargs or {}))
         query, key, value = (*args, *(kwargs or {}).values())[:3]
         return _FusedAttention.apply(query, key, value, self._run)  # type: ignore[no-untyped-call]
+
+
+def _may_fuse() -> bool:
+    """Whether attention may run in a fused kernel; on a CPU too, this is asked."""
+    allowed = torch.backends.cuda
+    return allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled()
 
 
 class _FusedAttention(torch.autograd.Function):

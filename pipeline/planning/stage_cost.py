@@ -1,7 +1,8 @@
 """Peak memory and floating-point operations of every stage, counted by running the model's code on the meta device.
 
 Memory of a stage that generates videos (trajectories, evaluation): the whole pipeline's weights, plus the larger of one
-forward pass of the transformer and decoding of one video in tiles, the VAE's weights apart; trajectories also what the
+forward pass of the transformer and decoding of one video in tiles, the VAE's weights apart; the noise floor also a forward
+pass with the attention that it compares; trajectories also what the
 salience hooks take: on a GPU in 16 bits `4 d^2 min(8, blocks) + 2 min(max(n d), 2^25)` bytes (Gram matrices that wait for
 each other, the errors of a piece of a layer's weight), otherwise `8 L d + 20 min(max(n d), 2^23)` (a copy of a block's input,
 float32 copies of a piece of a layer's weight). Activations: the weights and one forward pass. Where trajectories and
@@ -29,21 +30,25 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
 from pipeline.context import RunContext
 from pipeline.planning.block_cost import BlockCosts
+from pipeline.planning.decoding import decode_one
 from pipeline.planning.meta_run import META, MetaRun, bytes_of, run_on_meta, tensors_of, to_dtype
 from pipeline.planning.model_size import component_on_meta, components
 from pipeline.planning.operations import Operations
 from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
+from pipeline.run_units import NOISE_FLOOR, evaluated_models
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
 from reelquant.ops.implementation import reference_only
+from workers.evaluation_worker import OTHER_ATTENTION
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
 from workers.salience_hooks import HALF_WEIGHT_VALUES, WEIGHT_VALUES, sampled_weight_error
@@ -74,12 +79,12 @@ class CostModel:
     def __init__(self, context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> None:
         self._context, self._counts, self._dtype = context, counts, dtype
         self._weights = {name: self._component_bytes(name) for name in components(context.model.folder)}
-        transformer = to_dtype(build_on_meta(context.model.config, context.model.family), dtype)
-        self._weights["transformer"] = bytes_of(transformer)
+        self._transformer = to_dtype(build_on_meta(context.model.config, context.model.family), dtype)
+        self._weights["transformer"] = bytes_of(self._transformer)
         self._sharded_bytes = sum(
             self._weights[name] for name in transformer_names(read_components(context.model.folder))
         )
-        self._forward = self._count_forward(transformer)
+        self._forward = self._count_forward()
         self._blocks = BlockCosts(context, counts, dtype)
 
     def stages(self) -> dict[str, StageCost]:
@@ -99,7 +104,10 @@ class CostModel:
 
     @property
     def _forward_bytes(self) -> int:
-        return self._forward.peak_bytes - self._weights["transformer"]
+        return self._beside_weights(self._forward)
+
+    def _beside_weights(self, run: MetaRun) -> int:
+        return run.peak_bytes - self._weights["transformer"]
 
     @property
     def _replica_bytes(self) -> int:
@@ -117,7 +125,7 @@ class CostModel:
         workers = self._context.config.workers
         steps = len(self._context.calibration_prompts) * self._context.config.generation.num_inference_steps
         vae = self._weights.get("vae", 0) if workers.num_ranks is not None and workers.num_gpus > 0 else 0
-        decoding, decoded = self._decode()
+        decoding, decoded = decode_one(self._context.model.folder, self._counts, self._dtype)
         peak = max(self._forward_bytes + self._salience_bytes(), decoding + vae)
         operations = (Operations.of(self._forward) + self._salience()) * steps
         return StageCost(self._replica_bytes + peak, operations + decoded * len(self._context.calibration_prompts))
@@ -131,11 +139,16 @@ class CostModel:
         return StageCost(self._replica_bytes + self._forward_bytes, operations)
 
     def evaluation(self) -> StageCost:
-        """One generation a held-out prompt and model; a quantized model is counted like the full-precision one."""
-        decoding, decoded = self._decode()
-        one = Operations.of(self._forward) * self._context.config.generation.num_inference_steps + decoded
-        operations = one * (len(self._context.held_out_prompts) * (1 + len(self._context.methods)))
-        return StageCost(self._pipeline_bytes + max(self._forward_bytes, decoding), operations)
+        """One generation a held-out prompt and model, another one for the noise floor, whose other attention keeps all its
+        scores; a quantized model is counted like the full-precision one."""
+        decoding, decoded = decode_one(self._context.model.folder, self._counts, self._dtype)
+        passes = [self._forward] * len(evaluated_models(self._context.config))
+        if NOISE_FLOOR in evaluated_models(self._context.config):
+            with attention_backend(OTHER_ATTENTION):
+                passes.append(self._count_forward())
+        steps, prompts = self._context.config.generation.num_inference_steps, len(self._context.held_out_prompts)
+        operations = sum((Operations.of(run) * steps + decoded for run in passes), start=Operations()) * prompts
+        return StageCost(self._pipeline_bytes + max(*map(self._beside_weights, passes), decoding), operations)
 
     def distillation(self) -> StageCost:
         """All methods."""
@@ -193,7 +206,8 @@ class CostModel:
         sums = 20 * sample.quantized.numel()
         return StageCost(peak + sums + at_once * (4 * stream + rotary), operations)
 
-    def _count_forward(self, transformer: nn.Module) -> MetaRun:
+    def _count_forward(self) -> MetaRun:
+        transformer: nn.Module = self._transformer
         config, text = self._context.model.config, self._context.config.generation.max_sequence_length
 
         def empty(*shape: int) -> Tensor:
@@ -260,44 +274,8 @@ class CostModel:
         run = run_on_meta(partial(sampled_weight_error, rows, weight, bits))
         return Operations(float32=run.matrix_flops + run.float32_flops, moved=run.moved_bytes)
 
-    def _decode(self) -> tuple[int, Operations]:
-        """Decoding one video: its peak without the VAE's weights, which is that of its first tile, and twice the video, in
-        tiles and put together, if there are others; and what is done, for all tiles as for the first."""
-        vae = component_on_meta(self._context.model.folder, "vae")
-        if vae is None:
-            return 0, Operations()
-        decoder = cast(Any, to_dtype(vae, self._dtype))
-        whole = self._counts.latent_shape
-        tile = tuple(map(min, whole, (whole[0], *_tile_shape(decoder))))
-        latents = torch.empty(1, *tile, dtype=self._dtype, device=META)
-        run = run_on_meta(lambda: decoder.decode(latents, return_dict=False), holding=tensors_of(decoder))
-        video = 2 * math.prod(self._counts.video_shape) * self._dtype.itemsize if tile != whole else 0
-        pairs = zip(whole[1:], tile[1:], _tile_strides(decoder), strict=True)
-        num_tiles = math.prod(1 if size == of_tile else math.ceil(size / stride) for size, of_tile, stride in pairs)
-        return run.peak_bytes - bytes_of(decoder) + video, Operations.of(run) * num_tiles
-
     def _component_bytes(self, name: str) -> int:
         if not (self._context.model.folder / name / "config.json").is_file():
             return 0
         built = component_on_meta(self._context.model.folder, name)
         return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
-
-
-def _tile_shape(vae: Any) -> tuple[int, int, int]:
-    """Latents `(F, H, W)` that a VAE decodes at once when it tiles: a first tile of time has one frame more than later ones."""
-    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    return (
-        vae.tile_sample_min_num_frames // temporal + 1,
-        vae.tile_sample_min_height // spatial,
-        vae.tile_sample_min_width // spatial,
-    )
-
-
-def _tile_strides(vae: Any) -> tuple[int, int, int]:
-    """Latents from one tile to the next."""
-    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    return (
-        vae.tile_sample_stride_num_frames // temporal,
-        vae.tile_sample_stride_height // spatial,
-        vae.tile_sample_stride_width // spatial,
-    )

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.context import RunContext
 from pipeline.planning.token_counts import TokenCounts
-from pipeline.run_units import reads_activations
+from pipeline.run_units import NOISE_FLOOR, evaluated_models, reads_activations
 from storage.zarr_layout import ArrayLayout
 
 
@@ -47,9 +47,10 @@ def activation_bytes(context: RunContext, counts: TokenCounts) -> int:
 
 
 def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
-    """The videos of the held-out prompts, of the full-precision model and of every method. Their films (`.mp4`), whose size
-    nobody knows beforehand, are not counted: a few hundredths of it."""
-    num = len(context.held_out_prompts) * (1 + len(context.methods))
+    """The videos of the held-out prompts, of every model; the noise floor keeps none. Their films (`.mp4`), whose size nobody
+    knows beforehand, are not counted: a few hundredths of it."""
+    models = [model for model in evaluated_models(context.config) if model != NOISE_FLOOR]
+    num = len(context.held_out_prompts) * len(models)
     return num * array_bytes(counts.video_shape, torch.uint8)
 
 

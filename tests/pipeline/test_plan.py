@@ -123,6 +123,23 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     assert hours["trajectories"] / 10 == pytest.approx(hours["evaluation"] / 32), "uniform needs no salience hooks"
 
 
+def test_the_noise_floor_is_planned(shallow: str) -> None:
+    without, floor = (
+        {stage.name: stage for stage in plan_config(large(shallow, *more), shapes_only=True).stages}["evaluation"]
+        for more in ((), ("evaluation.noise_floor=true",))
+    )
+    assert without.gpu_hours is not None
+    assert floor.gpu_hours is not None
+    assert (without.units, floor.units) == (32, 48)
+    # Two generations a prompt more, of which one multiplies scores in float32, without tensor cores.
+    assert floor.gpu_hours > 2 * without.gpu_hours
+    assert floor.disk_bytes == without.disk_bytes, "it writes no video"
+    # Its scores in float32, before and after the softmax, and the probabilities in bfloat16.
+    scores = 24 * 57_856**2
+    assert floor.peak_memory_bytes is not None
+    assert 8 * scores < floor.peak_memory_bytes < 11 * scores
+
+
 def test_salience_hooks_cost_time_where_they_are_recorded() -> None:
     def trajectories(*overrides: str) -> float:
         [stage] = [s for s in plan_config(large(*overrides), shapes_only=True).stages if s.name == "trajectories"]
