@@ -79,7 +79,10 @@ def _unsuited(x: Tensor, clip: float | Tensor) -> str | None:
     if isinstance(clip, Tensor):
         of_rows = (*x.shape[:-1], 1)
         if clip.dtype != torch.float32 or clip.device != x.device or clip.ndim > x.ndim:
-            return f"clip must be float32 on {x.device} as x is, of no more dimensions"
+            return (
+                f"clip must be float32 on {x.device} as x is, of at most {x.ndim} dimensions, not {clip.dtype} "
+                f"{list(clip.shape)} on {clip.device}"
+            )
         if clip.numel() != 1 and (clip.shape != of_rows or not clip.is_contiguous()):
             return f"clip must be one number or {list(of_rows)}, contiguous, not {list(clip.shape)}"
     return None

@@ -92,7 +92,10 @@ def int8_linear(
     if activation not in (None, "gelu_tanh"):
         problems.append(f"activation is {activation!r}; gelu_tanh or None are possible")
     if gate is not None and (residual is None or activation is not None):
-        problems.append("a gate goes with a residual and without an activation")
+        given = "None" if residual is None else "given"
+        problems.append(
+            f"a gate goes with a residual and without an activation: residual is {given}, activation {activation!r}"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     if takes_triton(implementation, codes.device, unsuited=_unsuited(rows), needs=NEEDS):

@@ -12,6 +12,7 @@ from torch import Tensor
 from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import Correction, band_attention, dense_and_band_attention
 from reelquant.ops.band_attention.reference import SCALED_TOKENS
+from tests.errors import raises
 from tests.reelquant.ops.test_band_attention import brute_force, qkv
 
 LAYOUTS = [TokenLayout(16, 9, 11, 60), TokenLayout(5, 11, 13, 9), TokenLayout(8, 7, 20, 300), TokenLayout(1, 31, 40, 0)]
@@ -135,22 +136,20 @@ def test_what_does_not_fit_is_refused() -> None:
     layout = TokenLayout(2, 3, 4, 2)
     q, k, v = qkv(layout, 2, 8)
     options: dict[str, Any] = {"kinds": "st", "layout": layout, "width": 3}
-    with pytest.raises(ValueError, match=r"triton cannot run: it needs CUDA tensors.*use reference or auto"):
+    with raises(ValueError, "triton", "cpu"):
         band_attention(q, k, v, implementation="triton", **options)
-    with pytest.raises(ValueError, match="triton cannot run: it needs CUDA"):
+    with raises(ValueError, "triton", "cpu"):
         dense_and_band_attention(q, k, v, implementation="triton", **options)
-    with pytest.raises(
-        ValueError, match=r"out must be torch.float64 \(2, 26, 8\) on cpu, got torch.float32 \(2, 26, 8\)"
-    ):
+    with raises(ValueError, "out", torch.float64, torch.float32):
         band_attention(q, k, v, out=torch.empty(2, 26, 8), **options)
-    with pytest.raises(ValueError, match="out cannot be given where a gradient is needed"):
+    with raises(ValueError, "out", "gradient"):
         band_attention(q.clone().requires_grad_(), k, v, out=torch.empty_like(q), **options)
     codes, directions = torch.ones(2, 26, 4, dtype=torch.int8), torch.ones(2, 8, 4)
     for factors in (torch.ones(2, 1, 4), torch.ones(2, 26, 4).bfloat16(), torch.ones(2, 1, 8).bfloat16()[..., ::2]):
-        with pytest.raises(ValueError, match="row_scale"):
+        with raises(ValueError, "row_scale", factors.dtype, list(factors.shape)):
             band_attention(q, k, v, corrections=[Correction(codes, directions, row_scale=factors)], **options)
     bad = Correction(torch.ones(2, 26, 4), torch.ones(2, 8, 5))
-    with pytest.raises(ValueError, match=r"directions \[2, 8, r\], got \(2, 26, 4\) and \(2, 8, 5\)"):
+    with raises(ValueError, "rows", "directions", (2, 26, 4), (2, 8, 5)):
         band_attention(q, k, v, corrections=[bad], **options)
 
 
@@ -210,15 +209,15 @@ def test_what_the_kernel_does_not_take() -> None:
     layout = TokenLayout(4, 5, 6, 3)
     options: dict[str, Any] = {"kinds": "st", "layout": layout, "width": 9, "implementation": "triton"}
     q, k, v = fused(layout, 2, 64, seed=0, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(ValueError, match=r"torch.float32, not all bfloat16"):
+    with raises(ValueError, "q", "k", "v", torch.float32):
         band_attention(q, k, v.float(), **options)
-    with pytest.raises(ValueError, match="the head size is 32, not 64 or 128"):
+    with raises(ValueError, "head size", 32, 64, 128):
         band_attention(*(x[..., :32] for x in (q, k, v)), **options)
-    with pytest.raises(ValueError, match="a gradient is needed"):
+    with raises(ValueError, "triton", "gradient"):
         band_attention(q.detach().requires_grad_(), k, v, **options)
-    with pytest.raises(ValueError, match="not contiguous"):
+    with raises(ValueError, "contiguous"):
         band_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, **options)
-    with pytest.raises(ValueError, match=r"torch\.bfloat16 of rank 5, not .* a power of two from 16"):
+    with raises(ValueError, torch.bfloat16, "rank 5", 16):
         band_attention(q, k, v, corrections=drawn_corrections(q, 5, num=1), **options)
-    with pytest.raises(ValueError, match="there are 3 corrections, more than 2"):
+    with raises(ValueError, 3, 2, "corrections"):
         band_attention(q, k, v, corrections=drawn_corrections(q, 16, num=1) * 3, **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 from reelquant.ops.input_quantization.op import Norm, quantize_input
 from reelquant.quantization.input_transform import quantized_input
 from reelquant.quantization.rotation import cayley, hadamard
+from tests.errors import raises
 
 
 class Case(NamedTuple):
@@ -125,23 +126,21 @@ def test_reference_normalizes_and_modulates_first(case: Case) -> None:
 
 def test_errors() -> None:
     x = torch.randn(4, 96)
-    with pytest.raises(
-        ValueError, match=r"x must be bf16, fp16 or fp32 \[N, d\], not empty, got torch.float64 \[4, 96\]"
-    ):
+    with raises(ValueError, "x", torch.float64, [4, 96]):
         quantize_input(x.double(), bits=8)
-    with pytest.raises(ValueError, match=r"channel_scale must be floating \[96\], got torch.float32 \[4\]"):
+    with raises(ValueError, "channel_scale", [96], [4]):
         quantize_input(x, bits=8, channel_scale=x[:, 0])
-    with pytest.raises(ValueError, match="rotation blocks of 64 do not divide 96 inputs"):
+    with raises(ValueError, "rotation", 64, 96):
         quantize_input(x, bits=8, rotation=hadamard(64))
-    with pytest.raises(ValueError, match=r"rotation must be floating \[b, b\], b a power of two, got .*\[24, 24\]"):
+    with raises(ValueError, "rotation", [24, 24]):
         quantize_input(x, bits=8, rotation=torch.eye(24))
-    with pytest.raises(ValueError, match=r"norm's shift must be floating \[96\]"):
+    with raises(ValueError, "shift", [96], [5]):
         quantize_input(x, bits=8, norm=(1e-6, x[0], x[0, :5]))
-    with pytest.raises(ValueError, match="columns of x must lie side by side"):
+    with raises(ValueError, "x", (1, 96)):
         quantize_input(x.T, bits=8)
-    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8"):
+    with raises(ValueError, "bits", "got 16"):
         quantize_input(x, bits=16)
-    with pytest.raises(ValueError, match="triton cannot run: it needs CUDA tensors"):
+    with raises(ValueError, "triton", "cpu"):
         quantize_input(x, bits=8, implementation="triton")
 
 
@@ -192,6 +191,6 @@ def test_the_kernel_on_odd_values() -> None:
 
     check_odd_values(launch_quantize_input, "cuda")
     x = torch.randn(9, 24, device="cuda")
-    with pytest.raises(ValueError, match="blocks of 8 for 24 inputs; it takes blocks of 16 to 128"):
+    with raises(ValueError, 8, 24, 16, 128):
         quantize_input(x, bits=8, implementation="triton")
     assert torch.equal(quantize_input(x, bits=8)[0].cpu(), quantize_input(x.cpu(), bits=8)[0])

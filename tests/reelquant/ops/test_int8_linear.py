@@ -20,6 +20,7 @@ from reelquant.quantization.linear import QuantizedLinear
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import quantize
 from reelquant.quantization.weight_grid import fit_two_level
+from tests.errors import raises
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 EPILOGUES = ["plain", "no bias", "gelu", "residual", "gated residual", "gated, in place"]
@@ -146,7 +147,7 @@ def test_residual_and_out_may_not_meet_elsewhere_than_in_place(kind: str) -> Non
         "columns": joint[:6, 8:24],
         "another dtype": joint.view(torch.bfloat16)[:6, :16],
     }
-    with pytest.raises(ValueError, match="residual overlaps out"):
+    with raises(ValueError, "residual", "out"):
         int8_linear(*inputs[:4], residual=residual[kind], out=out)
     for allowed in (joint[:6, 16:32], out, torch.zeros(6, 16)):
         int8_linear(*inputs[:4], residual=allowed, out=out)
@@ -181,23 +182,23 @@ def test_is_what_a_quantized_linear_computes() -> None:
 def test_errors() -> None:
     codes, token_scale, weight, weight_scale, bias, gate, residual = drawn(6, 32, 16)
     four = (codes, token_scale, weight, weight_scale)
-    with pytest.raises(ValueError, match=r"codes must be \[N, d\] and weight \[n, d\], got \(6, 32\) and \(16, 31\)"):
+    with raises(ValueError, "codes", "weight", (6, 32), (16, 31)):
         int8_linear(codes, token_scale, weight[:, :31], weight_scale)
-    with pytest.raises(ValueError, match=r"codes must be int8, got torch.int32; token_scale must be floating \[6\]"):
+    with raises(ValueError, "codes", torch.int32, "token_scale", [6], [5]):
         int8_linear(codes.int(), token_scale[:5], weight, weight_scale)
-    with pytest.raises(ValueError, match=r"columns of codes must lie side by side"):
+    with raises(ValueError, "codes", (1, 6)):
         int8_linear(codes.T.contiguous().T, token_scale, weight, weight_scale)
-    with pytest.raises(ValueError, match=r"out must be bf16, fp16 or fp32 \[6, 16\], got torch.float64"):
+    with raises(ValueError, "out", [6, 16], torch.float64):
         int8_linear(*four, out=torch.empty(6, 16, dtype=torch.float64))
-    with pytest.raises(ValueError, match="activation is 'relu'; gelu_tanh or None"):
+    with raises(ValueError, "activation", "relu", "gelu_tanh"):
         int8_linear(*four, activation="relu")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="a gate goes with a residual and without an activation"):
+    with raises(ValueError, "gate", "residual is None"):
         int8_linear(*four, gate=gate)
-    with pytest.raises(ValueError, match="a gate goes with a residual"):
+    with raises(ValueError, "gate", "activation", "gelu_tanh"):
         int8_linear(*four, bias, gate=gate, residual=residual, activation="gelu_tanh")
-    with pytest.raises(ValueError, match="triton cannot run: it needs CUDA tensors, these are on cpu"):
+    with raises(ValueError, "triton", "cpu"):
         int8_linear(*four, implementation="triton")
-    with pytest.raises(ValueError, match="no implementation 'cuda'"):
+    with raises(ValueError, "implementation", "cuda", "triton"):
         int8_linear(*four, implementation="cuda")  # type: ignore[arg-type]
 
 
@@ -267,6 +268,6 @@ def test_every_configuration_of_the_kernel(name: str) -> None:
 @pytest.mark.gpu
 def test_the_kernel_on_what_it_does_not_take() -> None:
     inputs = drawn(33, 40, 24).to("cuda")
-    with pytest.raises(ValueError, match="codes has 40 columns, no multiple of 16"):
+    with raises(ValueError, "codes", 40, 16):
         int8_linear(*inputs[:4], implementation="triton")
     check_epilogue(inputs, "gated residual", torch.float32, int8_linear)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reelquant.ops.qk_norm_rope.op import qk_norm_rope
 from reelquant.ops.qk_norm_rope.reference import turned
+from tests.errors import raises
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -122,19 +123,17 @@ def test_is_what_diffusers_computes(case: Case, dtype: torch.dtype) -> None:
 def test_errors() -> None:
     wide, others = drawn(CASES[0], dtype=torch.float32, seed=0)
     cos, sin = others["rotary"]
-    with pytest.raises(ValueError, match=r"q and k of 9 heads of 32 need 576 columns, qkv has 320"):
+    with raises(ValueError, "qkv", 9, 32, 576, 320):
         qk_norm_rope(wide, **{**others, "num_heads": 9})
-    with pytest.raises(
-        ValueError, match=r"rotary tables must be \[n, 32\] with 32 even and n at most 37, got \[29, 31\]"
-    ):
+    with raises(ValueError, "rotary", [29, 31], 37):
         qk_norm_rope(wide, **{**others, "rotary": (cos[:, 1:].contiguous(), sin)})
-    with pytest.raises(ValueError, match=r"rotary tables must be float32 and contiguous, got torch\.bfloat16"):
+    with raises(ValueError, "rotary", "float32", torch.bfloat16):
         qk_norm_rope(wide, **{**others, "rotary": (cos.bfloat16(), sin)})
-    with pytest.raises(ValueError, match=r"norm weights must all be floating \[32\]"):
+    with raises(ValueError, "norm weights", [32], [31]):
         qk_norm_rope(wide, **{**others, "text_norm_weights": (torch.ones(31), torch.ones(32))})
-    with pytest.raises(ValueError, match="qkv must be bf16, fp16 or fp32"):
+    with raises(ValueError, "qkv", [320, 37], (1, 320)):
         qk_norm_rope(wide.T, **others)
-    with pytest.raises(ValueError, match="triton cannot run: it needs CUDA tensors"):
+    with raises(ValueError, "triton", "cpu"):
         qk_norm_rope(wide, **others, implementation="triton")
 
 
@@ -163,6 +162,6 @@ def test_the_kernel(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_the_kernel_on_what_it_does_not_take() -> None:
     case = Case(20, 12, 3, 12)
-    with pytest.raises(ValueError, match="heads of 12; it takes powers of two from 16 to 256"):
+    with raises(ValueError, 12, 16, 256):
         check(case, partial(qk_norm_rope, implementation="triton"), dtype=torch.float32, seed=0, device="cuda")
     check(case, qk_norm_rope, dtype=torch.float32, seed=0, device="cuda")

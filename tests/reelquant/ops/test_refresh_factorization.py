@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reelquant.ops.residual_factorization.op import ITERATIONS, Factors, factorize_refresh
 from reelquant.ops.residual_factorization.reference import factorize_refresh_reference
+from tests.errors import raises
 
 Launch = Callable[..., tuple[Factors, Factors | None]]
 
@@ -114,13 +115,11 @@ def test_kernel_names_a_broken_head_and_no_other() -> None:
 def test_bad_arguments() -> None:
     dense, sparse = outputs(CASES[0], 0)
     before = Factors(torch.zeros(2, 150, 8), torch.zeros(2, 64, 8))
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"rank": 65}, "rank is 65; 1 to the head size 64"),
-        ({"rank": 16, "before": before}, r"must be \[2, 150, 16\] and \[2, 64, 16\]"),
-        ({"rank": 16, "implementation": "triton"}, "implementation triton cannot run"),
-    ]
-    for arguments, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            factorize_refresh(dense, sparse, **arguments)
-    with pytest.raises(ValueError, match="must both be floating"):
+    with raises(ValueError, "rank", 65, 64):
+        factorize_refresh(dense, sparse, 65)
+    with raises(ValueError, [2, 150, 16], [2, 64, 16], [2, 150, 8], [2, 64, 8]):
+        factorize_refresh(dense, sparse, 16, before=before)
+    with raises(ValueError, "triton", "cpu"):
+        factorize_refresh(dense, sparse, 16, implementation="triton")
+    with raises(ValueError, "dense", "sparse", (2, 150, 64), (1, 150, 64)):
         factorize_refresh(dense, sparse[:1], 16)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reelquant.ops.residual_factorization import reference
 from reelquant.ops.residual_factorization.op import factorize
+from tests.errors import raises
 
 SPECTRA: dict[str, Callable[[Tensor, int], Tensor]] = {  # singular values of a residual with n of them
     "harmonic": lambda i, n: 1 / (i + 1),
@@ -122,13 +123,13 @@ def test_a_broken_head_breaks_no_other() -> None:
 
 def test_errors() -> None:
     residual = torch.randn(2, 5, 4)
-    with pytest.raises(ValueError, match="rank is 5; 1 to the head size 4"):
+    with raises(ValueError, "rank", 5, 4):
         factorize(residual, 5)
-    with pytest.raises(ValueError, match="rank is 0"):
+    with raises(ValueError, "rank", 0):
         factorize(residual, 0)
-    with pytest.raises(ValueError, match="iterations is 0; at least 1"):
+    with raises(ValueError, "iterations", 0):
         factorize(residual, 2, iterations=0)
-    with pytest.raises(ValueError, match=r"must be floating \[H, L, D\], got torch.float32 \(5, 4\)"):
+    with raises(ValueError, "residual", "[H, L, D]", (5, 4)):
         factorize(residual[0], 2)
-    with pytest.raises(ValueError, match=r"got torch\.int64"):
+    with raises(ValueError, "residual", torch.int64):
         factorize(residual.long(), 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from reelquant.ops.rounding_error import reference
 from reelquant.ops.rounding_error.op import rounding_error
 from reelquant.quantization.quantizer import fake_quantize
+from tests.errors import raises
 
 ALL_BITS = (2, 3, 4, 6, 8)
 
@@ -51,11 +52,11 @@ def test_is_the_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_errors() -> None:
     for weight in (torch.zeros(3), torch.zeros(3, 0), torch.zeros(3, 4, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"weight must be bf16, fp16 or fp32 \[out, in\], not empty, got"):
+        with raises(ValueError, "weight", weight.dtype, list(weight.shape)):
             rounding_error(weight, bits=4)
-    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 16"):
+    with raises(ValueError, "bits", "got 16"):
         rounding_error(torch.zeros(3, 4), bits=16)
-    with pytest.raises(ValueError, match="triton cannot run: it needs CUDA tensors, these are on cpu"):
+    with raises(ValueError, "triton", "cpu"):
         rounding_error(torch.zeros(3, 4).bfloat16(), bits=4, implementation="triton")
 
 
@@ -91,7 +92,7 @@ def test_the_kernel() -> None:
 
     check(run, [(1, 1), (77, 100), (131, 3072), (5, 12_288), (9, 15_360)], device="cuda")
     check_what_is_not_finite(run, device="cuda")
-    with pytest.raises(ValueError, match=r"the weight is torch.float32"):
+    with raises(ValueError, "weight", torch.float32):
         run(torch.zeros(3, 4, device="cuda"), bits=4)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from reelquant.ops.weight_expansion.op import expand_weight
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.weight_grid import WeightGrid, fit_per_channel, fit_two_level
+from tests.errors import raises
 
 KERNEL_BITS = (4, 6, 8)
 
@@ -55,17 +56,15 @@ def test_is_what_the_grid_expands_to() -> None:
 
 def test_errors() -> None:
     packed, grid, _ = stored(3, 128, 4)
-    with pytest.raises(
-        ValueError, match=r"128 codes of 6 bits are packed as uint8 \[n, 96\], got torch.uint8 \[3, 64\]"
-    ):
+    with raises(ValueError, 128, "6 bits", 96, [3, 64]):
         expand_weight(packed, bits=6, num_inputs=128, group_scale=None)
-    with pytest.raises(ValueError, match=r"group_scale must be uint8 \[3, 2\], got torch.uint8 \[3, 1\]"):
+    with raises(ValueError, "group_scale", [3, 2], [3, 1]):
         expand_weight(packed, bits=4, num_inputs=128, group_scale=torch.ones(3, 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"out must be int8 \[3, 128\], contiguous"):
+    with raises(ValueError, "out", "contiguous", [3, 128]):
         expand_weight(packed, bits=4, num_inputs=128, group_scale=None, out=torch.empty(128, 3, dtype=torch.int8).T)
-    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 9"):
+    with raises(ValueError, "bits", 9):
         expand_weight(packed, bits=9, num_inputs=128, group_scale=None)
-    with pytest.raises(ValueError, match="triton cannot run: it needs CUDA tensors, these are on cpu"):
+    with raises(ValueError, "triton", "cpu"):
         expand_weight(packed, bits=4, num_inputs=128, group_scale=grid.group_scale, implementation="triton")
 
 
@@ -96,5 +95,5 @@ def test_the_kernel_on_what_it_does_not_take() -> None:
     assert grid.group_scale is not None
     on_device = {"num_inputs": 72, "group_scale": grid.group_scale.cuda()}
     assert torch.equal(expand_weight(packed.cuda(), bits=3, **on_device).cpu(), expected)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="it takes 4, 6 and 8 bits, not 3"):
+    with raises(ValueError, "bits", 3):
         expand_weight(packed.cuda(), bits=3, **on_device, implementation="triton")  # type: ignore[arg-type]
