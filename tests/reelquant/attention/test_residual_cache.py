@@ -7,6 +7,7 @@ from torch import Tensor
 from reelquant.attention.residual_cache import ResidualCache
 from reelquant.ops.band_attention.reference import corrected
 from reelquant.ops.residual_factorization import reference
+from tests.errors import raises
 
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -199,51 +200,49 @@ def test_gradient_passes_through() -> None:
 
 
 def test_what_cannot_be_asked_for() -> None:
-    with pytest.raises(ValueError, match="order is 3; 0 "):
+    with raises(ValueError, "residual.order", 3):
         ResidualCache(3, None, "constant")
-    with pytest.raises(ValueError, match="rank is 0; 1 or more"):
+    with raises(ValueError, "residual.rank", 0):
         ResidualCache(2, 0, "constant")
-    with pytest.raises(ValueError, match="low_rank needs a rank"):
+    with raises(ValueError, "residual.storage", "low_rank", "residual.rank"):
         ResidualCache(2, None, "constant", storage="low_rank")
-    with pytest.raises(ValueError, match="extrapolation is 'cubic'; one of constant, linear"):
+    with raises(ValueError, "residual.extrapolation", "cubic", "constant", "linear"):
         ResidualCache(2, None, "cubic")
-    with pytest.raises(ValueError, match="storage is 'disk'; one of full, low_rank"):
+    with raises(ValueError, "residual.storage", "disk", "full", "low_rank"):
         ResidualCache(2, None, "constant", storage="disk")
 
 
 def test_errors_keep_what_was_kept() -> None:
     dense, sparse = drawn(0, 2, 9, 4)
     cache = ResidualCache(2, 2, "linear")
-    with pytest.raises(ValueError, match="step 3: nothing to correct with before the first refresh"):
+    with raises(ValueError, "step 3", "order 0"):
         cache.correct(3, sparse)
-    with pytest.raises(ValueError, match="rank is 5, above the head size 4"):
+    with raises(ValueError, "residual.rank", 5, 4):
         ResidualCache(2, 5, "constant").refresh(0, dense, sparse)
-    with pytest.raises(ValueError, match=r"step 0: .* got \(2, 9, 4\) and \(2, 8, 4\)"):
+    with raises(ValueError, "step 0", (2, 9, 4), (2, 8, 4)):
         cache.refresh(0, dense, sparse[:, :8])
-    with pytest.raises(ValueError, match=r"must both be \[H, L, D\], got \(9, 4\)"):
+    with raises(ValueError, "[H, L, D]", (9, 4)):
         cache.refresh(0, dense[0], sparse[0])
-    with pytest.raises(ValueError, match=r"floating tensors, got torch\.int64"):
+    with raises(ValueError, "refresh", torch.int64):
         cache.refresh(0, dense.long(), sparse)
     cache.refresh(4, dense, sparse)
     before = cache.correct(4, sparse)
     for step in (4, 3):
-        with pytest.raises(ValueError, match=f"refresh at step {step}, but the last one was at step 4"):
+        with raises(ValueError, f"step {step}", "step 4"):
             cache.refresh(step, dense, sparse)
-    with pytest.raises(ValueError, match=r"refresh at step 5 with \(2, 8, 4\), but the one at step 4 had \(2, 9, 4\)"):
+    with raises(ValueError, "step 5", (2, 8, 4), "step 4", (2, 9, 4)):
         cache.refresh(5, dense[:, :8], sparse[:, :8])
-    with pytest.raises(
-        ValueError, match=r"sparse is torch.float32 \(2, 8, 4\), .* refreshed with \(2, 9, 4\) at step 4"
-    ):
+    with raises(ValueError, "step 5", "sparse", (2, 8, 4), "step 4", (2, 9, 4)):
         cache.correct(5, sparse[:, :8])
-    with pytest.raises(ValueError, match="step 3 is before the last refresh at step 4"):
+    with raises(ValueError, "step 3", "step 4"):
         cache.correct(3, sparse)
     broken = sparse.clone()
     broken[1, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match="refresh at step 5: sparse holds 1 NaN or infinite values of 72"):
+    with raises(ValueError, "step 5", "sparse", 1, 72):
         cache.refresh(5, dense, broken)
     broken[1, 2, 3] = torch.inf
-    with pytest.raises(ValueError, match="refresh at step 5: dense holds 1 NaN"):
+    with raises(ValueError, "step 5", "dense", 1, 72):
         cache.refresh(5, broken, sparse)
-    with pytest.raises(ValueError, match=r"dense - sparse overflows torch\.float32"):
+    with raises(ValueError, "step 5", "dense - sparse", torch.float32):
         cache.refresh(5, torch.full_like(dense, 3e38), torch.full_like(sparse, -3e38))
     assert torch.equal(cache.correct(4, sparse), before)
