@@ -17,6 +17,7 @@ from reelquant.calibration.attention_distillation import (
     pool_tokens,
     salient_tokens,
 )
+from tests.errors import raises
 
 SHAPES = [(1, 1, 1), (3, 61, 16), (2, 130, 7)]
 
@@ -184,11 +185,11 @@ def test_salient_tokens() -> None:
     assert salient_tokens(sums, 4).tolist() == [1, 2, 3, 4]
     assert salient_tokens(sums, 1).tolist() == [1]
     assert salient_tokens(sums, 100).tolist() == list(range(7))
-    with pytest.raises(ValueError, match="num is 0; at least one token"):
+    with raises(ValueError, "num", 0):
         salient_tokens(sums, 0)
-    with pytest.raises(ValueError, match=r"column_sums must be \[L\], got \(1, 7\)"):
+    with raises(ValueError, "column_sums", "[L]", (1, 7)):
         salient_tokens(sums[None], 2)
-    with pytest.raises(ValueError, match="column_sums holds 1 NaN or infinite values of 7"):
+    with raises(ValueError, "column_sums", 1, 7):
         salient_tokens(torch.where(sums == 0, torch.nan, sums), 2)
 
 
@@ -201,7 +202,7 @@ def test_targets_keep_and_move() -> None:
     assert all(
         x is not None and x.is_meta for x in (moved.q_pooled, moved.k_pooled, moved.indices, moved.q_salient, moved.k)
     )
-    with pytest.raises(ValueError, match=r"targets are on meta, the quantized tensors on cpu; move them with to\(\)"):
+    with raises(ValueError, "meta", "cpu"):
         global_loss(moved, q_q, k_q)
     assert attention_targets(q, k, stride=4).to("cpu").k is None
 
@@ -211,31 +212,31 @@ def test_errors() -> None:
     indices = torch.tensor([0, 5])
     broken = k.clone()
     broken[1, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match="k holds 1 NaN or infinite values of 48"):
+    with raises(ValueError, "k", 1, 48):
         global_attention_loss(q, broken, q_q, k_q, 2)
-    with pytest.raises(ValueError, match="q_q holds 1 NaN or infinite values of 48"):
+    with raises(ValueError, "q_q", 1, 48):
         local_attention_loss(q, k, broken, k_q, torch.tensor([2]))
-    with pytest.raises(ValueError, match=r"overflow torch\.float32"):
+    with raises(ValueError, "q", "k", torch.float32):
         local_attention_loss(q.float(), k.float(), 1e25 * q.float(), 1e25 * k.float(), indices)
     assert not bool(global_loss(attention_targets(q, k, stride=2), broken, k_q).isfinite())
     for stride in (0, -3):
-        with pytest.raises(ValueError, match=f"stride is {stride}; at least 1"):
+        with raises(ValueError, "stride", stride):
             global_attention_loss(q, k, q_q, k_q, stride)
     for index in (6, -1):
-        with pytest.raises(ValueError, match=f"indices hold {index}; 6 tokens have the indices 0 to 5"):
+        with raises(ValueError, "indices", index, 6):
             local_attention_loss(q, k, q_q, k_q, torch.tensor([0, index]))
     for wrong in (indices.float(), indices[None], indices[:0], indices.bool()):
-        with pytest.raises(ValueError, match=r"indices must be integers \[k\], got torch"):
+        with raises(ValueError, "indices", "[k]"):
             local_attention_loss(q, k, q_q, k_q, wrong)
-    with pytest.raises(ValueError, match=r"q and k must both be .* got \(2, 6, 4\) and \(2, 5, 4\)"):
+    with raises(ValueError, "q", "k", (2, 6, 4), (2, 5, 4)):
         global_attention_loss(q, k[:, :5], q_q, k_q, 2)
-    with pytest.raises(ValueError, match=r"q_q and k_q must both be .* got \(2, 6, 4\) and \(6, 4\)"):
+    with raises(ValueError, "q_q", "k_q", (2, 6, 4), (6, 4)):
         global_attention_loss(q, k, q_q, k_q[0], 2)
-    with pytest.raises(ValueError, match=r"q_q and k_q are \(2, 5, 4\), full precision's were \(2, 6, 4\)"):
+    with raises(ValueError, "q_q", "k_q", (2, 5, 4), (2, 6, 4)):
         local_attention_loss(q, k, q_q[:, :5], k_q[:, :5], indices)
-    with pytest.raises(ValueError, match="pass indices to attention_targets"):
+    with raises(ValueError, "indices"):
         local_loss(attention_targets(q, k, stride=2), q_q, k_q)
-    with pytest.raises(ValueError, match="pass a stride to attention_targets"):
+    with raises(ValueError, "stride"):
         global_loss(attention_targets(q, k, indices=indices), q_q, k_q)
-    with pytest.raises(ValueError, match="tile_bytes must be positive, got 0"):
+    with raises(ValueError, "tile_bytes", 0):
         global_loss(attention_targets(q, k, stride=2), q_q, k_q, tile_bytes=0)

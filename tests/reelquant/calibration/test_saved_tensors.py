@@ -12,6 +12,7 @@ from reelquant.calibration.recipe import Recipe, SparseCalibration
 from reelquant.calibration.saved_tensors import _Shelf
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.families import hunyuan_video as family
+from tests.errors import raises
 from tests.reelquant.calibration.test_segment_distillation import RECIPES, bits_of, make_samples, outlier_blocks
 
 GRID = torch.arange(120.0).reshape(2, 3, 4, 5)
@@ -84,6 +85,6 @@ def test_lean_distillation_writes_to_the_folder_for_temporary_files_and_leaves_n
     distilled(LEARNING["s2q"], lean=True)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with raises(FileNotFoundError, "nowhere"):
         distilled(LEARNING["s2q"], lean=True)
     distilled(LEARNING["s2q"], lean=False)

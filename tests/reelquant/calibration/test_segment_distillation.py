@@ -26,6 +26,7 @@ from reelquant.calibration.segment_distillation import DistilledBlock, distill_s
 from reelquant.checkpoint.layer_packing import pack_layer
 from reelquant.families import hunyuan_video as family
 from reelquant.quantization.linear import replace_linear_layers
+from tests.errors import raises
 
 NOTHING = Recipe(
     channel_scale="none", rotation="none", clip="none", rounding="nearest", solve="plain", token_weights=False,
@@ -217,7 +218,7 @@ def test_the_quantized_stream_reaches_the_next_block() -> None:
 def test_a_block_that_diverges_stops_with_its_name_and_step_or_falls_back() -> None:
     """A real divergence: steps so long that the channel scales overflow."""
     recipe = replace(S2Q, learning_rate_transform=1e4)
-    with pytest.raises(BlockDiverged, match=r"transformer_blocks\.0 diverged: loss (inf|nan) at step [1-9]"):
+    with raises(BlockDiverged, "transformer_blocks.0", "distillation.on_failure", "method.learning_rate_*"):
         run(recipe)
     for block in run(recipe, fall_back=True):
         assert "diverged" in str(block.result.fell_back)
@@ -304,7 +305,7 @@ def test_dense_blocks_of_a_sparse_method_are_calibrated_dense() -> None:
 def test_layers_of_one_group_need_the_same_activation_bits() -> None:
     name = BLOCKS[0]
     bits = {**bits_of(name), "attn.to_k": LayerBits(4, 8)}
-    with pytest.raises(ValueError, match=r"attn\.to_k.*same activation bits"):
+    with raises(ValueError, "attn.to_q", "attn.to_k", 6, 8):
         calibrated_copy(
             outlier_blocks()[name], family.group_levels(name), bits=bits, recipe=NOTHING, activation_amax={}
         )

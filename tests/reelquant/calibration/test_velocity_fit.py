@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from reelquant.calibration.velocity_fit import RIDGES, VelocityMoments, _solve, fit_velocity
+from tests.errors import raises
 
 PROMPTS, STEPS, CHANNELS, POSITIONS = 5, 3, 4, (2, 7, 5)
 
@@ -87,7 +88,7 @@ def test_exact_velocities_need_no_correction() -> None:
 
 
 def test_two_prompts_are_too_few() -> None:
-    with pytest.raises(ValueError, match="needs 3 calibration prompts or more, there are 2"):
+    with raises(ValueError, "velocity correction", 3, 2):
         fit_velocity(moments_of(velocities(0, 2), velocities(1, 2)))
 
 
