@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reelquant.quantization.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
+from tests.errors import raises
 
 
 def random_codes(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
@@ -69,17 +70,17 @@ def test_int4_known_bytes() -> None:
 
 def test_errors() -> None:
     codes = torch.tensor([[8, 0]], dtype=torch.int8)
-    with pytest.raises(ValueError, match="4 bits hold codes from -8 to 7, got codes from 0 to 8"):
+    with raises(ValueError, "4 bits", "0 to 8"):
         pack_bits(codes, 4)
-    with pytest.raises(ValueError, match="4 bits hold codes"):
+    with raises(ValueError, "4 bits", "-9 to -1"):
         pack_int4(-codes - 1)
-    with pytest.raises(ValueError, match="even number of codes a row, got 3"):
+    with raises(ValueError, 3, "pack_bits(w, 4)"):
         pack_int4(torch.zeros(2, 3, dtype=torch.int8))
-    with pytest.raises(ValueError, match="codes must be int8"):
+    with raises(ValueError, "codes", torch.float32, (2, 8)):
         pack_bits(torch.zeros(2, 8), 4)
-    with pytest.raises(ValueError, match="from 2 to 8, got 1"):
+    with raises(ValueError, "bits", 1):
         pack_bits(codes, 1)
-    with pytest.raises(ValueError, match=r"9 codes of 3 bits are uint8 \[..., 6\], got torch.uint8 \(2, 5\)"):
+    with raises(ValueError, 9, "3 bits", (2, 5)):
         unpack_bits(torch.zeros(2, 5, dtype=torch.uint8), 3, 9)
-    with pytest.raises(ValueError, match="uint8"):
+    with raises(ValueError, torch.int8, (1, 2)):
         unpack_int4(codes)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE
 from reelquant.quantization.quantizer import fake_quantize, max_code, quantize
+from tests.errors import raises
 
 
 @given(bits=st.integers(2, 8), rows=st.integers(1, 5), width=st.integers(1, 33), seed=st.integers(0, 999))
@@ -93,18 +94,18 @@ def test_sixteen_bits_is_the_identity() -> None:
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 16, -4])
 def test_bits_out_of_range(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"from 2 to 8, got {bits}"):
+    with raises(ValueError, "bits", bits):
         max_code(bits)
-    with pytest.raises(ValueError, match="from 2 to 8"):
+    with raises(ValueError, "bits", bits):
         quantize(torch.ones(1, 2), bits, 1)
 
 
 def test_other_errors_name_the_value() -> None:
-    with pytest.raises(ValueError, match="clip must be positive, got 0"):
+    with raises(ValueError, "clip", 0.0):
         fake_quantize(torch.ones(2, 2), 4, 1, 0.0)
-    with pytest.raises(ValueError, match=r"clip of shape \(3, 1\)|size of tensor"):
+    with raises(ValueError, "clip", (3, 1), (1, 1)):
         fake_quantize(torch.ones(1, 2), 4, 1, torch.ones(3, 1))
-    with pytest.raises(ValueError, match=r"floating tensor, got torch\.int64"):
+    with raises(ValueError, "x", torch.int64):
         fake_quantize(torch.ones(2, 2, dtype=torch.int64), 4, 1)
 
 

@@ -11,6 +11,7 @@ from reelquant.quantization.rotation import (
     transform_input,
     transform_weight,
 )
+from tests.errors import raises
 
 
 @pytest.mark.parametrize(
@@ -22,9 +23,9 @@ def test_block_size(d: int, expected: int) -> None:
 
 def test_block_size_of_another_largest() -> None:
     assert block_size(3072, largest=32) == 32
-    with pytest.raises(ValueError, match="largest must be a power of two, got 96"):
+    with raises(ValueError, "largest", 96):
         block_size(3072, largest=96)
-    with pytest.raises(ValueError, match="d = 0"):
+    with raises(ValueError, "d", 0):
         block_size(0)
 
 
@@ -38,7 +39,7 @@ def test_hadamard_is_orthogonal_and_flat(n: int) -> None:
 
 
 def test_hadamard_of_no_power_of_two() -> None:
-    with pytest.raises(ValueError, match="n must be a power of two, got 12"):
+    with raises(ValueError, "n", 12):
         hadamard(12)
 
 
@@ -108,11 +109,11 @@ def test_gradients_reach_scale_and_rotation() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"blocks of 16 needs .* multiple of 16, got \(3, 24\)"):
+    with raises(ValueError, 16, (3, 24)):
         rotate_blocks(torch.ones(3, 24), torch.eye(16))
-    with pytest.raises(ValueError, match=r"rotation must be a square matrix, got shape \(2, 3\)"):
+    with raises(ValueError, "rotation", (2, 3)):
         rotate_blocks(torch.ones(3, 24), torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"channel_scale must be \[24\].*got \(1,\)"):
+    with raises(ValueError, "channel_scale", [24], (1,)):
         transform_input(torch.ones(3, 24), torch.ones(1), None)
-    with pytest.raises(ValueError, match=r"weight must be \[out, in\]"):
+    with raises(ValueError, "weight", (24,)):
         transform_weight(torch.ones(24), None, None)

@@ -8,6 +8,7 @@ import torch
 from reelquant.metrics import sqnr_db
 from reelquant.quantization.quantizer import fake_quantize, max_code
 from reelquant.quantization.weight_grid import WeightGrid, fake_quantize_weight, fit_per_channel, fit_two_level
+from tests.errors import raises
 
 FITS: dict[str, Callable[..., WeightGrid]] = {"per_channel": fit_per_channel, "two_level": fit_two_level}
 
@@ -108,15 +109,15 @@ def test_per_channel_is_the_quantizer() -> None:
 def test_errors() -> None:
     weight = grouped_weight(3, 70)
     grid = fit_two_level(weight, 4)
-    with pytest.raises(ValueError, match="no weight layout 'rows': there are per_channel, two_level"):
+    with raises(ValueError, "rows", "per_channel", "two_level"):
         fake_quantize_weight(weight, 4, 1.0, "rows")
-    with pytest.raises(ValueError, match="200 inputs in groups of 64 need 4 group scales a row, this grid has 2"):
+    with raises(ValueError, 200, 64, 4, 2):
         grid.round(torch.ones(3, 200))
-    with pytest.raises(ValueError, match=r"codes must be \[3, in\], got \(2, 70\)"):
+    with raises(ValueError, "codes", "[3, in]", (2, 70)):
         grid.dequantize(torch.zeros(2, 70, dtype=torch.int8))
-    with pytest.raises(ValueError, match="from 2 to 8, got 16"):
+    with raises(ValueError, "bits", "got 16"):
         fit_per_channel(weight, 16)
-    with pytest.raises(ValueError, match="floating matrix"):
+    with raises(ValueError, "weight", torch.float32, (70,)):
         fit_two_level(weight[0], 4)
-    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+    with raises(ValueError, "group_size", 0):
         fit_two_level(weight, 4, group_size=0)
