@@ -15,6 +15,7 @@ import pytest
 
 from reelquant.checkpoint.whole_folder import whole_folder
 from reelquant.checkpoint.writer import write_checkpoint
+from tests.errors import raises
 from tests.reelquant.checkpoint.test_writer import files
 
 NUM_KILLS = 8
@@ -167,7 +168,7 @@ def test_a_folder_is_there_when_its_writer_is_done_and_not_when_it_fails(tmp_pat
             (folder / "deep" / "file").write_text(content)
         assert (target / "deep" / "file").read_text() == content
         assert os.listdir(tmp_path) == [target.name]
-    with pytest.raises(OSError, match="full"), whole_folder(target) as folder:
+    with raises(OSError, "full"), whole_folder(target) as folder:
         fail_half_way(folder)
     assert (target / "deep" / "file").read_text() == "second"
     assert os.listdir(tmp_path) == [target.name]

@@ -8,6 +8,7 @@ import pytest
 
 from reelquant.checkpoint.schema import FORMAT_VERSION, QuantizationSpec
 from reelquant.noise_schedule import shifted_levels
+from tests.errors import raises
 
 
 def version_2(steps: int | None = 16, **parts: Any) -> dict[str, Any]:
@@ -47,5 +48,5 @@ def test_it_is_written_as_the_present_version() -> None:
 
 
 def test_the_present_version_counts_no_steps() -> None:
-    with pytest.raises(ValueError, match="noise_above"):
+    with raises(ValueError, "step_protection", "noise_above", {"num_steps": 4}):
         QuantizationSpec.from_dict({**version_2(step_protection={"num_steps": 4}), "format_version": FORMAT_VERSION})

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reelquant.checkpoint.safetensors_file import MemoryTensor, read_header, scan_file, write_file
+from tests.errors import raises
 
 TENSORS = {
     "b": torch.arange(3, dtype=torch.uint8),
@@ -53,18 +54,18 @@ def test_same_tensors_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
 def test_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
     path = write(tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"x\.safetensors: cut off"):
+    with raises(ValueError, path, f"{path.stat().st_size} bytes" if length >= 0 else path.stat().st_size):
         read_header(path)
 
 
 def test_trailing_bytes_and_garbage_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes() + b"0")
-    with pytest.raises(ValueError, match="too long: its header promises"):
+    with raises(ValueError, path, path.stat().st_size):
         read_header(path)
     for header in (b"{nonsense", b"[1, 2]  ", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'):
         path.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
-        with pytest.raises(ValueError, match="its header is not that of a safetensors file"):
+        with raises(ValueError, path, "header"):
             read_header(path)
 
 
@@ -72,12 +73,12 @@ def test_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path) 
     path = write(tmp_path / "x.safetensors")
     tensors, _ = read_header(path)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="bytes before the tensor at offset"):
+    with raises(ValueError, path, tensors["mask"].offset):
         tensors["mask"].read()
 
 
 def test_dtype_that_safetensors_lacks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"dtype torch\.complex128 cannot be stored"):
+    with raises(ValueError, torch.complex128, "BF16"):
         write_file(tmp_path / "x", {"x": MemoryTensor(torch.zeros(2, dtype=torch.complex128))}, {})
 
 
@@ -102,5 +103,5 @@ def test_a_scan_is_the_files_checksum_and_names_what_is_not_finite(
     write_file(path, {}, {})
     assert scan_file(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="cut off"):
+    with raises(ValueError, path, f"{path.stat().st_size} bytes"):
         scan_file(path)
