@@ -95,10 +95,11 @@ class ReelquantQuantizer(DiffusersQuantizer):
         """
         if not is_accelerate_available():
             raise ImportError("diffusers loads quantized models with accelerate: pip install accelerate")
-        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+        parts = device_map if isinstance(device_map, Mapping) else {}
+        if on_disk := [part or "the whole model" for part, device in parts.items() if device == "disk"]:
             raise ValueError(
-                "device_map: quantized layers cannot be offloaded to the disk, where diffusers would store their "
-                "scales in torch_dtype; use the CPU in place of the disk"
+                f"device_map: {', '.join(on_disk)}: quantized layers cannot be offloaded to the disk, where diffusers would "
+                "store their scales in torch_dtype; use the CPU in place of the disk"
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

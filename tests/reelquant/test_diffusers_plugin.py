@@ -22,6 +22,7 @@ from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.diffusers_plugin import ReelquantConfig, ReelquantQuantizer
 from reelquant.quantization.linear import QuantizedLinear
+from tests.errors import raises
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = "transformer_blocks.0"
@@ -219,7 +220,7 @@ def test_save_and_load_again(tiny_checkpoint: Path, tmp_path: Path, max_shard_si
 
 def test_pickled_weights_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = load(tiny_checkpoint)
-    with pytest.raises(ValueError, match="saved as safetensors only"):
+    with raises(ValueError, "safe_serialization=False"):
         model.save_pretrained(tmp_path, safe_serialization=False)  # type: ignore[operator]
 
 
@@ -238,14 +239,14 @@ def test_sharded_checkpoint_loads_the_same(
 def test_device_map(tiny_checkpoint: Path) -> None:
     expected = load(tiny_checkpoint, torch_dtype=torch.bfloat16)
     assert same_tensors(load(tiny_checkpoint, torch_dtype=torch.bfloat16, device_map="cpu"), expected)
-    with pytest.raises(ValueError, match="cannot be offloaded to the disk"):
-        load(tiny_checkpoint, device_map={"": "disk"}, offload_folder=tiny_checkpoint)
+    with raises(ValueError, "device_map", "disk", BLOCK):
+        load(tiny_checkpoint, device_map={"": "cpu", BLOCK: "disk"}, offload_folder=tiny_checkpoint)
 
 
 def test_moving_to_a_dtype(tiny_checkpoint: Path) -> None:
     model = load(tiny_checkpoint, torch_dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="Casting a quantized model"):
+    with raises(ValueError, "dtype"):
         model.to(torch.float32)
     # What FSDP, accelerate and pipelines do to parts of the model passes by that check.
     model.get_submodule(BLOCK).to(torch.float32)
@@ -269,16 +270,13 @@ def test_names_every_tensor_that_is_missing_extra_or_wrong(own_checkpoint: Path)
         tensors[f"{plain}.weight"] = torch.ones(144, 24)
 
     edit_tensors(own_checkpoint, damage)
-    with pytest.raises(ValueError, match="the weights are not what the quantization_config describes") as caught:
-        load(own_checkpoint)
-    text = str(caught.value)
     problems = verify_checkpoint(own_checkpoint).problems
     about_weights = [problem for problem in problems if problem.startswith(("tensor ", "layer "))]
     assert len(about_weights) == 9
-    assert all(problem in text for problem in about_weights)
+    with raises(ValueError, "quantization_config", f"{BLOCK}.norm1.linear.weight", *about_weights):
+        load(own_checkpoint)
     # The changed file has another digest, too.
     assert len(problems) == 10
-    assert f"layer {BLOCK}.norm1.linear: is declared as quantized, but" in text
 
 
 def test_names_every_tensor_with_impossible_numbers(own_checkpoint: Path) -> None:
@@ -288,14 +286,9 @@ def test_names_every_tensor_with_impossible_numbers(own_checkpoint: Path) -> Non
         tensors[f"{BLOCK}.attn.to_q.rotation"][0, 0] = torch.inf
 
     edit_tensors(own_checkpoint, damage)
-    with pytest.raises(ValueError, match="the weights are not what") as caught:
+    broken = (f"{BLOCK}.attn.{name}" for name in ("to_k.weight_scale", "to_q.channel_scale", "to_q.rotation"))
+    with raises(ValueError, "quantization_config", 1, *broken):
         load(own_checkpoint)
-    for part in (
-        f"{BLOCK}.attn.to_k.weight_scale: weight_scale has 1 values that are not finite",
-        f"{BLOCK}.attn.to_q.channel_scale: channel_scale has 1 values that are not positive",
-        f"{BLOCK}.attn.to_q.rotation: rotation has 1 values that are not finite",
-    ):
-        assert part in str(caught.value)
 
 
 def test_truncated_file_is_refused(
@@ -303,7 +296,7 @@ def test_truncated_file_is_refused(
 ) -> None:
     path = own_checkpoint / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OSError, match="Unable to load weights from checkpoint file"):
+    with raises(OSError, path):
         load(own_checkpoint)
     output_folder = tmp_path / "sharded"
     write_checkpoint(
@@ -311,13 +304,13 @@ def test_truncated_file_is_refused(
     )
     shard = sorted((output_folder / "transformer").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{shard.name}: cut off"):
+    with raises(ValueError, shard):
         load(output_folder)
 
 
 def test_newer_format_is_refused(own_checkpoint: Path) -> None:
     edit_config(own_checkpoint, lambda c: c["quantization_config"].update(format_version=99, new_key={"a": 1}))
-    with pytest.raises(ValueError, match=r"format_version 99 is newer.*upgrade reelquant"):
+    with raises(ValueError, "quantization_config", "format_version", 99):
         load(own_checkpoint)
 
 
@@ -327,7 +320,7 @@ def test_layer_that_the_model_lacks_is_refused(own_checkpoint: Path) -> None:
         layers["gone.q"] = {**layers[f"{BLOCK}.norm1.linear"], "group": "gone.q"}
 
     edit_config(own_checkpoint, rename)
-    with pytest.raises(ValueError, match=r"gone\.q: does not exist in HunyuanVideoTransformer3DModel"):
+    with raises(ValueError, "gone.q", "HunyuanVideoTransformer3DModel"):
         load(own_checkpoint)
 
 
@@ -345,7 +338,7 @@ def test_unknown_keys_are_left_out_without_a_warning(
 
 def test_a_source_model_cannot_be_quantized_while_it_is_loaded(tiny_source: Path, tiny_checkpoint: Path) -> None:
     quantization = json.loads((tiny_checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
-    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+    with raises(ValueError, "reelquant", "pre_quantized=False"):
         load(tiny_source, quantization_config=ReelquantConfig(**quantization))
 
 

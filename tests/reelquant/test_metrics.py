@@ -7,6 +7,7 @@ import torch
 
 from reelquant import metrics
 from reelquant.metrics import psnr_db, sqnr_db
+from tests.errors import raises
 
 
 def test_known_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,9 +38,9 @@ def test_edges() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"reference and x must have one shape, got \(2,\) and \(3,\)"):
+    with raises(ValueError, "reference", "x", (2,), (3,)):
         sqnr_db(torch.ones(2), torch.ones(3))
-    with pytest.raises(ValueError, match="empty"):
+    with raises(ValueError, "a", "b", (0,)):
         psnr_db(torch.empty(0), torch.empty(0))
-    with pytest.raises(ValueError, match="data_range must be positive, got 0"):
+    with raises(ValueError, "data_range", 0):
         psnr_db(torch.ones(2), torch.ones(2), 0)
