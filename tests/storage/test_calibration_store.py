@@ -11,6 +11,7 @@ from zarr.codecs import Crc32cCodec
 from storage import zarr_layout
 from storage.calibration_store import CalibrationStore, DamagedArray
 from storage.zarr_layout import ArrayLayout
+from tests.errors import raises
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -161,11 +162,11 @@ def test_row_windows(store: CalibrationStore, start: int | None, stop: int | Non
 def test_bad_windows_say_what_the_rows_are(store: CalibrationStore) -> None:
     store.write("a", torch.zeros(10, 2))
     store.write("scalar", torch.zeros(()))
-    with pytest.raises(ValueError, match=r"rows 5:11 of 'a' are outside its 10 rows"):
+    with raises(ValueError, "rows", "5:11", "'a'", 10):
         store.read("a", rows=slice(5, 11))
-    with pytest.raises(ValueError, match=r"must be slice\(start, stop\)"):
+    with raises(ValueError, "rows", "'a'", slice(0, 10, 2)):
         store.read("a", rows=slice(0, 10, 2))
-    with pytest.raises(ValueError, match=r"must be slice\(start, stop\)"):
+    with raises(ValueError, "rows", "'scalar'", slice(0, 1)):
         store.read("scalar", rows=slice(0, 1))
 
 
@@ -179,7 +180,7 @@ def test_non_finite_is_refused_with_count_and_place(store: CalibrationStore, dty
         tensor[800, 3] = tensor[1000, 16] = torch.copysign(torch.tensor(float("nan")), torch.tensor(value))
     else:
         tensor[800, 3] = tensor[1000, 16] = value
-    with pytest.raises(ValueError, match=r"'a' is not written: 2 of 17357 values are NaN or infinite, .* \[800, 3\]"):
+    with raises(ValueError, "'a'", 2, 17357, [800, 3]):
         store.write("a", tensor)
     assert bits(store.read("a")) == bits(before)
     assert list(store.root.glob("**/.*")) == []
@@ -194,7 +195,7 @@ def test_largest_finite_values_are_no_infinity(store: CalibrationStore, dtype: t
 
 
 def test_dtype_that_cannot_be_stored(store: CalibrationStore) -> None:
-    with pytest.raises(ValueError, match="complex64 cannot be stored"):
+    with raises(ValueError, torch.complex64):
         store.write("a", torch.zeros(2, dtype=torch.complex64))
 
 
@@ -206,9 +207,9 @@ def test_dtype_that_cannot_be_stored(store: CalibrationStore) -> None:
     ],
 )
 def test_names_that_could_leave_or_confuse_the_store_are_refused(store: CalibrationStore, name: str) -> None:
-    with pytest.raises(ValueError, match="must be a relative path inside the store"):
+    with raises(ValueError, "name", repr(name)):
         store.write(name, torch.ones(1))
-    with pytest.raises(ValueError, match="must be a relative path inside the store"):
+    with raises(ValueError, "name", repr(name)):
         store.read(name)
     assert not store.root.exists()
 
@@ -219,15 +220,15 @@ def test_symbolic_links_are_not_followed(store: CalibrationStore, tmp_path: Path
     outside.mkdir()
     (store.root / "link").symlink_to(outside)
     for name in ("link", "link/x"):
-        with pytest.raises(ValueError, match=r"leads through a symbolic link to .*outside"):
+        with raises(ValueError, repr(name), outside):
             store.write(name, torch.ones(1))
-        with pytest.raises(ValueError, match="leads through a symbolic link"):
+        with raises(ValueError, repr(name), outside):
             store.read(name)
     assert list(outside.iterdir()) == []
     data = store.root / "a" / "c.0"
     data.rename(outside / "c.0")
     data.symlink_to(outside / "c.0")
-    with pytest.raises(DamagedArray, match="symbolic links"):
+    with raises(DamagedArray, "'a'", data):
         store.read("a")
 
 
@@ -241,12 +242,12 @@ def test_store_below_a_symbolic_link_works(tmp_path: Path) -> None:
 
 def test_arrays_and_groups_do_not_swallow_each_other(store: CalibrationStore) -> None:
     store.write("a/b", torch.ones(3))
-    with pytest.raises(ValueError, match="'a' is a group of arrays"):
+    with raises(ValueError, "'a'", "group"):
         store.write("a", torch.ones(1))
-    with pytest.raises(ValueError, match=r"'a/b/c' would lie inside .*b, which is not a group"):
+    with raises(ValueError, "'a/b/c'", store.root / "a/b"):
         store.write("a/b/c", torch.ones(1))
     assert store.read("a/b").sum() == 3
-    with pytest.raises(DamagedArray, match=r"zarr\.json"):
+    with raises(DamagedArray, "'a'", "zarr.json"):
         store.read("a")
 
 
@@ -260,5 +261,5 @@ def test_damaged_array_travels_between_processes() -> None:
 def test_shapes_are_read_without_the_data(store: CalibrationStore, shape: tuple[int, ...]) -> None:
     store.write("x/a", torch.zeros(shape, dtype=torch.bfloat16))
     assert store.shape("x/a") == shape
-    with pytest.raises(DamagedArray, match="x/b"):
+    with raises(DamagedArray, "'x/b'"):
         store.shape("x/b")

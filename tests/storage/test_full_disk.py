@@ -11,6 +11,7 @@ import torch
 
 from storage.atomic_files import write_bytes_atomic
 from storage.calibration_store import CalibrationStore
+from tests.errors import raises
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,10 +84,10 @@ def test_disk_that_is_full(small_disk: Path) -> None:
     store.write("a", old)
     before = sorted(small_disk.rglob("*"))
     for name in ("a", "b"):
-        with pytest.raises(OSError, match=r"No space left on device, writing 4000004 bytes; \d+ bytes are free") as got:
+        with raises(OSError, store.root / name, 4000004, "bytes are free") as got:
             store.write(name, torch.ones(1000, 1000))
         assert got.value.filename == str(store.root / name)
-    with pytest.raises(OSError, match="No space left on device, writing 2000000 bytes"):
+    with raises(OSError, small_disk / "file", 2000000):
         write_bytes_atomic(small_disk / "file", bytes(2_000_000))
     assert sorted(small_disk.rglob("*")) == before
     assert torch.equal(store.read("a"), old)

@@ -20,6 +20,7 @@ from storage.calibration_store import CalibrationStore
 from storage.local_store import LocalStore
 from storage.manifest import Manifest, UnitRecord
 from storage.run_directory import RunDirectory, RunLocked
+from tests.errors import raises
 
 NUM_KILLS = 12
 NUM_FILES = 300
@@ -175,7 +176,7 @@ def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     victim = Victim(write_units, tmp_path)
     pid = victim.receive()
     run = RunDirectory.open(tmp_path)
-    with pytest.raises(RunLocked, match=rf"in use by process {pid} on host \S+ \(since \d{{4}}-"), run.lock():
+    with raises(RunLocked, tmp_path, pid, "since"), run.lock():
         pass
     victim.kill()
     with run.lock():

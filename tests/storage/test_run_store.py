@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from storage.manifest import DamagedRecord, HeldManifest, Manifest, UnitRecord
 from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
 from storage.run_store import RunStore, open_store
 from storage.zarr_layout import ArrayLayout
+from tests.errors import raises
 from tests.s3_server import new_prefix
 from tests.storage.exclusive_writer import put_once
 
@@ -93,7 +95,7 @@ class TestRunStore:
             raise RuntimeError("the unit fails")
 
         store.publish("checkpoint", first, last="index.json")
-        with pytest.raises(RuntimeError, match="the unit fails"):
+        with raises(RuntimeError, "the unit fails"):
             store.publish("checkpoint", failing, last="index.json")
         copy = store.local_folder("checkpoint")
         assert store.local_folder("checkpoint") == copy
@@ -130,7 +132,7 @@ class TestRunStore:
         assert directory.store.driver().at_work is None
         with directory.lock():
             assert "process" in (directory.store.driver().at_work or "")
-            with pytest.raises(RunLocked, match=r"is in use by process \d+ on host"), directory.lock():
+            with raises(RunLocked, place, os.getpid()), directory.lock():
                 pass
         with directory.lock():
             pass
@@ -139,16 +141,16 @@ class TestRunStore:
     def test_a_run_of_another_configuration_is_refused(self, place: str) -> None:
         RunDirectory.open_or_create(place, {"a": 1}, {"commit": "1"})
         assert RunDirectory.open(place).config == {"a": 1}
-        with pytest.raises(RunConfigMismatch, match=r"a: 1 -> 2"):
+        with raises(RunConfigMismatch, place, "a", 1, 2, "--update"):
             RunDirectory.open_or_create(place, {"a": 2}, {})
         run = RunDirectory.open_or_create(place, {"a": 2}, {"commit": "2"}, update=True)
         assert (run.config, run.provenance) == ({"a": 2}, {"commit": "2"})
 
     def test_somebody_elses_place_is_refused(self, store: RunStore, place: str) -> None:
         store.put("notes.txt", b"mine")
-        with pytest.raises(ValueError, match=r"is not empty and not a run \(holds notes.txt\)"):
+        with raises(ValueError, place, "notes.txt"):
             RunDirectory.open_or_create(place, {}, {})
-        with pytest.raises(ValueError, match="is not a run directory"):
+        with raises(ValueError, place, "config.json"):
             RunDirectory.open(place)
 
     def test_damage_of_outputs_is_found(self, store: RunStore, place: str) -> None:
@@ -166,7 +168,7 @@ class TestRunStore:
         store.remove(metadata.path)
         problems = directory.manifest.missing_or_damaged(done, deep=False)
         assert problems == [f"{data.path}: 400003 bytes, 400004 expected", f"{metadata.path}: missing"]
-        with pytest.raises(ValueError, match="unit trajectories/u is not done"):
+        with raises(ValueError, "trajectories/u", data.path, 400003, 400004, metadata.path):
             directory.manifest.write(done)
 
     @pytest.mark.parametrize("largest_copy", [None, 1000])
@@ -188,7 +190,7 @@ class TestRunStore:
         source.store.remove("calibration.zarr/zarr.json")
         assert torch.equal(taker.calibration_store.read("x/u"), tensor)
         if taker.store.stat(adopted.outputs[0].path).e_tag is not None:
-            with pytest.raises(ValueError, match=r"c\.0: SHA-256 of .*c\.0 differs from the record"):
+            with raises(ValueError, done.outputs[0].path, "SHA-256"):
                 taker.store.adopt(done.outputs, source.store)
             again = record(source, "u", tensor)  # the same content in an object of another e_tag
             assert taker.store.adopt([replace(o, e_tag="other") for o in again.outputs], source.store)
@@ -196,7 +198,7 @@ class TestRunStore:
     def test_a_damaged_record_is_named(self, store: RunStore, place: str) -> None:
         manifest = Manifest(place)
         store.put("manifest/trajectories/u.json", b"{}")
-        with pytest.raises(DamagedRecord, match=r"run/manifest/trajectories/u\.json"):
+        with raises(DamagedRecord, f"{place}/manifest/trajectories/u.json"):
             manifest.read("trajectories", "u")
         manifest.remove("trajectories", "u")
         assert manifest.read("trajectories", "u") is None
@@ -211,7 +213,7 @@ class TestRunStore:
         assert list(found) == sorted(one.unit for one in done)
         assert [found[one.unit] for one in done if one.unit != "u7"] == [one for one in done if one.unit != "u7"]
         assert isinstance(found["u7"], DamagedRecord)
-        with pytest.raises(DamagedRecord, match=r"u7\.json"):
+        with raises(DamagedRecord, "u7.json"):
             directory.manifest.records("trajectories")
         directory.manifest.remove("trajectories", "u7")
         assert len(directory.manifest.records("trajectories")) == 19
@@ -247,18 +249,18 @@ class TestRunStore:
         assert torch.equal(arrays.read("a/b", rows=slice(1400, 1600)), tensor[1400:1600])
         assert arrays.read("scalar") == 2.5
         assert arrays.read("empty").shape == (0, 4)
-        with pytest.raises(ValueError, match="is a group"):
+        with raises(ValueError, "'a'", "group"):
             arrays.write("a", tensor)
-        with pytest.raises(ValueError, match="2 of 4 values are NaN"):
+        with raises(ValueError, "'nan'", 2, 4, [1]):
             arrays.write("nan", torch.tensor([1.0, float("nan"), 2.0, float("nan")]))
         content = bytearray(store.read(outputs[0].path))
         content[5_000_000] ^= 4
         store.put(outputs[0].path, bytes(content))
-        with pytest.raises(DamagedArray, match="chunk 0 of 2 at byte 0 does not match its crc32c"):
+        with raises(DamagedArray, "'a/b'", "chunk 0 of 2"):
             arrays.read("a/b")
         assert torch.equal(arrays.read("a/b", rows=slice(2000, 2100)), tensor[2000:2100])
         store.remove(outputs[0].path)
-        with pytest.raises(DamagedArray, match=r"c\.0\.0 is missing"):
+        with raises(DamagedArray, "'a/b'", "c.0.0"):
             arrays.read("a/b")
 
     def test_the_same_objects_as_in_a_folder(self, store: RunStore, place: str, tmp_path: Path) -> None:
@@ -290,12 +292,12 @@ def test_locations() -> None:
         "s3://B_/x",
         "s3://bucket/a//b",
     ):
-        with pytest.raises(ValueError, match=r"local path|s3://bucket/(prefix|PREFIX)"):
+        with raises(ValueError, bad):
             parse_location(bad)
-    with pytest.raises(ValueError, match="holds credentials") as caught:
-        parse_location("s3://AKIA:wJalr/x@bucket/run".replace("/x", ""))
+    with raises(ValueError, "bucket/run", "AWS_ACCESS_KEY_ID") as caught:
+        parse_location("s3://AKIA:wJalr@bucket/run")
     assert "wJalr" not in str(caught.value)
-    with pytest.raises(ValueError, match="s3://bucket/a/b is in a bucket, and studies link files"):
+    with raises(ValueError, "s3://bucket/a/b", "studies link files"):
         local_path(url, why="studies link files")
 
 

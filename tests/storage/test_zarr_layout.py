@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.zarr_layout import INNER_CHUNK_BYTES, ArrayLayout
+from tests.errors import raises
 
 DTYPES = (torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,20 +41,20 @@ def test_every_flipped_bit_of_the_metadata_is_found(shape: tuple[int, ...]) -> N
         for bit in range(8):
             damaged = bytearray(raw)
             damaged[position] ^= 1 << bit
-            with pytest.raises(ValueError, match=r"zarr\.json"):
+            with raises(ValueError, "zarr.json"):
                 ArrayLayout.from_metadata(bytes(damaged))
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b"\x00" * 900, b'{"codecs": []}'])
 def test_what_is_no_metadata_is_refused(raw: bytes) -> None:
-    with pytest.raises(ValueError, match="not readable as array metadata"):
+    with raises(ValueError, "zarr.json"):
         ArrayLayout.from_metadata(raw)
 
 
 def test_truncated_metadata_is_refused() -> None:
     raw = ArrayLayout.of((7, 3), torch.float32).metadata()
     for length in range(len(raw)):
-        with pytest.raises(ValueError, match=r"zarr\.json"):
+        with raises(ValueError, "zarr.json"):
             ArrayLayout.from_metadata(raw[:length])
 
 
@@ -62,7 +63,7 @@ def test_metadata_with_another_shape_is_refused_by_its_checksum() -> None:
     raw = ArrayLayout.of((57600, 3072), torch.bfloat16).metadata()
     document = json.loads(raw)
     document["shape"][0] = 57601
-    with pytest.raises(ValueError, match="its own checksum does not hold"):
+    with raises(ValueError, "zarr.json", "checksum"):
         ArrayLayout.from_metadata(json.dumps(document, indent=2).encode())
 
 
@@ -70,10 +71,10 @@ def test_damaged_index_is_refused() -> None:
     layout = ArrayLayout.of((3000, 4096), torch.bfloat16)
     index = bytearray(layout.index())
     index[3] ^= 1
-    with pytest.raises(ValueError, match="does not match its crc32c"):
+    with raises(ValueError, "c.0.0", "crc32c"):
         layout.parse_index(bytes(index))
 
 
 def test_dtype_that_cannot_be_stored_is_named_with_the_ways_out() -> None:
-    with pytest.raises(ValueError, match=r"torch\.complex64 cannot be stored: use one of bool, .*bfloat16"):
+    with raises(ValueError, torch.complex64, "bool", "bfloat16"):
         ArrayLayout.of((2,), torch.complex64)
