@@ -17,6 +17,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.errors import raises
 from workers.messages import Sharding
 from workers.process_group import join_process_group
 from workers.sharded_model import (
@@ -131,7 +132,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     check_dtype(folder / "whole", torch.float32)
     check_dtype(folder / "whole", torch.bfloat16)
-    with pytest.raises(ValueError, match=r"lacks the tensors proj_out\.bias"):
+    with raises(ValueError, folder / "lacking", "proj_out.bias"):
         open_sharded_transformer(folder / "lacking", device=CPU, dtype=torch.float32, sharding=FSDP)
     check_experts(folder / "experts")
     dist.destroy_process_group()

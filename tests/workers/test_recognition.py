@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.errors import raises
 from tools.digits.captions import Caption
 from tools.digits.recognizer import split_digits
 from tools.digits.rendering import caption_table, make_bank, render
@@ -90,9 +91,9 @@ def test_expected_digits(prompt: str, digits: tuple[int, ...] | None) -> None:
 
 
 def test_errors_name_the_value(recognizer: DigitRecognizer) -> None:
-    with pytest.raises(ValueError, match=r"\(3, 8, 8\)"):
+    with raises(ValueError, (3, 8, 8)):
         recognizer.read(torch.zeros(3, 8, 8), 1)
-    with pytest.raises(ValueError, match="num_digits is 3"):
+    with raises(ValueError, "num_digits", 3):
         recognizer.read(torch.zeros(1, 8, 8, 3), 3)
-    with pytest.raises(ValueError, match="a cat"):
+    with raises(ValueError, "a cat"):
         recognizer.recognized(torch.zeros(1, 8, 8, 3), "a cat")

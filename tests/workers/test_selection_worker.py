@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.run_directory import RunDirectory
+from tests.errors import raises
 from workers.candidates import STRATEGIES
 from workers.messages import Numerics, PromptUnit, RunSource, SelectionSettings, SelectionUnit
 from workers.selection_worker import SelectionWorker, choose, pooled
@@ -107,7 +108,7 @@ def test_uniform_can_take_all_candidates() -> None:
 
 
 def test_fewer_candidates_than_samples_is_an_error_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match=r"num_samples is 7.*'one_prompt' has 6 candidates \(1 prompts x 6 steps\)"):
+    with raises(ValueError, "selection.num_samples", 7, "one_prompt", 6, "prompts.num_calibration"):
         chosen("one_prompt", 7)
 
 

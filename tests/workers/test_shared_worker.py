@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from tests.errors import raises
 from workers.kept_pipeline import full_precision, let_go
 from workers.messages import Sharding, UnitOutput
 from workers.shared_worker import SharedUnit, SharedWorker
@@ -49,7 +50,7 @@ def test_one_worker_as_long_as_the_settings_are_equal() -> None:
     assert [do("a", 1), do("a", 2), do("b", 3), do("a", 4)] == [("a", 4), ("a", 5), ("b", 6), ("a", 7)]
     assert Plain.made == ["a", "b", "a"], "equal settings are the same, whichever object says them"
     assert calls.count((0, 1)) == 3, "a construction shows as progress"
-    with pytest.raises(ValueError, match="no such model"):
+    with raises(ValueError, "no such model"):
         do("impossible", 5)
     assert do("a", 6) == ("a", 9)
     assert Plain.made == ["a", "b", "a", "a"], "what failed took the place of the one before"
