@@ -143,8 +143,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
     options = parser.parse_args(arguments)
-    if min(options.tokens, options.heads, options.head_dim, options.repeats) < 1:
-        parser.error("--tokens, --heads, --head-dim and --repeats must all be at least 1")
+    sizes = {
+        f"--{name.replace('_', '-')}": getattr(options, name) for name in ("tokens", "heads", "head_dim", "repeats")
+    }
+    if too_small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
+        parser.error(f"{', '.join(too_small)}: at least 1")
 
     import_without_diffusers()
     device = torch.device(options.device)

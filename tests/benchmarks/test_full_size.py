@@ -13,6 +13,7 @@ from benchmarks.full_size.__main__ import main, write_record
 from benchmarks.full_size.figures import STAGES, speed_up
 from benchmarks.full_size.tables import table
 from storage.manifest import Manifest
+from tests.errors import names
 
 SMALL = ["--heads", "1", "--double", "1", "--single", "2", "--text-width", "128", "--vae-width", "32"]
 SHORT = ["--video", "48x64x5", "--steps", "2", "--samples", "2", "--segment-length", "1", "--threads", "1"]
@@ -98,7 +99,7 @@ def test_every_part_of_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert again["again"]["speed_up"] is None
     with pytest.raises(SystemExit):
         main([*SMALL, "--double", "2", *SHORT, "--folder", str(folder), "--output", str(output), "--parts", "model"])
-    assert "holds a model of other sizes" in runs_of(output)["48p fsdp"]["parts"]["model"]["error"]
+    assert names(runs_of(output)["48p fsdp"]["parts"]["model"]["error"], folder)
 
 
 @pytest.mark.slow
@@ -110,9 +111,9 @@ def test_a_part_that_fails_is_recorded_and_ends_what_needs_it(
         main([*SMALL, *SHORT, "--video", "50x64x5", "--parts", "model", "plan", "activations", "--output", str(output)])
     parts = runs_of(output)["50p fsdp"]["parts"]
     assert list(parts) == ["model", "plan"]
-    assert "exit code 1 of: pipeline plan" in parts["plan"]["error"]
-    assert "generation.height is 50" in capfd.readouterr().out
-    assert "exit code 1 of: pipeline plan" in table(json.loads(output.read_text()))
+    assert names(parts["plan"]["error"], "exit code 1", "pipeline plan")
+    assert names(capfd.readouterr().out, "generation.height", 50)
+    assert parts["plan"]["error"] in table(json.loads(output.read_text()))
 
 
 @pytest.mark.slow
@@ -122,7 +123,7 @@ def test_no_time_is_left(tmp_path: Path) -> None:
         main([*SMALL, *SHORT, "--parts", "model", "plan", "load", "--budget-s", "0.001", "--output", str(output)])
     parts = runs_of(output)["48p fsdp"]["parts"]
     assert list(parts) == ["model", "plan"]
-    assert "the time was up before: pipeline plan" in parts["plan"]["stopped"]
+    assert names(parts["plan"]["stopped"], "pipeline plan")
 
 
 def test_a_record_keeps_the_runs_of_other_labels(tmp_path: Path) -> None:

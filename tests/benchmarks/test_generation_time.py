@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.generation_time import BASELINE, OURS, main
+from tests.errors import names
 
 
 @pytest.mark.slow
@@ -25,4 +26,4 @@ def test_both_sides_of_a_small_generation(tmp_path: Path) -> None:
 def test_steps_without_a_refresh_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--steps", "9", "--output", str(tmp_path / "result.json")])
-    assert "seen from 10 on" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "--steps", 10)

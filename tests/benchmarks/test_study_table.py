@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study_table import main, table
+from tests.errors import raises
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = {
@@ -28,7 +29,7 @@ def test_rows_are_best_first_and_paired_where_both_have_the_video() -> None:
     assert lines[1] == "| ours 2 | 2 | - | 34.00 ± 2.83 | +11.00 ± 12.71 | 30.00 | 0.9800 | - |"
     assert lines[2] == "| naive | 1 | - | 21.00 | - | 20.00 | 0.8500 | - |"
     assert lines[0] == "| full precision | 1 | - | - | - | - | - | 50.0 % |"
-    with pytest.raises(ValueError, match=r"no setting 'x': there are full precision, naive, ours-2"):
+    with raises(ValueError, "'x'", "full precision, naive, ours-2"):
         table(DOCUMENT, "x")
 
 
@@ -97,5 +98,5 @@ def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     page, results = tmp_path / "page.md", tmp_path / "study.json"
     page.write_text("nothing here")
     results.write_text(json.dumps(DOCUMENT))
-    with pytest.raises(ValueError, match="lacks the markers <!-- study -->"):
+    with raises(ValueError, page, "<!-- study -->"):
         main([str(results), "--reference", "naive", "--page", str(page)])
