@@ -1,7 +1,7 @@
 """What a pool is asked for, checked before it starts: how long, how often, and whether there is room."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from cluster.session import Session
 from cluster.units import Unit, resources_in_words
@@ -22,15 +22,9 @@ class PoolLimits:
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}: at least 1 is needed")
-        seconds = (
-            self.stall_timeout_s,
-            self.startup_timeout_s,
-            self.placement_timeout_s,
-            self.progress_interval_s,
-            self.idle_timeout_s,
-        )
-        if min(seconds) <= 0:
-            raise ValueError(f"timeouts and progress_interval_s must be above 0 s, got {', '.join(map(str, seconds))}")
+        seconds = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_s")}
+        if short := [f"{name} is {value}" for name, value in seconds.items() if value <= 0]:
+            raise ValueError(f"{', '.join(short)}: more than 0 seconds are needed")
 
 
 def room(session: Session, recipe: WorkerRecipe) -> int:

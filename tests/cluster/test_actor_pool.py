@@ -12,6 +12,7 @@ from cluster.actor_pool import PoolEvents, Unit, UnitsFailed, WorkersFailed, run
 from cluster.session import Session
 from cluster.units import headline
 from tests.cluster.sample_workers import PreparingSample, SampleWorker, Settings
+from tests.errors import names, raises
 
 pytestmark = pytest.mark.usefixtures("session")
 
@@ -118,7 +119,7 @@ def test_units_released_by_others_join_the_pool_and_bring_workers_along(tmp_path
     first = [Unit("first", ("double", "first", 1)), Unit("go", ("steps", 20, 0.05))]
     chain.units.append(Unit("meet", ("meet", "meet", 2)))
     (tmp_path / "go").touch()
-    with pytest.raises(UnitsFailed, match="1 of 7 units failed: bad") as caught:
+    with raises(UnitsFailed, "1 of 7", "bad") as caught:
         run(first, tmp_path, events=chain)
     assert list(caught.value.results) == ["first", "go", "slow", "double-0", "double-1", "meet"]
     assert [attempts(tmp_path, name) for name in ("first", "bad", "slow", "meet")] == [1] * 4
@@ -178,7 +179,7 @@ def test_a_worker_killed_in_a_unit_costs_that_unit_alone(tmp_path: Path) -> None
 
 def test_a_poison_unit_is_set_aside_and_the_others_finish(tmp_path: Path) -> None:
     recorder = Recorder()
-    with pytest.raises(UnitsFailed, match="1 of 7 units failed: poison\n") as caught:
+    with raises(UnitsFailed, "1 of 7", "poison") as caught:
         run([Unit("poison", ("exit", "poison")), *doubles(6)], tmp_path, events=recorder)
     assert caught.value.results == {f"double-{index}": 2 * index for index in range(6)}
     assert caught.value.failures["poison"].attempts == attempts(tmp_path, "poison") == 3
@@ -198,7 +199,6 @@ def test_a_value_error_is_not_retried_and_comes_with_its_traceback(tmp_path: Pat
     assert attempts(tmp_path, "start") == 1, "the process is as good as before"
     error = caught.value.failures["bad"].error
     assert "in do_raise" in error
-    assert "ValueError: bad luck in bad" in error
     assert headline(error) == "ValueError: bad luck in bad"
     assert headline(error) in str(caught.value)
     assert "Traceback" not in str(caught.value)
@@ -226,7 +226,7 @@ def test_a_full_disk_is_not_tried_again_and_comes_in_one_line(tmp_path: Path) ->
 
 
 def test_another_exception_is_retried_in_a_new_process(tmp_path: Path) -> None:
-    with pytest.raises(UnitsFailed, match="RuntimeError: bad luck in bad"):
+    with raises(UnitsFailed, "RuntimeError: bad luck in bad"):
         run([Unit("bad", ("raise", "bad", "runtime"))], tmp_path, max_attempts=2)
     pids = {path.name.split(".")[1] for path in tmp_path.glob("bad.*")}
     assert len(pids) == 2
@@ -258,7 +258,7 @@ def test_a_unit_out_of_memory_is_tried_in_its_process_told_to_save_then_in_a_new
     recorder = Recorder()
     units = [Unit("meet-0", ("meet", "meet-0", 2)), Unit("meet-1", ("meet", "meet-1", 2))]
     units += [Unit("poison", ("too_much", "poison")), *doubles(6), Unit("last", ("lean", "last"))]
-    with pytest.raises(UnitsFailed, match="MemoryError") as caught:
+    with raises(UnitsFailed, "poison", "MemoryError") as caught:
         run(units, tmp_path, max_attempts=9, events=recorder)
     assert caught.value.failures.keys() == {"poison"}
     first, second, third = marked_pids(tmp_path, "poison")
@@ -276,14 +276,14 @@ def test_a_unit_out_of_memory_is_tried_in_its_process_told_to_save_then_in_a_new
 
 
 def test_attempts_out_of_memory_count(tmp_path: Path) -> None:
-    with pytest.raises(UnitsFailed, match="MemoryError") as caught:
+    with raises(UnitsFailed, "poison", "MemoryError") as caught:
         run([Unit("poison", ("too_much", "poison"))], tmp_path, max_attempts=2)
     assert caught.value.failures["poison"].attempts == 2
     assert len(set(marked_pids(tmp_path, "poison"))) == 1
 
 
 def test_a_result_that_cannot_be_sent_is_an_error_of_its_unit(tmp_path: Path) -> None:
-    with pytest.raises(UnitsFailed, match="this result stays here"):
+    with raises(UnitsFailed, "kept", "this result stays here"):
         run([Unit("kept", ("unpicklable",)), *doubles(1)], tmp_path, max_attempts=1)
 
 
@@ -296,10 +296,8 @@ def test_stalled_workers_are_killed_and_their_units_retried(tmp_path: Path) -> N
     errors = {name: error for name, _, error, _ in recorder.of("failed")}
     assert sorted(name for name, *_ in recorder.of("failed")) == sorted(ways)
     assert all(attempt == 1 and will_retry for _, attempt, _, will_retry in recorder.of("failed"))
-    assert all("no progress for 2 s" in error for error in errors.values())
-    assert "in do_stall_first" in errors["sleep"], "a process that answers shows where it is"
-    assert "the process does not answer" in errors["holding the GIL"]
-    assert "the process does not answer" in errors["SIGSTOP"]
+    assert all(names(error, "2 s") for error in errors.values())
+    assert [how for how in ways if "in do_stall_first" in errors[how]] == ["sleep"], "it answers: where it is"
     assert living_workers(tmp_path) == []
 
 
@@ -349,15 +347,14 @@ def test_a_start_that_fails_once_is_repeated(tmp_path: Path) -> None:
     [
         ("value", 1, "ValueError: no such model: nowhere/nothing"),
         ("runtime", 2, "RuntimeError: start 1 fails"),
-        ("hang", 2, "not loaded after 3 s, at:\n(?s:.*)in __init__"),
+        ("hang", 2, "in __init__"),
     ],
 )
 def test_workers_that_never_start(fail_start: str, starts: int, message: str, tmp_path: Path) -> None:
     # On a busy machine the constructors that raise may take longer than what counts as a hang.
     limit = 3.0 if fail_start == "hang" else 60.0
-    with pytest.raises(WorkersFailed, match=message) as caught:
+    with raises(WorkersFailed, message, "3 units"):
         run(doubles(3), tmp_path, num_workers=1, max_attempts=2, startup_timeout_s=limit, fail_start=fail_start)
-    assert "3 units are left" in str(caught.value)
     assert attempts(tmp_path, "start") == starts
     assert living_workers(tmp_path) == []
 
@@ -371,7 +368,7 @@ def test_gpus_are_shared_out_by_ray(tmp_path: Path) -> None:
 
 
 def test_a_worker_too_large_for_the_session_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 CPU and 3 GPUs, this session has 4 CPUs and 2 GPUs"):
+    with raises(ValueError, "1 CPU", "3 GPUs", "4 CPUs", "2 GPUs"):
         run(doubles(1), tmp_path, num_cpus=1, num_gpus=3)
 
 
@@ -382,21 +379,15 @@ def test_no_more_workers_than_the_session_has_room_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_workers": 0}, "num_workers is 0"),
-        ({"max_attempts": 0}, "max_attempts is 0"),
-        ({"stall_timeout_s": 0.0}, "must be above 0 s, got 0.0"),
-        ({"num_gpus": 1.5}, "whole GPUs above one"),
-    ],
+    "argument", [("num_workers", 0), ("max_attempts", 0), ("stall_timeout_s", 0.0), ("num_gpus", 1.5)]
 )
-def test_arguments_out_of_range(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(doubles(1), tmp_path, **arguments)
+def test_arguments_out_of_range(argument: tuple[str, Any], tmp_path: Path) -> None:
+    with raises(ValueError, *argument):
+        run(doubles(1), tmp_path, **dict([argument]))
 
 
 def test_unit_names_must_be_unique(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="these are not: double-0"):
+    with raises(ValueError, "double-0"):
         run([*doubles(2), *doubles(1)], tmp_path)
 
 

@@ -14,6 +14,8 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated import autoscaler_pb2
 
+from tests.errors import raises
+
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "configs" / "clusters"
 ONPREM, KUBERAY = CLUSTERS / "onprem.yaml", CLUSTERS / "kuberay.yaml"
@@ -38,7 +40,7 @@ def test_ray_accepts_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LAUNCHER, ids=lambda path: path.name)
 def test_ray_would_refuse_a_slip(path: Path) -> None:
-    with pytest.raises(Exception, match="Additional properties are not allowed"):
+    with raises(Exception, "max_worker"):
         validate_config(prepare_config(load(path) | {"max_worker": 8}))
 
 

@@ -10,6 +10,7 @@ from cluster.actor_pool import Unit, UnitsFailed, WorkersFailed, run_units
 from tests.cluster.sample_replicas import JoiningRank, RankOrAlone, SampleReplica
 from tests.cluster.sample_workers import Settings
 from tests.cluster.test_actor_pool import Recorder, attempts, living_workers
+from tests.errors import raises
 
 pytestmark = pytest.mark.usefixtures("session")
 
@@ -62,7 +63,7 @@ def test_a_rank_that_fails_ends_all_and_each_unit_is_tried_again_alone(how: str,
 
 def test_a_poison_unit_takes_no_other_with_it(tmp_path: Path) -> None:
     units = [*together("a"), Unit("poison", ("exit", "poison")), *together("b", "c")]
-    with pytest.raises(UnitsFailed, match="1 of 4 units failed: poison\n") as caught:
+    with raises(UnitsFailed, "1 of 4", "poison") as caught:
         run(units, tmp_path)
     assert list(caught.value.results) == ["a", "b", "c"]
     assert caught.value.failures["poison"].attempts == attempts(tmp_path, "poison") == 3
@@ -72,7 +73,7 @@ def test_a_poison_unit_takes_no_other_with_it(tmp_path: Path) -> None:
 def test_a_value_error_is_not_retried_but_its_replica_is_made_anew(tmp_path: Path) -> None:
     recorder = Recorder()
     units = [*together("a"), Unit("bad", ("raise", "bad", "value"))]
-    with pytest.raises(UnitsFailed, match="ValueError: bad luck in bad") as caught:
+    with raises(UnitsFailed, "ValueError: bad luck in bad") as caught:
         run(units, tmp_path, max_attempts=1, events=recorder)
     assert caught.value.failures["bad"].attempts == attempts(tmp_path, "bad") == 1
     assert list(caught.value.results) == ["a"], "not set aside for what another rank has done"
@@ -114,12 +115,12 @@ def test_several_replicas_work_at_once(tmp_path: Path) -> None:
 
 
 def test_a_replica_too_large_for_the_session_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"3 ranks of 0\.5 CPUs and 1 GPU, .* 4 CPUs and 2 GPUs"):
+    with raises(ValueError, "3 ranks", "0.5 CPUs", "1 GPU", "4 CPUs", "2 GPUs"):
         run(together("a"), tmp_path, num_ranks=3, num_gpus=1)
 
 
 def test_a_replica_that_cannot_start(tmp_path: Path) -> None:
-    with pytest.raises(WorkersFailed, match="ValueError: no such model"):
+    with raises(WorkersFailed, "ValueError: no such model"):
         run(together("a"), tmp_path, fail_start="value")
     assert living_workers(tmp_path) == []
 

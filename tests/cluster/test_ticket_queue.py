@@ -1,8 +1,7 @@
 """Which unit a worker gets next."""
 
-import pytest
-
 from cluster.ticket_queue import Ticket, TicketQueue
+from tests.errors import raises
 
 
 def queue(affinities: str) -> TicketQueue:
@@ -17,7 +16,7 @@ def test_one_affinity_is_first_come_first_served() -> None:
     waiting = queue("aaa")
     assert [taken(waiting, None), taken(waiting, "a"), taken(waiting, "b")] == ["0a", "1a", "2a"]
     assert not waiting
-    with pytest.raises(IndexError, match="no ticket waits"):
+    with raises(IndexError, "ticket"):
         waiting.take(None, "")
 
 
@@ -61,7 +60,7 @@ def test_a_ticket_for_a_new_worker_waits_for_one_which_takes_it_first() -> None:
     assert taken(waiting, "a") == "1b"
     assert len(waiting) == 1
     assert (waiting.has_for("a"), waiting.has_for(None)) == (False, True)
-    with pytest.raises(IndexError, match="no ticket waits"):
+    with raises(IndexError, "ticket"):
         waiting.take("a", "")
 
 
