@@ -254,17 +254,23 @@ def test_specification_is_json_and_back() -> None:
 
     spec = replace(SPEC, dense_blocks=(BLOCKS[0],), dense_above=0.9)
     assert SparseAttentionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    for wrong, words in (
-        ({"density": 0}, ("density", 0)),
-        ({"density": 0.2, "interval": 0}, ("interval", 0)),
-        ({"density": 0.2, "residual": {"order": 3}}, ("residual.order", 3)),
-        ({"density": 0.2, "residual": {"rank": 0}}, ("residual.rank", 0)),
-        ({"density": 0.2, "residual": {"rank": None}}, ("residual.storage", "low_rank", "residual.rank")),
-        ({"density": 0.2, "colour": 1}, ("colour",)),
-        ({"head_kinds": {}}, ("density",)),
-    ):
-        with raises(ValueError, "sparse_attention", *words):
-            SparseAttentionSpec.from_dict(wrong)
+
+
+MISTAKES: list[tuple[dict[str, Any], tuple[object, ...]]] = [
+    ({"density": 0}, ("density", 0)),
+    ({"density": 0.2, "interval": 0}, ("interval", 0)),
+    ({"density": 0.2, "residual": {"order": 3}}, ("residual.order", 3)),
+    ({"density": 0.2, "residual": {"rank": 0}}, ("residual.rank", 0)),
+    ({"density": 0.2, "residual": {"rank": None}}, ("residual.storage", "low_rank", "residual.rank")),
+    ({"density": 0.2, "colour": 1}, ("colour",)),
+    ({"head_kinds": {}}, ("density",)),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words"), MISTAKES)
+def test_a_specification_that_cannot_be(wrong: dict[str, Any], words: tuple[object, ...]) -> None:
+    with raises(ValueError, "sparse_attention", *words):
+        SparseAttentionSpec.from_dict(wrong)
 
 
 def test_refreshes_are_an_interval_apart_and_end_the_dense_steps() -> None:

@@ -60,18 +60,18 @@ def test_impossible_format_version_is_refused(version: object) -> None:
         QuantizationSpec.from_dict(spec_dict(format_version=version))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"surprise": 1}, ("surprise",)),
-        ({"quant_method": "bnb"}, ("quant_method", "bnb")),
-        ({"sparse_attention": {"density": 0.0}}, ("sparse_attention", "density", 0.0)),
-        ({"sparse_attention": 0.2}, ("sparse_attention", 0.2)),
-        ({"step_protection": {"noise_above": 1.5}}, ("step_protection", "noise_above", 1.5)),
-        ({"velocity_correction": {"timesteps": [1.0], "gain": [[1.0]], "bias": []}}, ("velocity_correction", 1, 0)),
-        ({"layers": []}, ("layers", [])),
-    ],
-)
+MISTAKES: list[tuple[dict[str, Any], tuple[object, ...]]] = [
+    ({"surprise": 1}, ("surprise",)),
+    ({"quant_method": "bnb"}, ("quant_method", "bnb")),
+    ({"sparse_attention": {"density": 0.0}}, ("sparse_attention", "density", 0.0)),
+    ({"sparse_attention": 0.2}, ("sparse_attention", 0.2)),
+    ({"step_protection": {"noise_above": 1.5}}, ("step_protection", "noise_above", 1.5)),
+    ({"velocity_correction": {"timesteps": [1.0], "gain": [[1.0]], "bias": []}}, ("velocity_correction", 1, 0)),
+    ({"layers": []}, ("layers", [])),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), MISTAKES)
 def test_strict(changes: dict[str, Any], words: tuple[object, ...]) -> None:
     with raises(ValueError, "quantization_config", *words):
         QuantizationSpec.from_dict(spec_dict(**changes))
