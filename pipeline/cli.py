@@ -76,7 +76,7 @@ def run(
             from storage.location import StoreUrl
 
             stages = stages_until(until)
-            planned = plan_config(load_config(config, overrides or ()))
+            planned = plan_config(load_config(config, overrides or ()), update=update)
             planned.require_feasible()
             opened = open_run(planned.context, update=update)
         summary = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes, rehash=rehash)
@@ -101,6 +101,7 @@ def plan(
         bool,
         typer.Option("--shapes-only", help="Plan from the model's config files only; weights are not needed."),
     ] = False,
+    update: Annotated[bool, typer.Option("--update", help="Plan what `run --update` would do.")] = False,
 ) -> None:
     """Estimate disk, memory and GPU hours, and check the run. No GPU needed."""
     console = Console()
@@ -109,7 +110,7 @@ def plan(
             from pipeline.config.loading import load_config
             from pipeline.plan import plan_config
 
-            planned = plan_config(load_config(config, overrides or ()), shapes_only=shapes_only)
+            planned = plan_config(load_config(config, overrides or ()), shapes_only=shapes_only, update=update)
         planned.show(console)
         if planned.problems:
             raise typer.Exit(1)
@@ -137,7 +138,7 @@ def study(
 
             stages = stages_until(until)
         if not (
-            plan_study(study_file, overrides or (), console, stages=stages)
+            plan_study(study_file, overrides or (), console, update=update, stages=stages)
             if plan
             else do_study(study_file, overrides or (), console, update=update, stages=stages)
         ):

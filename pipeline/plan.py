@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -11,7 +12,15 @@ from rich.console import Console
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.context import RunContext, build_context, prompt_notes
-from pipeline.planning.machine import Disk, disk_of, disk_problems, run_problems, worker_notes, worker_problems
+from pipeline.planning.machine import (
+    Disk,
+    disk_of,
+    disk_problems,
+    refusals,
+    run_problems,
+    worker_notes,
+    worker_problems,
+)
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_tables import show_plan
 from pipeline.planning.stage_cost import PROCESS_BYTES, CostModel, StageCost
@@ -79,12 +88,13 @@ class Plan:
         show_plan(self, console)
 
 
-def plan_config(config: RunConfig, *, shapes_only: bool = False) -> Plan:
+def plan_config(config: RunConfig, *, shapes_only: bool = False, update: bool = False) -> Plan:
     """The plan of a configuration, with all that is wrong with it in `problems` as far as a plan can be made at all.
 
     Args:
         shapes_only: for planning on another machine: weights are neither needed nor read, and what this machine lacks is
             a note.
+        update: the run may have been made with another configuration.
 
     Raises:
         ConfigError: prompts or model are not usable enough to plan with; everything else that is wrong is listed too.
@@ -96,19 +106,21 @@ def plan_config(config: RunConfig, *, shapes_only: bool = False) -> Plan:
         except ConfigError as error:
             found = error.problems
             context = build_context(config, weights=False)
-        plan = make_plan(context, shapes_only=shapes_only)
+        plan = make_plan(context, shapes_only=shapes_only, update=update)
     except Exception as error:
         more = error.problems if isinstance(error, ConfigError) else ()
         if not (found or more):
             raise
         # A model that is not sound may break its planning anywhere: what was found says why.
-        machine = [] if shapes_only else [*worker_problems(config), *run_problems(config.run, config.model)]
+        machine = []
+        if not shapes_only:
+            machine = [*worker_problems(config), *_run_problems(config, config.model, update=update)]
         raise ConfigError(list(dict.fromkeys([*found, *more, *machine]))) from error
     plan.problems[:] = dict.fromkeys([*found, *plan.problems])
     return plan
 
 
-def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
+def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = False) -> Plan:
     """The plan of a checked run; nothing is written."""
     config, model = context.config, context.model
     counts = count_tokens(context)
@@ -126,7 +138,7 @@ def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
     costs = {} if counts.problems else CostModel(context, counts, dtype).stages()
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, costs=costs)
     disk = disk_of(config.run)
-    no_run = run_problems(config.run, model.folder)
+    no_run = _run_problems(config, model.folder, update=update)
     machine = [
         *worker_problems(config),
         *(no_run or disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)),
@@ -141,6 +153,10 @@ def make_plan(context: RunContext, *, shapes_only: bool = False) -> Plan:
     if on_gpu and torch.cuda.is_available():
         notes += _memory_notes(stages, torch.cuda.get_device_properties(0).total_memory)
     return Plan(context, counts, dtype, stages, checkpoints, disk, [*counts.problems, *machine], notes, lacking)
+
+
+def _run_problems(config: RunConfig, model: Path, *, update: bool) -> list[str]:
+    return run_problems(config.run, model) or refusals(config, update=update)
 
 
 def _stages(

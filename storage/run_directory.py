@@ -112,18 +112,21 @@ class RunDirectory:
             run._refuse_foreign_folder()
             with contextlib.suppress(FileExistsError):  # another driver was faster: compare with its file
                 run.store.put(_CONFIG_FILE, json_bytes(document), exclusive=True)
-        differences = _differences(run.config, document["config"])
-        if differences and not update:
-            raise RunConfigMismatch(
-                f"{run.location} was made with another configuration:\n  "
-                + "\n  ".join(differences)
-                + "\n--update takes the new one and redoes only what depends on these keys; "
-                "or give another run directory; or set the keys back"
-            )
-        if differences:
+        if run._differences(document["config"], update=update):
             with run.lock():
                 run.store.put(_CONFIG_FILE, json_bytes(document))
         return run
+
+    @classmethod
+    def check(
+        cls, location: "str | os.PathLike[str] | StoreUrl", config: dict[str, Any], *, update: bool = False
+    ) -> None:
+        """Raise what :meth:`open_or_create` would raise now, but for locks; writes nothing."""
+        run = cls(location)
+        if run._has_config():
+            run._differences(json.loads(json.dumps(config, allow_nan=False)), update=update)
+        else:
+            run._refuse_foreign_folder()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -189,6 +192,17 @@ class RunDirectory:
 
     def _has_config(self) -> bool:
         return _CONFIG_FILE in self.store.names("")
+
+    def _differences(self, config: dict[str, Any], *, update: bool) -> list[str]:
+        differences = _differences(self.config, config)
+        if differences and not update:
+            raise RunConfigMismatch(
+                f"{self.location} was made with another configuration:\n  "
+                + "\n  ".join(differences)
+                + "\n--update takes the new one and redoes only what depends on these keys; "
+                "or give another run directory; or set the keys back"
+            )
+        return differences
 
     def _read_config_file(self) -> dict[str, Any]:
         path = self.location / _CONFIG_FILE

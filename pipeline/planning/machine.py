@@ -13,6 +13,7 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from storage.location import Location, StoreUrl
+from storage.run_directory import RunDirectory
 from storage.run_store import open_store
 
 RESERVE_FRAC = 0.01
@@ -57,6 +58,19 @@ def run_problems(run: Location, model: Path) -> list[str]:
             return []
     except OSError as error:
         return [f"run: {there} is not writable ({error.strerror}), so {run} cannot be made: give another run directory"]
+
+
+def refusals(config: RunConfig, *, update: bool) -> list[str]:
+    """Why the run directory, as it is now, is none for this configuration.
+
+    Args:
+        update: another configuration that it was made with is no reason.
+    """
+    try:
+        RunDirectory.check(config.run, config.identity(), update=update)
+    except ValueError as error:
+        return [f"run: {error}"]
+    return []
 
 
 def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:

@@ -20,9 +20,16 @@ from pipeline.terminal import counted, say
 from storage.location import StoreUrl
 
 
-def plan_study(path: Path, overrides: Sequence[str], console: Console, *, stages: tuple[Stage, ...] = STAGES) -> bool:
+def plan_study(
+    path: Path,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    update: bool = False,
+    stages: tuple[Stage, ...] = STAGES,
+) -> bool:
     """Says what the study in `path` is; whether nothing is in its way. Writes nothing."""
-    prepared = _prepared(path, overrides, console, stages)
+    prepared = _prepared(path, overrides, console, stages, update=update)
     prepared.show(console)
     return not prepared.problems
 
@@ -36,7 +43,7 @@ def do_study(
         ValueError: the file, a setting, the model or the study's directory is not right.
         WorkersFailed: no worker could be started.
     """
-    prepared = _prepared(path, overrides, console, stages)
+    prepared = _prepared(path, overrides, console, stages, update=update)
     prepared.require_feasible()
     outcome = run_study(prepared, console, update=update, stages=stages)
     results = collect_results(prepared.study, outcome)
@@ -62,6 +69,8 @@ def do_study(
     return not outcome.failures
 
 
-def _prepared(path: Path, overrides: Sequence[str], console: Console, stages: tuple[Stage, ...]) -> PreparedStudy:
+def _prepared(
+    path: Path, overrides: Sequence[str], console: Console, stages: tuple[Stage, ...], *, update: bool
+) -> PreparedStudy:
     with phase(console, "Checking settings, model and machine"):
-        return prepare_study(load_study(path, overrides), stages)
+        return prepare_study(load_study(path, overrides), stages, update=update)

@@ -18,10 +18,9 @@ from pipeline.runner import STAGES, driven_runs, open_run, provenance
 from pipeline.schedule import DrivenRun, Task
 from pipeline.stages.stage import Stage
 from pipeline.study.expansion import STUDY_FILE
-from pipeline.study.preparation import PreparedStudy
+from pipeline.study.preparation import PreparedStudy, directory_problems
 from pipeline.terminal import say
 from storage.atomic_files import create_directory, json_bytes
-from storage.local_store import LOCK_FILE
 from storage.run_directory import RunConfigMismatch, RunDirectory
 
 FORMAT_VERSION = 1
@@ -84,15 +83,9 @@ def run_study(
 
 
 def _open_directory(directory: RunDirectory) -> None:
-    place, store = directory.location, directory.store
-    if isinstance(place, Path) and place.exists() and not place.is_dir():
-        raise ValueError(f"study: {place} is a file: give a directory for the study")
-    names = store.names("")
-    foreign = sorted({*names, *store.subfolders("")} - {LOCK_FILE})
-    if foreign and STUDY_FILE not in names:
-        raise ValueError(
-            f"study: {place} is not empty and not a study (holds {', '.join(foreign[:5])}): give a new or empty directory"
-        )
+    if problems := directory_problems(directory):
+        raise ValueError(problems[0])
+    place = directory.location
     if isinstance(place, Path):
         create_directory(place)
 

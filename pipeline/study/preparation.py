@@ -16,15 +16,24 @@ from rich.console import Console
 
 from pipeline.config.loading import ConfigError
 from pipeline.context import Run, RunContext, build_context, prompt_notes
-from pipeline.planning.machine import Disk, disk_of, disk_problems, run_problems, worker_notes, worker_problems
+from pipeline.planning.machine import (
+    Disk,
+    disk_of,
+    disk_problems,
+    refusals,
+    run_problems,
+    worker_notes,
+    worker_problems,
+)
 from pipeline.planning.model_size import checkpoint_size, copied_bytes, source_tensors
 from pipeline.planning.plan_tables import human_bytes
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, count_tokens
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage, StageUnit
-from pipeline.study.expansion import Study, StudyRun
+from pipeline.study.expansion import STUDY_FILE, Study, StudyRun
 from pipeline.terminal import counted, new_table, say, say_sentence, say_table
+from storage.local_store import LOCK_FILE
 from storage.location import Location, StoreUrl
 from storage.manifest import DamagedRecord, Manifest, UnitRecord
 from storage.run_directory import RunDirectory
@@ -96,8 +105,11 @@ class PreparedStudy:
             say(console, ("Ready to run.", "green"))
 
 
-def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedStudy:
+def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: bool = False) -> PreparedStudy:
     """Reads models and prompts once, and checks every setting; units and bytes are those of `stages`, the first ones in order.
+
+    Args:
+        update: runs may have been made with other configurations.
 
     Raises:
         ConfigError: prompts or model are not usable enough to count units; everything else that is wrong is listed too.
@@ -117,7 +129,10 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedS
         )
         problems += count_tokens(context).problems
     first = study.runs[0].config
-    problems += [*worker_problems(first), *run_problems(study.location, first.model)]
+    place = run_problems(study.location, first.model) or directory_problems(RunDirectory(study.location))
+    if not place:
+        place = [problem for run in study.runs for problem in refusals(run.config, update=update)]
+    problems += [*worker_problems(first), *place]
     if len(by_setting) < len(study.settings):
         raise ConfigError(list(dict.fromkeys(problems)))
     contexts = {run.label: replace(by_setting[run.setting.slug], config=run.config) for run in study.runs}
@@ -145,6 +160,19 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES) -> PreparedS
         if count.unknown_runs
     ]
     return PreparedStudy(study, contexts, counts, disk, list(dict.fromkeys(problems)), notes)
+
+
+def directory_problems(directory: RunDirectory) -> list[str]:
+    """Why the study's directory, as it is now, cannot hold one."""
+    place, store = directory.location, directory.store
+    if isinstance(place, Path) and place.exists() and not place.is_dir():
+        return [f"study: {place} is a file: give a directory for the study"]
+    names = store.names("")
+    foreign = sorted({*names, *store.subfolders("")} - {LOCK_FILE})
+    if foreign and STUDY_FILE not in names:
+        held = ", ".join(foreign[:5])
+        return [f"study: {place} is not empty and not a study (holds {held}): give a new or empty directory"]
+    return []
 
 
 def _models(study: Study) -> tuple[dict[tuple[Path, str | None], str], list[str]]:
