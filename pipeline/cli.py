@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from pipeline.phase import phase
 from pipeline.terminal import counted, say
@@ -23,6 +26,17 @@ app = typer.Typer(
     context_settings={"max_content_width": 110},
     help="Calibrate, quantize and evaluate video diffusion transformers.",
 )
+
+
+class _Command(TyperCommand):
+    """A command whose usage line shows a needed argument as its name alone, not as {NAME}."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The parts of the line behind the command's name."""
+        return [re.sub(r"^\{(.*)\}$", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+
+command = partial(app.command, cls=_Command)
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run directory: a path or s3://bucket/prefix.")]
@@ -49,7 +63,7 @@ AddressOption = Annotated[
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as printed by `submit`.")]
 
 
-@app.command()
+@command()
 def run(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -93,7 +107,7 @@ def run(
             say(console, f"get it:     python -m pipeline fetch {directory.location} FOLDER")
 
 
-@app.command()
+@command()
 def plan(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -116,7 +130,7 @@ def plan(
             raise typer.Exit(1)
 
 
-@app.command()
+@command()
 def study(
     study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")],
     overrides: SetOption = None,
@@ -145,7 +159,7 @@ def study(
             raise typer.Exit(1)
 
 
-@app.command()
+@command()
 def status(run_directory: RunOrStudyArgument) -> None:
     """Show the progress of a run or a study, and its failures."""
     console = Console()
@@ -161,7 +175,7 @@ def status(run_directory: RunOrStudyArgument) -> None:
             show_status(location, console)
 
 
-@app.command()
+@command()
 def report(run_directory: RunOrStudyArgument) -> None:
     """Write a run's report again from its files. A report in a bucket is also copied to this folder."""
     console = Console()
@@ -185,7 +199,7 @@ def report(run_directory: RunOrStudyArgument) -> None:
             say(console, f"copy:   {fetch_report(location, Path.cwd())}")
 
 
-@app.command()
+@command()
 def fetch(
     run_directory: RunArgument,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],
@@ -204,7 +218,7 @@ def fetch(
         say(console, f"checkpoint: {folder.absolute()} ({counted(num_files, 'file')})")
 
 
-@app.command()
+@command()
 def verify(
     checkpoint: Annotated[
         str,
@@ -223,7 +237,7 @@ def verify(
             raise typer.Exit(1)
 
 
-@app.command()
+@command()
 def submit(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, or of a study.")],
     address: AddressOption,
@@ -250,7 +264,7 @@ def submit(
         raise typer.Exit(submit_job(address, request, console, follow=follow))
 
 
-@app.command()
+@command()
 def logs(job: JobArgument, address: AddressOption) -> None:
     """Show a submitted job's output from its beginning until it ends."""
     console = Console()
@@ -261,7 +275,7 @@ def logs(job: JobArgument, address: AddressOption) -> None:
         raise typer.Exit(follow_job(JobClient(address), job, console))
 
 
-@app.command()
+@command()
 def stop(job: JobArgument, address: AddressOption) -> None:
     """Stop a submitted job. Finished work is kept."""
     console = Console()

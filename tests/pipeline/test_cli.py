@@ -1,6 +1,7 @@
 """The command line: help of every command, mistakes without a traceback, and every shipped configuration planned."""
 
 import logging
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ COMMANDS = sorted(command.name or getattr(command.callback, "__name__", "") for 
 def test_help_of_every_command(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
-    assert "Usage:" in result.output
+    [usage] = [line for line in result.output.splitlines() if line.startswith("Usage:")]
+    assert re.fullmatch(rf"Usage: \S.* {name} \[OPTIONS\]( [A-Z]+)+", usage)
     assert name in invoke("--help").output
 
 
