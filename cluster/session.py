@@ -15,7 +15,6 @@ import contextlib
 import logging
 import math
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ from cluster.driver_environment import (
 from cluster.end_of_process import without_progress_bars
 from cluster.proxies import loopback_excluded
 from cluster.session_directory import default_base, session_directory, write_token
-from cluster.slow_start import start_patiently
+from cluster.slow_start import start_patiently, wait_for_head
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SMALLEST_OBJECT_STORE_BYTES = 75 * 2**20
@@ -216,12 +215,12 @@ def _is_loopback(address: str) -> bool:
 
 
 def _check_listens(address: str) -> None:
-    """Ray waits a minute for a cluster that is not there; say so at once."""
+    """Ray would wait a minute for a cluster that is not there, and not say so."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():  # "auto", "ray://host:port": Ray's to find
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+        wait_for_head(host.strip("[]"), int(port))
     except OSError as error:
         raise ConnectionError(
             f"no Ray cluster listens at {address} ({error}): check the address with `ray status` on its head node, or "

@@ -1,12 +1,17 @@
-"""Starting Ray on a busy machine: its daemons may take longer than Ray waits for them, and come up at the next try."""
+"""Starting Ray on a busy machine: its daemons may take longer than Ray waits for them, and come up at the next try.
+The head of a cluster that was started at the same time may not listen yet."""
 
 import logging
+import socket
+import time
 from collections.abc import Callable
 
 _logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Each takes up to half a minute, which is as long as Ray waits."""
+HEAD_PATIENCE_S = 60.0
+"""How long the head of a cluster is waited for."""
 _SLOW = (
     "timed out",
     "timeout",
@@ -43,5 +48,29 @@ def start_patiently(start: Callable[[], object], clean_up: Callable[[], object])
                     "what else runs on it, then run the same command again"
                 ) from error
             _logger.warning("Ray is slow to come up, try %d of %d: %s", attempt, ATTEMPTS, words[:300])
+        else:
+            return
+
+
+def wait_for_head(host: str, port: int) -> None:
+    """Wait until somebody listens at a cluster's address, `HEAD_PATIENCE_S` at most, and say so once.
+
+    Raises:
+        OSError: why nobody could be reached; at once where there is no such host.
+    """
+    deadline, told = time.monotonic() + HEAD_PATIENCE_S, False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10.0).close()
+        except socket.gaierror:
+            raise
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not told:
+                wait = "nobody listens at %s:%d yet (%s): waiting up to %.0f s for the head of the cluster to come up"
+                _logger.warning(wait, host, port, error, HEAD_PATIENCE_S)
+                told = True
+            time.sleep(min(0.5, HEAD_PATIENCE_S / 10))
         else:
             return

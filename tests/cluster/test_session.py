@@ -235,7 +235,8 @@ class TestWithoutRay:
             pass
         assert not list(tmp_path.iterdir())
 
-    def test_nobody_listens(self) -> None:
+    def test_nobody_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cluster.slow_start.HEAD_PATIENCE_S", 0.1)
         with (
             raises(ConnectionError, "127.0.0.1:9"),
             ray_session(SessionSettings(address="127.0.0.1:9")),
