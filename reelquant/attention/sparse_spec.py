@@ -129,8 +129,9 @@ class SparseAttentionSpec:
         if not isinstance(residual, Mapping) or not isinstance(values.get("head_kinds", {}), Mapping):
             raise ValueError(f"sparse_attention: residual and head_kinds must be objects, got {values!r}")
         unknown = sorted(set(values) - known) + sorted(f"residual.{key}" for key in set(residual) - residual_known)
-        if unknown or "density" not in values:
-            raise ValueError(f"sparse_attention: unknown keys {unknown}, or no density")
+        problems = [f"unknown keys {', '.join(unknown)}"] if unknown else []
+        if problems := problems + ["density is missing"] * ("density" not in values):
+            raise ValueError(f"sparse_attention: {'; '.join(problems)}")
         return cls(
             **{
                 **values,

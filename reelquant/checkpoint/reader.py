@@ -83,13 +83,16 @@ def read_weights(
     return tensors, problems
 
 
-def disagreements(model: nn.Module, stored: Mapping[str, TensorInfo], *, ignored: Iterable[str] = ()) -> list[str]:
+def disagreements(
+    model: nn.Module, stored: Mapping[str, TensorInfo], *, ignored: Iterable[str] = (), all_read: bool = True
+) -> list[str]:
     """Every tensor that the checkpoint lacks, has too much, or has in another shape or dtype than `model` needs.
 
     Args:
         model: with its quantized layers in place; tensors may be on the meta device.
         stored: dtypes and shapes in the checkpoint.
         ignored: regular expressions of names that may be there without a use.
+        all_read: False where a file has its own problem: a tensor that is not stored may be in it, and is not named.
     """
     strict: dict[str, TensorInfo] = {}
     problems = []
@@ -102,7 +105,7 @@ def disagreements(model: nn.Module, stored: Mapping[str, TensorInfo], *, ignored
     for name, shape in sorted(wanted.items()):
         found = stored.get(name)
         if found is None:
-            problems.append(f"tensor {name}: is missing")
+            problems += [f"tensor {name}: is missing"] if all_read else []
         elif found.shape != shape:
             problems.append(f"tensor {name}: has the shape {list(found.shape)}, not {list(shape)}")
         elif name in strict and found.dtype != strict[name].dtype:

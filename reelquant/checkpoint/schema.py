@@ -313,5 +313,6 @@ def _check_keys(where: str, values: object, *, required: Iterable[str], optional
         raise ValueError(f"{where}: {values!r} is not an object")
     missing = sorted(set(required) - set(values))
     unknown = sorted(set(values) - set(required) - set(optional))
-    if missing or unknown:
-        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+    wrong = {"missing": missing, "unknown": unknown}
+    if problems := [f"{what} keys {', '.join(map(str, keys))}" for what, keys in wrong.items() if keys]:
+        raise ValueError(f"{where}: {'; '.join(problems)}")

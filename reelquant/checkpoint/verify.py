@@ -106,7 +106,7 @@ def _check_transformer(report: VerificationReport, folder: Path) -> None:
         report.problems.append(str(error))
         return
     infos = {name: tensor.info for name, tensor in stored.items()}
-    report.problems += disagreements(model, infos, ignored=ignored_keys(model))
+    report.problems += disagreements(model, infos, ignored=ignored_keys(model), all_read=not report.problems)
     if report.problems:
         return
     _count(report, model, stored)

@@ -194,7 +194,7 @@ def replace_linear_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> 
                 f"{name}: has {linear.in_features} inputs, its group's leader {spec.group!r} {leader.in_features}"
             )
     if problems:
-        raise ValueError(f"{len(problems)} problems with the layers to quantize: " + "; ".join(problems))
+        raise ValueError("the layers to quantize do not fit the model: " + "; ".join(problems))
     quantized = {name: _empty_like(cast(nn.Linear, modules[name]), name, spec) for name, spec in layers.items()}
     for name, layer in quantized.items():
         parent, _, leaf = name.rpartition(".")
