@@ -272,6 +272,17 @@ class TestRunStore:
             assert store.read(f"calibration.zarr/{file}") == (folder.root / file).read_bytes()
 
 
+NO_LOCATIONS = (
+    "s3://bucket",
+    "s3://bucket/",
+    "s3://bucket/../x",
+    "s3:///x",
+    "gs://bucket/x",
+    "s3://B_/x",
+    "s3://bucket/a//b",
+)
+
+
 def test_locations() -> None:
     url = parse_location("s3://bucket/a/b/")
     assert isinstance(url, StoreUrl)
@@ -283,15 +294,7 @@ def test_locations() -> None:
     )
     assert (url / "c/d").relative_to(url).as_posix() == "c/d"
     assert parse_location("a/b") == Path("a/b")
-    for bad in (
-        "s3://bucket",
-        "s3://bucket/",
-        "s3://bucket/../x",
-        "s3:///x",
-        "gs://bucket/x",
-        "s3://B_/x",
-        "s3://bucket/a//b",
-    ):
+    for bad in NO_LOCATIONS:
         with raises(ValueError, bad):
             parse_location(bad)
     with raises(ValueError, "bucket/run", "AWS_ACCESS_KEY_ID") as caught:
