@@ -17,7 +17,7 @@ from storage.manifest import DamagedRecord, HeldManifest, Manifest, UnitRecord
 from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
 from storage.run_store import RunStore, open_store
 from storage.zarr_layout import ArrayLayout
-from tests.errors import raises
+from tests.errors import names, raises
 from tests.s3_server import new_prefix
 from tests.storage.exclusive_writer import put_once
 
@@ -161,13 +161,13 @@ class TestRunStore:
         content = bytearray(store.read(data.path))
         content[1000] ^= 1
         store.put(data.path, bytes(content))
-        assert directory.manifest.missing_or_damaged(done, deep=True) == [
-            f"{data.path}: SHA-256 differs from the record"
-        ]
+        [problem] = directory.manifest.missing_or_damaged(done, deep=True)
+        assert names(problem, data.path, "SHA-256")
         store.put(data.path, bytes(content[:-1]))
         store.remove(metadata.path)
-        problems = directory.manifest.missing_or_damaged(done, deep=False)
-        assert problems == [f"{data.path}: 400003 bytes, 400004 expected", f"{metadata.path}: missing"]
+        short, absent = directory.manifest.missing_or_damaged(done, deep=False)
+        assert names(short, data.path, 400003, 400004)
+        assert names(absent, metadata.path, "missing")
         with raises(ValueError, "trajectories/u", data.path, 400003, 400004, metadata.path):
             directory.manifest.write(done)
 
