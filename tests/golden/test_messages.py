@@ -19,11 +19,12 @@ import pytest
 from diffusers import HunyuanVideoTransformer3DModel
 
 import reelquant  # noqa: F401 - teaches diffusers to load the checkpoint
-from reelquant.attention.band_mask import TokenLayout, band_width
+from reelquant.attention.band_mask import band_width
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
+from reelquant.families.family import TokenLayout
 from storage.location import parse_location
 from storage.run_directory import RunDirectory
 from tests.pipeline import test_config, test_study
@@ -35,6 +36,8 @@ from tests.workers.test_component_check import CONFIG_MISTAKES, INDEX_MISTAKES, 
 from workers.model_source import check_model
 
 MESSAGES = Path(__file__).with_name("messages.txt")
+WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
+SCALE = "transformer_blocks.0.attn.to_k.weight_scale"
 FIXTURE = ROOT / "tests" / "fixtures" / "run-1-checkpoint-2"
 COMMANDS: list[tuple[str, ...]] = [
     ("run", "nowhere.yaml"),
@@ -65,7 +68,7 @@ QUANTIZATION: dict[str, Callable[[dict[str, Any]], object]] = {
     "head kinds of another model": lambda q: q["sparse_attention"]["head_kinds"].popitem(),
     "a residual above the head size": lambda q: q["sparse_attention"]["residual"].update(rank=65),
 }
-"""What is edited in `quantization_config`."""
+"""Edits of `quantization_config`."""
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "weights are cut off": lambda c: cut(c / WEIGHTS),
     "a tensor is missing": lambda c: edit_tensors(c / WEIGHTS, lambda tensors: tensors.pop(SCALE)),
@@ -77,9 +80,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no index": lambda c: (c / "model_index.json").unlink(),
     "a broken scheduler": lambda c: (c / "scheduler" / "scheduler_config.json").write_text("{"),
 }
-"""Of a checkpoint's folder."""
-WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
-SCALE = "transformer_blocks.0.attn.to_k.weight_scale"
+"""Damages of a checkpoint's folder."""
 CONFIG = {"model": "small", "bits": {"weight": 4}}
 
 
@@ -162,7 +163,7 @@ def of_runs(folder: Path) -> dict[str, str]:
     RunDirectory.open_or_create(folder / "broken", CONFIG, {})
     (folder / "broken" / "config.json").write_text("[]")
     other = {"model": "tiny", "bits": {"weight": 6}, "seed": 1}
-    found = {}
+    found: dict[str, str] = {}
     for name, config in (("run", other), ("home", CONFIG), ("home/thesis.txt", CONFIG), ("broken", CONFIG)):
         with refused(f"run's folder: {name}", found):
             RunDirectory.open_or_create(folder / name, config, {})
@@ -191,10 +192,7 @@ def of_checkpoints(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, edit in QUANTIZATION.items():
         with own_checkpoint(folder) as checkpoint, refused(f"checkpoint: {name}", found):
-            edit_json(
-                checkpoint / "transformer" / "config.json",
-                lambda config, edit=edit: edit(config["quantization_config"]),
-            )  # type: ignore[misc]
+            edit_json(checkpoint / "transformer" / "config.json", lambda config: edit(config["quantization_config"]))  # noqa: B023
             HunyuanVideoTransformer3DModel.from_pretrained(checkpoint / "transformer")
     for name, damage in DAMAGES.items():
         with own_checkpoint(folder) as checkpoint:
