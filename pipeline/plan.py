@@ -16,6 +16,7 @@ from pipeline.planning.machine import (
     Disk,
     disk_of,
     disk_problems,
+    lock_notes,
     refusals,
     run_problems,
     worker_notes,
@@ -148,6 +149,7 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
         *counts.notes,
         *prompt_notes(context),
         *worker_notes(config),
+        *(() if no_run else lock_notes(config.run)),
         *(f"here it would not run: {problem}" for problem in lacking),
     ]
     if on_gpu and torch.cuda.is_available():

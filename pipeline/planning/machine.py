@@ -73,6 +73,12 @@ def refusals(config: RunConfig, *, update: bool) -> list[str]:
     return []
 
 
+def lock_notes(run: Location) -> list[str]:
+    """Who drives the run now: until that ends, nobody else can."""
+    who = open_store(run).driver().at_work
+    return [] if who is None else [f"run: {run} is in use by {who}: a second run of it is refused until that ends"]
+
+
 def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:
     """Too little room for what the run still has to write."""
     if disk.free_bytes is None:

@@ -1,6 +1,7 @@
 """A run directory that `run` would refuse is among the reasons of `plan`."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config.loading import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.planning.machine import refusals
+from pipeline.planning.machine import lock_notes, refusals
 from pipeline.study.expansion import STUDY_FILE, load_study
 from pipeline.study.preparation import prepare_study
+from storage.location import local_path
 from storage.run_directory import FORMAT_VERSION, RunDirectory
 from tests.pipeline.small_run import small_run
 from tests.pipeline.test_study import small_study
@@ -68,6 +70,16 @@ def test_a_run_that_may_go_on(tmp_path: Path) -> None:
     assert refusals(config, update=False) == []
 
 
+def test_a_run_in_use_is_a_note(tmp_path: Path) -> None:
+    assert lock_notes(tmp_path / "none") == []
+    directory = RunDirectory.open_or_create(tmp_path / "run", {}, {})
+    assert lock_notes(directory.path) == []
+    with directory.lock():
+        [note] = lock_notes(directory.path)
+    assert str(os.getpid()) in note
+    assert lock_notes(directory.path) == []
+
+
 @pytest.mark.parametrize("command", [("plan",), ("plan", "--shapes-only"), ("run",)])
 def test_what_run_refuses_plan_says(tmp_path: Path, command: tuple[str, ...]) -> None:
     config = small_run(tmp_path)
@@ -86,7 +98,7 @@ def test_a_study_says_it_too(tmp_path: Path) -> None:
     assert foreign.startswith(f"study: {tmp_path / 'study'} ")
     assert "notes.txt" in foreign
     (tmp_path / "study" / STUDY_FILE).write_text("{}")
-    made_with_other_settings(Path(first.location), first.config)
+    made_with_other_settings(local_path(first.location, why="is in no bucket"), first.config)
     [changed] = prepare_study(load_study(path)).problems
     assert changed.startswith(f"run: {first.location} ")
     assert "seed" in changed
