@@ -204,7 +204,7 @@ class _Attention(TorchFunctionMode):
 def _may_fuse() -> bool:
     """Whether attention may run in a fused kernel; on a CPU too, this is asked."""
     allowed = torch.backends.cuda
-    return allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled()
+    return bool(allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled())
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -93,9 +93,11 @@ def check_early_exit(model: nn.Module, own: dict[str, Tensor], world_size: int) 
 
 def check_experts(folder: Path) -> None:
     """A pipeline whose later steps have a transformer of their own: this rank holds its part of both."""
-    arguments = {"device": CPU, "dtype": torch.float32}
-    expected = video(open_full_precision(folder, sharding=Sharding("none"), **arguments))
-    pipeline = open_full_precision(folder, sharding=FSDP, **arguments)
+    whole, pipeline = (
+        open_full_precision(folder, device=CPU, dtype=torch.float32, sharding=sharding)
+        for sharding in (Sharding("none"), FSDP)
+    )
+    expected = video(whole)
     offload_components(pipeline, CPU, but=("transformer", "transformer_2"))
     for _ in range(2):
         assert torch.equal(video(pipeline), expected)
