@@ -56,6 +56,14 @@ class ModelFacts:
         """
         return PipelineSchedule(self.folder, self.family)(num_steps)
 
+    def sigmas(self, num_steps: int) -> list[float]:
+        """Sigmas of the latents of such a generation, noise to video, `[num_steps + 1]`.
+
+        Raises:
+            ValueError: the network's outputs do not follow from the latents of the model's scheduler.
+        """
+        return PipelineSchedule(self.folder, self.family).sigmas(num_steps)
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -165,6 +173,7 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
         problems += [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
+        problems += _feature_problems(model, config)
         levels = model.noise_levels(config.generation.num_inference_steps)
         methods = tuple(method_plan(method, model, bits, noise_levels=levels) for method in config.methods)
     except (ConfigError, ValueError) as error:
@@ -282,6 +291,25 @@ def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig)
                 f"attention.dense_layers is {attention.dense_layers}: all {len(model.blocks)} blocks would be"
             )
     return [f"method {method.name}: {problem}" for problem in problems]
+
+
+def _feature_problems(model: ModelFacts, config: RunConfig) -> list[str]:
+    """Why the diffusion salience cannot be that of the network's output."""
+    feature = config.selection.used_diffusion_feature
+    if feature == "latent":
+        return []
+    problems, numerics = [], config.numerics
+    try:
+        model.sigmas(config.generation.num_inference_steps)
+    except ValueError as error:
+        problems.append(f"selection.diffusion_feature is {feature}, but {error}; set it to latent")
+    if numerics.dtype == "bfloat16" or (numerics.dtype == "auto" and config.workers.num_gpus > 0):
+        problems.append(
+            f"selection.diffusion_feature is {feature}, which is taken from differences of latents, but numerics.dtype "
+            f"{numerics.dtype} (workers.num_gpus {config.workers.num_gpus:g}) rounds latents to bfloat16, too coarsely; "
+            "set numerics.dtype: float32, or selection.diffusion_feature: latent"
+        )
+    return problems
 
 
 def _too_few_candidates(config: RunConfig) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 Strategy = Literal["uniform", "salience", "stratified", "one_prompt", "five_prompts", "random_timesteps", "random"]
 Feature = Literal["latent", "block_input", "weight_error"]
+DiffusionFeature = Literal["latent", "output", "denoised"]
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FEATURES: tuple[Feature, ...] = get_args(Feature)

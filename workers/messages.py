@@ -118,6 +118,10 @@ class SelectionSettings:
     num_samples: int
     features: tuple[str, ...] = FEATURES
     """What the trajectories have recorded."""
+    diffusion_feature: str = "latent"
+    """Whose change the diffusion salience is (`reelquant.calibration.salience.diffusion_features`)."""
+    sigmas: tuple[float, ...] = ()
+    """`[T + 1]` of the trajectories' latents; empty for `latent`, whose salience the trajectories have recorded."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelquant.calibration.salience import minmax, select_salient
+from reelquant.calibration.salience import diffusion_features, diffusion_salience, minmax, select_salient
 from storage.run_directory import RunDirectory
 from workers.candidates import STRATEGIES, prompts_of, shortage
-from workers.messages import Progress, SelectionSettings, SelectionUnit, UnitOutput
+from workers.messages import Progress, PromptUnit, SelectionSettings, SelectionUnit, UnitOutput
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 
 
@@ -27,7 +27,7 @@ class SelectionWorker:
         columns: dict[str, list[Tensor]] = {name: [] for name in ("diffusion", *self._settings.features)}
         for index, prompt in enumerate(unit.prompts):
             for name, column in columns.items():
-                column.append(self._store.read(f"trajectories/{prompt.name}/{name}"))
+                column.append(self._diffusion(prompt) if name == "diffusion" else self._read(prompt, name))
             progress(index + 1, len(unit.prompts))
         num_steps = len(columns["diffusion"][0])
         scores = {name: pooled(name, torch.cat(column)) for name, column in columns.items()}
@@ -40,16 +40,28 @@ class SelectionWorker:
             num_samples=self._settings.num_samples,
             generator=generator,
         )
-        names = [prompt.name for prompt in unit.prompts]
+        names, feature = [prompt.name for prompt in unit.prompts], self._settings.diffusion_feature
         result = {
             "strategy": self._settings.strategy,
             "quantization_feature": self._settings.quantization_feature,
+            **({} if feature == "latent" else {"diffusion_feature": feature}),
             "num_steps": num_steps,
             "prompts": [{"name": prompt.name, "prompt": prompt.prompt} for prompt in unit.prompts],
             "scores": {name: column.reshape(len(names), num_steps).tolist() for name, column in scores.items()},
             "chosen": [{"prompt": names[i // num_steps], "step": i % num_steps} for i in chosen],
         }
         return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
+
+    def _diffusion(self, prompt: PromptUnit) -> Tensor:
+        """`[T]`: recorded for the latents, otherwise from the stored ones, a prompt at a time."""
+        settings = self._settings
+        if settings.diffusion_feature == "latent":
+            return self._read(prompt, "diffusion")
+        rows = diffusion_features(self._read(prompt, "latents"), settings.sigmas, settings.diffusion_feature)
+        return diffusion_salience(rows)
+
+    def _read(self, prompt: PromptUnit, name: str) -> Tensor:
+        return self._store.read(f"trajectories/{prompt.name}/{name}")
 
     def shadow(self, unit: SelectionUnit, progress: Progress) -> None:
         """The other ranks of a replica have nothing to do."""

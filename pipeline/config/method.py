@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.config.section import Section
+
 Preset = Literal["rtn", "smoothquant", "quarot", "gptq", "s2q", "quantsparse", "reelquant", "s2q_quantsparse"]
 
 _NOTHING: dict[str, Any] = {
@@ -56,13 +58,7 @@ extrapolated and kept in 8 bits. Configurations of the papers' experiments, samp
 _RESERVED = ("full_precision", "noise_floor")
 
 
-class Part(BaseModel):
-    """A part of a method: unknown keys and infinite numbers are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class ResidualConfig(Part):
+class ResidualConfig(Section):
     """Residual cache of sparse attention (SSAR, QuantSparse §3.3)."""
 
     order: Literal[0, 1, 2] = 2
@@ -83,7 +79,7 @@ class ResidualConfig(Part):
         return self
 
 
-class AttentionConfig(Part):
+class AttentionConfig(Section):
     """Sparse attention (method §6)."""
 
     density: float = Field(default=1.0, gt=0, le=1)

@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -22,8 +20,9 @@ from pydantic import (
 )
 
 from pipeline.config.method import MethodConfig
+from pipeline.config.section import Section
 from storage.location import Location, StoreUrl, expand_home, parse_location
-from workers.candidates import FEATURES, RANKED, Feature, Strategy
+from workers.candidates import FEATURES, RANKED, DiffusionFeature, Feature, Strategy
 
 WeightBits = Annotated[int, Field(ge=2, le=8)]
 
@@ -43,12 +42,6 @@ def _activation_bits(value: int) -> int:
     if not (4 <= value <= 8 or value == 16):
         raise ValueError(f"activation bits are {value}; 4 to 8, or 16 for activations that stay as they are")
     return value
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys and infinite numbers are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class BitsOf(Section):
@@ -149,12 +142,19 @@ class PromptsConfig(Section):
 class SelectionConfig(Section):
     """Which (prompt, step) pairs calibrate the model."""
 
+    ADDED = frozenset({"diffusion_feature"})
+
     strategy: Strategy = "uniform"
     """`uniform`: one sample in each of `num_samples` equal bins of the schedule, all prompts equally often. `salience`: the
     highest product scores (S²Q-VDiT §3.2); `stratified`: the highest at every step of an even schedule; both read the scores,
     all others ignore them."""
     quantization_feature: Feature = "latent"
     """Which `C_quant` the scores take."""
+    diffusion_feature: DiffusionFeature = "latent"
+    """Whose relative change `C_diff` is, for the strategies that read scores. `latent`: from a step's input to its result, as
+    the paper's text has it; by the schedule alone that is largest at the last steps. `output`: of the network's output since
+    the step before; `denoised`: of its prediction of the video, largest at steps 1 to 5 on the small model. The first
+    step's change is then 0. Both follow from the stored latents, with Euler's sampler of flow matching, in float32."""
     recorded_features: tuple[Feature, ...] = ()
     """More kinds of `C_quant` that the trajectories record. `latent`, which costs nothing, is always there, and so is the
     one that the strategy reads. A study over strategies or features sets them, so that all share their trajectories."""
@@ -169,6 +169,11 @@ class SelectionConfig(Section):
     def used_feature(self) -> Feature:
         """The feature of the scores that are stored and shown, beside the diffusion salience."""
         return self.quantization_feature if self.strategy in RANKED else "latent"
+
+    @property
+    def used_diffusion_feature(self) -> DiffusionFeature:
+        """The feature of the diffusion salience that is stored with the choice and shown."""
+        return self.diffusion_feature if self.strategy in RANKED else "latent"
 
     @property
     def features(self) -> tuple[Feature, ...]:

@@ -18,8 +18,17 @@ class Selection:
     def settings(self, run: Run) -> SelectionSettings:
         """Of the worker."""
         chosen = run.context.config.selection
+        sigmas = ()
+        if chosen.used_diffusion_feature != "latent":
+            sigmas = tuple(run.context.model.sigmas(run.context.config.generation.num_inference_steps))
         return SelectionSettings(
-            run.context.source, chosen.strategy, chosen.used_feature, chosen.num_samples, chosen.features
+            run.context.source,
+            chosen.strategy,
+            chosen.used_feature,
+            chosen.num_samples,
+            chosen.features,
+            chosen.used_diffusion_feature,
+            sigmas,
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:
@@ -35,6 +44,8 @@ class Selection:
             "quantization_feature": settings.quantization_feature,
             "num_samples": settings.num_samples,
         }
+        if settings.diffusion_feature != "latent":
+            depends |= {"diffusion_feature": settings.diffusion_feature, "sigmas": settings.sigmas}
         return unit(self.name, SELECTION, SelectionUnit(SELECTION, prompts), depends, shared=True)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.loading import ConfigError, describe, parse_config, parse_override, read_values, set_value
-from pipeline.config.schema import LocalPath, RunConfig, RunLocation, Section
+from pipeline.config.schema import LocalPath, RunConfig, RunLocation
+from pipeline.config.section import Section
 from storage.location import Location
 
 STUDY_FILE = "study.json"

@@ -1,12 +1,13 @@
 """Which (prompt, timestep) candidates are worth calibrating on (salient data selection, S2Q-VDiT section 3.2).
 
 A candidate's score is the product of two saliences, each min-max normalized over the pool: how much denoising changes
-the latent there (`diffusion_salience`), and how much a weight error there costs (`quantization_salience`, or on block
-inputs `spectral_norm_gram`, or with the real weight error `weight_error`).
+the latent there, or what `diffusion_features` has instead (`diffusion_salience`), and how much a weight error there costs
+(`quantization_salience`, or on block inputs `spectral_norm_gram`, or with the real weight error `weight_error`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -38,6 +39,41 @@ def diffusion_salience(latents: Tensor) -> Tensor:
     if bool(zero.any()):
         raise ValueError(f"latents[{int(zero.nonzero()[0]) + 1}] is zero throughout: its relative change is infinite")
     return (change / torch.where(energy == 0, 1.0, energy)).float()
+
+
+def diffusion_features(latents: Tensor, sigmas: Sequence[float], feature: str) -> Tensor:
+    """The rows whose changes `diffusion_salience` takes, so that its entry i belongs to step i, candidate i of a prompt.
+
+    Step i reads `latents[i]` at `sigmas[i]` and makes `latents[i + 1]`. Under flow matching its network put out
+    `v_i = (latents[i + 1] - latents[i]) / (sigmas[i + 1] - sigmas[i])`, and predicted `x0_i = latents[i] - sigmas[i] v_i`.
+
+    | feature | rows | entry i is the relative change | first step |
+    |---|---|---|---|
+    | `latent` | `latents` | from the step's input to its result | like the others |
+    | `output` | `v_0, v_0, v_1, ... v_{T-1}` | from step i - 1's output to step i's | 0: nothing to compare with |
+    | `denoised` | the same of `x0` | from step i - 1's prediction to step i's | 0 |
+
+    Args: `latents` [T + 1, ...] floating, of a deterministic Euler sampler, in float32: rounded to bfloat16 they are too
+    coarse for their differences. `sigmas` [T + 1], falling, of which the last is that of `latents[T]`.
+    Returns: [T + 1, ...], float32 (float64 for float64); for `latent`, `latents` itself.
+    Raises: ValueError for another feature, another number of sigmas, or sigmas that do not fall.
+    """
+    if feature == "latent":
+        return latents
+    if feature not in ("output", "denoised"):
+        raise ValueError(f"diffusion feature {feature!r} is unknown: latent, output or denoised")
+    if len(sigmas) != len(latents) or len(sigmas) < 2:
+        raise ValueError(f"there are {len(sigmas)} sigmas for {len(latents)} latents; one for each, two at least")
+    if not all(before > after for before, after in pairwise(sigmas)):
+        raise ValueError(f"sigmas must fall from step to step, got {list(sigmas)}")
+    wide = torch.promote_types(latents.dtype, torch.float32)
+    rows = torch.empty_like(latents, dtype=wide)
+    for step, (before, after) in enumerate(pairwise(sigmas)):
+        now = latents[step].double()
+        velocity = (latents[step + 1].double() - now) / (after - before)
+        rows[step + 1] = velocity if feature == "output" else now - before * velocity
+    rows[0] = rows[1]
+    return rows
 
 
 def quantization_salience(tokens: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import json
 import logging
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import diffusers
 
+from reelquant.families.family import family_of_architecture
 from reelquant.noise_schedule import USUAL_SHIFT, shifted_levels
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,12 @@ class PipelineSchedule:
     def __init__(self, pipeline: Path, family: ModuleType) -> None:
         """`pipeline` is the folder of a diffusers pipeline; its scheduler is read when it is asked for."""
         self._config = pipeline / SCHEDULER_CONFIG
-        self._family = family
+        self._architecture: str = family.ARCHITECTURE
+
+    @property
+    def _family(self) -> ModuleType:
+        # A module is neither copied nor pickled, as the schedule is with its transformer.
+        return family_of_architecture(self._architecture)
 
     def __call__(self, num_steps: int) -> list[float]:
         """Noise levels of a generation with `num_steps` steps, falling.
@@ -36,10 +43,32 @@ class PipelineSchedule:
         if not self._config.is_file():
             logger.warning("%s does not exist: taking flow matching with shift %g for it", self._config, USUAL_SHIFT)
             return shifted_levels(num_steps)
+        levels: list[float] = self._family.noise_levels(self._scheduler(), num_steps)
+        return levels
+
+    def sigmas(self, num_steps: int) -> list[float]:
+        """Sigmas `[num_steps + 1]` of the latents of a generation, noise to video, falling; the last is 0.
+
+        Raises:
+            ValueError: the scheduler is not the deterministic Euler sampler of flow matching, for which alone the network's
+                output follows from two latents; or there is none, or as for a call.
+        """
+        if not self._config.is_file():
+            raise ValueError(f"{self._config} does not exist: the sigmas of the latents are not known")
+        scheduler = self._scheduler()
+        name, random = type(scheduler).__name__, getattr(scheduler.config, "stochastic_sampling", False)
+        if not isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) or random:
+            kind = f"{name} with stochastic_sampling" if random else name
+            raise ValueError(
+                f"the scheduler is {kind} ({self._config}): the network's output follows from two latents only with "
+                "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
+            )
+        self._family.noise_levels(scheduler, num_steps)
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def _scheduler(self) -> Any:
         values = json.loads(self._config.read_text(encoding="utf-8"))
         scheduler_class = getattr(diffusers, str(values.get("_class_name")), None)
         if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
             raise ValueError(f"{self._config}: diffusers has no scheduler {values.get('_class_name')!r}")
-        scheduler = scheduler_class.from_config(values)  # type: ignore[attr-defined]
-        levels: list[float] = self._family.noise_levels(scheduler, num_steps)
-        return levels
+        return scheduler_class.from_config(values)  # type: ignore[attr-defined]

@@ -1,6 +1,8 @@
 """Loading a configuration: every mistake is named with its value and the ways out, all of them at once, without torch."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts, repeated_prompts
 from pipeline.config.method import PRESETS, MethodConfig
 from pipeline.config.schema import RunConfig
-from pipeline.context import build_context, prompt_notes, recipe_of
+from pipeline.context import RunContext, build_context, prompt_notes, recipe_of
 from pipeline.study.expansion import load_study
 from storage.location import parse_location
 
@@ -413,3 +415,42 @@ def test_the_file_of_a_study_is_no_run_and_the_other_way_round(tmp_path: Path) -
     with pytest.raises(ConfigError) as caught:
         load_study(path)
     assert f"`run {path}`" in str(caught.value)
+
+
+def test_a_feature_that_the_latents_cannot_give_is_refused_before_the_run(tmp_path: Path) -> None:
+    digits = Path(__file__).resolve().parents[2] / "assets" / "hunyuanvideo-digits"
+    model = tmp_path / "model"
+    shutil.copytree(digits, model)
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    chosen = {"strategy": "salience", "num_samples": 2, "diffusion_feature": "output"}
+
+    def context(**changes: Any) -> RunContext:
+        values = {**LEAST, "model": str(model), "selection": chosen, **changes}
+        (tmp_path / "c.txt").write_text("the digit 3\n")
+        (tmp_path / "h.txt").write_text("the digit 4\n")
+        files = {"calibration": str(tmp_path / "c.txt"), "held_out": str(tmp_path / "h.txt")}
+        values["prompts"] = {**files, "num_calibration": 1, "num_held_out": 1}
+        return build_context(parse_config(values, "test"), weights=False)
+
+    def problems(**changes: Any) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            context(**changes)
+        return [problem for problem in caught.value.problems if "selection.diffusion_feature is output" in problem]
+
+    context()
+    context(selection={**chosen, "strategy": "uniform"}, numerics={"dtype": "bfloat16"})
+    assert "numerics.dtype bfloat16" in problems(numerics={"dtype": "bfloat16"})[0]
+    assert "workers.num_gpus 1" in problems(workers={"num_gpus": 1})[0]
+    scheduler.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}))
+    assert len(problems(workers={"num_gpus": 1})) == 2
+    [problem] = problems()
+    assert "UniPCMultistepScheduler" in problem
+
+
+def test_added_keys_are_left_out_until_they_are_used(tmp_path: Path) -> None:
+    """Runs that were made before there were such keys go on."""
+    plain = parse_config(LEAST, "test")
+    assert "diffusion_feature" not in plain.identity()["selection"]
+    used = parse_config({**LEAST, "selection": {"diffusion_feature": "denoised"}}, "test")
+    assert used.identity()["selection"]["diffusion_feature"] == "denoised"
+    assert RunConfig.model_validate({**used.identity(), "run": "r"}).selection == used.selection

@@ -17,6 +17,8 @@ from pipeline.report.run_data import read_run
 from pipeline.run_state import read_status
 from pipeline.run_units import STAGES
 from pipeline.runner import STAGES as DRIVEN
+from pipeline.stages.selection import Selection
+from pipeline.stages.trajectories import Trajectories
 from pipeline.study.preparation import PlannedManifest
 from storage.manifest import Manifest, UnitRecord
 from storage.run_directory import RunDirectory
@@ -138,3 +140,22 @@ def test_the_configuration_and_the_recipe_agree_on_who_reads_activations(preset:
     values["method"] = {"preset": preset, "name": "main", **OPTIONS[options].get("method", {})}
     for method in parse_config(values, "test").methods:
         assert method.needs_activations == recipe_of(method, ()).needs_activations
+
+
+def test_the_selection_gets_the_sigmas_of_the_feature_that_it_reads(tmp_path: Path) -> None:
+    def selection(folder: str, **chosen: str) -> tuple[Any, str]:
+        (tmp_path / folder).mkdir()
+        run = run_of(tmp_path / folder, {"preset": "rtn"}, {"selection": {"num_samples": 4, **chosen}})
+        planned = PlannedManifest(run.directory.location)
+        view = Run(run.context, run.directory, planned)
+        for plan in Trajectories().plan(view):
+            planned.plan("trajectories", plan.name, "f", {})
+        [plan] = Selection().plan(view)
+        return Selection().settings(view), plan.make().fingerprint
+
+    latent, first = selection("a", strategy="salience")
+    unread, _ = selection("b", strategy="uniform", diffusion_feature="output")
+    output, other = selection("c", strategy="salience", diffusion_feature="output")
+    assert latent.sigmas == unread.sigmas == ()
+    assert (output.diffusion_feature, len(output.sigmas), output.sigmas[-1]) == ("output", 13, 0.0)
+    assert first != other

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,25 @@ def test_a_pipelines_levels_are_its_schedulers(tmp_path: Path) -> None:
 def test_without_a_scheduler_it_is_flow_matchings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert PipelineSchedule(tmp_path, hunyuan_video)(5) == shifted_levels(5)
     assert "scheduler_config.json" in caplog.text
+
+
+def test_sigmas_are_known_of_euler_s_sampler_alone(tmp_path: Path) -> None:
+    sigmas = PipelineSchedule(MODEL, hunyuan_video).sigmas(16)
+    assert sigmas == pytest.approx([*shifted_levels(16, 3.0), 0.0], abs=1e-6)
+    with pytest.raises(ValueError, match="does not exist"):
+        PipelineSchedule(tmp_path, hunyuan_video).sigmas(16)
+    (tmp_path / "scheduler").mkdir()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    for config in (
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True},
+    ):
+        path.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"{config['_class_name']}.*FlowMatchEulerDiscreteScheduler without"):
+            PipelineSchedule(tmp_path, hunyuan_video).sigmas(16)
+
+
+def test_a_schedule_is_copied_and_pickled_with_its_transformer() -> None:
+    schedule = PipelineSchedule(MODEL, hunyuan_video)
+    pickled = pickle.loads(pickle.dumps(schedule))  # noqa: S301 - made here
+    assert copy.deepcopy(schedule)(7) == pickled(7) == schedule(7)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,37 @@ def test_the_worker_stores_all_scores_and_chooses(tmp_path: Path) -> None:
     assert result["chosen"] == [{"prompt": "prompt-002", "step": 3}, {"prompt": "prompt-002", "step": 2}]
     assert set(result["scores"]) == {"diffusion", "latent", "block_input", "weight_error"}
     assert result["scores"]["latent"][1] == [11.0, 12.0, 13.0, 14.0]
+
+
+def test_the_worker_takes_the_network_s_change_from_the_stored_latents(tmp_path: Path) -> None:
+    """Latents whose predictions change at steps 1 and 2 alone, in a schedule whose steps grow towards the end."""
+    run = RunDirectory.open_or_create(tmp_path / "run", {}, {})
+    prompts, sigmas = (PromptUnit("prompt-000", "a"),), (1.0, 0.95, 0.8, 0.5, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    first, second, third, noise = (torch.randn(2, 3, generator=generator) for _ in range(4))
+    latents = [noise]
+    for step, prediction in enumerate((first, second, third, third)):
+        velocity = (latents[-1] - prediction) / sigmas[step]
+        latents.append(latents[-1] + (sigmas[step + 1] - sigmas[step]) * velocity)
+    stored = {"latents": torch.stack(latents), "diffusion": torch.arange(4.0), "latent": torch.tensor([3.0, 1, 2, 4])}
+    for name, values in stored.items():
+        run.calibration_store.write(f"trajectories/prompt-000/{name}", values)
+    source = RunSource(run.path, tmp_path, 0, Numerics("float32", 1))
+    unit = SelectionUnit("selection", prompts)
+
+    def chosen_by(feature: str, sigmas: tuple[float, ...]) -> dict[str, Any]:
+        settings = SelectionSettings(source, "salience", "latent", 2, ("latent",), feature, sigmas)
+        return dict(SelectionWorker(settings).run(unit, lambda *_: None).result)
+
+    plain, denoised = chosen_by("latent", ()), chosen_by("denoised", sigmas)
+    assert [c["step"] for c in plain["chosen"]] == [3, 2]
+    assert "diffusion_feature" not in plain
+    assert denoised["chosen"][0]["step"] == 2
+    assert denoised["diffusion_feature"] == "denoised"
+    [scores] = denoised["scores"]["diffusion"]
+    assert scores[0] == 0
+    assert scores[3] == pytest.approx(0, abs=1e-9)
+    assert scores[2] == pytest.approx(float((third - second).square().sum() / third.square().sum()), rel=1e-4)
 
 
 def test_the_worker_reads_what_the_trajectories_recorded(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from reelquant.calibration import salience
 from reelquant.calibration.salience import (
+    diffusion_features,
     diffusion_salience,
     minmax,
     select_salient,
@@ -24,6 +25,35 @@ def test_diffusion_salience_is_the_formula(dtype: torch.dtype, shape: tuple[int,
     assert torch.equal(latents, given)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("feature", ["output", "denoised"])
+def test_diffusion_features_are_those_of_euler_s_sampler(dtype: torch.dtype, feature: str) -> None:
+    """A sampler with known velocities: step i's entry compares its velocity (or prediction) with that of step i - 1."""
+    sigmas = [1.0, 0.9, 0.65, 0.3, 0.0]
+    velocities = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = [torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)]
+    for step, velocity in enumerate(velocities):
+        latents.append(latents[-1] + (sigmas[step + 1] - sigmas[step]) * velocity)
+    denoised = [latents[step] - sigmas[step] * velocities[step] for step in range(4)]
+    wanted = list(velocities) if feature == "output" else denoised
+    changes = [float((wanted[i] - wanted[i - 1]).square().sum() / wanted[i].square().sum()) for i in (1, 2, 3)]
+    found = diffusion_salience(diffusion_features(torch.stack(latents).to(dtype), sigmas, feature))
+    torch.testing.assert_close(found, torch.tensor([0.0, *changes]))
+    assert torch.equal(latents[-1], denoised[-1]) or feature == "output"
+
+
+def test_diffusion_features_refuse_what_is_no_trajectory() -> None:
+    latents = torch.rand(4, 5)
+    assert diffusion_features(latents, (), "latent") is latents
+    for sigmas, feature, words in (
+        ([1.0, 0.5, 0.0], "output", "3 sigmas for 4 latents"),
+        ([1.0, 0.5, 0.5, 0.0], "denoised", "must fall"),
+        ([1.0, 0.6, 0.3, 0.0], "noise", "'noise' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            diffusion_features(latents, sigmas, feature)
 
 
 def test_diffusion_salience_of_zero_and_broken_latents() -> None:
