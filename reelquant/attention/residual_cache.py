@@ -1,7 +1,7 @@
 """What the sparse attention of a step misses, from the steps at which both were computed (SSAR, QuantSparse §3.3).
 
     refresh at r:   D = dense - sparse          change = D - D of the refresh before
-    step t > r:     dense is about sparse + D + P_k(change)
+    step t > r:     dense is about sparse + gain(t - r) D + P_k(change)
 
 `P_k` projects every head on its top k right singular directions. One cache belongs to one attention layer and one generation.
 
@@ -11,11 +11,20 @@
 | `low_rank` | factors of D | factors of D and of the change |
 | `low_rank_int8` | the same, their rows in 8 bits with a scale for 128 tokens of a head and direction | the same |
 
+There are two readings of the change (QuantSparse's equation 14 and Fig. 2; its Proposition 3.3 and appendix G):
+
+| `extrapolation` | change | times, at step t |
+|---|---|---|
+| `constant` | D less that of the refresh before, r' | 1 |
+| `linear` | the same | `(t - r) / (r - r')` |
+| `adjacent` | D less that of step r - 1, if that was a refresh; otherwise none | 1 |
+
 With factors the change is taken against what was kept of the refresh before, so it holds what that truncation lost too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,16 +85,26 @@ class ResidualCache:
     Args:
         order: 0 nothing, 1 `sparse + D`, 2 `sparse + D + P_k(change)`; order 2 is order 1 until the second refresh.
         rank: k, at most the head size; None for no projection.
-        extrapolation: `constant` adds the change once; `linear` scales it by `(t - r) / (r - r')`, r' the refresh before.
+        extrapolation: `constant`, `linear` or `adjacent`, see above; of order 2.
         storage: `full` keeps D whole and projects the change alone, as the paper's formula does; `low_rank` keeps every
             term in factors of rank k, as the paper's memory does: `H L k` numbers a term, not `H L D`; `low_rank_int8` in
             bytes, not in numbers of the attention's dtype.
+        gain: of order 1: factors on D at lags 1, 2, ... after the refresh, the last one at all later lags; None for 1.
 
     Raises: ValueError for other values, or factors without a rank.
     """
 
-    def __init__(self, order: int, rank: int | None, extrapolation: str, *, storage: str = "full") -> None:
-        self._spec = ResidualSpec(order=order, rank=rank, extrapolation=extrapolation, storage=storage)
+    def __init__(
+        self,
+        order: int,
+        rank: int | None,
+        extrapolation: str,
+        *,
+        storage: str = "full",
+        gain: Sequence[float] | None = None,
+    ) -> None:
+        factors = None if gain is None else tuple(gain)
+        self._spec = ResidualSpec(order=order, rank=rank, extrapolation=extrapolation, storage=storage, gain=factors)
         _raise_problems(self._spec.problems())
         self._kept: _Kept | None = None
 
@@ -131,7 +150,7 @@ class ResidualCache:
         corrected = torch.empty_like(sparse, memory_format=torch.contiguous_format)
         for heads in head_groups(sparse):
             wide = sparse[heads].to(torch.promote_types(sparse.dtype, torch.float32))
-            wide = kept.residual.added_to(wide, heads)
+            wide = kept.residual.added_to(wide, heads, self._spec.gain_at(step - kept.step))
             if kept.change is not None and scale != 0:
                 wide = kept.change.added_to(wide, heads, scale)
             corrected[heads] = wide
@@ -145,7 +164,7 @@ class ResidualCache:
         kept = self._checked_kept(step, sparse)
         if kept is None:
             return ()
-        scaled = [(kept.residual, 1.0)]
+        scaled = [(kept.residual, self._spec.gain_at(step - kept.step))]
         if kept.change is not None:
             scaled.append((kept.change, self._change_scale(kept, step)))
         found = []
@@ -157,6 +176,13 @@ class ResidualCache:
 
     def _change_scale(self, kept: _Kept, step: int) -> float:
         return (step - kept.step) / kept.interval if self._spec.extrapolation == "linear" else 1.0
+
+    def _compared(self, step: int) -> _Kept | None:
+        """The refresh to which that of `step` is compared; None where it has no change."""
+        kept = self._kept
+        if self._spec.order < 2 or kept is None:
+            return None
+        return kept if self._spec.extrapolation != "adjacent" or step == kept.step + 1 else None
 
     def _checked_kept(self, step: int, sparse: Tensor) -> _Kept | None:
         """What the last refresh left for `step`; None where nothing is to be added at all."""
@@ -176,9 +202,9 @@ class ResidualCache:
 
     def _low_rank_terms(self, step: int, dense: Tensor, sparse: Tensor) -> tuple[_Term, _Term | None]:
         assert self._spec.rank is not None
-        before = None
-        if self._spec.order == 2 and self._kept is not None:
-            term = self._kept.residual
+        before, compared = None, self._compared(step)
+        if compared is not None:
+            term = compared.residual
             assert term.directions is not None
             before = Factors(term.decoded(slice(None), sparse.dtype), term.directions)
         found = factorize_refresh(dense, sparse, self._spec.rank, before=before)
@@ -189,7 +215,7 @@ class ResidualCache:
 
     def _full_terms(self, step: int, dense: Tensor, sparse: Tensor) -> tuple[_Term, _Term | None]:
         """The residual whole, and its change whole or in factors."""
-        before = self._kept
+        before = self._compared(step)
         finite = torch.ones((), dtype=torch.bool, device=sparse.device)
         wide = torch.promote_types(sparse.dtype, torch.float32)
         residuals, changes = [], []
@@ -197,7 +223,7 @@ class ResidualCache:
             residual = dense[heads].to(wide) - sparse[heads].to(wide)
             finite &= torch.stack(residual.aminmax()).isfinite().all()
             residuals.append(_Term(residual.to(sparse.dtype)))
-            if self._spec.order == 2 and before is not None:
+            if before is not None:
                 changes.append(self._change(before.residual.added_to(residual, heads, scale=-1.0), sparse.dtype))
         if not bool(finite):
             _raise_not_finite(step, dense, sparse)

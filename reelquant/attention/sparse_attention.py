@@ -144,13 +144,14 @@ class SparseAttention:
 
     def _kind(self, state: GenerationState) -> StepKind:
         """The step's, the same for all blocks; counted from the generation's first step that is not above the threshold."""
-        memory = state.memory
-        if memory.get("kind", (None,))[0] != state.step:
-            if state.noise_level <= self.spec.dense_above:
+        memory, level = state.memory, state.noise_level
+        last_step, before, _ = memory.get("kind", (None, None, None))
+        if last_step != state.step:
+            if level <= self.spec.dense_above:
                 memory.setdefault("first below", state.step)
             num_below = state.step - memory.get("first below", state.step)
-            memory["kind"] = (state.step, self.spec.kind_of_step(state.noise_level, num_below))
-        kind: StepKind = memory["kind"][1]
+            memory["kind"] = (state.step, level, self.spec.kind_of_step(level, num_below, before))
+        kind: StepKind = memory["kind"][2]
         return kind
 
     def _both(
@@ -223,7 +224,7 @@ class SparseAttention:
         if (block, item) not in caches:
             residual = self.spec.residual
             caches[block, item] = ResidualCache(
-                residual.order, residual.rank, residual.extrapolation, storage=residual.storage
+                residual.order, residual.rank, residual.extrapolation, storage=residual.storage, gain=residual.gain
             )
         return caches[block, item]
 

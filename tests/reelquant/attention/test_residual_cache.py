@@ -206,7 +206,7 @@ def test_what_cannot_be_asked_for() -> None:
         ResidualCache(2, 0, "constant")
     with raises(ValueError, "residual.storage", "low_rank", "residual.rank"):
         ResidualCache(2, None, "constant", storage="low_rank")
-    with raises(ValueError, "residual.extrapolation", "cubic", "constant", "linear"):
+    with raises(ValueError, "residual.extrapolation", "cubic", "constant", "linear", "adjacent"):
         ResidualCache(2, None, "cubic")
     with raises(ValueError, "residual.storage", "disk", "full", "low_rank"):
         ResidualCache(2, None, "constant", storage="disk")
@@ -246,3 +246,80 @@ def test_errors_keep_what_was_kept() -> None:
     with raises(ValueError, "step 5", "dense - sparse", torch.float32):
         cache.refresh(5, torch.full_like(dense, 3e38), torch.full_like(sparse, -3e38))
     assert torch.equal(cache.correct(4, sparse), before)
+
+
+@pytest.mark.parametrize("storage", ["full", "low_rank", "low_rank_int8"])
+@pytest.mark.parametrize("rank", [3, None])
+def test_adjacent_compares_with_the_step_before_alone(storage: str, rank: int | None) -> None:
+    """float64: sparse + D(r) + P_k(D(r) - D(r - 1)) where r - 1 was refreshed, sparse + D(r) elsewhere."""
+    if rank is None and storage != "full":
+        return
+    shape = (2, 37, 12)
+    pairs = [tuple(x.double() for x in drawn(seed, *shape)) for seed in range(3)]
+    sparse_now = drawn(9, *shape)[1].double()
+    cache = ResidualCache(2, rank, "adjacent", storage=storage)
+    kept_rank = rank if storage != "full" else None
+    bound = 6e-3 if storage == "low_rank_int8" else 1e-5  # measured: 2.9e-3, 2e-7
+
+    def expected(before: int | None, now: int) -> Tensor:
+        residuals = [dense - sparse for dense, sparse in pairs]
+        found = sparse_now + projected(residuals[now], kept_rank)
+        if before is None:
+            return found
+        return found + projected(residuals[now] - projected(residuals[before], kept_rank), rank)
+
+    cache.refresh(3, *pairs[0])
+    assert relative_error(cache.correct(3, sparse_now), expected(None, 0)) < bound
+    cache.refresh(4, *pairs[1])
+    for step in (4, 7):  # the same at every lag
+        assert relative_error(cache.correct(step, sparse_now), expected(0, 1)) < bound
+    cache.refresh(9, *pairs[2])
+    assert relative_error(cache.correct(10, sparse_now), expected(None, 2)) < bound
+    assert relative_error(expected(1, 2), expected(None, 2)) > 0.1, "the change would be seen"
+
+
+def test_adjacent_follows_a_steady_drift_but_for_the_lag_less_one() -> None:
+    """Linear drift by C a step: order 1 errs by `a C` at lag a, adjacent by `(a - 1) C`."""
+    dense, sparse = (x.double() for x in drawn(0, 2, 20, 6))
+    drift = 0.1 * torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    caches = {name: ResidualCache(2, None, name) for name in ("adjacent", "constant")}
+    for cache in caches.values():
+        for step in (0, 1):
+            cache.refresh(step, dense + step * drift, sparse)
+    for lag in (1, 2, 3):
+        truth = dense + (1 + lag) * drift
+        found = {name: cache.correct(1 + lag, sparse) - truth for name, cache in caches.items()}
+        torch.testing.assert_close(found["adjacent"], -(lag - 1) * drift)
+        torch.testing.assert_close(found["constant"], found["adjacent"])  # r' is r - 1 here
+
+
+@pytest.mark.parametrize("storage", ["full", "low_rank", "low_rank_int8"])
+def test_a_gain_damps_the_residual_by_its_lag(storage: str) -> None:
+    dense, sparse = (x.double() for x in drawn(0, 3, 33, 16))
+    rank = None if storage == "full" else 4
+    cache = ResidualCache(1, rank, "constant", storage=storage, gain=[0.9, 0.75, 0.5])
+    plain = ResidualCache(1, rank, "constant", storage=storage)
+    for found in (cache, plain):
+        found.refresh(2, dense, sparse)
+    residual = plain.correct(5, sparse) - sparse
+    for step, factor in ((2, 1.0), (3, 0.9), (4, 0.75), (5, 0.5), (6, 0.5), (40, 0.5)):
+        torch.testing.assert_close(cache.correct(step, sparse), sparse + factor * residual)
+        terms = cache.corrections(step, sparse)
+        if terms is not None:
+            torch.testing.assert_close(corrected(sparse, terms), sparse + factor * residual)
+    assert cache.nbytes == plain.nbytes
+
+
+def test_gains_that_cannot_be_are_refused() -> None:
+    for order, gain in (
+        (2, [0.9]),
+        (0, [0.9]),
+        (1, []),
+        (1, [0.9, -0.1]),
+        (1, [0.9, float("nan")]),
+        (1, [2.5]),
+        (1, ["0.9"]),
+    ):
+        words = ["residual.order", order] if order != 1 else [*map(repr, gain[-1:])]
+        with raises(ValueError, "residual.gain", *words):
+            ResidualCache(order, None, "constant", gain=gain)  # type: ignore[arg-type]

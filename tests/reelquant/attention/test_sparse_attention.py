@@ -15,7 +15,12 @@ from torch import Tensor
 
 import reelquant  # noqa: F401
 from reelquant.attention.sparse_attention import AttentionPrecision, Visited
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.attention.sparse_spec import (
+    ResidualSpec,
+    SparseAttentionSpec,
+    dense_threshold,
+    refresh_thresholds,
+)
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.runtime.attach import attach_runtime
@@ -254,6 +259,9 @@ def test_specification_is_json_and_back() -> None:
 
     spec = replace(SPEC, dense_blocks=(BLOCKS[0],), dense_above=0.9)
     assert SparseAttentionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert not {"refresh_at", "gain"} & ({*spec.to_dict()} | {*spec.to_dict()["residual"]}), "as before there were any"
+    damped = replace(spec, refresh_at=(0.8, 0.25), residual=ResidualSpec(order=1, gain=(0.9, 0.5)))
+    assert SparseAttentionSpec.from_dict(json.loads(json.dumps(damped.to_dict()))) == damped
 
 
 MISTAKES: list[tuple[dict[str, Any], tuple[object, ...]]] = [
@@ -264,6 +272,11 @@ MISTAKES: list[tuple[dict[str, Any], tuple[object, ...]]] = [
     ({"density": 0.2, "residual": {"rank": None}}, ("residual.storage", "low_rank", "residual.rank")),
     ({"density": 0.2, "colour": 1}, ("colour",)),
     ({"head_kinds": {}}, ("density",)),
+    ({"density": 0.2, "refresh_at": [0.5, 0.5]}, ("refresh_at", [0.5, 0.5])),
+    ({"density": 0.2, "refresh_at": [1.5]}, ("refresh_at", [1.5])),
+    ({"density": 0.2, "refresh_at": [0.5], "residual": {"order": 0}}, ("refresh_at", "residual.order")),
+    ({"density": 0.2, "residual": {"order": 1, "gain": 0.9}}, ("gain", 0.9)),
+    ({"density": 0.2, "residual": {"colour": 1}}, ("residual.colour",)),
 ]
 
 
@@ -295,3 +308,59 @@ def test_the_second_of_two_experts_is_not_dense_again() -> None:
     spec = replace(SPEC, dense_above=dense_threshold(3, levels, refreshes=True))
     assert spec.schedule(levels[:5]) == ["dense", "dense", "refresh", "sparse", "sparse"]
     assert spec.schedule(levels[5:]) == ["refresh", "sparse", "sparse", "refresh", "sparse"]
+
+
+@pytest.mark.parametrize("num_steps", [9, 16, 50])
+def test_refreshes_at_steps_given(num_steps: int) -> None:
+    levels = LEVELS(num_steps)
+    at = [1, 2, 3, 5, num_steps - 1]
+    spec = replace(SPEC, refresh_at=refresh_thresholds(at, levels))
+    kinds = spec.schedule(levels)
+    assert [step for step, kind in enumerate(kinds) if kind == "refresh"] == [0, *at]
+    assert "dense" not in kinds
+    rounded = [float(torch.tensor(level * 1000).bfloat16()) / 1000 for level in levels]
+    if len(set(rounded)) == num_steps:
+        assert spec.schedule(rounded) == kinds
+    warm = replace(spec, dense_above=dense_threshold(3, levels, refreshes=True))
+    kinds = warm.schedule(levels)
+    assert kinds[:6] == ["dense", "dense", "refresh", "refresh", "sparse", "refresh"]
+    # In a generation with other steps the refreshes lie at the same noise levels, one step each.
+    other = LEVELS(4 * num_steps)
+    refreshed = [level for level, kind in zip(other, spec.schedule(other), strict=True) if kind == "refresh"]
+    assert len(refreshed) == len(at) + 1
+    for level, step in zip(refreshed[1:], at, strict=True):
+        assert levels[step] - 1e-6 <= level < levels[step - 1]
+
+
+def test_adjacent_keeps_the_residual_of_dense_steps_too() -> None:
+    levels = LEVELS(12)
+    residual = ResidualSpec(order=2, extrapolation="adjacent")
+    spec = replace(SPEC, residual=residual, interval=4, dense_above=dense_threshold(3, levels, refreshes=True))
+    assert spec.schedule(levels)[:5] == ["refresh", "refresh", "refresh", "sparse", "sparse"]
+    plain = replace(spec, residual=replace(residual, extrapolation="linear"))
+    blocks, layout = BLOCKS, family.token_layout({"patch_size": 1, "patch_size_t": 1}, (8, 3, 8, 12), 9)
+    both = [s.effective_density(layout, 5, noise_levels=levels, blocks=blocks) for s in (spec, plain)]
+    assert both[0] == both[1], "a refresh is a dense step"
+
+
+def test_every_way_to_correct_is_a_generation_of_its_own(dense: Any) -> None:
+    """What the specification says reaches the attention that runs: refreshes given, adjacent changes, gains."""
+    levels, plain = LEVELS(5), latents(dense, PROMPTS[0])
+    first = ResidualSpec(order=1, rank=8)
+    specs = {
+        "order 1": replace(SPEC, residual=first, interval=4),
+        "damped": replace(SPEC, residual=replace(first, gain=(0.5,)), interval=4),
+        "refreshed": replace(SPEC, residual=first, refresh_at=refresh_thresholds([1, 4], levels)),
+        "warm": replace(SPEC, residual=first, interval=5, dense_above=dense_threshold(2, levels, refreshes=True)),
+        "adjacent": replace(
+            SPEC,
+            residual=ResidualSpec(order=2, rank=8, extrapolation="adjacent"),
+            interval=5,
+            dense_above=dense_threshold(2, levels, refreshes=True),
+        ),
+    }
+    found = {name: latents(open_pipeline(spec), PROMPTS[0]) for name, spec in specs.items()}
+    errors = {name: error(out, plain) for name, out in found.items()}
+    assert len({round(e, 6) for e in errors.values()}) == len(specs), errors
+    same = replace(SPEC, residual=replace(first, gain=(1.0,)), refresh_at=refresh_thresholds([4], levels))
+    assert torch.equal(latents(open_pipeline(same), PROMPTS[0]), found["order 1"])
