@@ -21,12 +21,12 @@ from diffusers.utils import is_accelerate_available, logging
 from torch import Tensor, nn
 
 from reelquant.checkpoint.layer_packing import value_problem
-from reelquant.checkpoint.older_versions import Schedule
 from reelquant.checkpoint.reader import disagreements, quantized_layers
 from reelquant.checkpoint.safetensors_file import read_header
 from reelquant.checkpoint.schema import GROUP_SUFFIXES, LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, TensorInfo
 from reelquant.diffusers_internals import ignored_keys, register_quantizer, remove_from_config
 from reelquant.families.family import family_of_architecture
+from reelquant.noise_schedule import Schedule, shifted_levels
 from reelquant.quantization.dequantization import dequantize_linear_layers, num_parameters
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.runtime.attach import attach_runtime, detach_runtime
@@ -162,10 +162,11 @@ class ReelquantQuantizer(DiffusersQuantizer):
         _refuse(problems)
         self._layers = {}
         architecture = type(model).__name__
+        schedule: Schedule = shifted_levels
         if self._folder is not None:
             schedule = PipelineSchedule(self._folder.parent, family_of_architecture(architecture))
             self.quantization_config.translate(schedule)
-        attach_runtime(model, self.quantization_config.spec)
+        attach_runtime(model, self.quantization_config.spec, schedule=schedule, stored=self.quantization_config)
         model.num_parameters = partial(num_parameters, model)  # type: ignore[assignment]
         return model
 

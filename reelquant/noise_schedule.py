@@ -7,8 +7,10 @@ for both experts of a pipeline with two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+Schedule = Callable[[int], Sequence[float]]
+"""Noise levels of a generation by its number of steps."""
 USUAL_STEPS = 50
 """Number of steps of a generation where nothing says otherwise (both papers)."""
 USUAL_SHIFT = 7.0

@@ -10,24 +10,20 @@ belongs to one generation (`runtime.generation`) and one element of its batch, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from reelquant.attention.band_mask import band_width, visited_pairs
+from reelquant.attention.configurable_attention import AttentionPrecision, ConfigurableAttention, Visited
 from reelquant.attention.head_kind import band_errors, kinds_of, sampled_rows
 from reelquant.attention.residual_cache import ResidualCache
-from reelquant.attention.sparse_spec import SparseAttentionSpec, StepKind
-from reelquant.families.family import TokenLayout, family_of_architecture
+from reelquant.attention.sparse_spec import StepKind
+from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import (
     Correction,
-    Implementation,
-    Precision,
     band_attention,
     dense_and_band_attention,
     dense_attention,
@@ -36,85 +32,14 @@ from reelquant.ops.eight_bit_attention.op import NEEDS as EIGHT_BITS
 from reelquant.ops.implementation import obstacle
 from reelquant.runtime.generation import GenerationState, current_pass
 
+__all__ = ["AttentionPrecision", "SparseAttention", "Visited"]
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Visited:
-    """Pairs (query, key) of the attention maps since `SparseAttention.visited` was last set anew."""
-
-    pairs: int = 0
-    of: int = 0
-
-    def add(self, pairs: int, of: int) -> None:
-        """Counts `pairs` of a map's `of`."""
-        self.pairs += pairs
-        self.of += of
-
-    @property
-    def density(self) -> float:
-        """Share of the maps that was visited; a refresh counts as dense, not more. NaN before any pass."""
-        return self.pairs / self.of if self.of else float("nan")
-
-
-@dataclass(frozen=True)
-class AttentionPrecision:
-    """In which precision attention runs (`ops/eight_bit_attention/op.py`); `full` is that of its tensors, the default.
-
-    The residual of a refresh is what its sparse side misses of its dense side: with a sparse side in 8 bits it also holds
-    that rounding, as far as its rank goes. With both sides in the same 8 bits, one pass over one quantization makes both.
-    """
-
-    sparse: Precision = "full"
-    """Of the sparse steps, and of the sparse side of a refresh."""
-    dense: Precision = "full"
-    """Of all that is dense: refreshes, first steps, dense blocks, every step of a transformer that is not `enabled`."""
-
-
-class SparseAttention:
-    """What `transformer.sparse_attention` is. `enabled = False` turns the transformer dense, `True` back.
-
-    Attributes:
-        spec: what the checkpoint says.
-        enabled: whether attention runs sparse; change it between generations.
-        implementation: of `band_attention`.
-        precision: of the products, at first the checkpoint's; change it between generations. On CUDA without the kernels
-            for 8 bits (before Hopper) attention runs in full precision, which is faster there, and says so once.
-        visited: counts the pairs that ran, for the effective density.
-    """
-
-    def __init__(self, spec: SparseAttentionSpec, *, architecture: str, config: Mapping[str, Any]) -> None:
-        self.spec = spec
-        self.enabled = True
-        self.implementation: Implementation = "auto"
-        self.precision = AttentionPrecision(sparse=spec.precision, dense=spec.precision)
-        self.visited = Visited()
-        self._architecture, self._config = architecture, config
-
-    @property
-    def _family(self) -> ModuleType:
-        return family_of_architecture(self._architecture)
-
-    def check_model(self) -> None:
-        """Whether the stored blocks and heads are the model's.
-
-        Raises:
-            ValueError: names every block that is missing, unknown or has another number of heads; or a rank too high.
-        """
-        blocks, (heads, head_dim) = self._family.block_names(self._config), self._family.num_heads(self._config)
-        problems = self.spec.residual.problems(head_dim)
-        sparse = [name for name in blocks if name not in self.spec.dense_blocks]
-        if not self.spec.online:
-            problems += [f"head_kinds has no block {name}" for name in sparse if name not in self.spec.head_kinds]
-        problems += [
-            f"head_kinds of {name} has {len(kinds)} heads, the model {heads}"
-            for name, kinds in self.spec.head_kinds.items()
-            if len(kinds) != heads
-        ]
-        unknown = sorted((set(self.spec.head_kinds) | set(self.spec.dense_blocks)) - set(blocks))
-        problems += [f"the model has no block {name}" for name in unknown]
-        if problems:
-            raise ValueError("sparse_attention does not fit the model: " + "; ".join(problems))
+class SparseAttention(ConfigurableAttention):
+    """What `transformer.sparse_attention` is: `enabled = False` turns the transformer dense, `True` back; `configure` changes
+    what the checkpoint says of its attention. Attributes are those of `ConfigurableAttention`."""
 
     def attend(self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of `block` for batch element `item`: `[H, L, D]`, text last and without padding -> `[H, L, D]`.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from reelquant.attention.sparse_spec import dense_threshold
-from reelquant.noise_schedule import USUAL_STEPS, threshold_after
-
-Schedule = Callable[[int], Sequence[float]]
-"""Noise levels of a generation by its number of steps."""
+from reelquant.noise_schedule import USUAL_STEPS, Schedule, threshold_after
 
 
 def translated(values: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
@@ -20,7 +17,7 @@ def translated(values: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
     found = dict(values)
     if values["format_version"] >= 3:
         return found
-    levels = schedule(_num_steps(values))
+    levels = schedule(calibration_steps(values.get("calibration")))
     sparse, protection = values.get("sparse_attention"), values.get("step_protection")
     if isinstance(sparse, Mapping) and isinstance(sparse.get("dense_steps"), int):
         residual = sparse.get("residual")
@@ -36,8 +33,8 @@ def translated(values: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
     return found
 
 
-def _num_steps(values: Mapping[str, Any]) -> int:
-    calibration = values.get("calibration")
+def calibration_steps(calibration: object) -> int:
+    """Steps of the generations that calibrated a checkpoint with this provenance, or 50."""
     generation = calibration.get("generation") if isinstance(calibration, Mapping) else None
     steps = generation.get("num_inference_steps") if isinstance(generation, Mapping) else None
     return steps if isinstance(steps, int) and steps > 0 else USUAL_STEPS

@@ -17,7 +17,8 @@ Layers that read the same tensor form a group; its first layer, the leader, hold
 
 Version 2 added `sparse_attention`, `step_protection` and `velocity_correction`, all optional: a file of version 1 is one of
 version 2 without them. Version 3 gives first steps as noise levels (`dense_above`, `noise_above`) where version 2 counted them
-(`dense_steps`, `num_steps`); `checkpoint.older_versions` translates.
+(`dense_steps`, `num_steps`); `checkpoint.older_versions` translates. Within version 3 `sparse_attention`
+may have `refresh_at`, and its `residual` a `gain`; both are left out where they are not used.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from typing import Any
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
-from reelquant.checkpoint.older_versions import Schedule, translated
-from reelquant.noise_schedule import shifted_levels
+from reelquant.checkpoint.older_versions import calibration_steps, translated
+from reelquant.noise_schedule import Schedule, shifted_levels
 from reelquant.quantization.weight_grid import GROUP_SIZE, WEIGHT_LAYOUTS
 
 FORMAT_VERSION = 3
@@ -153,6 +154,11 @@ class QuantizationSpec:
     """None for the transformer's own output."""
     format_version: int = FORMAT_VERSION
     """Version of the format."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the generations that calibrated it, or 50 where it does not say."""
+        return calibration_steps(self.calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """The specification as JSON values, with `quant_method`, layers sorted by name."""

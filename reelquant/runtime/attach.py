@@ -13,18 +13,26 @@ from reelquant.attention.sparse_attention import SparseAttention
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.diffusers_internals import not_at_end_of_call
 from reelquant.families.family import family_of_architecture
+from reelquant.noise_schedule import Schedule, shifted_levels
 from reelquant.runtime.block_fusion import fuse_blocks, unfuse_blocks
 from reelquant.runtime.generation import GenerationTracker
-from reelquant.runtime.step_protection import protect_steps
+from reelquant.runtime.step_protection import ProtectedSteps, protect_steps
 from reelquant.runtime.velocity_correction import correct_velocity
 
 
-def attach_runtime(transformer: nn.Module, spec: QuantizationSpec) -> GenerationTracker | None:
+def attach_runtime(
+    transformer: nn.Module, spec: QuantizationSpec, *, schedule: Schedule = shifted_levels, stored: Any = None
+) -> GenerationTracker | None:
     """Installs sparse attention, protected steps and the velocity correction of `spec`, as far as it has them, and the
     fused blocks of a quantized transformer whose family has them.
 
     `transformer.sparse_attention` is then the `SparseAttention`; `transformer.sparse_attention.enabled = False` turns it
-    dense. `transformer.block_fusion` is the `BlockFusion`.
+    dense, its `configure` changes settings. `transformer.step_protection` is the `ProtectedSteps`, `transformer.block_fusion`
+    the `BlockFusion`.
+
+    Args:
+        schedule: noise levels of a generation by its number of steps, for settings that count steps.
+        stored: what is saved of the transformer; its `spec` follows the settings.
 
     Returns: what tells generations apart, None where nothing needs it.
     Raises: ValueError: no family knows the architecture, or blocks and heads of the model are not those of `spec`.
@@ -36,14 +44,25 @@ def attach_runtime(transformer: nn.Module, spec: QuantizationSpec) -> Generation
         return None
     family = family_of_architecture(architecture)
     tracker = GenerationTracker(family.noise_level)
-    hooks = [tracker.begin_passes(transformer)]
+    hooks, protection = [tracker.begin_passes(transformer)], None
     if spec.step_protection is not None:
-        hooks += protect_steps(transformer, spec.step_protection)
+        protection = ProtectedSteps(spec.step_protection, stored)
+        transformer.step_protection = protection  # type: ignore[assignment]
+        hooks += protect_steps(transformer, protection)
     if spec.velocity_correction is not None:
         hooks.append(correct_velocity(transformer, spec.velocity_correction))
     if spec.sparse_attention is not None:
         config = dict(transformer.config)  # type: ignore[arg-type]
-        sparse = SparseAttention(spec.sparse_attention, architecture=architecture, config=config)
+        sparse = SparseAttention(
+            spec.sparse_attention,
+            architecture=architecture,
+            config=config,
+            schedule=schedule,
+            num_steps=spec.num_steps,
+            tracker=tracker,
+            protection=protection,
+            stored=stored,
+        )
         sparse.check_model()
         for name in family.block_names(config):
             family.set_attention_core(transformer.get_submodule(name), partial(sparse.attend, name))
@@ -60,6 +79,7 @@ def detach_runtime(transformer: nn.Module) -> None:
     for hook in hooks:
         hook.remove()
     not_at_end_of_call(transformer)
+    transformer.__dict__.pop("step_protection", None)
     if transformer.__dict__.pop("sparse_attention", None) is not None:
         family: Any = family_of_architecture(type(transformer).__name__)
         for name in family.block_names(dict(transformer.config)):  # type: ignore[arg-type]

@@ -85,9 +85,10 @@ class GenerationTracker:
     def __init__(self, noise_level: Callable[[float], float]) -> None:
         """`noise_level` is the family's: the noise level of a timestep."""
         self._noise_level = noise_level
-        self._forget_all()
+        self.forget_all()
 
-    def _forget_all(self) -> None:
+    def forget_all(self) -> None:
+        """Forgets all generations: each begins anew with its next pass."""
         # Last used comes last. Single operations on the dictionary are atomic; iterations are over copies.
         self._states: dict[tuple[int, int], tuple[weakref.ref[Tensor], GenerationState]] = {}
         self._last_begun: float | None = None
@@ -98,7 +99,7 @@ class GenerationTracker:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._noise_level = state["_noise_level"]
-        self._forget_all()
+        self.forget_all()
 
     def begin_passes(self, transformer: nn.Module) -> RemovableHandle:
         """Begins every pass of `transformer` from now on, and ends generations with their pipeline's call."""

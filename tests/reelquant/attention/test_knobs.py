@@ -1,0 +1,82 @@
+"""Settings that a loaded checkpoint may change, by their rules alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from reelquant.attention.knobs import KNOBS
+from reelquant.attention.knobs import changed as changed_by
+from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.noise_schedule import shifted_levels
+
+LEVELS = shifted_levels(20, 5.0)
+SPEC = SparseAttentionSpec(
+    density=0.3,
+    head_kinds={"a": "st"},
+    dense_above=dense_threshold(2, LEVELS, refreshes=True),
+    interval=4,
+    residual=ResidualSpec(order=1, rank=8, gain=(0.9, 0.8)),
+)
+
+
+def changed(spec: SparseAttentionSpec, knobs: dict[str, Any]) -> SparseAttentionSpec:
+    return changed_by(spec, knobs, schedule=lambda steps: shifted_levels(steps, 5.0), num_steps=20)
+
+
+def kinds(spec: SparseAttentionSpec, kind: str) -> list[int]:
+    return [step for step, found in enumerate(spec.schedule(LEVELS)) if found == kind]
+
+
+def test_nothing_given_changes_nothing() -> None:
+    assert changed(SPEC, {}) == changed(SPEC, dict.fromkeys(KNOBS)) == SPEC
+
+
+def test_steps_are_those_of_the_schedule() -> None:
+    assert (kinds(SPEC, "dense"), kinds(SPEC, "refresh")) == ([0], [1, 5, 9, 13, 17])
+    later = changed(SPEC, {"dense_steps": 5, "interval": 8})
+    assert (kinds(later, "dense"), kinds(later, "refresh")) == ([0, 1, 2, 3], [4, 12])
+    without = changed(SPEC, {"dense_steps": 5, "residual": {"order": 0, "gain": None}})
+    assert (kinds(without, "dense"), kinds(without, "refresh")) == ([0, 1, 2, 3, 4], [])
+    placed = changed(SPEC, {"refresh_steps": [0, 2, 3, 11]})
+    assert kinds(placed, "refresh") == [1, 2, 3, 11]
+    assert changed(SPEC, {"refresh_at": placed.refresh_at}) == placed
+    for back in ({"interval": 4}, {"refresh_steps": []}):
+        assert changed(placed, back) == SPEC
+    assert kinds(changed(placed, {"density": 0.2}), "refresh") == [1, 2, 3, 11]
+
+
+def test_fields_of_the_residual_are_changed_one_by_one() -> None:
+    found = changed(SPEC, {"residual": {"storage": "low_rank_int8", "gain": [0.5]}}).residual
+    assert found == ResidualSpec(order=1, rank=8, storage="low_rank_int8", gain=(0.5,))
+    found = changed(SPEC, {"residual": {"order": 2, "extrapolation": "adjacent", "gain": None}}).residual
+    assert found == ResidualSpec(order=2, rank=8, extrapolation="adjacent")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"colour": 1, "densty": None}, ["no knob colour", "no knob densty", "refresh_steps"]),
+        ({"density": 0.0}, ["density is 0.0"]),
+        ({"density": "thin"}, ["thin"]),
+        ({"interval": 0, "precision": "int4"}, ["interval is 0", "'int4'"]),
+        ({"dense_steps": 20}, ["dense_steps is 20", "0 to 19"]),
+        ({"dense_steps": 2.5}, ["dense_steps is 2.5"]),
+        ({"dense_steps": 1, "dense_above": 0.9}, ["dense_steps and dense_above"]),
+        ({"refresh_steps": [3, 3], "dense_steps": -1}, ["[3, 3]", "dense_steps is -1"]),
+        ({"refresh_steps": [20]}, ["[20]", "0 to 19"]),
+        ({"refresh_steps": 5}, ["refresh_steps are 5"]),
+        ({"refresh_steps": [4], "residual": {"order": 0, "gain": None}}, ["residual.order is 0"]),
+        ({"residual": {"order": 2}}, ["residual.gain", "residual.order is 2"]),
+        ({"residual": {"rang": 3}}, ["residual.rang", "rank"]),
+        ({"residual": 1}, ["residual is 1"]),
+        ({"residual": {"rank": "many"}}, ["many"]),
+    ],
+)
+def test_what_cannot_be_is_refused_with_all_that_is_wrong(knobs: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^sparse_attention: ") as caught:
+        changed(SPEC, knobs)
+    for word in words:
+        assert re.search(re.escape(word), str(caught.value)), caught.value
