@@ -9,11 +9,12 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.config.loading import ConfigError, comparable, read_prompts, repeated_prompts
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import MethodConfig, ResidualConfig
 from pipeline.config.schema import RunConfig
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.run_units import prompt_names
-from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold
+from reelquant.attention.knobs import refresh_problems
+from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold, refresh_thresholds
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.checkpoint.inference_specs import StepProtection
 from reelquant.checkpoint.pipeline_files import fingerprint
@@ -206,7 +207,10 @@ def method_plan(
         online_head_kinds=attention.head_kinds == "online",
         dense_above=dense_threshold(attention.dense_steps, noise_levels, refreshes=attention.residual.order > 0),
         interval=attention.interval,
-        residual=ResidualSpec(**attention.residual.model_dump()),
+        refresh_at=refresh_thresholds(attention.refresh_steps, noise_levels)
+        if isinstance(attention.refresh_steps, tuple)
+        else (),
+        residual=residual_spec(attention.residual),
         precision=attention.precision,
         protection=protection,
     )
@@ -217,7 +221,16 @@ def method_plan(
         inference,
         drift_repair=method.drift_repair,
         velocity_correction=method.velocity_correction,
+        calibrated_gain=attention.measures_residual and attention.residual.gain == "calibrated",
+        placed_refreshes=attention.measures_residual and attention.refresh_steps == "placed",
     )
+
+
+def residual_spec(residual: ResidualConfig) -> ResidualSpec:
+    """The library's residual for a configured one; a gain that is to be calibrated is not there yet."""
+    values = residual.model_dump()
+    gain = values.pop("gain", None)
+    return ResidualSpec(**values, gain=None if gain == "calibrated" else gain)
 
 
 def recipe_of(method: MethodConfig, blocks: tuple[str, ...]) -> Recipe:
@@ -281,7 +294,10 @@ def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig)
                 "sparse attention here (its family module has no token layout for it); set attention.density: 1"
             ]
         _, head_dim = model.family.num_heads(model.config)
-        problems += ResidualSpec(**attention.residual.model_dump()).problems(head_dim)
+        problems += residual_spec(attention.residual).problems(head_dim)
+        if isinstance(attention.refresh_steps, tuple):
+            found = refresh_problems(attention.refresh_steps, steps)
+            problems += [f"attention.{problem}; a generation has {steps} steps" for problem in found]
         if attention.dense_steps >= steps:
             problems.append(
                 f"attention.dense_steps is {attention.dense_steps}: all {steps} steps would be dense; set fewer"

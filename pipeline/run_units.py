@@ -128,7 +128,7 @@ def reads_activations(config: RunConfig) -> bool:
 
 def refined_methods(config: RunConfig) -> tuple[str, ...]:
     """Names of the methods that have a unit in the stage refinement."""
-    return tuple(m.name for m in config.methods if m.drift_repair or m.velocity_correction)
+    return tuple(m.name for m in config.methods if m.is_refined)
 
 
 def evaluated_models(config: RunConfig) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +159,17 @@ class InferencePlan:
     online_head_kinds: bool = False
     dense_above: float = 1.0
     interval: int = 5
+    refresh_at: tuple[float, ...] = ()
     residual: ResidualSpec = field(default_factory=ResidualSpec)
     precision: Precision = "full"
     protection: StepProtection | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it decides, for fingerprints: settings that are not used are left out, as from before there were any."""
+        values = {**asdict(self), "residual": self.residual.to_dict()}
+        if not self.refresh_at:
+            del values["refresh_at"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -175,11 +183,20 @@ class MethodPlan:
     inference: InferencePlan = InferencePlan()
     drift_repair: bool = False
     velocity_correction: bool = False
+    calibrated_gain: bool = False
+    """Whether the gain of its residual is measured."""
+    placed_refreshes: bool = False
+    """Whether its refreshes lie where the measured residual drifts most."""
+
+    @property
+    def measures_residual(self) -> bool:
+        """Whether the drift of its residual is measured."""
+        return self.calibrated_gain or self.placed_refreshes
 
     @property
     def is_refined(self) -> bool:
         """Whether it has a unit in the stage refinement."""
-        return self.drift_repair or self.velocity_correction
+        return self.drift_repair or self.velocity_correction or self.measures_residual
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What can only be fitted on the whole quantized model: repair of its drift, and the correction of its velocity."""
+"""What can only be fitted on the whole quantized model: repair of its drift, gains and refreshes of its residual, and the
+correction of its velocity."""
 
 from __future__ import annotations
 
@@ -13,18 +14,23 @@ from torch import Tensor
 
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import BlockRepair, RepairSample, repair_block
+from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift, measured_residual
 from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, fit_velocity
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
 from reelquant.checkpoint.safetensors_file import MemoryTensor
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec, layer_digest
+from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
 from workers.process import device_name, peak_memory_bytes, prepare_process
 from workers.quantized_model import full_precision_transformer, quantized_block, quantized_transformer
+from workers.residual_watch import ResidualWatch
 
+MEASURED_PROMPTS = 2
+"""First calibration prompts on whose trajectories the drift of the residual is measured."""
 REPAIRED = "repaired"
 """Folder of the repaired block artifacts, among the method's artifacts."""
 
@@ -43,10 +49,11 @@ class RefinementWorker:
         self._store = self._run.calibration_store
 
     def run(self, unit: RefinementUnit, progress: Progress) -> UnitOutput:
-        """Repairs first: the velocity is that of the repaired model."""
+        """Repairs first: the residual is that of the repaired model, the velocity that of both."""
         names = self._family.block_names(self._config) if unit.method.drift_repair else ()
         steps = self._num_steps() if unit.method.velocity_correction else 0
-        total, done = len(names) + steps, 0
+        measured = self._settings.prompts[:MEASURED_PROMPTS] if unit.method.measures_residual else ()
+        total, done = len(names) + steps + sum(len(self._timesteps(prompt)) for prompt in measured), 0
 
         def advance() -> None:
             nonlocal done
@@ -74,6 +81,9 @@ class RefinementWorker:
                     outputs.append(self._write(unit, artifacts[name], name, repair))
                     [artifacts[name]] = copies.enter_context(self._run.store.local_files([outputs[-1].path]))
                 advance()
+            if unit.method.measures_residual:
+                residual, unit = self._residual(unit, list(artifacts.values()), advance)
+                result["residual"] = residual.to_dict()
             if unit.method.velocity_correction:
                 result.update(self._velocity(unit, list(artifacts.values()), advance))
         return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
@@ -125,6 +135,31 @@ class RefinementWorker:
         key = f"{self._run.blocks_key(unit.method.name)}/{REPAIRED}/{name}.safetensors"
         [output] = self._run.store.publish(key, lambda path: write_block_artifact(path, tensors, specs))
         return output
+
+    def _residual(
+        self, unit: RefinementUnit, artifacts: list[Path], advance: Callable[[], None]
+    ) -> tuple[MeasuredResidual, RefinementUnit]:
+        """The drift of the quantized model's residual on stored trajectories, its attention dense; and the unit with it."""
+        spec, method = unit.sparse_attention, unit.method
+        assert spec is not None
+        protected = QuantizationSpec(bits="", method="", layers={}, step_protection=method.inference.protection)
+        model = quantized_transformer(
+            self._model, artifacts, device=self._device, dtype=self._dtype, variant=self._variant, spec=protected
+        )
+        prompts = self._settings.prompts[:MEASURED_PROMPTS]
+        num_steps = len(self._timesteps(prompts[0]))
+        drift = ResidualDrift(num_steps)
+        for prompt in prompts:
+            watch = ResidualWatch(
+                self._family, self._config, spec, self._store.shape(f"trajectories/{prompt.name}/latents")
+            )
+            with watch.watching(model):
+                for _ in self._velocities(model, prompt, advance):
+                    pass
+            watch.add_to(drift)
+        levels = PipelineSchedule(self._model, self._family)(num_steps)
+        found = measured_residual(drift, spec, levels, gain=method.calibrated_gain, placed=method.placed_refreshes)
+        return found, replace(unit, sparse_attention=found.applied(spec))
 
     def _velocity(self, unit: RefinementUnit, artifacts: list[Path], advance: Callable[[], None]) -> dict[str, Any]:
         """Both models on the stored trajectories, one after the other: they need not fit on the device together.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -61,19 +61,33 @@ _RESERVED = ("full_precision", "noise_floor")
 class ResidualConfig(Section):
     """Residual cache of sparse attention (SSAR, QuantSparse §3.3)."""
 
+    ADDED = frozenset({"gain"})
+
     order: Literal[0, 1, 2] = 2
     """0 for none; 1 adds what the band missed at the last refresh, 2 also how that changed since the refresh before."""
     rank: int | None = Field(default=16, ge=1)
     """Of the projection (QuantSparse: 16); null for none."""
-    extrapolation: Literal["constant", "linear"] = "linear"
+    extrapolation: Literal["constant", "linear", "adjacent"] = "linear"
     """Of the change, with order 2: `linear` scales it with the steps since the refresh; `constant` adds it whole
-    (QuantSparse, equation 14), which measured 1 dB worse on the small model."""
+    (QuantSparse, equation 14), which measured 1 dB worse on the small model. `adjacent` adds the change since the step before
+    the refresh (Proposition 3.3) where that step was dense, as after `dense_steps`; later refreshes are then of order 1. It
+    computes the band at the dense first steps too."""
     storage: Literal["full", "low_rank", "low_rank_int8"] = "low_rank"
     """`full` keeps whole residuals and projects the change only, as the paper's formula says; `low_rank` keeps factors,
     `low_rank_int8` their long side in 8 bits: half the memory."""
 
+    gain: tuple[Annotated[float, Field(ge=0, le=2)], ...] | Literal["calibrated"] | None = None
+    """With order 1: factors on the residual 1, 2, ... steps after its refresh, the last one for all later steps; it costs
+    nothing. `calibrated`: by least squares on the first calibration trajectories. null: 1."""
+
     @model_validator(mode="after")
     def _check(self) -> ResidualConfig:
+        if self.gain == ():
+            raise ValueError("residual.gain is empty; give factors, one a lag, calibrated, or null")
+        if self.gain is not None and self.order != 1:
+            raise ValueError(
+                f"residual.gain damps a residual of order 1, but residual.order is {self.order}; set order: 1, or gain: null"
+            )
         if self.storage != "full" and self.rank is None and self.order > 0:
             raise ValueError(f"residual.storage {self.storage} needs residual.rank; give a rank, or set storage: full")
         return self
@@ -81,6 +95,8 @@ class ResidualConfig(Section):
 
 class AttentionConfig(Section):
     """Sparse attention (method §6)."""
+
+    ADDED = frozenset({"refresh_steps"})
 
     density: float = Field(default=1.0, gt=0, le=1)
     """Share of the attention map that a sparse step visits; 1 is dense."""
@@ -92,6 +108,10 @@ class AttentionConfig(Section):
     """First blocks that always run dense."""
     interval: int = Field(default=5, ge=1)
     """Steps from one refresh to the next (QuantSparse: 5); a refresh runs dense."""
+    refresh_steps: tuple[Annotated[int, Field(ge=0)], ...] | Literal["placed"] | None = None
+    """Steps that refresh, ascending, in place of the interval; the first step that is not dense always does. `placed`: as many
+    as by the interval, where the residual drifts most on the first calibration trajectories. Stored as noise levels, so that
+    generations with other numbers of steps refresh at the same places. null: by the interval."""
     residual: ResidualConfig = ResidualConfig()
     precision: Literal["full", "int8_16", "int8_fp8"] = "full"
     """Of attention's products while generating, dense steps too: that of the model; INT8 scores; INT8 scores with e4m3 weights
@@ -99,6 +119,28 @@ class AttentionConfig(Section):
     calibrate: Literal["sparse", "corrected", "dense"] = "dense"
     """What distillation sees: dense attention, as in QuantSparse's Algorithm 1; the band alone; or the band and what it misses
     of the full-precision attention, as right after a refresh."""
+
+    @property
+    def measures_residual(self) -> bool:
+        """Whether the drift of its residual is measured in calibration."""
+        return self.density < 1 and (self.residual.gain == "calibrated" or self.refresh_steps == "placed")
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionConfig:
+        steps = self.refresh_steps
+        if steps is not None and self.residual.order == 0:
+            raise ValueError(
+                f"attention.refresh_steps is {steps!r}, but residual.order is 0: there is nothing to refresh; set it to 1 or "
+                "2, or refresh_steps: null"
+            )
+        if isinstance(steps, tuple) and (not steps or list(steps) != sorted(set(steps))):
+            raise ValueError(f"attention.refresh_steps is {list(steps)}; steps in ascending order, each once, or null")
+        if self.measures_residual and self.head_kinds == "online":
+            raise ValueError(
+                f"attention.head_kinds is online, but residual.gain is {self.residual.gain!r} and refresh_steps {steps!r}: the "
+                "residual is measured with each head's kind; set head_kinds: offline, or give gain and refresh_steps"
+            )
+        return self
 
 
 class MethodConfig(BaseModel):
@@ -169,6 +211,11 @@ class MethodConfig(BaseModel):
         learns = self.epochs > 0 and "learned" in (self.channel_scale, self.rotation, self.clip)
         reads = learns or self.rounding == "gptq" or self.channel_scale == "smoothquant"
         return reads or self.attention.density < 1
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether it has a unit in the stage refinement."""
+        return self.drift_repair or self.velocity_correction or self.attention.measures_residual
 
     def num_protected_steps(self, num_steps: int) -> int:
         """Of a generation with `num_steps`; a share is rounded, and protects one step at least."""

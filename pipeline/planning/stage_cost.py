@@ -45,12 +45,14 @@ from pipeline.planning.operations import Operations
 from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models
+from reelquant.attention.head_kind import NUM_ROWS
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
 from reelquant.ops.implementation import reference_only
 from workers.evaluation_worker import OTHER_ATTENTION
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
+from workers.refinement_worker import MEASURED_PROMPTS
 from workers.salience_hooks import HALF_WEIGHT_VALUES, WEIGHT_VALUES, sampled_weight_error
 
 PROCESS_BYTES = 460 * 2**20
@@ -172,18 +174,31 @@ class CostModel:
 
     def refinement(self) -> StageCost:
         """Drift repair: 2.75 passes of a block over all samples, and two for every level of its output layers. Velocity:
-        every step of every trajectory with both models."""
+        every step of every trajectory with both models. Residual: every step of the first trajectories, and in host memory
+        what all blocks miss at the sampled rows of one of them."""
         context, costs = self._context, [StageCost(0, Operations())]
         repaired = sum(method.drift_repair for method in context.methods)
         corrected = sum(method.velocity_correction for method in context.methods)
         if repaired:
             costs.append(self._drift_repair(repaired))
+        measured = sum(method.measures_residual for method in context.methods)
+        if measured:
+            costs.append(self._residual_drift(measured))
         if corrected:
             steps = len(context.calibration_prompts) * context.config.generation.num_inference_steps
             costs.append(StageCost(self._forward.peak_bytes, Operations.of(self._forward) * (2 * steps * corrected)))
         return StageCost(
             max(cost.peak_bytes for cost in costs), sum((cost.operations for cost in costs), start=Operations())
         )
+
+    def _residual_drift(self, num_methods: int) -> StageCost:
+        context = self._context
+        steps, prompts = context.config.generation.num_inference_steps, context.calibration_prompts[:MEASURED_PROMPTS]
+        heads, size = context.model.family.num_heads(context.model.config)
+        kept = 4 * steps * len(context.model.blocks) * heads * NUM_ROWS * size
+        on_gpu = context.config.workers.num_gpus > 0
+        operations = Operations.of(self._forward) * (len(prompts) * steps * num_methods)
+        return StageCost(self._forward.peak_bytes + (0 if on_gpu else kept), operations)
 
     def _drift_repair(self, num_methods: int) -> StageCost:
         family, names = self._context.model.family, self._context.model.blocks

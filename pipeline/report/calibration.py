@@ -75,6 +75,8 @@ class Refined:
     """In model order; empty without drift repair."""
     velocity: Mapping[str, Any] | None
     """`RefinementWorker`'s account of the velocity correction."""
+    residual: Mapping[str, Any] | None = None
+    """`RefinementWorker`'s account of the residual; None where it was not measured."""
 
 
 def read_salience(run: RunData) -> Salience | None:
@@ -135,7 +137,7 @@ def read_refined(run: RunData) -> dict[str, Refined]:
             )
             for name in order
         )
-        found[record.result["method"]] = Refined(blocks, record.result["velocity"])
+        found[record.result["method"]] = Refined(blocks, record.result["velocity"], record.result.get("residual"))
     return found
 
 

@@ -178,6 +178,18 @@ def _refined_text(found: Refined) -> list[str]:
             f"Drift repair: {num} of {len(found.blocks)} blocks changed; error after the last block "
             f"{last.without:.3g} without repair, {last.after:.3g} with it."
         )
+    residual = found.residual
+    if residual is not None:
+        gain = f"gain {', '.join(f'{g:.2f}' for g in residual['gain'][:4])} ... by lag; " if residual["gain"] else ""
+        steps = (
+            f"refreshes at steps {', '.join(map(str, residual['refresh_steps']))}; "
+            if residual["refresh_steps"]
+            else ""
+        )
+        said.append(
+            f"Residual: {gain}{steps}relative squared error of the sparse steps' attention {residual['error_before']:.3g} "
+            f"by the interval without gain, {residual['error_after']:.3g} with it."
+        )
     velocity = found.velocity
     if velocity is not None and "note" in velocity:
         said.append(f"Velocity correction: {velocity['note']}.")

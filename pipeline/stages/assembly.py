@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -12,6 +11,7 @@ from pipeline.run_units import part_name
 from pipeline.stages.distillation import parts
 from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
 from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.calibration.residual_drift import MeasuredResidual
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from storage.manifest import UnitRecord
 from workers.assembly_worker import AssemblyWorker
@@ -51,6 +51,8 @@ class Assembly:
         if method.is_refined:
             refined = require(run, "refinement", method.name)
             artifacts = with_repaired(artifacts, refined)
+            if sparse is not None and method.measures_residual:
+                sparse = MeasuredResidual.from_dict(refined.result["residual"]).applied(sparse)
             values = refined.result["velocity_correction"]
             velocity = None if values is None else VelocityCorrection.from_dict(values)
         payload = AssemblyUnit(
@@ -63,7 +65,7 @@ class Assembly:
             "max_shard_bytes": run.context.config.assembly.max_shard_bytes,
             "checkpoint": payload.checkpoint,
             "calibration": dict(self.settings(run).calibration),
-            "inference": asdict(method.inference),
+            "inference": method.inference.to_dict(),
             "refinement": None if refined is None else refined.fingerprint,
         }
         return unit(self.name, method.name, payload, depends)
@@ -89,6 +91,7 @@ def sparse_attention(method: MethodPlan, distilled: Sequence[UnitRecord]) -> Spa
         dense_above=inference.dense_above,
         dense_blocks=sparse.dense_blocks,
         interval=inference.interval,
+        refresh_at=inference.refresh_at,
         residual=inference.residual,
         precision=inference.precision,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from pipeline.stages.distillation import parts
 from pipeline.stages.selection import selected_samples
 from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
 from workers.messages import MethodPlan, RefinementSettings, RefinementUnit
-from workers.refinement_worker import RefinementWorker
+from workers.refinement_worker import MEASURED_PROMPTS, RefinementWorker
 
 
 class Refinement:
@@ -42,7 +41,7 @@ class Refinement:
         depends: dict[str, Any] = {
             **run.context.base_fingerprint(),
             "blocks": [record.fingerprint for record in records],
-            "inference": asdict(method.inference),
+            "inference": method.inference.to_dict(),
             "drift": [
                 record.fingerprint for record in require_all(run, "activations", [s.name for s in settings.samples])
             ]
@@ -54,4 +53,12 @@ class Refinement:
             if method.velocity_correction
             else None,
         }
+        if method.measures_residual:
+            prompts = settings.prompts[:MEASURED_PROMPTS]
+            depends["residual"] = {
+                "gain": method.calibrated_gain,
+                "placed": method.placed_refreshes,
+                "density": None if sparse is None else sparse.density,
+                "trajectories": [r.fingerprint for r in require_all(run, "trajectories", [p.name for p in prompts])],
+            }
         return unit(self.name, method.name, RefinementUnit(method.name, method, artifacts, sparse), depends)

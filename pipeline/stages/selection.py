@@ -18,7 +18,7 @@ class Selection:
     def settings(self, run: Run) -> SelectionSettings:
         """Of the worker."""
         chosen = run.context.config.selection
-        sigmas = ()
+        sigmas: tuple[float, ...] = ()
         if chosen.used_diffusion_feature != "latent":
             sigmas = tuple(run.context.model.sigmas(run.context.config.generation.num_inference_steps))
         return SelectionSettings(

@@ -23,6 +23,21 @@ def sampled_rows(layout: TokenLayout, num_rows: int = NUM_ROWS, device: torch.de
     return (rows * layout.num_video / count).long()
 
 
+def row_masks(layout: TokenLayout, rows: Tensor, width: int) -> Tensor:
+    """What the band leaves of some rows, bool `[2, R, L]`: spatial, temporal; on the device of `rows`.
+
+    Args:
+        rows: `[R]` indices of video tokens.
+    """
+    n, length = layout.num_video, layout.num_tokens
+    column = torch.arange(length, device=rows.device)
+    masks = torch.stack(
+        [_near(column[:n], rows, width), _near(place_major_positions(layout, rows.device), rows, width)]
+    )
+    text = (column >= n)[n:]
+    return torch.cat([masks, text.expand(2, len(rows), length - n)], dim=2)
+
+
 def band_errors(q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, width: int, rows: Tensor) -> Tensor:
     """Relative error of the sampled rows' output under each kind of mask.
 
@@ -32,12 +47,7 @@ def band_errors(q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, width: 
 
     Returns: float32 `[H, 2]`: `||o_kind - o_full||² / ||o_full||²` for spatial, temporal. No gradient.
     """
-    n, length = layout.num_video, layout.num_tokens
-    positions = place_major_positions(layout, q.device)
-    column = torch.arange(length, device=q.device)
-    text = column >= n
-    masks = torch.stack([_near(column[:n], rows, width), _near(positions, rows, width)])
-    masks = torch.cat([masks, text[n:].expand(2, len(rows), length - n)], dim=2)
+    length, masks = layout.num_tokens, row_masks(layout, rows, width)
     heads_a_tile = max(1, TILE_BYTES // (4 * len(rows) * length))
     errors = []
     with torch.no_grad():

@@ -53,7 +53,8 @@ def changed(
     problems += _problems(given, num_steps)
     if problems:
         raise ValueError("sparse_attention: " + "; ".join(problems))
-    values = {name: given[name] for name in ("density", "dense_above", "interval", "precision") if name in given}
+    plain = ("density", "dense_above", "interval", "precision")
+    values: dict[str, Any] = {name: given[name] for name in plain if name in given}
     if "residual" in given:
         values["residual"] = ResidualSpec.from_dict({**spec.residual.to_dict(), **given["residual"]})
     residual = values.get("residual", spec.residual)

@@ -454,3 +454,42 @@ def test_added_keys_are_left_out_until_they_are_used(tmp_path: Path) -> None:
     used = parse_config({**LEAST, "selection": {"diffusion_feature": "denoised"}}, "test")
     assert used.identity()["selection"]["diffusion_feature"] == "denoised"
     assert RunConfig.model_validate({**used.identity(), "run": "r"}).selection == used.selection
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        ({"residual": {"gain": [0.9]}}, ("residual.gain", "order is 2")),
+        ({"residual": {"order": 1, "gain": []}}, ("residual.gain is empty",)),
+        ({"residual": {"order": 1, "gain": [0.9, 3.0]}}, ("gain", "3.0")),
+        ({"residual": {"order": 1, "gain": "fitted"}}, ("gain", "'fitted'")),
+        ({"residual": {"order": 0}, "refresh_steps": "placed"}, ("refresh_steps", "residual.order is 0")),
+        ({"refresh_steps": []}, ("refresh_steps is []",)),
+        ({"refresh_steps": [4, 2]}, ("[4, 2]", "ascending")),
+        ({"refresh_steps": [-1, 2]}, ("refresh_steps", "-1")),
+        ({"refresh_steps": "placed", "head_kinds": "online"}, ("head_kinds is online", "placed")),
+    ],
+)
+def test_residuals_that_cannot_be_are_refused(
+    tmp_path: Path, attention: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    method = {"preset": "s2q_quantsparse", "attention": attention}
+    said = "\n".join(problems_of(write(tmp_path, method=method)))
+    assert all(word in said for word in words), said
+
+
+def test_residuals_of_all_kinds_are_configured(tmp_path: Path) -> None:
+    def configured(**attention: Any) -> MethodConfig:
+        return load_config(write(tmp_path, method={"preset": "s2q_quantsparse", "attention": attention})).method
+
+    plain = configured()
+    dumped = plain.model_dump()["attention"]
+    assert not {"refresh_steps", "gain"} & {*dumped, *dumped["residual"]}, "runs made before go on"
+    assert not plain.is_refined
+    given = configured(refresh_steps=[0, 3, 7], residual={"order": 1, "gain": [0.9, 0.8], "extrapolation": "adjacent"})
+    assert (given.attention.refresh_steps, given.attention.residual.gain) == ((0, 3, 7), (0.9, 0.8))
+    assert given.model_dump(mode="json")["attention"]["refresh_steps"] == [0, 3, 7]
+    assert not given.is_refined
+    for measured in ({"refresh_steps": "placed"}, {"residual": {"order": 1, "gain": "calibrated"}}):
+        assert configured(**measured).is_refined
+        assert not configured(**measured, density=1.0).is_refined, "dense attention has no residual"

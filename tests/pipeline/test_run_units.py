@@ -32,6 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"method": {"attention": {"density": 1.0}}},
     "drift": {"method": {"drift_repair": True}},
     "velocity": {"method": {"velocity_correction": True}},
+    "residual": {
+        "method": {
+            "attention": {"density": 0.25, "residual": {"order": 1, "gain": "calibrated"}, "refresh_steps": "placed"}
+        }
+    },
     "noise floor": {"evaluation": {"noise_floor": True, "films": False}, "distillation": {"segment_length": "all"}},
     "compare": {
         "compare": ["rtn", {"preset": "rtn", "name": "sparse", "attention": {"density": 0.5}}],

@@ -17,8 +17,8 @@ METHOD: dict[str, Any] = {
     "preset": "s2q_quantsparse", "rotation_block": 64, "epochs": 1, "attention_distillation": "both",
     "pool_size": 16, "num_salient_tokens": 16, "protected_steps": 1,
     "attention": {
-        "density": 0.4, "interval": 2, "dense_steps": 0, "dense_layers": 1, "calibrate": "corrected", "residual": {"rank": 8},
-        "precision": "int8_16",
+        "density": 0.4, "interval": 2, "dense_steps": 0, "dense_layers": 1, "calibrate": "corrected",
+        "residual": {"rank": 8, "order": 1, "gain": "calibrated"}, "refresh_steps": "placed", "precision": "int8_16",
     },
 }  # fmt: skip
 BITS = {"weight": 4, "activation": 6}
@@ -40,7 +40,7 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
     assert (sparse["interval"], sparse["residual"]["rank"], sparse["precision"]) == (2, 8, "int8_16")
     (record,) = (tmp_path / "run" / "manifest" / "evaluation").glob("s2q_quantsparse-*.json")
     result = json.loads(record.read_text())["result"]
-    # One block of nine dense; of three steps the first and the third are refreshes.
+    # One block of nine dense; of three steps two are refreshes, as by the interval.
     assert result["effective_density"] == pytest.approx((9 + 1 + 8 * 0.4 + 9) / 27, abs=0.01)
     assert result["psnr_db"] > 15
     for segment in (tmp_path / "run" / "manifest" / "distillation").glob("s2q_quantsparse-segment-*.json"):
@@ -48,6 +48,12 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
             assert set(block["attention_losses"]) == {"global", "local"}
     report = (tmp_path / "run" / "report.html").read_text()
     assert "s2q_quantsparse" in report
+    refined = tmp_path / "run" / "manifest" / "refinement" / "s2q_quantsparse.json"
+    measured = json.loads(refined.read_text())["result"]["residual"]
+    assert measured["refresh_steps"] in ([0, 1], [0, 2])
+    assert (sparse["refresh_at"], sparse["residual"]["gain"]) == (measured["refresh_at"], measured["gain"])
+    assert len(measured["gain"]) == 2
+    assert f"refreshes at steps {', '.join(map(str, measured['refresh_steps']))}" in report
     verified = call("verify", str(checkpoint))
     assert verified.returncode == 0, verified.stdout
 
@@ -62,6 +68,7 @@ def problems(tmp_path: Path, **attention: Any) -> str:
 def test_what_the_model_or_the_schedule_cannot_have_is_said_before_the_run(tmp_path: Path) -> None:
     assert "rank is 65, above the head size 64" in problems(tmp_path, residual={"rank": 65})
     assert "dense_steps is 3: all 3 steps" in problems(tmp_path, dense_steps=3)
+    assert "refresh_steps are (1, 3); steps from 0 to 2" in problems(tmp_path, refresh_steps=[1, 3])
     assert "dense_layers is 9: all 9 blocks" in problems(tmp_path, dense_layers=9)
     assert "narrower than one token" in problems(tmp_path, density=0.02)
 

@@ -1,8 +1,10 @@
 """Repair and correction of a narrow model, through the store, the artifacts and a checkpoint, with the real workers."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file
 
+from reelquant.attention.band_mask import band_width
+from reelquant.attention.head_kind import NUM_ROWS
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift, measured_residual
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.families import hunyuan_video as family
+from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.quantization.linear import QuantizedLinear
+from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.run_directory import RunDirectory
 from workers.activation_worker import ActivationWorker
 from workers.distillation_worker import DistillationWorker
@@ -39,7 +46,7 @@ from workers.messages import (
 )
 from workers.model_source import linear_shapes, transformer_config
 from workers.quantized_model import full_precision_transformer, quantized_block, quantized_transformer
-from workers.refinement_worker import RefinementWorker
+from workers.refinement_worker import MEASURED_PROMPTS, RefinementWorker
 from workers.trajectory_worker import TrajectoryWorker
 
 RTN = Recipe(
@@ -181,6 +188,64 @@ def test_protected_steps_and_sparse_attention_are_what_the_velocity_is_fitted_on
         0.6, head_kinds=kinds, interval=2, residual=ResidualSpec(order=0, rank=None, storage="full")
     )
     assert prepared.refine(velocity_correction=True, sparse=sparse).result["velocity"] != plain
+
+
+def test_gains_and_refreshes_are_measured_on_the_quantized_model(prepared: Prepared) -> None:
+    """Every block's residual, whole, by its definition: the model's own attention dense and with the band."""
+    kinds, steps = dict(zip(prepared.blocks, ("st", "ts", "ss", "tt"), strict=True)), GENERATION.num_inference_steps
+    spec = SparseAttentionSpec(0.6, head_kinds=kinds, interval=2, residual=ResidualSpec(order=1, rank=4))
+    result = prepared.refine(sparse=spec, calibrated_gain=True, placed_refreshes=True).result
+    found = MeasuredResidual.from_dict(result["residual"])
+    assert result["velocity"] is None
+    assert found.refresh_steps is not None
+    assert (found.refresh_steps[0], len(found.refresh_steps)) == (0, 2)
+    assert len(found.gain or ()) == steps - 1
+    assert found.error_after <= found.error_before
+
+    run = RunDirectory(prepared.source.run).path
+    model = quantized_transformer(
+        prepared.model, [run / path for path in prepared.artifacts], device=CPU, dtype=F32, variant=None
+    )
+    layout = family.token_layout(model.config, (8, 2, 8, 12), 0)
+    every = torch.arange(layout.num_video)
+    worker = RefinementWorker(RefinementSettings(prepared.source, GENERATION, SAMPLES, PROMPTS))
+    drift = ResidualDrift(steps)
+    for prompt in PROMPTS[:MEASURED_PROMPTS]:
+        seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in prepared.blocks}
+
+        def observe(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, into: Any = seen) -> None:
+            full = replace(layout, num_text=q.shape[1] - layout.num_video)
+            width = band_width(full, spec.density)
+            dense = dense_attention(q, k, v)
+            banded = band_attention(q, k, v, kinds=kinds[name], layout=full, width=width)
+            into[name].append(((dense - banded)[:, every], dense[:, every]))
+
+        with contextlib.ExitStack() as watched:
+            for name in prepared.blocks:
+                block = model.get_submodule(name)
+                watched.enter_context(family.watch_attention(block, partial(observe, name)))
+            list(worker._velocities(model, prompt, lambda: None))
+        for pairs in seen.values():
+            drift.add(torch.stack([missed for missed, _ in pairs]), [float(d.square().sum()) for _, d in pairs])
+    # All 48 video tokens are sampled, so that nothing is estimated.
+    assert layout.num_video <= NUM_ROWS
+    assert found.gain == pytest.approx(drift.gain(0), abs=1e-4)
+    levels = PipelineSchedule(prepared.model, family)(steps)
+    again = measured_residual(drift, spec, levels, gain=True, placed=True)
+    assert found.refresh_at == again.refresh_at
+    assert found.error_before == pytest.approx(again.error_before, rel=1e-3)
+
+
+def test_the_velocity_is_fitted_on_the_measured_residual(prepared: Prepared) -> None:
+    spec = SparseAttentionSpec(
+        0.6, head_kinds=dict.fromkeys(prepared.blocks, "st"), interval=3, residual=ResidualSpec(order=1, rank=4)
+    )
+    plain = prepared.refine(sparse=spec, velocity_correction=True).result
+    measured = prepared.refine(sparse=spec, velocity_correction=True, calibrated_gain=True).result
+    assert "residual" not in plain
+    assert measured["velocity"] != plain["velocity"]
+    given = MeasuredResidual.from_dict(measured["residual"]).applied(spec)
+    assert prepared.refine(sparse=given, velocity_correction=True).result["velocity"] == measured["velocity"]
 
 
 def test_protected_steps_are_repaired_with_their_own_bits(prepared: Prepared) -> None:
