@@ -13,6 +13,7 @@ from pipeline.config.method import MethodConfig, ResidualConfig
 from pipeline.config.schema import RunConfig
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.run_units import prompt_names
+from pipeline.setting_checks import setting_problems
 from reelquant.attention.knobs import refresh_problems
 from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold, refresh_thresholds
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
@@ -177,6 +178,7 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         problems += _feature_problems(model, config)
         levels = model.noise_levels(config.generation.num_inference_steps)
         methods = tuple(method_plan(method, model, bits, noise_levels=levels) for method in config.methods)
+        problems += setting_problems(config, methods[0], model)
     except (ConfigError, ValueError) as error:
         problems += error.problems if isinstance(error, ConfigError) else [str(error)]
     if problems:

@@ -6,6 +6,7 @@ how much a run is done; everything else says what comes out, and belongs to the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.config.knobs import KnobsConfig, SettingName
 from pipeline.config.method import MethodConfig
 from pipeline.config.section import Section
 from storage.location import Location, StoreUrl, expand_home, parse_location
@@ -208,6 +210,8 @@ class AssemblyConfig(Section):
 class EvaluationConfig(Section):
     """Comparison on held-out prompts, same seeds."""
 
+    ADDED = frozenset({"settings"})
+
     recognizer: LocalPath | None = None
     """Folder of the digit recognizer; only models that draw digits have a recognition rate."""
     films: bool = True
@@ -217,6 +221,9 @@ class EvaluationConfig(Section):
     noise_floor: bool = False
     """Also compare the full-precision model in bfloat16 with itself under another attention backend: two right answers lie
     that far apart, and no method's distance below it means anything."""
+    settings: Mapping[SettingName, KnobsConfig] = Field(default={})
+    """More settings of the checkpoint of `method`, by name, with each of which it is evaluated beside the checkpoint as it is:
+    `{thin: {density: 0.15, precision: int8_fp8}}`. Its weights and head kinds stay as they were calibrated."""
 
 
 class NumericsConfig(Section):

@@ -74,15 +74,18 @@ def count_tokens(context: RunContext) -> TokenCounts:
 
 
 def band_problems(context: RunContext, counts: TokenCounts) -> list[str]:
-    """Methods whose density is narrower than one token at this run's shapes."""
+    """Methods, and settings of the evaluation, whose density is narrower than one token at this run's shapes."""
     layout = replace(counts.layout, num_text=max(counts.text.values(), default=0))
+    methods = [(m.name, m.recipe.sparse) for m in context.methods]
+    densities = {f"method {name}: attention.density": sparse.density for name, sparse in methods if sparse is not None}
+    settings = context.config.evaluation.settings.items()
+    densities |= {f"evaluation.settings.{name}.density": s.density for name, s in settings if s.density is not None}
     problems = []
-    for method in context.methods:
-        if method.recipe.sparse is not None:
-            try:
-                band_width(layout, method.recipe.sparse.density)
-            except ValueError as error:
-                problems.append(f"method {method.name}: attention.density: {error}")
+    for place, density in densities.items():
+        try:
+            band_width(layout, density)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
     return problems
 
 

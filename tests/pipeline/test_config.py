@@ -493,3 +493,72 @@ def test_residuals_of_all_kinds_are_configured(tmp_path: Path) -> None:
     for measured in ({"refresh_steps": "placed"}, {"residual": {"order": 1, "gain": "calibrated"}}):
         assert configured(**measured).is_refined
         assert not configured(**measured, density=1.0).is_refined, "dense attention has no residual"
+
+
+SPARSE_METHOD = {
+    "preset": "s2q_quantsparse",
+    "attention": {"density": 0.25, "residual": {"order": 1, "gain": "calibrated"}},
+}
+
+
+def context_with(folder: Path, settings: dict[str, Any], method: Any = SPARSE_METHOD) -> RunContext:
+    (folder / "c.txt").write_text("the digit 3\n")
+    (folder / "h.txt").write_text("the digit 4\n")
+    files = {"calibration": str(folder / "c.txt"), "held_out": str(folder / "h.txt")}
+    values = {
+        **LEAST,
+        "model": str(Path(__file__).resolve().parents[2] / "assets" / "hunyuanvideo-digits"),
+        "generation": {"height": 80, "width": 96, "num_frames": 29, "num_inference_steps": 10},
+        "prompts": {**files, "num_calibration": 1, "num_held_out": 1},
+        "selection": {"num_samples": 2},
+        "method": method,
+        "evaluation": {"settings": settings},
+    }
+    return build_context(parse_config(values, "test"), weights=False)
+
+
+def test_settings_of_the_checkpoint_are_checked_before_the_run(tmp_path: Path) -> None:
+    good = {
+        "thin": {"density": 0.15, "dense_steps": 3, "interval": 4, "precision": "int8_fp8"},
+        "placed": {"refresh_steps": [0, 4, 7], "residual": {"order": 2, "gain": None, "rank": None, "storage": "full"}},
+        "bare": {"dense_steps": 5, "residual": {"order": 0, "gain": None}},
+        "dense": {"enabled": False, "step_protection": False},
+    }
+    context = context_with(tmp_path, good)
+    found = {name: setting.knobs() for name, setting in context.config.evaluation.settings.items()}
+    assert found == {**good, "placed": {**good["placed"], "refresh_steps": (0, 4, 7)}}
+    stored = context.config.identity()
+    assert RunConfig.model_validate({**stored, "run": "r"}).evaluation.settings["placed"].knobs() == found["placed"]
+    assert "settings" not in parse_config(LEAST, "test").identity()["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"a": {"dense_steps": 10}}, ("settings.a", "dense_steps is 10", "0 to 9")),
+        ({"a": {"residual": {"order": 2}}}, ("residual.gain", "residual.order is 2")),
+        (
+            {"a": {"residual": {"rank": 65}}, "b": {"refresh_steps": [9, 10]}},
+            ("settings.a", "65", "settings.b", "(9, 10)"),
+        ),
+        ({"a": {"densty": 0.2}}, ("settings.a.densty: unknown key",)),
+        ({"a": {"density": 1.5}}, ("settings.a.density", "1.5")),
+        ({"A b": {}}, ("settings.A b",)),
+        ({"s2q_quantsparse": {}}, ("settings.s2q_quantsparse", "a method has that name")),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        context_with(tmp_path, settings)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_dense_checkpoint_has_its_protected_steps_to_change_alone(tmp_path: Path) -> None:
+    protected = {"preset": "rtn", "protected_steps": 2}
+    context_with(tmp_path, {"plain": {"step_protection": False}}, protected)
+    for settings, method, words in (
+        ({"a": {"density": 0.5, "enabled": False}}, protected, "density, enabled: method rtn has dense attention"),
+        ({"a": {"step_protection": False}}, "rtn", "protected_steps 0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            context_with(tmp_path, settings, method)

@@ -71,6 +71,9 @@ def test_what_the_model_or_the_schedule_cannot_have_is_said_before_the_run(tmp_p
     assert "refresh_steps are (1, 3); steps from 0 to 2" in problems(tmp_path, refresh_steps=[1, 3])
     assert "dense_layers is 9: all 9 blocks" in problems(tmp_path, dense_layers=9)
     assert "narrower than one token" in problems(tmp_path, density=0.02)
+    thin = small_run(tmp_path, method=METHOD, bits=BITS, evaluation={"settings": {"thin": {"density": 0.02}}})
+    with pytest.raises(ConfigError, match=r"evaluation.settings.thin.density: .*narrower than one token"):
+        plan_config(load_config(thin)).require_feasible()
 
 
 def test_a_family_without_sparse_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
