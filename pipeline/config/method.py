@@ -109,9 +109,10 @@ class AttentionConfig(Section):
     interval: int = Field(default=5, ge=1)
     """Steps from one refresh to the next (QuantSparse: 5); a refresh runs dense."""
     refresh_steps: tuple[Annotated[int, Field(ge=0)], ...] | Literal["placed"] | None = None
-    """Steps that refresh, ascending, in place of the interval; the first step that is not dense always does. `placed`: as many
-    as by the interval, where the residual drifts most on the first calibration trajectories. Stored as noise levels, so that
-    generations with other numbers of steps refresh at the same places. null: by the interval."""
+    """Steps that refresh, ascending, in place of the interval; the first step that is not dense always does. Stored as noise
+    levels, so that generations with other numbers of steps refresh at the same places. `placed`: as many as by the interval,
+    where the residual drifts most on the first calibration trajectories; that weighs all steps alike, and leaves less error of
+    the attention, not always of the video, which early steps decide. null: by the interval."""
     residual: ResidualConfig = ResidualConfig()
     precision: Literal["full", "int8_16", "int8_fp8"] = "full"
     """Of attention's products while generating, dense steps too: that of the model; INT8 scores; INT8 scores with e4m3 weights
