@@ -19,6 +19,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.context import RunContext, build_context, prompt_notes, recipe_of
 from pipeline.study.expansion import load_study
 from storage.location import parse_location
+from tests.errors import raises
 
 LEAST: dict[str, Any] = {"run": "r", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
 
@@ -535,30 +536,31 @@ def test_settings_of_the_checkpoint_are_checked_before_the_run(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"a": {"dense_steps": 10}}, ("settings.a", "dense_steps is 10", "0 to 9")),
-        ({"a": {"residual": {"order": 2}}}, ("residual.gain", "residual.order is 2")),
+        ({"a": {"dense_steps": 10}}, ("settings.a", "dense_steps", 10, 9)),
+        ({"a": {"residual": {"order": 2}}}, ("residual.gain", "residual.order", 2)),
         (
             {"a": {"residual": {"rank": 65}}, "b": {"refresh_steps": [9, 10]}},
             ("settings.a", "65", "settings.b", "(9, 10)"),
         ),
-        ({"a": {"densty": 0.2}}, ("settings.a.densty: unknown key",)),
+        ({"a": {"densty": 0.2}}, ("settings.a.densty",)),
         ({"a": {"density": 1.5}}, ("settings.a.density", "1.5")),
         ({"A b": {}}, ("settings.A b",)),
-        ({"s2q_quantsparse": {}}, ("settings.s2q_quantsparse", "a method has that name")),
+        ({"s2q_quantsparse": {}}, ("settings.s2q_quantsparse",)),
     ],
 )
-def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, Any], words: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_settings_that_cannot_be_are_refused(
+    tmp_path: Path, settings: dict[str, Any], words: tuple[object, ...]
+) -> None:
+    with raises(ConfigError, *words):
         context_with(tmp_path, settings)
-    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_a_dense_checkpoint_has_its_protected_steps_to_change_alone(tmp_path: Path) -> None:
     protected = {"preset": "rtn", "protected_steps": 2}
     context_with(tmp_path, {"plain": {"step_protection": False}}, protected)
     for settings, method, words in (
-        ({"a": {"density": 0.5, "enabled": False}}, protected, "density, enabled: method rtn has dense attention"),
-        ({"a": {"step_protection": False}}, "rtn", "protected_steps 0"),
+        ({"a": {"density": 0.5, "enabled": False}}, protected, ["evaluation.settings.a", "density", "enabled", "rtn"]),
+        ({"a": {"step_protection": False}}, "rtn", ["evaluation.settings.a", "step_protection", "protected_steps", 0]),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with raises(ConfigError, *words):
             context_with(tmp_path, settings, method)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from reelquant.attention.knobs import KNOBS
 from reelquant.attention.knobs import changed as changed_by
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
 from reelquant.noise_schedule import shifted_levels
+from tests.errors import raises
 
 LEVELS = shifted_levels(20, 5.0)
 SPEC = SparseAttentionSpec(
@@ -58,25 +58,23 @@ def test_fields_of_the_residual_are_changed_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"colour": 1, "densty": None}, ["no knob colour", "no knob densty", "refresh_steps"]),
-        ({"density": 0.0}, ["density is 0.0"]),
-        ({"density": "thin"}, ["thin"]),
-        ({"interval": 0, "precision": "int4"}, ["interval is 0", "'int4'"]),
-        ({"dense_steps": 20}, ["dense_steps is 20", "0 to 19"]),
-        ({"dense_steps": 2.5}, ["dense_steps is 2.5"]),
-        ({"dense_steps": 1, "dense_above": 0.9}, ["dense_steps and dense_above"]),
-        ({"refresh_steps": [3, 3], "dense_steps": -1}, ["[3, 3]", "dense_steps is -1"]),
-        ({"refresh_steps": [20]}, ["[20]", "0 to 19"]),
-        ({"refresh_steps": 5}, ["refresh_steps are 5"]),
-        ({"refresh_steps": [4], "residual": {"order": 0, "gain": None}}, ["residual.order is 0"]),
-        ({"residual": {"order": 2}}, ["residual.gain", "residual.order is 2"]),
+        ({"colour": 1, "densty": None}, ["colour", "densty", "refresh_steps"]),
+        ({"density": 0.0}, ["density", 0.0]),
+        ({"density": "thin"}, ["density", "thin"]),
+        ({"interval": 0, "precision": "int4"}, ["interval", 0, "precision", "int4"]),
+        ({"dense_steps": 20}, ["dense_steps", 20, 19]),
+        ({"dense_steps": 2.5}, ["dense_steps", 2.5]),
+        ({"dense_steps": 1, "dense_above": 0.9}, ["dense_steps", "dense_above"]),
+        ({"refresh_steps": [3, 3], "dense_steps": -1}, ["refresh_steps", [3, 3], "dense_steps", -1]),
+        ({"refresh_steps": [20]}, ["refresh_steps", [20], 19]),
+        ({"refresh_steps": 5}, ["refresh_steps", 5]),
+        ({"refresh_steps": [4], "residual": {"order": 0, "gain": None}}, ["refresh_at", "residual.order", 0]),
+        ({"residual": {"order": 2}}, ["residual.gain", "residual.order", 2]),
         ({"residual": {"rang": 3}}, ["residual.rang", "rank"]),
-        ({"residual": 1}, ["residual is 1"]),
+        ({"residual": 1}, ["residual", 1]),
         ({"residual": {"rank": "many"}}, ["many"]),
     ],
 )
-def test_what_cannot_be_is_refused_with_all_that_is_wrong(knobs: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"^sparse_attention: ") as caught:
+def test_what_cannot_be_is_refused_with_all_that_is_wrong(knobs: dict[str, Any], words: list[object]) -> None:
+    with raises(ValueError, "sparse_attention", *words):
         changed(SPEC, knobs)
-    for word in words:
-        assert re.search(re.escape(word), str(caught.value)), caught.value

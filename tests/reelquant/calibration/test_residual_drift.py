@@ -22,6 +22,7 @@ from reelquant.calibration.residual_drift import (
 from reelquant.families.family import TokenLayout
 from reelquant.noise_schedule import shifted_levels
 from reelquant.ops.band_attention.op import band_attention, dense_attention
+from tests.errors import raises
 
 STEPS = 12
 LEVELS = shifted_levels(STEPS, 3.0)
@@ -104,7 +105,7 @@ def test_refreshes_are_placed_as_by_trying_all(num: int) -> None:
 
 def test_refreshes_beyond_the_steps_are_refused() -> None:
     for num in (0, 4):
-        with pytest.raises(ValueError, match=f"cannot place {num} refreshes in 3 steps"):
+        with raises(ValueError, "refreshes", num, 3):
             placed_refreshes(torch.zeros(3, 3), num)
 
 
