@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,59 @@ def sqnr_db(reference: Tensor, x: Tensor) -> float:
     """
     signal, noise = _energy_and_squared_error("reference", reference, "x", x)
     return _decibels(signal, noise)
+
+
+def velocity_sqnr_db(reference: Tensor, velocity: Tensor) -> float:
+    """SQNR of a velocity of the sampler, `10 log10(sum reference² / sum (reference - velocity)²)` in dB.
+
+    Both are predictions from one latent, at one timestep, for one text (teacher forcing): nothing that went wrong at an
+    earlier step counts again. For classifier-free guidance it is the guided combination, as the sampler takes it.
+
+    Args:
+        reference: of the full-precision model; any shape and real dtype.
+        velocity: of the model that is measured, the same shape.
+
+    Returns:
+        inf for identical tensors, NaN for NaN. Sums run in float64.
+
+    Raises:
+        ValueError: different shapes, or empty tensors.
+    """
+    signal, noise = _energy_and_squared_error("reference", reference, "velocity", velocity)
+    return _decibels(signal, noise)
+
+
+def relative_error(reference: Tensor, x: Tensor) -> float:
+    """`sum (reference - x)² / sum reference²`: what `velocity_sqnr_db` gives in decibels, as the number that averages.
+
+    Identical tensors give 0, NaN gives NaN, a reference of zeros inf. Raises ValueError as `sqnr_db`.
+    """
+    signal, noise = _energy_and_squared_error("reference", reference, "x", x)
+    if noise == 0.0:
+        return 0.0
+    return noise / signal if signal != 0.0 else math.inf
+
+
+def trajectory_sqnr_db(errors: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """One number for the steps of a trajectory, `-10 log10(sum w e / sum w)` in dB.
+
+    Args:
+        errors: `relative_error` of the velocity at every step.
+        weights: of the steps, not negative: the measured effect of each on the final latents. None weighs all alike.
+
+    Returns:
+        inf where no error counts.
+
+    Raises:
+        ValueError: no step, another number of weights, a negative one, or none above 0.
+    """
+    weights = [1.0] * len(errors) if weights is None else weights
+    if not errors or len(weights) != len(errors):
+        raise ValueError(f"there are {len(errors)} errors and {len(weights)} weights: give one weight a step")
+    if min(weights) < 0.0 or not sum(weights) > 0.0:
+        raise ValueError(f"weights are {list(weights)}: none may be negative, and one must be above 0")
+    noise = sum(weight * error for weight, error in zip(weights, errors, strict=True))
+    return _decibels(sum(weights), noise)
 
 
 def psnr_db(a: Tensor, b: Tensor, data_range: float = 1.0) -> float:
