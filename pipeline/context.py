@@ -122,6 +122,10 @@ class RunContext:
         del numerics["deterministic"]
         return {"model": self.model_fingerprint, "seed": self.config.seed, "numerics": numerics}
 
+    def evaluation_fingerprint(self) -> dict[str, Any]:
+        """What every unit of the evaluation depends on: the seed is that of its noises."""
+        return {**self.base_fingerprint(), "seed": self.config.evaluation_seed}
+
 
 @dataclass(frozen=True)
 class Run:

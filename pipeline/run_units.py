@@ -9,6 +9,7 @@
 | refinement | one a method that asks for it | from the configuration |
 | assembly | one a method | from the configuration |
 | evaluation | one a held-out prompt and model: full precision, noise floor if asked for, methods | from the configuration |
+| the same, teacher-forced | one for the weights of the steps; one a model and group of prompts | from the configuration |
 
 The driver's stages, `plan`, `status` and the report all take their units from here. Imports no torch.
 """
@@ -31,6 +32,8 @@ FULL_PRECISION = "full_precision"
 """Name of the 16-bit model among the models of the evaluation."""
 NOISE_FLOOR = "noise_floor"
 """Name of the full-precision model in bfloat16 that is compared with itself under another attention backend."""
+STEP_WEIGHTS = "step_weights"
+"""Name of the unit that measures how much every step's error weighs."""
 AUXILIARY = "auxiliary"
 """Name of a method's part that lies outside the blocks."""
 
@@ -63,11 +66,7 @@ def unit_names(config: RunConfig, *, samples: Sequence[str] | None, num_segments
         "distillation": distillation,
         "refinement": refined_methods(config),
         "assembly": [method.name for method in config.methods],
-        "evaluation": [
-            evaluation_name(model, prompt)
-            for model in evaluated_models(config)
-            for prompt in prompt_names(config.prompts.num_held_out)
-        ],
+        "evaluation": evaluation_names(config),
     }
     assert tuple(found) == STAGES
     units = {
@@ -119,6 +118,31 @@ def part_name(method: str, part: str) -> str:
 def evaluation_name(model: str, prompt: str) -> str:
     """Name of the unit that evaluates a model on a held-out prompt."""
     return f"{model}-{prompt}"
+
+
+def velocity_name(model: str, group: int) -> str:
+    """Name of the unit with a model's teacher-forced passes over a group of prompts."""
+    return f"{model}-velocity-{group:03d}"
+
+
+def evaluation_names(config: RunConfig) -> list[str]:
+    """Names of all units of the evaluation."""
+    prompts, models = prompt_names(config.prompts.num_held_out), evaluated_models(config)
+    names = [evaluation_name(model, prompt) for model in models for prompt in prompts]
+    groups = range(len(velocity_groups(config)))
+    weights = [STEP_WEIGHTS] if groups else []
+    return names + weights + [velocity_name(model, group) for model in velocity_models(config) for group in groups]
+
+
+def velocity_groups(config: RunConfig) -> list[list[str]]:
+    """Names of the prompts with teacher-forced passes, those together that go through the pipeline in one call."""
+    names, size = prompt_names(config.num_velocity_prompts), config.evaluation.prompts_per_pass
+    return [names[first : first + size] for first in range(0, len(names), size)]
+
+
+def velocity_models(config: RunConfig) -> tuple[str, ...]:
+    """Models with teacher-forced passes: all that are evaluated but the one that the trajectories are of."""
+    return tuple(model for model in evaluated_models(config) if model != FULL_PRECISION)
 
 
 def reads_activations(config: RunConfig) -> bool:

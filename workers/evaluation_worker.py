@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,27 @@ from imageio.v3 import imwrite
 from torch import Tensor
 
 import reelquant  # noqa: F401  (registers the checkpoint format with diffusers)
-from reelquant.attention.sparse_attention import Visited
+from reelquant.attention.sparse_attention import SparseAttention, Visited
 from storage.manifest import OutputFile
 from storage.run_directory import EVALUATION, RunDirectory
 from workers.fidelity import fidelity
 from workers.generation import generate
 from workers.kept_pipeline import full_precision, let_go
-from workers.messages import EvaluationSettings, EvaluationUnit, Progress, UnitOutput
+from workers.messages import (
+    EvaluationSettings,
+    EvaluationUnit,
+    Progress,
+    StepWeightsUnit,
+    UnitOutput,
+    VelocityUnit,
+)
 from workers.model_source import open_pipeline
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.perceptual import PerceptualDistance
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.recognition import DigitRecognizer
+from workers.step_effects import interpolated, step_effects
+from workers.velocity_pass import Velocities, latent_errors, velocity_errors
 
 OTHER_ATTENTION = "_native_math"
 """diffusers' name of the attention backend of the noise floor: plain matrix products and softmax. It holds the scores of all
@@ -30,10 +41,17 @@ pairs of tokens, so it is for models and videos whose tokens number some thousan
 
 
 class EvaluationWorker:
-    """Holds the pipeline it used last; its unit is one prompt with one model, or the noise floor of one prompt.
+    """Holds the pipeline it used last. Its units:
 
-    Writes the array `evaluation/<unit>/video` `[F, H, W, 3]` uint8, from which metrics are taken, and
-    `evaluation/<unit>.mp4` for people, if the settings have films. Metrics are those of 8-bit frames.
+    | unit | does | result |
+    |---|---|---|
+    | `EvaluationUnit` | one prompt with one model, or the noise floor of one prompt | metrics of the video |
+    | `VelocityUnit` | one model on the stored trajectories of some prompts | errors of its velocities |
+    | `StepWeightsUnit` | perturbed roll-outs of the full-precision model | weights of the steps |
+
+    The first writes the array `evaluation/<unit>/video` `[F, H, W, 3]` uint8, from which metrics are taken, and
+    `evaluation/<unit>.mp4` for people, if the settings have films; of the full-precision model also its trajectory
+    (`workers.velocity_pass`), if the unit says so. Metrics are those of 8-bit frames.
     """
 
     BESIDE_KEPT_PIPELINE = True
@@ -49,38 +67,58 @@ class EvaluationWorker:
         self._recognizer = DigitRecognizer(settings.recognizer) if settings.recognizer else None
         self._lpips = PerceptualDistance.available()
 
-    def run(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: EvaluationUnit | VelocityUnit | StepWeightsUnit, progress: Progress) -> UnitOutput:
         """Generates, stores, measures."""
+        if isinstance(unit, VelocityUnit):
+            return self._output((), self._velocity(unit, progress))
+        if isinstance(unit, StepWeightsUnit):
+            return self._output((), self._step_weights(unit, progress))
         if unit.noise_floor:
-            return self._noise_floor(unit, progress)
+            return self._output((), self._noise_floor(unit, progress))
+        return self._video(unit, progress)
+
+    def _video(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
         folder = (
             self._settings.source.model if unit.checkpoint is None else self._run.store.local_folder(unit.checkpoint)
         )
         pipeline = self._pipeline(folder, self._dtype)
-        sparse = getattr(pipeline.transformer, "sparse_attention", None)
-        if sparse is not None:
-            sparse.visited = Visited()
-        generated = generate(
-            pipeline, unit.prompt.prompt, self._settings.generation, seed=self._seed(unit), progress=progress
-        )
-        outputs = (
-            *self._store.write(f"evaluation/{unit.name}/video", generated.video),
+        sparse = _counted(pipeline)
+        velocities, name = Velocities(), f"{EVALUATION}/{unit.name}"
+        with velocities.kept(pipeline) if unit.keep_velocity else nullcontext():
+            generated = generate(
+                pipeline, unit.prompt.prompt, self._settings.generation, seed=self._seed(unit), progress=progress
+            )
+        outputs = [
+            *self._store.write(f"{name}/video", generated.video),
             *([self._film(unit, generated.video)] if self._settings.films else []),
-        )
+        ]
         video = generated.video.float() / 255
         steps = sorted(generated.step_seconds)
         result: dict[str, Any] = {"prompt": unit.prompt.prompt, "seconds_per_step": steps[len(steps) // 2]}
         if sparse is not None:
             result["effective_density"] = sparse.visited.density
+        if unit.keep_latents:
+            outputs += self._store.write(f"{name}/latents", torch.stack(generated.latents))
+        if unit.keep_velocity:
+            outputs += velocities.write(self._store, name)
+            result["denoised_changes"] = velocities.denoised_changes(pipeline, generated.latents)
         if self._recognizer is not None:
             result["recognized"] = self._recognizer.recognized(video, unit.prompt.prompt)
-        if unit.checkpoint is not None:
-            reference = self._store.read(f"evaluation/full_precision-{unit.prompt.name}/video").float() / 255
+        if unit.reference is not None:
+            reference = self._store.read(f"{unit.reference}/video").float() / 255
             result.update(fidelity(reference, video, self._lpips))
-        return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+            if unit.compare_latents:
+                result["latent_error"] = latent_errors(self._store, unit.reference, generated.latents)
+        return self._output(outputs, result)
 
-    def shadow(self, unit: EvaluationUnit, progress: Progress) -> None:
+    def shadow(self, unit: EvaluationUnit | VelocityUnit | StepWeightsUnit, progress: Progress) -> None:
         """Takes part in the forward passes of a replica's unit of the full-precision model, and keeps nothing."""
+        if isinstance(unit, VelocityUnit):
+            self._velocity(unit, progress)
+            return
+        if isinstance(unit, StepWeightsUnit):
+            self._step_weights(unit, progress)
+            return
         pipeline = self._pipeline(self._settings.source.model, torch.bfloat16 if unit.noise_floor else self._dtype)
         for _ in range(2 if unit.noise_floor else 1):
             generate(
@@ -93,9 +131,57 @@ class EvaluationWorker:
             )
 
     def _seed(self, unit: EvaluationUnit) -> int:
-        return unit_seed(self._settings.source.seed, "evaluation", unit.prompt.name)
+        return unit_seed(self._settings.seed, "evaluation", unit.prompt.name)
 
-    def _noise_floor(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
+    def _velocity(self, unit: VelocityUnit, progress: Progress) -> dict[str, Any]:
+        """Errors of the velocities by prompt, and the effective density of a sparse model."""
+        if unit.checkpoint is None:
+            pipeline = self._pipeline(self._settings.source.model, torch.bfloat16)
+        else:
+            pipeline = self._pipeline(self._run.store.local_folder(unit.checkpoint), self._dtype)
+        sparse = _counted(pipeline)
+        with attention_backend(OTHER_ATTENTION) if unit.checkpoint is None else nullcontext():
+            errors = velocity_errors(
+                pipeline,
+                unit.prompts,
+                self._settings.generation,
+                store=self._store,
+                names=unit.trajectories,
+                progress=progress,
+            )
+        return {"prompts": errors, **({} if sparse is None else {"effective_density": sparse.visited.density})}
+
+    def _step_weights(self, unit: StepWeightsUnit, progress: Progress) -> dict[str, Any]:
+        """`weights` of all steps, and the `effects` that they are interpolated from, the mean over prompts."""
+        pipeline = self._pipeline(self._settings.source.model, self._dtype)
+        total, found = len(unit.prompts), []
+        for index, (prompt, name) in enumerate(zip(unit.prompts, unit.trajectories, strict=True)):
+
+            def report(done: int, of: int, index: int = index) -> None:
+                progress(index * of + done, total * of)
+
+            own = step_effects(
+                pipeline,
+                prompt.prompt,
+                self._settings.generation,
+                latents=self._store.read(f"{name}/latents"),
+                velocity=self._store.read(f"{name}/velocity"),
+                steps=unit.steps,
+                rows=unit.rows,
+                seed=unit_seed(self._settings.seed, "step_weights", prompt.name),
+                # ZeRO-3 follows the order in which modules run: a pass without its blocks would mislead it.
+                leave_out=self._settings.sharding.kind != "deepspeed",
+                progress=report,
+            )
+            found.append(own)
+        effects = {step: sum(own[step] for own in found) / total for step in unit.steps}
+        weights = interpolated(effects, self._settings.generation.num_inference_steps)
+        return {"weights": weights, "effects": [[step, effect] for step, effect in effects.items()]}
+
+    def _output(self, outputs: Iterable[OutputFile], result: dict[str, Any]) -> UnitOutput:
+        return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+
+    def _noise_floor(self, unit: EvaluationUnit, progress: Progress) -> dict[str, Any]:
         """Full precision in bfloat16 with the default attention and with another one, from the same noise; no files."""
         pipeline = self._pipeline(self._settings.source.model, torch.bfloat16)
 
@@ -113,8 +199,7 @@ class EvaluationWorker:
         # Not `set_attention_backend`: what that sets stays set for every later pipeline of the process.
         with attention_backend(OTHER_ATTENTION):
             other = video(1)
-        result: dict[str, Any] = {"prompt": unit.prompt.prompt, **fidelity(default, other, self._lpips)}
-        return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
+        return {"prompt": unit.prompt.prompt, **fidelity(default, other, self._lpips)}
 
     def _film(self, unit: EvaluationUnit, video: Tensor) -> OutputFile:
         fps = self._settings.film_fps
@@ -132,3 +217,11 @@ class EvaluationWorker:
             let_go()
             self._opened = (folder, dtype, open_pipeline(folder, device=self._device, dtype=dtype))
         return self._opened[2]
+
+
+def _counted(pipeline: Any) -> SparseAttention | None:
+    """The sparse attention of a pipeline's transformer, its count of visited pairs at nothing."""
+    sparse: SparseAttention | None = getattr(pipeline.transformer, "sparse_attention", None)
+    if sparse is not None:
+        sparse.visited = Visited()
+    return sparse

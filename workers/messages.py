@@ -275,6 +275,8 @@ class EvaluationSettings:
     """Of the full-precision model."""
     film_fps: int = 24
     """Frames a second of the films."""
+    seed: int = 0
+    """Of the noises of the held-out prompts."""
 
 
 @dataclass(frozen=True)
@@ -287,3 +289,39 @@ class EvaluationUnit:
     """Path in the run directory; None is the full-precision model."""
     noise_floor: bool = False
     """Compare the full-precision model in bfloat16 with itself under another attention backend, and store no video."""
+    reference: str | None = None
+    """Name in the calibration store of the full-precision video of the same noise; None where there is nothing to compare."""
+    compare_latents: bool = False
+    """Compare the latents of every step too."""
+    keep_latents: bool = False
+    """Store the latents of every step: the full-precision model's, to which others are compared."""
+    keep_velocity: bool = False
+    """Store the velocities of every step too, for teacher-forced passes."""
+
+
+@dataclass(frozen=True)
+class VelocityUnit:
+    """A teacher-forced pass of one model over the stored trajectories of some held-out prompts, all in one call."""
+
+    name: str
+    prompts: tuple[PromptUnit, ...]
+    trajectories: tuple[str, ...]
+    """Names of their arrays in the calibration store."""
+    checkpoint: str | None
+    """Path in the run directory; None is the noise floor: the full-precision model in bfloat16 under another attention
+    backend."""
+
+
+@dataclass(frozen=True)
+class StepWeightsUnit:
+    """How much an error of each step weighs in the final latents of the full-precision model."""
+
+    name: str
+    prompts: tuple[PromptUnit, ...]
+    """Whose trajectories are perturbed."""
+    trajectories: tuple[str, ...]
+    """Names of their arrays in the calibration store."""
+    steps: tuple[int, ...]
+    """Perturbed ones; the weights of those between are interpolated."""
+    rows: int
+    """Roll-outs at once."""

@@ -46,6 +46,10 @@ def _activation_bits(value: int) -> int:
     return value
 
 
+METRIC_FRAC = 0.15
+"""Share of the evaluation's forward passes that teacher-forced passes take by default."""
+
+
 class BitsOf(Section):
     """Bits of one kind of layer."""
 
@@ -224,6 +228,32 @@ class EvaluationConfig(Section):
     settings: Mapping[SettingName, KnobsConfig] = Field(default={})
     """More settings of the checkpoint of `method`, by name, with each of which it is evaluated beside the checkpoint as it is:
     `{thin: {density: 0.15, precision: int8_fp8}}`. Its weights and head kinds stay as they were calibrated."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Of the held-out prompts' noises; null: the run's `seed`. A study gives all its runs the same, so that every calibration
+    seed meets the same noises."""
+    velocity_prompts: int | None = Field(default=None, ge=0)
+    """Held-out prompts, from the top, on whose full-precision trajectories every method's velocity is measured (teacher
+    forcing); 0: none. null: `floor(0.15 num_held_out)`, 1 at least: with few methods and 7 prompts or more that, with the
+    weights of the steps, takes 15 % of the evaluation. Of every prompt the latents of all steps are then stored too."""
+    prompts_per_pass: int = Field(default=1, ge=1)
+    """Prompts in one teacher-forced call of the pipeline. A small model leaves a GPU idle with 1; memory grows with it."""
+    weight_steps: int | Literal["all"] | None = None
+    """Steps whose effect on the final latents is measured, evenly spaced, 2 or more; the weights of the others are
+    interpolated. Each takes half a generation. null: as many as the 15 % of `velocity_prompts` leave."""
+    weight_prompts: int = Field(default=1, ge=1)
+    """Trajectories over which these effects are averaged."""
+    decision_steps: int | None = Field(default=None, ge=1)
+    """Steps of the decision phase, after which the early-commit error is taken; null: up to the last step in which the denoised
+    prediction of the full-precision model still moves by 5 %."""
+    fork_db: float | None = None
+    """A video of lower PSNR is a fork; null: the valley of the PSNRs' histogram, if there is one."""
+
+    @field_validator("weight_steps")
+    @classmethod
+    def _two_or_more(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 2:
+            raise ValueError(f"is {value}; give 2 or more, `all`, or null")
+        return value
 
 
 class NumericsConfig(Section):
@@ -332,7 +362,53 @@ class RunConfig(Section):
         names = [method.name for method in self.methods]
         if len(set(names)) < len(names):
             raise ValueError(f"method and compare have the names {names}: each must be there once (set `name`)")
+        if problems := self._evaluation_problems():
+            raise ValueError("; ".join(problems))
         return self
+
+    def _evaluation_problems(self) -> list[str]:
+        """Numbers of the evaluation that are above what there is."""
+        evaluation, steps = self.evaluation, self.generation.num_inference_steps
+        held_out, measured = self.prompts.num_held_out, self.num_velocity_prompts
+        limits: list[tuple[str, int | None, int, str]] = [
+            ("velocity_prompts", evaluation.velocity_prompts, held_out, "prompts.num_held_out"),
+            (
+                "weight_prompts",
+                evaluation.weight_prompts if measured else None,
+                measured,
+                "evaluation.velocity_prompts",
+            ),
+            ("decision_steps", evaluation.decision_steps, steps, "generation.num_inference_steps"),
+        ]
+        if isinstance(evaluation.weight_steps, int):
+            limits.append(("weight_steps", evaluation.weight_steps, steps, "generation.num_inference_steps"))
+        return [
+            f"evaluation.{name} is {value}, above {of}, which is {limit}: give {limit} or fewer, or raise {of}"
+            for name, value, limit, of in limits
+            if value is not None and value > limit
+        ]
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Of the held-out prompts' noises."""
+        return self.seed if self.evaluation.seed is None else self.evaluation.seed
+
+    @property
+    def num_velocity_prompts(self) -> int:
+        """Held-out prompts with teacher-forced passes."""
+        given, held_out = self.evaluation.velocity_prompts, self.prompts.num_held_out
+        return max(1, int(METRIC_FRAC * held_out)) if given is None else given
+
+    @property
+    def num_weight_steps(self) -> int:
+        """Steps that are perturbed for the weights of all: as configured, or as many as `METRIC_FRAC` of the evaluation's
+        forward passes leaves; 2 at least."""
+        given, steps = self.evaluation.weight_steps, self.generation.num_inference_steps
+        if given is not None:
+            return steps if given == "all" else int(given)
+        methods = len(self.methods)
+        generations = METRIC_FRAC * self.prompts.num_held_out * (1 + methods) - self.num_velocity_prompts * methods
+        return min(steps, max(2, int(2 * generations / self.evaluation.weight_prompts)))
 
     @property
     def methods(self) -> tuple[MethodConfig, ...]:

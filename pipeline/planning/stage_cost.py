@@ -44,7 +44,7 @@ from pipeline.planning.model_size import component_on_meta, components
 from pipeline.planning.operations import Operations
 from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
-from pipeline.run_units import NOISE_FLOOR, evaluated_models
+from pipeline.run_units import NOISE_FLOOR, evaluated_models, velocity_models
 from reelquant.attention.head_kind import NUM_ROWS
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
@@ -54,6 +54,7 @@ from workers.messages import MethodPlan
 from workers.model_source import build_on_meta
 from workers.refinement_worker import MEASURED_PROMPTS
 from workers.salience_hooks import HALF_WEIGHT_VALUES, WEIGHT_VALUES, sampled_weight_error
+from workers.step_effects import spread_steps
 
 PROCESS_BYTES = 460 * 2**20
 """Resident memory of a worker process that has opened a pipeline of no size (measured)."""
@@ -142,15 +143,23 @@ class CostModel:
 
     def evaluation(self) -> StageCost:
         """One generation a held-out prompt and model, another one for the noise floor, whose other attention keeps all its
-        scores; a quantized model is counted like the full-precision one."""
+        scores; a denoising without decoding for every teacher-forced pass, and half of one, on average, for each step that is
+        perturbed. A quantized model is counted like the full-precision one."""
         decoding, decoded = decode_one(self._context.model.folder, self._counts, self._dtype)
-        passes = [self._forward] * len(evaluated_models(self._context.config))
-        if NOISE_FLOOR in evaluated_models(self._context.config):
+        config, forward = self._context.config, Operations.of(self._forward)
+        passes = [self._forward] * len(evaluated_models(config))
+        if NOISE_FLOOR in evaluated_models(config):
             with attention_backend(OTHER_ATTENTION):
                 passes.append(self._count_forward())
-        steps, prompts = self._context.config.generation.num_inference_steps, len(self._context.held_out_prompts)
+        steps, prompts = config.generation.num_inference_steps, len(self._context.held_out_prompts)
         operations = sum((Operations.of(run) * steps + decoded for run in passes), start=Operations()) * prompts
-        return StageCost(self._pipeline_bytes + max(*map(self._beside_weights, passes), decoding), operations)
+        measured, at_once = config.num_velocity_prompts, 1
+        if measured:
+            perturbed = spread_steps(config.num_weight_steps, steps)
+            operations += forward * (steps * measured * len(velocity_models(config)))
+            operations += forward * (sum(steps - 1 - step for step in perturbed) * config.evaluation.weight_prompts)
+            at_once = min(config.evaluation.prompts_per_pass, max(measured, len(perturbed) + 1))
+        return StageCost(self._pipeline_bytes + max(max(map(self._beside_weights, passes)) * at_once, decoding), operations)
 
     def distillation(self) -> StageCost:
         """All methods."""

@@ -47,11 +47,15 @@ def activation_bytes(context: RunContext, counts: TokenCounts) -> int:
 
 
 def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
-    """The videos of the held-out prompts, of every model; the noise floor keeps none. Their films (`.mp4`), whose size nobody
-    knows beforehand, are not counted: a few hundredths of it."""
+    """The videos of the held-out prompts, of every model, and the full-precision trajectories: latents of all prompts,
+    velocities of those with teacher-forced passes; the noise floor keeps none. Their films (`.mp4`), whose size nobody knows
+    beforehand, are not counted: a few hundredths of it."""
+    steps, measured = context.config.generation.num_inference_steps, context.config.num_velocity_prompts
     models = [model for model in evaluated_models(context.config) if model != NOISE_FLOOR]
-    num = len(context.held_out_prompts) * len(models)
-    return num * array_bytes(counts.video_shape, torch.uint8)
+    held_out = len(context.held_out_prompts)
+    latents = held_out * array_bytes((steps + 1, *counts.latent_shape), torch.float32) if measured else 0
+    velocities = measured * array_bytes((steps, *counts.latent_shape), torch.float32)
+    return held_out * len(models) * array_bytes(counts.video_shape, torch.uint8) + latents + velocities
 
 
 def hidden_size(context: RunContext) -> int:

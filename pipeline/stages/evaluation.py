@@ -1,21 +1,44 @@
-"""Held-out prompts: the full-precision model (and, if asked for, the noise floor), then every checkpoint, same seeds."""
+"""Held-out prompts: the full-precision model (and, if asked for, the noise floor), then every checkpoint, same seeds; and
+teacher-forced passes of the checkpoints over what the full-precision model has made of some of them.
+
+| unit | waits for |
+|---|---|
+| full precision, noise floor: a prompt | - |
+| weights of the steps | full precision of the prompts that it perturbs |
+| noise floor, teacher-forced: a group of prompts | full precision of the group |
+| method: a prompt | its checkpoint, full precision of the prompt |
+| method, teacher-forced: a group of prompts | its checkpoint, full precision of the group |
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from pipeline.context import Run
-from pipeline.run_units import FULL_PRECISION, NOISE_FLOOR, evaluated_models, evaluation_name
+from pipeline.run_units import (
+    FULL_PRECISION,
+    NOISE_FLOOR,
+    STEP_WEIGHTS,
+    evaluated_models,
+    evaluation_name,
+    velocity_groups,
+    velocity_models,
+    velocity_name,
+)
 from pipeline.stages.assembly import checkpoint_path
-from pipeline.stages.stage import StageUnit, UnitPlan, require, unit
+from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
 from storage.manifest import fingerprint
+from storage.run_directory import EVALUATION
 from workers.evaluation_worker import OTHER_ATTENTION, EvaluationWorker
-from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit
+from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit, StepWeightsUnit, VelocityUnit
+from workers.step_effects import PERTURBATION, spread_steps
 
 
 class Evaluation:
-    """One unit a model and prompt."""
+    """One unit a model and prompt; with teacher-forced passes one for the weights of the steps, and one a model and group."""
 
     name, title = "evaluation", "Evaluation"
     worker_class = EvaluationWorker
@@ -31,50 +54,111 @@ class Evaluation:
             context.config.evaluation.films,
             context.sharding,
             context.config.evaluation.film_fps,
+            context.config.evaluation_seed,
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """The full-precision videos depend on nothing, a method's on its checkpoint and on the former."""
-        return [
+        config = run.context.config
+        plans = [
             UnitPlan(evaluation_name(model, prompt.name), partial(self._of_model, run, prompt, model))
-            for model in evaluated_models(run.context.config)
+            for model in evaluated_models(config)
             for prompt in run.context.held_out_prompts
+        ]
+        groups = velocity_groups(config)
+        if groups:
+            plans.append(UnitPlan(STEP_WEIGHTS, partial(self._step_weights, run)))
+        return plans + [
+            UnitPlan(velocity_name(model, index), partial(self._velocity, run, model, index, group))
+            for model in velocity_models(config)
+            for index, group in enumerate(groups)
         ]
 
     def _of_model(self, run: Run, prompt: PromptUnit, model: str) -> StageUnit:
         if model == FULL_PRECISION:
-            return self._unit(run, prompt, model, None, "")
+            return self._full_precision(run, prompt)
         if model == NOISE_FLOOR:
             return self._noise_floor(run, prompt)
         return self._compared(run, prompt, model)
 
+    def _full_precision(self, run: Run, prompt: PromptUnit) -> StageUnit:
+        name, num = evaluation_name(FULL_PRECISION, prompt.name), run.context.config.num_velocity_prompts
+        measured = prompt in run.context.held_out_prompts[:num]
+        payload = EvaluationUnit(name, prompt, None, keep_latents=num > 0, keep_velocity=measured)
+        depends = {"keeps": [payload.keep_latents, payload.keep_velocity], "upstream": ""}
+        return self._video(run, payload, FULL_PRECISION, depends)
+
     def _compared(self, run: Run, prompt: PromptUnit, method: str) -> StageUnit:
         assembled = require(run, "assembly", method).fingerprint
-        reference = require(run, self.name, evaluation_name(FULL_PRECISION, prompt.name)).fingerprint
-        upstream = fingerprint({"assembly": assembled, "reference": reference})
-        return self._unit(run, prompt, method, checkpoint_path(run, method), upstream)
+        reference = evaluation_name(FULL_PRECISION, prompt.name)
+        upstream = {"assembly": assembled, "reference": require(run, self.name, reference).fingerprint}
+        payload = EvaluationUnit(
+            evaluation_name(method, prompt.name),
+            prompt,
+            checkpoint_path(run, method),
+            reference=f"{EVALUATION}/{reference}",
+            compare_latents=run.context.config.num_velocity_prompts > 0,
+        )
+        return self._video(run, payload, method, {"upstream": fingerprint(upstream)})
 
-    def _unit(self, run: Run, prompt: PromptUnit, model: str, checkpoint: str | None, upstream: str) -> StageUnit:
+    def _video(self, run: Run, payload: EvaluationUnit, model: str, depends: dict[str, Any]) -> StageUnit:
         settings = self.settings(run)
-        name = evaluation_name(model, prompt.name)
-        depends = {
-            **run.context.base_fingerprint(),
+        covered = {
+            **run.context.evaluation_fingerprint(),
             "generation": asdict(settings.generation),
             "recognizer": run.context.recognizer_fingerprint,
             "films": settings.film_fps if settings.films else None,
-            "prompt": prompt.prompt,
-            "upstream": upstream,
+            "prompt": payload.prompt.prompt,
+            **depends,
         }
-        payload = EvaluationUnit(name, prompt, checkpoint)
-        return unit(self.name, name, payload, depends, affinity=model, shared=checkpoint is None)
+        return unit(self.name, payload.name, payload, covered, affinity=model, shared=payload.checkpoint is None)
 
     def _noise_floor(self, run: Run, prompt: PromptUnit) -> StageUnit:
         name = evaluation_name(NOISE_FLOOR, prompt.name)
         depends = {
-            **run.context.base_fingerprint(),
+            **run.context.evaluation_fingerprint(),
             "generation": asdict(self.settings(run).generation),
             "prompt": prompt.prompt,
             "other_attention": OTHER_ATTENTION,
         }
         payload = EvaluationUnit(name, prompt, None, noise_floor=True)
         return unit(self.name, name, payload, depends, affinity=NOISE_FLOOR, shared=True)
+
+    def _step_weights(self, run: Run) -> StageUnit:
+        config = run.context.config
+        num_steps = config.generation.num_inference_steps
+        prompts = run.context.held_out_prompts[: config.evaluation.weight_prompts]
+        steps = spread_steps(config.num_weight_steps, num_steps)
+        payload = StepWeightsUnit(
+            STEP_WEIGHTS, prompts, _trajectories(prompts), steps, config.evaluation.prompts_per_pass
+        )
+        depends = {
+            **run.context.evaluation_fingerprint(),
+            "trajectories": self._references(run, prompts),
+            "steps": list(steps),
+            "rows": payload.rows,
+            "perturbation": PERTURBATION,
+        }
+        return unit(self.name, payload.name, payload, depends, affinity=FULL_PRECISION, shared=True)
+
+    def _velocity(self, run: Run, model: str, index: int, group: Sequence[str]) -> StageUnit:
+        prompts = tuple(prompt for prompt in run.context.held_out_prompts if prompt.name in group)
+        checkpoint = None if model == NOISE_FLOOR else checkpoint_path(run, model)
+        # The noise floor's other attention stands in place of a checkpoint.
+        of = OTHER_ATTENTION if checkpoint is None else require(run, "assembly", model).fingerprint
+        payload = VelocityUnit(velocity_name(model, index), prompts, _trajectories(prompts), checkpoint)
+        depends = {
+            **run.context.evaluation_fingerprint(),
+            "model_of": of,
+            "trajectories": self._references(run, prompts),
+        }
+        return unit(self.name, payload.name, payload, depends, affinity=model, shared=checkpoint is None)
+
+    def _references(self, run: Run, prompts: Sequence[PromptUnit]) -> list[str]:
+        names = [evaluation_name(FULL_PRECISION, prompt.name) for prompt in prompts]
+        return [record.fingerprint for record in require_all(run, self.name, names)]
+
+
+def _trajectories(prompts: Sequence[PromptUnit]) -> tuple[str, ...]:
+    """Names of the full-precision trajectories in the calibration store."""
+    return tuple(f"{EVALUATION}/{evaluation_name(FULL_PRECISION, prompt.name)}" for prompt in prompts)

@@ -20,7 +20,7 @@ STAGE_VERSIONS = {
     "distillation": 1,
     "refinement": 1,
     "assembly": 1,
-    "evaluation": 2,
+    "evaluation": 3,
 }
 """Raised when the same inputs give other outputs than before: units of older versions are done again."""
 

@@ -15,6 +15,7 @@ from pipeline.study.driver import Failure, StudyOutcome
 from pipeline.study.expansion import Study, StudyRun
 from pipeline.study.results import FULL_PRECISION, NOISE_FLOOR, Prompts, SeedResult, StudyResults
 from storage.manifest import UnitRecord, fingerprint
+from workers.messages import EvaluationUnit
 
 
 def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
@@ -46,7 +47,7 @@ def _seed_result(
     records: dict[str, dict[str, UnitRecord]] = {}
     for unit in known_units(Evaluation(), run):
         record = done_record(run, Evaluation.name, unit)
-        if record is not None:
+        if record is not None and isinstance(unit.payload, EvaluationUnit):
             model = FULL_PRECISION if unit.payload.checkpoint is None else planned.setting.name
             kind = NOISE_FLOOR if unit.payload.noise_floor else model
             records.setdefault(kind, {})[unit.payload.prompt.name] = record

@@ -29,6 +29,7 @@ from pipeline.planning.model_size import checkpoint_size, copied_bytes, source_t
 from pipeline.planning.plan_tables import human_bytes
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, count_tokens
+from pipeline.run_units import evaluation_names
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage, StageUnit
 from pipeline.study.expansion import STUDY_FILE, Study, StudyRun
@@ -285,7 +286,7 @@ def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
         "activations": activation_bytes(context, counts) / config.selection.num_samples,
         "distillation": size.artifact_bytes / (len(context.segments) + 1),
         "assembly": size.folder_bytes,
-        "evaluation": evaluation_bytes(context, counts) / (2 * len(context.held_out_prompts)),
+        "evaluation": evaluation_bytes(context, counts) / len(evaluation_names(config)),
     }
 
 

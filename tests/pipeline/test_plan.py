@@ -108,7 +108,7 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     stages = {stage.name: stage for stage in plan.stages}
     assert {name: stage.units for name, stage in stages.items()} == {
         "trajectories": 10, "selection": 1, "activations": 20, "distillation": 9, "refinement": 0,
-        "assembly": 1, "evaluation": 32,
+        "assembly": 1, "evaluation": 35,
     }  # fmt: skip
     assert plan.problems == []
     assert plan.counts.layout.num_video == 57_600
@@ -120,7 +120,8 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     assert memory["activations"] == pytest.approx(38.6 + 6.0, abs=0.3)
     hours = {name: stage.gpu_hours for name, stage in stages.items() if stage.gpu_hours is not None}
     assert set(hours) == {"trajectories", "activations", "distillation", "evaluation"}
-    assert hours["trajectories"] / 10 == pytest.approx(hours["evaluation"] / 32), "uniform needs no salience hooks"
+    # Uniform needs no salience hooks. Teacher-forced passes and the weights of the steps: 15 % at most.
+    assert 1.1 < (hours["evaluation"] / 32) / (hours["trajectories"] / 10) < 1.15
 
 
 def test_the_noise_floor_is_planned(shallow: str) -> None:

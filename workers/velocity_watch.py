@@ -1,0 +1,161 @@
+"""The velocity that the sampler takes at every step of a generation, seen and changed inside diffusers' own pipeline.
+
+    transformer (one pass or more)  ->  guided combination  ->  scheduler.step  ->  callback_on_step_end
+                 outputs                     velocity            next latents       what goes into the next step
+
+The velocity is the argument `model_output` of `pipeline.scheduler.step`, so it is the guided combination of every family's own
+pipeline; the outputs of the transformer's passes before it stand beside it. Models that predict something else than a velocity
+(noise, the denoised video) are measured by that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.messages import Generation, Progress
+
+Change = Callable[[int, Tensor], Tensor]
+"""Called with the step (from 0) and the velocity `[B, C, F, H, W]`; returns the velocity that the scheduler takes."""
+Watch = Callable[[int, Tensor, Sequence[Tensor]], None]
+"""Called with the step, the velocity `[B, C, F, H, W]`, and the output of every pass of the step, each of the same shape."""
+
+
+@contextmanager
+def changed_velocities(pipeline: Any, change: Change) -> Iterator[None]:
+    """While open, the scheduler of `pipeline` takes the velocities that `change` returns."""
+    scheduler = pipeline.scheduler
+    original, steps = scheduler.step, iter(range(1 << 30))
+
+    @functools.wraps(original)  # pipelines look at its signature
+    def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(change(next(steps), model_output), *args, **kwargs)
+
+    with _attribute(scheduler, "step", step):
+        yield
+
+
+@contextmanager
+def watched_velocities(pipeline: Any, watch: Watch) -> Iterator[None]:
+    """While open, every step of one generation of `pipeline` is shown to `watch`."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output.sample)
+
+    def see(step: int, velocity: Tensor) -> Tensor:
+        # A pipeline may put several passes into one batch.
+        passes = [part for output in outputs for part in output.chunk(len(output) // len(velocity))]
+        outputs.clear()
+        watch(step, velocity, passes)
+        return velocity
+
+    with ExitStack() as stack:
+        for transformer in transformers(pipeline):
+            stack.callback(transformer.register_forward_hook(keep).remove)
+        stack.enter_context(changed_velocities(pipeline, see))
+        yield
+
+
+def transformers(pipeline: Any) -> list[nn.Module]:
+    """The transformers of a pipeline: one, or one for each part of the schedule."""
+    found = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    return [model for model in found if model is not None]
+
+
+def run_latents(
+    pipeline: Any,
+    prompts: Sequence[str],
+    generation: Generation,
+    *,
+    latents: Tensor,
+    after_step: Callable[[int, Tensor], Tensor],
+    progress: Progress,
+) -> None:
+    """Calls `pipeline` with several prompts at once, from given noise, without decoding.
+
+    Args:
+        latents: `[B, C, F, H, W]` the noise of each prompt.
+        after_step: called with the step and the latents after it; returns those with which the next step begins.
+    """
+
+    def callback(_pipeline: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        progress(step + 1, generation.num_inference_steps)
+        return {"latents": after_step(step, state["latents"])}
+
+    # No inference mode, as in `generate`.
+    with torch.no_grad():
+        pipeline(
+            list(prompts),
+            **asdict(generation),
+            latents=latents.to(pipeline._execution_device),
+            output_type="latent",
+            callback_on_step_end=callback,
+        )
+
+
+def teacher_forced(
+    pipeline: Any,
+    prompts: Sequence[str],
+    generation: Generation,
+    *,
+    latents: Tensor,
+    watch: Watch,
+    progress: Progress,
+) -> None:
+    """Shows `watch` the velocities of `pipeline` on given trajectories: every step begins with the given latents, whatever the
+    step before has made. The steps come in order, so that what a model carries from step to step is as in a generation.
+
+    Args:
+        latents: `[T+1, B, C, F, H, W]` of each prompt: the noise, then the latents after every step.
+    """
+    with watched_velocities(pipeline, watch):
+        run_latents(
+            pipeline,
+            prompts,
+            generation,
+            latents=latents[0],
+            after_step=lambda step, own: latents[step + 1].to(own),
+            progress=progress,
+        )
+
+
+@contextmanager
+def passes_left_out(pipeline: Any, leave_out: Callable[[], bool]) -> Iterator[None]:
+    """While open, a pass of a transformer returns zeros at once as long as `leave_out()` says so: for steps whose velocity is
+    known, and given by `changed_velocities`."""
+    with ExitStack() as stack:
+        for transformer in transformers(pipeline):
+            stack.enter_context(_attribute(transformer, "forward", _unless(leave_out, transformer)))
+        yield
+
+
+def _unless(leave_out: Callable[[], bool], transformer: Any) -> Callable[..., Any]:
+    original = transformer.forward
+
+    @functools.wraps(original)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (torch.zeros_like(hidden_states),) if leave_out() else original(hidden_states, *args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While open, the instance has this attribute in place of its own or its class's."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)
