@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.context import Run
+from pipeline.run_units import NOISE_FLOOR as NOISE_FLOOR_MODEL
 from pipeline.schedule import done_record
 from pipeline.stages.distillation import Distillation
 from pipeline.stages.evaluation import Evaluation
@@ -13,6 +14,7 @@ from pipeline.stages.stage import known_units, require_all
 from pipeline.study.block_errors import BlockErrors
 from pipeline.study.driver import Failure, StudyOutcome
 from pipeline.study.expansion import Study, StudyRun
+from pipeline.study.quality_scores import recorded
 from pipeline.study.results import FULL_PRECISION, NOISE_FLOOR, Prompts, SeedResult, StudyResults
 from storage.manifest import UnitRecord, fingerprint
 from workers.messages import EvaluationUnit
@@ -30,10 +32,15 @@ def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
         settings[planned.setting.name][planned.seed] = result
         for kind, found in records.items():
             devices += [record.device for record in found.values()]
-            known = shared[kind].setdefault(planned.seed, {}) if kind in shared else {}
+            known = shared[kind].setdefault(planned.config.evaluation_seed, {}) if kind in shared else {}
             for prompt, record in found.items():
                 ambiguous |= known.setdefault(prompt, record).fingerprint != record.fingerprint and kind in shared
     full, floor = ({} if ambiguous else _numbers_by_seed(found) for found in shared.values())
+    for planned in study.runs:
+        seed = planned.config.evaluation_seed
+        if seed in floor:
+            scores = settings[planned.setting.name][planned.seed].noise_floor
+            floor[seed] = _merged(floor[seed], scores)
     return StudyResults(study, settings, full, floor, tuple(dict.fromkeys(devices)))
 
 
@@ -45,25 +52,34 @@ def _seed_result(
     if failure is not None and failure.stage != Evaluation.name:
         return SeedResult(planned.label, message), {}
     records: dict[str, dict[str, UnitRecord]] = {}
+    done: dict[str, UnitRecord] = {}
     for unit in known_units(Evaluation(), run):
         record = done_record(run, Evaluation.name, unit)
+        if record is not None:
+            done[unit.name] = record
         if record is not None and isinstance(unit.payload, EvaluationUnit):
             model = FULL_PRECISION if unit.payload.checkpoint is None else planned.setting.name
             kind = NOISE_FLOOR if unit.payload.noise_floor else model
             records.setdefault(kind, {})[unit.payload.prompt.name] = record
+    errors = recorded(run.context.config, lambda name: done[name].result if name in done else None)
     assembled = run.manifest.read("assembly", run.context.methods[0].name)
     size = {} if assembled is None else assembled.result
     distilled = _segments(run)
-    own = records.pop(planned.setting.name, {})
+    own, method = records.pop(planned.setting.name, {}), run.context.methods[0].name
     result = SeedResult(
         planned.label,
         message,
-        _numbers(own),
+        _merged(_numbers(own), errors.scores(method)),
         size.get("transformer_bytes"),
         size.get("compression"),
         round(sum(record.seconds for record in distilled), 3),
         _block_errors(run, distilled),
         tuple(dict.fromkeys(record.device for record in distilled)),
+        errors.velocity_errors.get(method, {}),
+        errors.latent_errors.get(method, {}),
+        errors.step_weights,
+        errors.decision_steps,
+        errors.scores(NOISE_FLOOR_MODEL),
     )
     return result, records
 
@@ -99,6 +115,15 @@ def _numbers(records: Mapping[str, UnitRecord]) -> dict[str, dict[str, float]]:
         prompt: {key: value for key, value in record.result.items() if isinstance(value, bool | int | float)}
         for prompt, record in records.items()
     }
+
+
+def _merged(*found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Numbers by prompt of several sources."""
+    merged: dict[str, dict[str, float]] = {}
+    for numbers in found:
+        for prompt, values in numbers.items():
+            merged.setdefault(prompt, {}).update(values)
+    return merged
 
 
 def _numbers_by_seed(seeds: Mapping[int, Mapping[str, UnitRecord]]) -> dict[int, Prompts]:

@@ -62,7 +62,8 @@ class StudyConfig(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of all settings."""
     seeds: tuple[int, ...] = (0,)
-    """Each of them decides all that is random in one run a setting."""
+    """Each of them decides all that is random in the calibration of one run a setting. The noises of the evaluation are the
+    same for all: those of the first seed, or of `evaluation.seed`."""
     reference: str | None = None
     """Name of the setting to which paired differences are given."""
     noise_floor: bool = False
@@ -263,6 +264,10 @@ def _configuration(written: StudyConfig, setting: Setting, seed: int, base: Mapp
     if problems:
         raise ConfigError(problems)
     values["seed"] = seed
+    evaluation = values.setdefault("evaluation", {})
+    if isinstance(evaluation, dict) and evaluation.get("seed") is None:
+        # Every calibration seed meets the same noises, so that the two factors are crossed.
+        evaluation["seed"] = written.seeds[0]
     values["run"] = str(written.study / run_label(seed, setting.slug))
     try:
         config = parse_config(values, "")

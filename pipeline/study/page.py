@@ -67,6 +67,8 @@ def render(results: StudyResults) -> str:
             "along_axes": plots.along_axes(results, rows),
             "prompts": _prompt_rows(results, rows),
             "blocks": _block_rows(results),
+            "velocity": any(row.velocity is not None for row in rows),
+            "fork_db": results.fork_db(),
             "overrides": [
                 (setting.name, [(key, str(value)) for key, value in setting.overrides.items()])
                 for setting in results.study.settings

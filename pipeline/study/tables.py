@@ -8,11 +8,14 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from pipeline.report.quantities import NOTHING, seconds_text
+from pipeline.study.estimators import Estimate
 from pipeline.study.intervals import Interval
-from pipeline.study.results import FULL_PRECISION, Row, StudyResults
+from pipeline.study.quality_scores import THIRDS
+from pipeline.study.results import FULL_PRECISION, Forks, Row, Score, StudyResults
 from pipeline.terminal import PlainTable, new_table, say_sentence, say_table
 
-_DISPENSABLE = ("n", "distillation", "recognized", "smaller", "SSIM", "density")
+_BY_THIRDS = "early / middle / late, dB"
+_DISPENSABLE = ("n", "distillation", "recognized", "smaller", "SSIM", "worst 5 %, dB", _BY_THIRDS, "density")
 """Columns that a narrow terminal does without, the first ones first."""
 _WIDEST = 1000
 
@@ -22,18 +25,24 @@ def columns(results: StudyResults, rows: Sequence[Row]) -> list[str]:
     reference = results.study.written.reference
     blocks = any(row.block_error_db is not None for row in rows if reference in (None, row.name))
     videos = not blocks or any(row.n for row in rows)
+    velocity = any(row.velocity is not None for row in rows)
     found = {
         "Setting": True,
         "n": videos,
         "density": any("effective_density" in row.means for row in rows),
-        "PSNR, dB": videos,
-        f"to {reference}, dB": videos and reference is not None,
+        "velocity SQNR, dB": velocity,
+        f"velocity SQNR, to {reference}, dB": velocity and reference is not None,
+        _BY_THIRDS: velocity,
+        "early commit, dB": any(row.early_commit is not None for row in rows),
+        "forks": any(row.forks is not None for row in rows),
+        f"PSNR, to {reference}, dB": videos and reference is not None,
         "worst 5 %, dB": videos,
         "SSIM": videos,
         "recognized": any("recognized" in row.means for row in rows),
         _block_heading(reference): blocks,
         "smaller": videos or any(row.compression is not None for row in rows),
         "distillation": True,
+        "mean PSNR, dB": videos,
         "failed": any(row.failures for row in rows),
     }
     return [name for name, shown in found.items() if shown]
@@ -48,14 +57,21 @@ def cells(results: StudyResults, row: Row, rows: Sequence[Row]) -> list[str]:
         "Setting": row.name,
         "n": f"{row.n}" if row.n else NOTHING,
         "density": f"{100 * row.means['effective_density']:.1f} %" if "effective_density" in row.means else NOTHING,
-        "PSNR, dB": psnr_text(row),
-        f"to {reference}, dB": "reference" if row.name == reference else difference_text(row.difference),
+        "velocity SQNR, dB": score_text(row.velocity),
+        f"velocity SQNR, to {reference}, dB": (
+            "reference" if row.name == reference else difference_text(row.velocity.difference if row.velocity else None)
+        ),
+        _BY_THIRDS: _thirds_text(row),
+        "early commit, dB": score_text(row.early_commit),
+        "forks": forks_text(row.forks),
+        f"PSNR, to {reference}, dB": "reference" if row.name == reference else estimate_text(row.typical_difference),
         "worst 5 %, dB": _number(row.worst_db, 2),
         "SSIM": _number(row.means.get("ssim"), 4),
         "recognized": f"{100 * row.means['recognized']:.1f} %" if "recognized" in row.means else NOTHING,
         _block_heading(reference): "reference" if row.name == reference else block_error,
         "smaller": "16 bits" if full else NOTHING if row.compression is None else f"{row.compression:.2f}×",
         "distillation": seconds_text(row.distillation_seconds),
+        "mean PSNR, dB": psnr_text(row),
         "failed": "; ".join(row.failures),
     }
     return [texts[name] for name in columns(results, rows)]
@@ -79,6 +95,37 @@ def difference_text(difference: Interval | None) -> str:
     if difference.half_width is None:
         return f"{difference.mean:+.2f}"
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def score_text(score: Score | None) -> str:
+    """Such as `26.31 ± 0.24`, the mean and half of its 95 % interval."""
+    if score is None:
+        return NOTHING
+    half = score.mean.half_width
+    return f"{score.mean.mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def estimate_text(found: Estimate | None) -> str:
+    """Such as `+0.42 [+0.11, +0.73]`."""
+    if found is None:
+        return NOTHING
+    if found.low is None or found.high is None:
+        return f"{found.value:+.2f}"
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def forks_text(forks: Forks | None) -> str:
+    """Such as `4 % [1, 9], p 0.03`; p is that of the reference having as many."""
+    if forks is None:
+        return NOTHING
+    low, high = forks.share.low or 0.0, forks.share.high or 0.0
+    share = f"{100 * forks.share.value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return share if forks.p is None else f"{share}, p {forks.p:.2g}"
+
+
+def _thirds_text(row: Row) -> str:
+    found = [row.means.get(f"velocity_sqnr_db_{part}") for part in THIRDS]
+    return " / ".join(_number(value, 1) for value in found) if any(value is not None for value in found) else NOTHING
 
 
 def markdown_table(results: StudyResults) -> str:

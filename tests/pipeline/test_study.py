@@ -75,6 +75,9 @@ def test_every_combination_of_the_axes_with_every_seed_is_a_run(tmp_path: Path) 
     assert configs["seed-0/naive"].method.preset == "quarot", "a setting's method replaces the study's"
     assert all(config.evaluation.noise_floor and config.workers.num_workers == 1 for config in configs.values())
     assert [setting.group for setting in study.settings] == [0, 1, 1, 1, 1]
+    assert {config.evaluation_seed for config in configs.values()} == {0}, "all calibrations meet the same noises"
+    given = load_study(path, ["evaluation.seed=9"])
+    assert {run.config.evaluation_seed for run in given.runs} == {9}
 
 
 def test_a_key_inside_a_method_that_is_only_a_name(tmp_path: Path) -> None:
@@ -189,7 +192,8 @@ def test_units_are_counted_once_where_runs_share_them(tmp_path: Path) -> None:
     assert {name: counts[name] for name in ("trajectories", "selection", "activations")} == {
         "trajectories": (8, 4, False), "selection": (4, 2, False), "activations": (4, 4, False),
     }  # fmt: skip
-    assert counts["evaluation"] == (12, 8, False), "full precision and noise floor once a seed"
+    # Of each run the video and the velocity of full precision, noise floor and its method, and the weights of the steps.
+    assert counts["evaluation"] == (24, 12, False), "all but the method's once for all seeds"
     assert not (tmp_path / "study").exists()
     early = prepare_study(load_study(small_study(tmp_path)), stages_until("distillation")).counts
     assert early == prepared.counts[: len(early)]
@@ -301,7 +305,7 @@ def test_runs_in_a_bucket_have_what_they_share_as_copies(
     for key in ("study.html", "results.csv"):
         assert (tmp_path / f"study-{key}").read_bytes() == open_store(place).read(key)
     shown = CliRunner().invoke(app, ["status", place]).output
-    assert re.search(r"^seed-3/gptq-0\.1 +5 +- +distillation \?, assembly 1, evaluation 3$", shown, re.MULTILINE), shown
+    assert re.search(r"^seed-3/gptq-0\.1 +5 +- +distillation \?, assembly 1, evaluation 6$", shown, re.MULTILINE), shown
     assert "stopped: no driver" in shown
     assert "0 of 2 runs are finished." in shown
     with RunDirectory(place).lock():
@@ -340,7 +344,9 @@ def test_a_whole_study(tmp_path: Path) -> None:
     for stage, expected in (("trajectories", 2), ("selection", 1), ("activations", 2)):
         assert len([unit for of, unit, _ in finished if of == stage]) == expected, "done once for all runs"
     shared = [unit for of, unit, _ in finished if of == "evaluation" and not unit.startswith(("quarot", "gptq"))]
-    assert sorted(shared) == ["full_precision-prompt-000", "noise_floor-prompt-000"]
+    assert sorted(shared) == [
+        "full_precision-prompt-000", "noise_floor-prompt-000", "noise_floor-velocity-000", "step_weights",
+    ]  # fmt: skip
     latents = [next((run / "calibration.zarr/trajectories/prompt-000/latents").glob("c*")) for run in runs.values()]
     assert latents[0].samefile(latents[1])
     assert latents[0].samefile(latents[2])
@@ -362,6 +368,9 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert by_name["gptq 0.01"]["distillation_seconds"] > 0
     assert len(by_name["gptq 0.01"]["block_errors"]["losses"]) == 9
     assert 20 < results["noise_floor"]["3"]["prompt-000"]["psnr_db"] < 100
+    assert values["velocity_sqnr_db"] + 5 < results["noise_floor"]["3"]["prompt-000"]["velocity_sqnr_db"] < 100
+    assert len(by_name["gptq 0.01"]["velocity_errors"]["prompt-000"]["velocity_error"]) == 3
+    assert len(by_name["gptq 0.01"]["step_weights"]) == 3
     lines = (study / "results.csv").read_text().splitlines()
     rows = {row["setting"]: row for row in csv.DictReader(lines)}
     assert rows["diverges"]["n"] == "0"
@@ -374,7 +383,7 @@ def test_a_whole_study(tmp_path: Path) -> None:
 
     shown = CliRunner().invoke(app, ["status", str(study)]).output
     assert re.search(r"^seed-3/naive-b +\d+ +- +- *$", shown, re.MULTILINE), shown
-    assert re.search(r"^seed-3/diverges .*distillation 1, assembly 1, evaluation 1 *$", shown, re.MULTILINE), shown
+    assert re.search(r"^seed-3/diverges .*distillation 1, assembly 1, evaluation 2 *$", shown, re.MULTILINE), shown
     assert "2 of 3 runs are finished." in shown
 
     # Once more, without the setting that fails; a lost file of one run comes back from another.

@@ -88,12 +88,15 @@ def test_rows(results: StudyResults) -> None:
     assert (other.n, other.psnr_db) == (4, 27.0)
     assert other.psnr_db_sd == pytest.approx(statistics.stdev([26.5, 27.5]))
     assert other.worst_db == 21.0
-    assert other.difference is not None
-    assert other.difference.mean == pytest.approx(statistics.fmean([1, 2, 0, 3]))
-    assert other.difference.half_width == pytest.approx(stats.t.ppf(0.975, 3) * statistics.stdev([1, 2, 0, 3]) / 2)
+    assert other.psnr is not None
+    assert other.psnr.difference is not None
+    assert other.psnr.difference.mean == pytest.approx(statistics.fmean([1, 2, 0, 3]))
+    # Mean squares: calibrations 0, videos 4, rest 1; of four values, with the one degree of freedom of two videos.
+    assert other.psnr.difference.half_width == pytest.approx(stats.t.ppf(0.975, 1) * math.sqrt(4 / 4))
     assert dict(other.means) == {"ssim": 0.5, "recognized": 0.5, "effective_density": 0.25}
     assert (other.compression, other.distillation_seconds) == (3.5, 10.5)
-    assert rows[REFERENCE].difference is None
+    assert rows[REFERENCE].psnr is not None
+    assert rows[REFERENCE].psnr.difference is None
     assert (rows[BROKEN].n, rows[BROKEN].psnr_db, len(rows[BROKEN].failures)) == (0, None, 2)
     assert rows[NOISE_FLOOR].psnr_db == 50.5
     assert other.block_error_db == pytest.approx(-10.0)
@@ -103,6 +106,83 @@ def test_rows(results: StudyResults) -> None:
     assert other.block_error_difference.half_width == pytest.approx(stats.t.ppf(0.975, 1) * 5.0)
     assert rows[REFERENCE].block_error_difference is None
     assert rows[BROKEN].block_error_db is None
+
+
+def test_velocities_are_compared_over_videos_and_calibrations(results: StudyResults) -> None:
+    values = {REFERENCE: {0: [20.0, 21.0], 1: [20.4, 21.4]}, OTHER: {0: [22.0, 22.9], 1: [22.6, 23.5]}}
+    settings = {
+        name: {
+            seed: replace(
+                found,
+                prompts={
+                    prompt: {
+                        **found.prompts[prompt],
+                        "velocity_sqnr_db": value,
+                        "velocity_sqnr_db_early": value - 1,
+                        "velocity_sqnr_db_middle": value,
+                        "velocity_sqnr_db_late": value + 2,
+                        "early_commit_db": 2 * value,
+                    }
+                    for prompt, value in zip(found.prompts, values[name][seed], strict=True)
+                }
+                if name in values
+                else {},
+            )
+            for seed, found in seeds.items()
+        }
+        for name, seeds in results.settings.items()
+    }
+    floor = {0: {"prompt-000": {"psnr_db": 50.0, "velocity_sqnr_db": 45.0}}}
+    found = replace(results, settings=settings, noise_floor=floor)
+    rows = {row.name: row for row in found.rows()}
+    velocity = rows[OTHER].velocity
+    assert velocity is not None
+    assert velocity.mean.mean == pytest.approx(22.75)
+    assert velocity.seed_means == {0: pytest.approx(22.45), 1: pytest.approx(23.05)}
+    # Differences 2.0, 1.9 and 2.2, 2.1: calibrations differ by 0.2, videos by 0.1, and nothing is left.
+    squares = 2 * 2 * 0.1**2, 2 * 2 * 0.05**2
+    degrees = int(sum(squares) ** 2 / sum(square**2 for square in squares))
+    assert velocity.difference is not None
+    assert velocity.difference.mean == pytest.approx(2.05)
+    expected = stats.t.ppf(0.975, degrees) * math.sqrt(sum(squares) / 4)
+    assert velocity.difference.half_width == pytest.approx(expected)
+    assert rows[OTHER].early_commit is not None
+    assert rows[OTHER].early_commit.mean.mean == pytest.approx(45.5)
+    heads, _, *lines = (line.split(" | ") for line in markdown_table(found).splitlines())
+    cells = dict(zip(heads, lines[1], strict=True))
+    assert cells["velocity SQNR, to a \\| b <i>, dB"].startswith("+2.05 [")
+    assert cells["early / middle / late, dB"] == "21.8 / 22.8 / 24.8"
+    assert dict(zip(heads, lines[-1], strict=True))["velocity SQNR, dB"] == "45.00"
+    flat = {row["setting"]: row for row in csv.DictReader(io.StringIO(found.csv()))}
+    assert float(flat[OTHER]["velocity_sqnr_db_difference"]) == pytest.approx(2.05)
+    assert float(flat[OTHER]["velocity_sqnr_db_late"]) == pytest.approx(24.75)
+    assert "velocity SQNR of 2 settings" in render(found)
+
+
+def test_forks_are_counted_below_the_valley(results: StudyResults) -> None:
+    psnr = {REFERENCE: [40.0, 41.0, 39.5, 42.0, 38.0, 40.5], OTHER: [21.0, 22.0, 20.5, 39.0, 38.5, 41.0]}
+    settings = {
+        name: {
+            0: SeedResult("x", None, {f"prompt-{i}": {"psnr_db": value} for i, value in enumerate(psnr.get(name, []))})
+        }
+        for name in results.settings
+    }
+    found = replace(results, settings=settings)
+    threshold = found.fork_db()
+    assert threshold is not None
+    assert 22 < threshold < 38
+    rows = {row.name: row for row in found.rows()}
+    forks = rows[OTHER].forks
+    assert forks is not None
+    assert (forks.share.value, forks.share.num, forks.p) == (0.5, 6, 0.25)
+    assert rows[REFERENCE].forks is not None
+    assert (rows[REFERENCE].forks.share.value, rows[REFERENCE].forks.p) == (0.0, None)
+    typical = rows[OTHER].typical_difference
+    assert typical is not None
+    assert typical.num == 6
+    assert typical.low is not None
+    assert "| 50 % [19, 81], p 0.25 |" in markdown_table(found)
+    assert json.loads(json.dumps(found.document()))["fork_db"] == threshold
 
 
 def test_files(results: StudyResults) -> None:
@@ -125,8 +205,9 @@ def test_files(results: StudyResults) -> None:
 def test_tables(results: StudyResults) -> None:
     lines = markdown_table(results).splitlines()
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert lines[2].startswith("| a \\| b <i> | 4 | 25.0 % | 25.50 ± 0.71 | reference | 20.00 |")
-    assert "+1.50 [-0.55, +3.55]" in lines[3]
+    assert lines[2].startswith("| a \\| b <i> | 4 | 25.0 % | reference | 20.00 |")
+    assert lines[2].endswith("| 25.50 ± 0.71 |  |")
+    assert "| 4 | 25.0 % | +1.50 |" in lines[3], "of two videos, too few for an interval"
     assert "| block error, to a \\| b <i>, dB |" in lines[0]
     assert "| +5.00 [-58.53, +68.53] |" in lines[3]
     assert "seed 0: distillation/u: diverged" in lines[4]
@@ -134,7 +215,7 @@ def test_tables(results: StudyResults) -> None:
         console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
         show_results(results, console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
-        assert "+1.50 [-0.55, +3.55]" in text
+        assert "+1.50" in text
         assert ("10.5 s" in text) is (not terminal), "a narrow terminal has fewer columns, a file has all"
         assert "diverged" in text
 
