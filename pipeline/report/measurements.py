@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.config.loading import parse_config
 from pipeline.report.quantities import (
     NOTHING,
     Spread,
     bytes_text,
     decibels_text,
+    estimate_text,
     fraction_text,
+    interval_text,
     seconds_text,
+    share_text,
     spread,
     spread_text,
 )
 from pipeline.report.run_data import RunData
-from pipeline.run_units import FULL_PRECISION
+from pipeline.run_units import FULL_PRECISION, NOISE_FLOOR, evaluation_name, prompt_names
+from pipeline.study.estimators import Estimate, hodges_lehmann, valley, wilson_interval
+from pipeline.study.intervals import mean_interval
+from pipeline.study.quality_scores import THIRDS, Recorded, recorded
 from reelquant.calibration.block_rounding import EXACT_DB
 from workers.perceptual import PerceptualDistance
 
@@ -33,10 +40,13 @@ class ModelMeasurements:
     transformer_bytes: int | None
     compression: float | None
     """16-bit bytes of the transformer over its own."""
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """In dB, from errors on the full-precision trajectories (`pipeline.study.quality_scores`)."""
 
     def values(self, metric: str) -> dict[str, float]:
         """One metric of all prompts that have it."""
-        return {prompt: float(r[metric]) for prompt, r in self.results.items() if r.get(metric) is not None}
+        sources = (self.results, self.scores)
+        return {prompt: float(r[metric]) for of in sources for prompt, r in of.items() if r.get(metric) is not None}
 
     def spread(self, metric: str) -> Spread | None:
         """Over prompts."""
@@ -71,15 +81,26 @@ class Cell:
 
 def measure(run: RunData) -> tuple[ModelMeasurements, ...]:
     """Full precision first, then the methods in the run's order; models without any result and checkpoint too."""
-    num_prompts = run.config["prompts"]["num_held_out"]
-    found = []
-    for name in (FULL_PRECISION, *run.method_names):
-        units = {f"prompt-{index:03d}": f"{name}-prompt-{index:03d}" for index in range(num_prompts)}
-        records = {prompt: run.record("evaluation", unit) for prompt, unit in units.items()}
-        num_bytes, compression = _size(run, name)
-        results = {prompt: record.result for prompt, record in records.items() if record is not None}
-        found.append(ModelMeasurements(name, results, num_bytes, compression))
-    return tuple(found)
+    return tuple(_measured(run, name, _recorded(run)) for name in (FULL_PRECISION, *run.method_names))
+
+
+def measure_noise_floor(run: RunData) -> ModelMeasurements | None:
+    """Full precision against itself under another attention backend; None where it is not measured."""
+    found = _measured(run, NOISE_FLOOR, _recorded(run))
+    return found if found.results or found.scores else None
+
+
+def _recorded(run: RunData) -> Recorded:
+    units = {record.unit: record.result for record in run.stages["evaluation"].records}
+    return recorded(parse_config({**run.config, "run": str(run.location)}, f"{run.location}/config.json"), units.get)
+
+
+def _measured(run: RunData, name: str, errors: Recorded) -> ModelMeasurements:
+    prompts = prompt_names(run.config["prompts"]["num_held_out"])
+    records = {prompt: run.record("evaluation", evaluation_name(name, prompt)) for prompt in prompts}
+    num_bytes, compression = _size(run, name)
+    results = {prompt: record.result for prompt, record in records.items() if record is not None}
+    return ModelMeasurements(name, results, num_bytes, compression, errors.scores(name))
 
 
 def missing_lpips(models: tuple[ModelMeasurements, ...]) -> str | None:
@@ -92,35 +113,93 @@ def missing_lpips(models: tuple[ModelMeasurements, ...]) -> str | None:
     return "LPIPS was not available where the evaluation ran; it is now, so evaluating again measures it"
 
 
-COLUMNS: tuple[tuple[str, str], ...] = (
-    ("PSNR", "dB, ↑"),
-    ("Worst prompt", "PSNR, dB, ↑"),
-    ("SSIM", "0–1, ↑"),
-    ("LPIPS", "↓"),
-    ("Recognized", "prompts, ↑"),
-    ("Transformer", "bytes, ↓"),
-    ("Compression", "× of 16 bits, ↑"),
-    ("Per step", "median"),
-)
-"""Name, and unit with the direction that is better."""
+@dataclass(frozen=True)
+class Column:
+    """One column of the table."""
+
+    name: str
+    unit: str
+    """With an arrow for the direction that is better."""
+    value: Callable[[ModelMeasurements], float | None]
+    text: Callable[[ModelMeasurements], str]
+    sign: int
+    """1 if more is better, -1 if less is, 0 where no best is named: the reference operations' speed says nothing of the fast
+    kernels'."""
 
 
-def table(models: tuple[ModelMeasurements, ...]) -> list[tuple[str, list[Cell]]]:
-    """Rows of `COLUMNS`, the best quantized value of a column marked where there are several methods."""
-    columns = [_COLUMN_VALUES[name] for name, _ in COLUMNS]
+@dataclass(frozen=True)
+class Table:
+    """What the report prints: only columns under which a row has something to say."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, list[Cell]], ...]
+    fork_db: float | None
+    """A video of lower PSNR counts as a fork; None where nothing parts them."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a column of that name."""
+        return any(column.name == name for column in self.columns)
+
+
+def table(
+    models: tuple[ModelMeasurements, ...],
+    noise_floor: ModelMeasurements | None = None,
+    *,
+    fork_db: float | None = None,
+) -> Table:
+    """One row a model, the best quantized value of a column marked where there are several methods; the noise floor last.
+
+    Args:
+        models: full precision first.
+        fork_db: as configured; None finds it in the PSNRs of all methods.
+    """
+    methods = models[1:]
+    if fork_db is None:
+        fork_db = valley([value for model in methods for value in model.values("psnr_db").values()])
+    everything = (*models, *([] if noise_floor is None else [noise_floor]))
+    columns = [*_COLUMNS[:3], *_compared_columns(methods[0] if len(methods) > 1 else None, fork_db), *_COLUMNS[3:]]
+    columns = [column for column in columns if any(column.value(model) is not None for model in everything)]
     best = []
-    for key, _, sign in columns:
-        ranked = [sign * value for model in models[1:] if (value := key(model)) is not None]
-        best.append(max(ranked) if sign and len(set(ranked)) > 1 else None)
+    for column in columns:
+        ranked = [column.sign * value for model in methods if (value := column.value(model)) is not None]
+        best.append(max(ranked) if column.sign and len(set(ranked)) > 1 else None)
     rows = []
-    for index, model in enumerate(models):
+    for model in everything:
         cells = []
-        for (key, text, sign), limit in zip(columns, best, strict=True):
-            value = key(model)
-            is_best = index > 0 and value is not None and limit is not None and sign * value >= limit
-            cells.append(Cell(text(model), is_best))
+        for column, limit in zip(columns, best, strict=True):
+            value = column.value(model)
+            is_best = model in methods and value is not None and limit is not None and column.sign * value >= limit
+            cells.append(Cell(column.text(model), is_best))
         rows.append((model.name, cells))
-    return rows
+    return Table(tuple(columns), tuple(rows), fork_db)
+
+
+def _compared_columns(reference: ModelMeasurements | None, fork_db: float | None) -> list[Column]:
+    """Share of forks, and where there are several methods the typical difference of the PSNR to the first one's."""
+
+    def forks(model: ModelMeasurements) -> Estimate | None:
+        psnr = model.values("psnr_db").values()
+        return None if fork_db is None else wilson_interval(sum(value < fork_db for value in psnr), len(psnr))
+
+    def forks_value(model: ModelMeasurements) -> float | None:
+        found = forks(model)
+        return None if found is None else found.value
+
+    columns = [Column("Forks", "videos, ↓", forks_value, lambda model: share_text(forks(model)), -1)]
+    if reference is None:
+        return columns
+    base = reference.values("psnr_db")
+
+    def typical(model: ModelMeasurements) -> Estimate | None:
+        own = {} if model.name in (reference.name, NOISE_FLOOR) else model.values("psnr_db")
+        return hodges_lehmann([value - base[prompt] for prompt, value in own.items() if prompt in base])
+
+    def typical_value(model: ModelMeasurements) -> float | None:
+        found = typical(model)
+        return None if found is None else found.value
+
+    unit = f"to {reference.name}, dB, ↑"
+    return [*columns, Column("PSNR", unit, typical_value, lambda model: estimate_text(typical(model)), 0)]
 
 
 def all_identical(models: tuple[ModelMeasurements, ...]) -> bool:
@@ -166,25 +245,38 @@ def _recognition_rate(model: ModelMeasurements) -> float | None:
     return None if model.recognized is None else model.recognized[0] / model.recognized[1]
 
 
-_COLUMN_VALUES: dict[
-    str, tuple[Callable[[ModelMeasurements], float | None], Callable[[ModelMeasurements], str], int]
-] = {
-    "PSNR": (_mean("psnr_db"), lambda m: decibels_text(m.spread("psnr_db")), 1),
-    "Worst prompt": (_worst, _worst_text, 1),
-    "SSIM": (_mean("ssim"), lambda m: spread_text(m.spread("ssim"), 3), 1),
-    "LPIPS": (_mean("lpips"), lambda m: spread_text(m.spread("lpips"), 3), -1),
-    "Recognized": (
+def _interval_text(metric: str) -> Callable[[ModelMeasurements], str]:
+    return lambda model: interval_text(mean_interval(list(model.values(metric).values())))
+
+
+def _thirds_text(model: ModelMeasurements) -> str:
+    found = [model.spread(f"velocity_sqnr_db_{part}") for part in THIRDS]
+    return " / ".join(NOTHING if value is None else f"{value.mean:.1f}" for value in found)
+
+
+_COLUMNS = (
+    Column("Velocity SQNR", "dB, ↑", _mean("velocity_sqnr_db"), _interval_text("velocity_sqnr_db"), 1),
+    Column("By thirds", "early / middle / late, dB, ↑", _mean(f"velocity_sqnr_db_{THIRDS[0]}"), _thirds_text, 0),
+    Column("Early commit", "dB, ↑", _mean("early_commit_db"), _interval_text("early_commit_db"), 1),
+    Column("Worst prompt", "PSNR, dB, ↑", _worst, _worst_text, 1),
+    Column("SSIM", "0–1, ↑", _mean("ssim"), lambda m: spread_text(m.spread("ssim"), 3), 1),
+    Column("LPIPS", "↓", _mean("lpips"), lambda m: spread_text(m.spread("lpips"), 3), -1),
+    Column(
+        "Recognized",
+        "prompts, ↑",
         _recognition_rate,
         lambda m: NOTHING if m.recognized is None else fraction_text(*m.recognized),
         1,
     ),
-    "Transformer": (lambda m: m.transformer_bytes, lambda m: bytes_text(m.transformer_bytes), -1),
-    "Compression": (
+    Column("Transformer", "bytes, ↓", lambda m: m.transformer_bytes, lambda m: bytes_text(m.transformer_bytes), -1),
+    Column(
+        "Compression",
+        "× of 16 bits, ↑",
         lambda m: m.compression,
         lambda m: NOTHING if m.compression is None else f"{m.compression:.2f}",
         1,
     ),
-    "Per step": (lambda m: m.seconds_per_step, lambda m: seconds_text(m.seconds_per_step), 0),
-}
-"""By column: the number, its text, and 1 if more is better, -1 if less is, 0 where no best is named: the reference
-operations' speed says nothing of the fast kernels'."""
+    Column("Per step", "median", lambda m: m.seconds_per_step, lambda m: seconds_text(m.seconds_per_step), 0),
+    Column("Mean PSNR", "dB, ↑", _mean("psnr_db"), lambda m: decibels_text(m.spread("psnr_db")), 1),
+)
+"""Those that stand of themselves; forks and differences come after the first three."""

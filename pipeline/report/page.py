@@ -20,19 +20,20 @@ from pipeline.report import plots, run_plots
 from pipeline.report.calibration import CalibratedBlock, Refined, read_blocks, read_refined, read_salience
 from pipeline.report.frames import compare_frames
 from pipeline.report.measurements import (
-    COLUMNS,
     ModelMeasurements,
     all_identical,
     measure,
+    measure_noise_floor,
     missing_lpips,
     relative_speed,
     table,
 )
-from pipeline.report.quantities import bytes_text, decibels_text, seconds_text
+from pipeline.report.quantities import bytes_text, decibels_text, interval_text, seconds_text
 from pipeline.report.run_data import RunData, read_run, reads_activations
 from pipeline.report.timeline import Timeline, read_timeline
 from pipeline.report.usage import usage_rows
 from pipeline.run_units import STAGES
+from pipeline.study.intervals import mean_interval
 from storage.location import Location
 from storage.run_directory import REPORT, RunDirectory
 
@@ -100,6 +101,7 @@ def render(run: RunData) -> str:
 
 def _view(run: RunData) -> dict[str, Any]:
     models, read = measure(run), read_timeline(run.events)
+    metrics = table(models, measure_noise_floor(run), fork_db=run.config["evaluation"].get("fork_db"))
     blocks, salience, refined = read_blocks(run), read_salience(run), read_refined(run)
     assembled = run.record("assembly", run.method_names[0])
     return {
@@ -112,8 +114,7 @@ def _view(run: RunData) -> dict[str, Any]:
         "fell_back": _fell_back(blocks),
         "identical": all_identical(models),
         "tiles": _tiles(run, models),
-        "columns": COLUMNS,
-        "metrics": table(models) if any(model.results or model.compression for model in models) else None,
+        "metrics": metrics if any(model.results or model.compression for model in models) else None,
         "presets": {method["name"]: method["preset"] for method in run.methods},
         "num_held_out": run.config["prompts"]["num_held_out"],
         "missing_lpips": missing_lpips(models) if any(model.values("psnr_db") for model in models) else None,
@@ -206,6 +207,7 @@ def _tiles(run: RunData, models: Sequence[ModelMeasurements]) -> list[Tile]:
     reference, main = models[0], models[1]
     assembled, psnr = run.record("assembly", main.name), main.spread("psnr_db")
     source = f"from {bytes_text(reference.transformer_bytes)} in 16 bits"
+    velocity = mean_interval(list(main.values("velocity_sqnr_db").values()))
     tiles = [
         Tile("Method", main.name, assembled.result["bits"] if assembled else "not assembled yet"),
         Tile(
@@ -217,6 +219,11 @@ def _tiles(run: RunData, models: Sequence[ModelMeasurements]) -> list[Tile]:
             "Compression",
             "–" if main.compression is None else f"{main.compression:.2f} ×",
             "of the transformer, scales included" if main.compression else "not assembled yet",
+        ),
+        Tile(
+            "Velocity SQNR",
+            "–" if velocity is None else f"{interval_text(velocity)} dB",
+            "not measured" if velocity is None else f"teacher-forced, {velocity.num} prompt{'s' * (velocity.num > 1)}",
         ),
         Tile(
             "PSNR",

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.study.estimators import Estimate
+from pipeline.study.intervals import Interval
 from reelquant.calibration.block_rounding import EXACT_DB
 
 NOTHING = "–"
@@ -43,6 +45,30 @@ def decibels_text(value: Spread | None) -> str:
     if value is not None and value.mean >= EXACT_DB:
         return f"≥ {EXACT_DB:.0f}"
     return spread_text(value)
+
+
+def interval_text(found: Interval | None) -> str:
+    """Such as `26.31 ± 0.24`: a mean and half of its interval."""
+    if found is None:
+        return NOTHING
+    return f"{found.mean:.2f}" + ("" if found.half_width is None else f" ± {found.half_width:.2f}")
+
+
+def estimate_text(found: Estimate | None) -> str:
+    """A difference, such as `+0.42 [+0.11, +0.73]`."""
+    if found is None:
+        return NOTHING
+    if found.low is None or found.high is None:
+        return f"{found.value:+.2f}"
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def share_text(found: Estimate | None) -> str:
+    """Such as `4 % [1, 9]`."""
+    if found is None:
+        return NOTHING
+    low, high = found.low or 0.0, found.high or 0.0
+    return f"{100 * found.value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def bytes_text(num_bytes: float | None) -> str:

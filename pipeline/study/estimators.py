@@ -39,7 +39,7 @@ class Estimate:
     num: int
 
 
-def crossed_interval(values: Mapping[object, Mapping[str, float]], confidence: float = 0.95) -> Interval | None:
+def crossed_interval(values: Mapping[int, Mapping[str, float]], confidence: float = 0.95) -> Interval | None:
     """Mean over two crossed random factors, calibrations and videos, with its interval.
 
     With variance components s_v² of the videos, s_c² of the calibrations and s_vc² of what is left, and V videos, C
@@ -143,7 +143,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     num = only_first + only_second
-    tail = sum(math.comb(num, k) for k in range(min(only_first, only_second) + 1)) / 2**num
+    tail: float = sum(math.comb(num, k) for k in range(min(only_first, only_second) + 1)) / 2.0**num
     return min(1.0, 2 * tail)
 
 

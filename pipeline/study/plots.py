@@ -115,7 +115,7 @@ def _line(quality: _Quality, reference: str | None, axis: str, own: Mapping[floa
         for x in places:
             seeds = list(own[x].seed_means.values())
             axes.plot([x] * len(seeds), seeds, "o", color=MUTED, ms=3.5, mew=0)
-        if reference in quality.scores:
+        if reference is not None and reference in quality.scores:
             _level(axes, figure_text(reference, _LONGEST_NAME), quality.scores[reference], color=MUTED)
         if quality.noise_floor is not None:
             _level(axes, "noise floor", quality.noise_floor, color=WARNING)

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.measure import Measurement
 
-from pipeline.report.quantities import NOTHING, seconds_text
-from pipeline.study.estimators import Estimate
+from pipeline.report.quantities import NOTHING, estimate_text, interval_text, seconds_text, share_text
 from pipeline.study.intervals import Interval
 from pipeline.study.quality_scores import THIRDS
 from pipeline.study.results import FULL_PRECISION, Forks, Row, Score, StudyResults
@@ -57,12 +56,12 @@ def cells(results: StudyResults, row: Row, rows: Sequence[Row]) -> list[str]:
         "Setting": row.name,
         "n": f"{row.n}" if row.n else NOTHING,
         "density": f"{100 * row.means['effective_density']:.1f} %" if "effective_density" in row.means else NOTHING,
-        "velocity SQNR, dB": score_text(row.velocity),
+        "velocity SQNR, dB": _mean_text(row.velocity),
         f"velocity SQNR, to {reference}, dB": (
             "reference" if row.name == reference else difference_text(row.velocity.difference if row.velocity else None)
         ),
         _BY_THIRDS: _thirds_text(row),
-        "early commit, dB": score_text(row.early_commit),
+        "early commit, dB": _mean_text(row.early_commit),
         "forks": forks_text(row.forks),
         f"PSNR, to {reference}, dB": "reference" if row.name == reference else estimate_text(row.typical_difference),
         "worst 5 %, dB": _number(row.worst_db, 2),
@@ -97,30 +96,16 @@ def difference_text(difference: Interval | None) -> str:
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
-def score_text(score: Score | None) -> str:
-    """Such as `26.31 ± 0.24`, the mean and half of its 95 % interval."""
-    if score is None:
-        return NOTHING
-    half = score.mean.half_width
-    return f"{score.mean.mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
-
-
-def estimate_text(found: Estimate | None) -> str:
-    """Such as `+0.42 [+0.11, +0.73]`."""
-    if found is None:
-        return NOTHING
-    if found.low is None or found.high is None:
-        return f"{found.value:+.2f}"
-    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
-
-
 def forks_text(forks: Forks | None) -> str:
     """Such as `4 % [1, 9], p 0.03`; p is that of the reference having as many."""
     if forks is None:
         return NOTHING
-    low, high = forks.share.low or 0.0, forks.share.high or 0.0
-    share = f"{100 * forks.share.value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    share = share_text(forks.share)
     return share if forks.p is None else f"{share}, p {forks.p:.2g}"
+
+
+def _mean_text(score: Score | None) -> str:
+    return interval_text(None if score is None else score.mean)
 
 
 def _thirds_text(row: Row) -> str:

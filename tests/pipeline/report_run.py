@@ -230,11 +230,24 @@ class RunMaker:
                 self.begin("evaluation", len(prompts) * len(self.shape.methods))
             for index, prompt in enumerate(prompts):
                 self._evaluate(model, index, prompt, extra)
+        self._velocities(models)
+
+    def _velocities(self, models: Sequence[str]) -> None:
+        """Teacher-forced passes over the first prompt, and the weights of the steps."""
+        steps = self.shape.num_steps
+        if "full_precision" in models:
+            self.record("evaluation", "step_weights", {"weights": [1.0] * steps, "effects": [[0, 1.0]]})
+        for model in models:
+            if model != "full_precision":
+                errors = {"velocity_error": [LOSS_PER_METHOD[model] ** 2 * (1 + step) for step in range(steps)]}
+                self.record("evaluation", f"{model}-velocity-000", {"prompts": {"prompt-000": errors}})
 
     def _evaluate(self, model: str, index: int, prompt: str, extra: dict[str, float]) -> None:
         reference = self._video(index)
         result: dict[str, Any] = {"prompt": prompt, "seconds_per_step": 0.25}
         video = reference
+        if model == "full_precision" and index == 0:
+            result["denoised_changes"] = [0.3, 0.1, *[0.01] * (self.shape.num_steps - 3)]
         if model != "full_precision":
             sigma = LOSS_PER_METHOD[model] * (1 + 0.4 * index / max(1, len(self.shape.held_out)))
             smooth = torch.randn(reference.shape, generator=self.generator) * sigma
@@ -243,6 +256,7 @@ class RunMaker:
             result |= {
                 "psnr_db": float(-10 * error.log10()),
                 "ssim": 1 - 5 * sigma**1.5,
+                "latent_error": [sigma**2 * (1 + step) for step in range(self.shape.num_steps)],
                 "seconds_per_step": 0.6,
                 **extra,
             }

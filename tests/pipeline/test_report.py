@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from pipeline.report import run_plots
 from pipeline.report.calibration import layer_kinds, read_blocks, read_salience, sqnr_map
 from pipeline.report.figure import figure_text, ticks
 from pipeline.report.frames import compare_frames
-from pipeline.report.measurements import measure, table
+from pipeline.report.measurements import Cell, measure, measure_noise_floor, table
 from pipeline.report.page import write_report, write_report_of
 from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
 from pipeline.report.run_data import read_run
@@ -34,7 +35,7 @@ from pipeline.run_units import STAGES
 from reelquant.calibration.salience import select_salient
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
-from tests.pipeline.report_run import RunMaker, RunShape
+from tests.pipeline.report_run import LOSS_PER_METHOD, RunMaker, RunShape
 from workers.perceptual import PerceptualDistance
 
 SCRIPT = "<script>alert(1)</script>"
@@ -159,7 +160,7 @@ def test_full_precision_videos_alone_are_no_comparison(tmp_path: Path) -> None:
         getattr(run, stage)()
     run.evaluation(["full_precision"])
     page = _page_of(run.directory.path)
-    assert "evaluation 3 of 9" in page.text
+    assert "evaluation 4 of 12" in page.text
     assert "No quantized video has been compared" in page.text
     assert "3 of 3 (100 %)" in page.text
 
@@ -247,7 +248,7 @@ def test_records_of_an_older_configuration_are_left_out(tmp_path: Path) -> None:
         "distillation": (4, 4),
         "refinement": (0, 0),
         "assembly": (1, 1),
-        "evaluation": (4, 4),
+        "evaluation": (6, 6),
     }
     page = _page_of(run.directory.path)
     assert "rtn" not in page.text
@@ -313,6 +314,34 @@ def _decode(uri: str) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
 
 
+def test_the_table_begins_with_velocities_and_ends_with_the_mean_psnr(tmp_path: Path) -> None:
+    run = RunMaker(tmp_path / "run", replace(SMALL, num_steps=6)).everything()
+    config = {**run.config.identity(), "evaluation": {**run.config.identity()["evaluation"], "noise_floor": True}}
+    RunDirectory.open_or_create(run.directory.path, config, {}, update=True)
+    run.record("evaluation", "noise_floor-velocity-000", {"prompts": {"prompt-000": {"velocity_error": [1e-5] * 6}}})
+    data = read_run(run.directory.path)
+    models, floor = measure(data), measure_noise_floor(data)
+    found = table(models, floor, fork_db=20.0)
+    assert [found.columns[0].name, found.columns[-1].name] == ["Velocity SQNR", "Mean PSNR"]
+    assert "LPIPS" not in [column.name for column in found.columns], "it was not measured"
+    rows = {name: dict(zip([c.name + c.unit for c in found.columns], cells, strict=True)) for name, cells in found.rows}
+    assert list(rows) == ["full_precision", *SMALL.methods, "noise_floor"]
+    # Errors grow from 1 to 6 times the square of 0.03: by thirds 1.5, 3.5 and 5.5 times it, 3.5 in all.
+    first = rows[SMALL.methods[0]]
+    sigma = LOSS_PER_METHOD[SMALL.methods[0]]
+    decibels = [-10 * math.log10(factor * sigma**2) for factor in (3.5, 1.5, 3.5, 5.5)]
+    assert first["Velocity SQNRdB, ↑"].text == f"{decibels[0]:.2f}"
+    assert first["By thirdsearly / middle / late, dB, ↑"].text == " / ".join(f"{value:.1f}" for value in decibels[1:])
+    assert first["Velocity SQNRdB, ↑"].best
+    assert rows["noise_floor"]["Velocity SQNRdB, ↑"] == Cell("50.00")
+    errors = [-10 * math.log10(3 * (sigma * (1 + 0.4 * index / 3)) ** 2) for index in range(3)]
+    assert first["Early commitdB, ↑"].text.startswith(f"{sum(errors) / 3:.2f} ± ")
+    assert first["Forksvideos, ↓"].text == "0 % [0, 56]"
+    page = _page_of(run.directory.path)
+    assert "noise floor" in page.text
+    assert "Forks: videos below" not in page.text, "neither configured nor to be found"
+
+
 def test_identical_videos_are_called_out(tmp_path: Path) -> None:
     run = RunMaker(tmp_path / "run", SMALL)
     for stage in STAGES_IN_ORDER[:5]:
@@ -327,7 +356,7 @@ def test_one_prompt_one_method(tmp_path: Path) -> None:
     shape = replace(SMALL, held_out=("a boat",), methods=("s2q",))
     run = RunMaker(tmp_path / "run", shape).everything()
     data = read_run(run.directory.path)
-    assert not any(cell.best for _, cells in table(measure(data)) for cell in cells)
+    assert not any(cell.best for _, cells in table(measure(data)).rows for cell in cells)
     assert "mean ± sd, 1 held-out prompt" in _page_of(run.directory.path).text
 
 

@@ -95,8 +95,9 @@ def test_rows(results: StudyResults) -> None:
     assert other.psnr.difference.half_width == pytest.approx(stats.t.ppf(0.975, 1) * math.sqrt(4 / 4))
     assert dict(other.means) == {"ssim": 0.5, "recognized": 0.5, "effective_density": 0.25}
     assert (other.compression, other.distillation_seconds) == (3.5, 10.5)
-    assert rows[REFERENCE].psnr is not None
-    assert rows[REFERENCE].psnr.difference is None
+    reference = rows[REFERENCE].psnr
+    assert reference is not None
+    assert reference.difference is None
     assert (rows[BROKEN].n, rows[BROKEN].psnr_db, len(rows[BROKEN].failures)) == (0, None, 2)
     assert rows[NOISE_FLOOR].psnr_db == 50.5
     assert other.block_error_db == pytest.approx(-10.0)
@@ -146,8 +147,9 @@ def test_velocities_are_compared_over_videos_and_calibrations(results: StudyResu
     assert velocity.difference.mean == pytest.approx(2.05)
     expected = stats.t.ppf(0.975, degrees) * math.sqrt(sum(squares) / 4)
     assert velocity.difference.half_width == pytest.approx(expected)
-    assert rows[OTHER].early_commit is not None
-    assert rows[OTHER].early_commit.mean.mean == pytest.approx(45.5)
+    early = rows[OTHER].early_commit
+    assert early is not None
+    assert early.mean.mean == pytest.approx(45.5)
     heads, _, *lines = (line.split(" | ") for line in markdown_table(found).splitlines())
     cells = dict(zip(heads, lines[1], strict=True))
     assert cells["velocity SQNR, to a \\| b <i>, dB"].startswith("+2.05 [")
@@ -175,8 +177,9 @@ def test_forks_are_counted_below_the_valley(results: StudyResults) -> None:
     forks = rows[OTHER].forks
     assert forks is not None
     assert (forks.share.value, forks.share.num, forks.p) == (0.5, 6, 0.25)
-    assert rows[REFERENCE].forks is not None
-    assert (rows[REFERENCE].forks.share.value, rows[REFERENCE].forks.p) == (0.0, None)
+    none = rows[REFERENCE].forks
+    assert none is not None
+    assert (none.share.value, none.p) == (0.0, None)
     typical = rows[OTHER].typical_difference
     assert typical is not None
     assert typical.num == 6
