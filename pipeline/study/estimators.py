@@ -143,7 +143,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     num = only_first + only_second
-    tail: float = sum(math.comb(num, k) for k in range(min(only_first, only_second) + 1)) / 2.0**num
+    tail = float(sum(math.comb(num, k) for k in range(min(only_first, only_second) + 1)) / 2**num)
     return min(1.0, 2 * tail)
 
 

@@ -22,7 +22,9 @@ from workers.messages import (
     RunSource,
     SampleUnit,
     Sharding,
+    StepWeightsUnit,
     TrajectorySettings,
+    VelocityUnit,
 )
 from workers.trajectory_worker import TrajectoryWorker
 
@@ -58,8 +60,15 @@ def main(run: Path, sharding: Sharding) -> None:
     activations.run(third, ignore) if rank == 0 else activations.shadow(third, ignore)
     del activations
     evaluation = EvaluationWorker(EvaluationSettings(source, GENERATION, None, films=False, sharding=sharding))
-    for noise_floor in (False, True):
-        unit = EvaluationUnit(f"full_precision-{noise_floor}", PROMPTS[0], None, noise_floor)
+    name, first = "full_precision-False", PROMPTS[:1]
+    stored = (f"evaluation/{name}",)
+    units: list[EvaluationUnit | VelocityUnit | StepWeightsUnit] = [
+        EvaluationUnit(name, PROMPTS[0], None, keep_latents=True, keep_velocity=True),
+        EvaluationUnit("full_precision-True", PROMPTS[0], None, noise_floor=True),
+        StepWeightsUnit("step_weights", tuple(first), stored, (0, 1), 1),
+        VelocityUnit("noise_floor-velocity-000", tuple(first), stored, None),
+    ]
+    for unit in units:
         if rank == 0:
             result = {**evaluation.run(unit, ignore).result, "seconds_per_step": None}
             (run / f"{unit.name}.json").write_text(json.dumps(result))
