@@ -84,12 +84,12 @@ class ResidualSpec:
         Raises:
             ValueError: a key is unknown, or `gain` is no list.
         """
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
         gain = values.get("gain")
-        if unknown or not (gain is None or isinstance(gain, list | tuple)):
-            raise ValueError(
-                f"sparse_attention: residual has unknown keys {unknown}, or a gain that is no list: {dict(values)!r}"
-            )
+        problems = [f"unknown key residual.{key}" for key in sorted(set(values) - {f.name for f in fields(cls)})]
+        if not (gain is None or isinstance(gain, list | tuple)):
+            problems.append(f"residual.gain is {gain!r}; a list of factors, one a lag, or null")
+        if problems:
+            raise ValueError("sparse_attention: " + "; ".join(problems))
         return cls(**{**values, "gain": None if gain is None else tuple(gain)})
 
 
