@@ -8,7 +8,7 @@
 | distillation | a method's segments, and one for its linears outside the blocks | from the model's blocks |
 | refinement | one a method that asks for it | from the configuration |
 | assembly | one a method | from the configuration |
-| evaluation | one a held-out prompt and model: full precision, noise floor if asked for, methods | from the configuration |
+| evaluation | one a prompt and model: full precision, noise floor if asked for, methods, settings | from the configuration |
 | the same, teacher-forced | one for the weights of the steps; one a model and group of prompts | from the configuration |
 
 The driver's stages, `plan`, `status` and the report all take their units from here. Imports no torch.
@@ -158,7 +158,12 @@ def refined_methods(config: RunConfig) -> tuple[str, ...]:
 def evaluated_models(config: RunConfig) -> tuple[str, ...]:
     """Models that generate the held-out prompts, in the order of the evaluation."""
     floor = (NOISE_FLOOR,) if config.evaluation.noise_floor else ()
-    return (FULL_PRECISION, *floor, *(method.name for method in config.methods))
+    return (FULL_PRECISION, *floor, *(method.name for method in config.methods), *config.evaluation.settings)
+
+
+def method_of(config: RunConfig, model: str) -> str:
+    """Name of the method whose checkpoint an evaluated model is; a setting's is that of the run's `method`."""
+    return config.method.name if model in config.evaluation.settings else model
 
 
 def _recorded_segments(

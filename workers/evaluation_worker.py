@@ -16,6 +16,7 @@ import reelquant  # noqa: F401  (registers the checkpoint format with diffusers)
 from reelquant.attention.sparse_attention import SparseAttention, Visited
 from storage.manifest import OutputFile
 from storage.run_directory import EVALUATION, RunDirectory
+from workers.checkpoint_settings import apply_settings
 from workers.fidelity import fidelity
 from workers.generation import generate
 from workers.kept_pipeline import full_precision, let_go
@@ -82,6 +83,8 @@ class EvaluationWorker:
             self._settings.source.model if unit.checkpoint is None else self._run.store.local_folder(unit.checkpoint)
         )
         pipeline = self._pipeline(folder, self._dtype)
+        if unit.checkpoint is not None:
+            apply_settings(pipeline, unit.knobs)
         sparse = _counted(pipeline)
         velocities, name = Velocities(), f"{EVALUATION}/{unit.name}"
         with velocities.kept(pipeline) if unit.keep_velocity else nullcontext():
@@ -139,6 +142,7 @@ class EvaluationWorker:
             pipeline = self._pipeline(self._settings.source.model, torch.bfloat16)
         else:
             pipeline = self._pipeline(self._run.store.local_folder(unit.checkpoint), self._dtype)
+            apply_settings(pipeline, unit.knobs)
         sparse = _counted(pipeline)
         with attention_backend(OTHER_ATTENTION) if unit.checkpoint is None else nullcontext():
             errors = velocity_errors(

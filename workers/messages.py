@@ -287,6 +287,10 @@ class EvaluationUnit:
     prompt: PromptUnit
     checkpoint: str | None
     """Path in the run directory; None is the full-precision model."""
+    setting: str | None = None
+    """Name of the setting of the checkpoint; None for the checkpoint as it is."""
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    """What that changes: arguments of `SparseAttention.configure`."""
     noise_floor: bool = False
     """Compare the full-precision model in bfloat16 with itself under another attention backend, and store no video."""
     reference: str | None = None
@@ -310,6 +314,8 @@ class VelocityUnit:
     checkpoint: str | None
     """Path in the run directory; None is the noise floor: the full-precision model in bfloat16 under another attention
     backend."""
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    """As of `EvaluationUnit`."""
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,18 @@ class AssemblyConfig(Section):
 class EvaluationConfig(Section):
     """Comparison on held-out prompts, same seeds."""
 
-    ADDED = frozenset({"settings"})
+    ADDED = frozenset(
+        {
+            "settings",
+            "seed",
+            "velocity_prompts",
+            "prompts_per_pass",
+            "weight_steps",
+            "weight_prompts",
+            "decision_steps",
+            "fork_db",
+        }
+    )
 
     recognizer: LocalPath | None = None
     """Folder of the digit recognizer; only models that draw digits have a recognition rate."""

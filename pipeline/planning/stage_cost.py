@@ -159,7 +159,9 @@ class CostModel:
             operations += forward * (steps * measured * len(velocity_models(config)))
             operations += forward * (sum(steps - 1 - step for step in perturbed) * config.evaluation.weight_prompts)
             at_once = min(config.evaluation.prompts_per_pass, max(measured, len(perturbed) + 1))
-        return StageCost(self._pipeline_bytes + max(max(map(self._beside_weights, passes)) * at_once, decoding), operations)
+        return StageCost(
+            self._pipeline_bytes + max(max(map(self._beside_weights, passes)) * at_once, decoding), operations
+        )
 
     def distillation(self) -> StageCost:
         """All methods."""

@@ -80,8 +80,10 @@ class Cell:
 
 
 def measure(run: RunData) -> tuple[ModelMeasurements, ...]:
-    """Full precision first, then the methods in the run's order; models without any result and checkpoint too."""
-    return tuple(_measured(run, name, _recorded(run)) for name in (FULL_PRECISION, *run.method_names))
+    """Full precision first, then the methods in the run's order and the settings of the first one's checkpoint; models without
+    any result and checkpoint too."""
+    errors = _recorded(run)
+    return tuple(_measured(run, name, errors) for name in (FULL_PRECISION, *run.method_names, *run.setting_names))
 
 
 def measure_noise_floor(run: RunData) -> ModelMeasurements | None:

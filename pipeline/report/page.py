@@ -115,7 +115,10 @@ def _view(run: RunData) -> dict[str, Any]:
         "identical": all_identical(models),
         "tiles": _tiles(run, models),
         "metrics": metrics if any(model.results or model.compression for model in models) else None,
-        "presets": {method["name"]: method["preset"] for method in run.methods},
+        "presets": {
+            **{method["name"]: method["preset"] for method in run.methods},
+            **dict.fromkeys(run.setting_names, f"{run.method_names[0]}, other settings"),
+        },
         "num_held_out": run.config["prompts"]["num_held_out"],
         "missing_lpips": missing_lpips(models) if any(model.values("psnr_db") for model in models) else None,
         "recognizer": run.config["evaluation"]["recognizer"],

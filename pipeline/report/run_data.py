@@ -58,6 +58,11 @@ class RunData:
         """The run's method first."""
         return tuple(method["name"] for method in self.methods)
 
+    @property
+    def setting_names(self) -> tuple[str, ...]:
+        """Settings of the method's checkpoint with which it is evaluated too."""
+        return tuple(self.config["evaluation"].get("settings", {}))
+
     def record(self, stage: str, unit: str) -> UnitRecord | None:
         """One record, if the unit is done."""
         return next((r for r in self.stages[stage].records if r.unit == unit), None)

@@ -6,13 +6,13 @@ teacher-forced passes of the checkpoints over what the full-precision model has 
 | full precision, noise floor: a prompt | - |
 | weights of the steps | full precision of the prompts that it perturbs |
 | noise floor, teacher-forced: a group of prompts | full precision of the group |
-| method: a prompt | its checkpoint, full precision of the prompt |
-| method, teacher-forced: a group of prompts | its checkpoint, full precision of the group |
+| method or setting: a prompt | its checkpoint, full precision of the prompt |
+| the same, teacher-forced: a group of prompts | its checkpoint, full precision of the group |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.run_units import (
     STEP_WEIGHTS,
     evaluated_models,
     evaluation_name,
+    method_of,
     velocity_groups,
     velocity_models,
     velocity_name,
@@ -88,18 +89,21 @@ class Evaluation:
         depends = {"keeps": [payload.keep_latents, payload.keep_velocity], "upstream": ""}
         return self._video(run, payload, FULL_PRECISION, depends)
 
-    def _compared(self, run: Run, prompt: PromptUnit, method: str) -> StageUnit:
+    def _compared(self, run: Run, prompt: PromptUnit, model: str) -> StageUnit:
+        method, knobs = _checkpoint_of(run, model)
         assembled = require(run, "assembly", method).fingerprint
         reference = evaluation_name(FULL_PRECISION, prompt.name)
         upstream = {"assembly": assembled, "reference": require(run, self.name, reference).fingerprint}
         payload = EvaluationUnit(
-            evaluation_name(method, prompt.name),
+            evaluation_name(model, prompt.name),
             prompt,
             checkpoint_path(run, method),
+            model if model != method else None,
+            knobs,
             reference=f"{EVALUATION}/{reference}",
             compare_latents=run.context.config.num_velocity_prompts > 0,
         )
-        return self._video(run, payload, method, {"upstream": fingerprint(upstream)})
+        return self._video(run, payload, method, {"upstream": fingerprint(upstream), **_covered(knobs)})
 
     def _video(self, run: Run, payload: EvaluationUnit, model: str, depends: dict[str, Any]) -> StageUnit:
         settings = self.settings(run)
@@ -143,20 +147,33 @@ class Evaluation:
 
     def _velocity(self, run: Run, model: str, index: int, group: Sequence[str]) -> StageUnit:
         prompts = tuple(prompt for prompt in run.context.held_out_prompts if prompt.name in group)
-        checkpoint = None if model == NOISE_FLOOR else checkpoint_path(run, model)
+        method, knobs = _checkpoint_of(run, model)
+        checkpoint = None if model == NOISE_FLOOR else checkpoint_path(run, method)
         # The noise floor's other attention stands in place of a checkpoint.
-        of = OTHER_ATTENTION if checkpoint is None else require(run, "assembly", model).fingerprint
-        payload = VelocityUnit(velocity_name(model, index), prompts, _trajectories(prompts), checkpoint)
+        of = OTHER_ATTENTION if checkpoint is None else require(run, "assembly", method).fingerprint
+        payload = VelocityUnit(velocity_name(model, index), prompts, _trajectories(prompts), checkpoint, knobs)
         depends = {
             **run.context.evaluation_fingerprint(),
             "model_of": of,
             "trajectories": self._references(run, prompts),
+            **_covered(knobs),
         }
-        return unit(self.name, payload.name, payload, depends, affinity=model, shared=checkpoint is None)
+        return unit(self.name, payload.name, payload, depends, affinity=method, shared=checkpoint is None)
 
     def _references(self, run: Run, prompts: Sequence[PromptUnit]) -> list[str]:
         names = [evaluation_name(FULL_PRECISION, prompt.name) for prompt in prompts]
         return [record.fingerprint for record in require_all(run, self.name, names)]
+
+
+def _checkpoint_of(run: Run, model: str) -> tuple[str, dict[str, Any]]:
+    """The method whose checkpoint a model is, and what of its settings is changed."""
+    config = run.context.config
+    setting = config.evaluation.settings.get(model)
+    return method_of(config, model), {} if setting is None else setting.knobs()
+
+
+def _covered(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"knobs": dict(knobs)} if knobs else {}
 
 
 def _trajectories(prompts: Sequence[PromptUnit]) -> tuple[str, ...]:

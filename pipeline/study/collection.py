@@ -23,13 +23,14 @@ from workers.messages import EvaluationUnit
 def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
     """Reads what the runs measured. Of a run that failed before its evaluation nothing is taken: what lies there may be of an
     older configuration."""
-    settings: dict[str, dict[int, SeedResult]] = {setting.name: {} for setting in study.settings}
+    settings: dict[str, dict[int, SeedResult]] = {row.name: {} for row in study.rows}
     shared: dict[str, dict[int, dict[str, UnitRecord]]] = {FULL_PRECISION: {}, NOISE_FLOOR: {}}
     ambiguous, devices = False, []
     for planned in study.runs:
         failure = outcome.failures.get(planned.label)
-        result, records = _seed_result(planned, outcome.runs[planned.label], failure)
-        settings[planned.setting.name][planned.seed] = result
+        results, records = _seed_results(planned, outcome.runs[planned.label], failure)
+        for name, result in results.items():
+            settings[name][planned.seed] = result
         for kind, found in records.items():
             devices += [record.device for record in found.values()]
             known = shared[kind].setdefault(planned.config.evaluation_seed, {}) if kind in shared else {}
@@ -44,13 +45,16 @@ def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
     return StudyResults(study, settings, full, floor, tuple(dict.fromkeys(devices)))
 
 
-def _seed_result(
+def _seed_results(
     planned: StudyRun, run: Run, failure: Failure | None
-) -> tuple[SeedResult, dict[str, dict[str, UnitRecord]]]:
-    """The result, and the evaluation's records by kind (a setting's own under its name) and prompt."""
+) -> tuple[dict[str, SeedResult], dict[str, dict[str, UnitRecord]]]:
+    """The results of the setting and of the other settings of its checkpoint, by row, and the evaluation's records by kind (a
+    row's own under its name) and prompt."""
     message = None if failure is None else str(failure)
+    evaluated = (run.context.methods[0].name, *planned.config.evaluation.settings)
+    models = dict(zip(evaluated, (row.name for row in planned.rows), strict=True))
     if failure is not None and failure.stage != Evaluation.name:
-        return SeedResult(planned.label, message), {}
+        return {row: SeedResult(planned.label, message) for row in models.values()}, {}
     records: dict[str, dict[str, UnitRecord]] = {}
     done: dict[str, UnitRecord] = {}
     for unit in known_units(Evaluation(), run):
@@ -58,30 +62,34 @@ def _seed_result(
         if record is not None:
             done[unit.name] = record
         if record is not None and isinstance(unit.payload, EvaluationUnit):
-            model = FULL_PRECISION if unit.payload.checkpoint is None else planned.setting.name
+            of = unit.payload.setting or run.context.methods[0].name
+            model = FULL_PRECISION if unit.payload.checkpoint is None else models[of]
             kind = NOISE_FLOOR if unit.payload.noise_floor else model
             records.setdefault(kind, {})[unit.payload.prompt.name] = record
     errors = recorded(run.context.config, lambda name: done[name].result if name in done else None)
     assembled = run.manifest.read("assembly", run.context.methods[0].name)
     size = {} if assembled is None else assembled.result
     distilled = _segments(run)
-    own, method = records.pop(planned.setting.name, {}), run.context.methods[0].name
-    result = SeedResult(
-        planned.label,
-        message,
-        _merged(_numbers(own), errors.scores(method)),
-        size.get("transformer_bytes"),
-        size.get("compression"),
-        round(sum(record.seconds for record in distilled), 3),
-        _block_errors(run, distilled),
-        tuple(dict.fromkeys(record.device for record in distilled)),
-        errors.velocity_errors.get(method, {}),
-        errors.latent_errors.get(method, {}),
-        errors.step_weights,
-        errors.decision_steps,
-        errors.scores(NOISE_FLOOR_MODEL),
-    )
-    return result, records
+    blocks = _block_errors(run, distilled)
+    results = {
+        row: SeedResult(
+            planned.label,
+            message,
+            _merged(_numbers(records.pop(row, {})), errors.scores(model)),
+            size.get("transformer_bytes"),
+            size.get("compression"),
+            round(sum(record.seconds for record in distilled), 3),
+            blocks,
+            tuple(dict.fromkeys(record.device for record in distilled)),
+            errors.velocity_errors.get(model, {}),
+            errors.latent_errors.get(model, {}),
+            errors.step_weights,
+            errors.decision_steps,
+            errors.scores(NOISE_FLOOR_MODEL),
+        )
+        for model, row in models.items()
+    }
+    return results, records
 
 
 def _segments(run: Run) -> list[UnitRecord]:

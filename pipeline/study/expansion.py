@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,8 @@ class Setting:
     """By dotted key: those of the study, of the setting and of its place on the axes, in this order."""
     axes: Mapping[str, Any]
     """Its place on them."""
-    group: int
-    """Index of the file's setting that it comes from."""
+    group: int | None
+    """Index of the file's setting that it comes from; None for another setting of one's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,22 @@ class StudyRun:
         """Its directory."""
         return self.config.run.absolute()
 
+    @property
+    def rows(self) -> tuple[Setting, ...]:
+        """What it measures: its setting, then the other settings of its checkpoint."""
+        own = self.setting
+        others = [
+            replace(
+                own,
+                name=f"{own.name} / {name}",
+                overrides={**own.overrides, f"evaluation.settings.{name}": knobs.knobs()},
+                axes={},
+                group=None,
+            )
+            for name, knobs in self.config.evaluation.settings.items()
+        ]
+        return own, *others
+
 
 @dataclass(frozen=True)
 class Study:
@@ -131,6 +147,11 @@ class Study:
     settings: tuple[Setting, ...]
     runs: tuple[StudyRun, ...]
     """Seed by seed, the settings in the file's order."""
+
+    @property
+    def rows(self) -> tuple[Setting, ...]:
+        """Rows of its tables: every setting, and behind it the other settings of its checkpoint."""
+        return tuple(row for setting in self.settings for row in self.runs_of(setting)[0].rows)
 
     def runs_of(self, setting: Setting) -> list[StudyRun]:
         """One a seed."""
@@ -155,10 +176,13 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     base = written.base()
     last = dict(parse_override(override) for override in overrides)
     settings, problems = _expand(written, last)
-    if written.reference is not None and written.reference not in [setting.name for setting in settings]:
-        names = ", ".join(repr(setting.name) for setting in settings)
-        problems.append(f"reference: no setting is named {written.reference!r}; there are {names}")
     runs, config_problems = _configurations(written, settings, base)
+    rows = list(
+        dict.fromkeys([*(setting.name for setting in settings), *(row.name for run in runs for row in run.rows)])
+    )
+    if written.reference is not None and written.reference not in rows:
+        names = ", ".join(map(repr, rows))
+        problems.append(f"reference: no setting is named {written.reference!r}; there are {names}")
     problems = [*problems, *config_problems] or _not_shared([run.config for run in runs])
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])

@@ -53,7 +53,7 @@ def render(results: StudyResults) -> str:
     return environment.get_template("study.html.j2").render(
         {
             "name": results.study.location.name,
-            "settings": results.study.settings,
+            "settings": results.study.rows,
             "seeds": results.study.written.seeds,
             "reference": results.study.written.reference,
             "provenance": {"commit": found["commit"] or "not in a git checkout", "python": found["python"]}
@@ -71,7 +71,7 @@ def render(results: StudyResults) -> str:
             "fork_db": results.fork_db(),
             "overrides": [
                 (setting.name, [(key, str(value)) for key, value in setting.overrides.items()])
-                for setting in results.study.settings
+                for setting in results.study.rows
             ],
         }
     )
@@ -85,7 +85,7 @@ def _prompt_rows(results: StudyResults, rows: Sequence[Row]) -> list[tuple[str, 
             for seed, found in results.settings[setting.name].items()
             for prompt, values in found.prompts.items()
         }
-        for setting in results.study.settings
+        for setting in results.study.rows
     ]
     videos = sorted({video for found in by_setting for video in found})
     return [
@@ -101,7 +101,7 @@ def _block_rows(results: StudyResults) -> list[tuple[str, list[str]]]:
     """Mean over seeds of every block's error, to the reference where there is one; one column a setting."""
     reference = results.study.written.reference
     columns: list[dict[str, list[float]]] = []
-    for setting in results.study.settings:
+    for setting in results.study.rows:
         values: dict[str, list[float]] = {}
         for seed, found in results.block_errors(setting.name).items():
             base = None if reference is None else results.block_errors(reference).get(seed)

@@ -157,7 +157,7 @@ class StudyResults:
         against = self._prompts(reference) if reference is not None else {}
         blocks_against = self.block_errors(reference) if reference is not None else {}
         rows = []
-        for setting in self.study.settings:
+        for setting in self.study.rows:
             seeds = self.settings[setting.name]
             failures = tuple(f"seed {seed}: {found.failure}" for seed, found in seeds.items() if found.failure)
             others = {} if setting.name == reference else against
@@ -197,7 +197,7 @@ class StudyResults:
                 "axes": dict(setting.axes),
                 "seeds": {str(seed): asdict(found) for seed, found in self.settings[setting.name].items()},
             }
-            for setting in self.study.settings
+            for setting in self.study.rows
         ]
         return {
             "format_version": FORMAT_VERSION,

@@ -44,7 +44,8 @@ def test_one_calibration_or_one_video_is_an_ordinary_interval() -> None:
     expected = mean_interval(list(values.values()))
     assert expected is not None
     assert expected.half_width is not None
-    for crossed in (crossed_interval({0: values}), crossed_interval({seed: {"p": x} for seed, x in enumerate(values.values())})):
+    by_seed = {seed: {"p": x} for seed, x in enumerate(values.values())}
+    for crossed in (crossed_interval({0: values}), crossed_interval(by_seed)):
         assert crossed is not None
         assert crossed.mean == pytest.approx(expected.mean)
         assert crossed.half_width == pytest.approx(expected.half_width)

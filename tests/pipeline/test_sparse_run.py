@@ -11,6 +11,7 @@ import pytest
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.context import build_context
 from pipeline.plan import plan_config
+from storage.manifest import Manifest
 from tests.errors import raises
 from tests.pipeline.small_run import call, small_run
 
@@ -28,8 +29,10 @@ BLOCKS = [f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_b
 
 @pytest.mark.ray
 def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_path: Path) -> None:
-    done = call("run", str(small_run(tmp_path, method=METHOD, bits=BITS)))
+    evaluation = {"settings": {"wide": {"density": 0.6}}}
+    done = call("run", str(small_run(tmp_path, method=METHOD, bits=BITS, evaluation=evaluation)))
     assert done.returncode == 0, done.stdout + done.stderr
+    manifest = Manifest(tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint"
     stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
     # Of the three steps the first is protected: the noise levels are 1, 0.857 and 0.6.
@@ -39,16 +42,21 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
     assert set(sparse["head_kinds"]) == set(BLOCKS[1:])
     assert all(len(kinds) == 3 and set(kinds) <= {"s", "t"} for kinds in sparse["head_kinds"].values())
     assert (sparse["interval"], sparse["residual"]["rank"], sparse["precision"]) == (2, 8, "int8_16")
-    (record,) = (tmp_path / "run" / "manifest" / "evaluation").glob("s2q_quantsparse-*.json")
-    result = json.loads(record.read_text())["result"]
-    # One block of nine dense; of three steps two are refreshes, as by the interval.
-    assert result["effective_density"] == pytest.approx((9 + 1 + 8 * 0.4 + 9) / 27, abs=0.01)
-    assert result["psnr_db"] > 15
+    for model, density in (("s2q_quantsparse", 0.4), ("wide", 0.6)):
+        video, forced = (manifest.read("evaluation", f"{model}-{unit}") for unit in ("prompt-000", "velocity-000"))
+        assert video is not None
+        assert forced is not None
+        # One block of nine dense; of three steps two are refreshes, as by the interval.
+        expected = pytest.approx((9 + 1 + 8 * density + 9) / 27, abs=0.01)
+        assert video.result["effective_density"] == forced.result["effective_density"] == expected
+        assert video.result["psnr_db"] > 15
+        assert all(0 < error < 0.1 for error in forced.result["prompts"]["prompt-000"]["velocity_error"])
     for segment in (tmp_path / "run" / "manifest" / "distillation").glob("s2q_quantsparse-segment-*.json"):
         for block in json.loads(segment.read_text())["result"]["blocks"].values():
             assert set(block["attention_losses"]) == {"global", "local"}
     report = (tmp_path / "run" / "report.html").read_text()
     assert "s2q_quantsparse" in report
+    assert "s2q_quantsparse, other settings" in report
     refined = tmp_path / "run" / "manifest" / "refinement" / "s2q_quantsparse.json"
     measured = json.loads(refined.read_text())["result"]["residual"]
     assert measured["refresh_steps"] in ([0, 1], [0, 2])

@@ -29,6 +29,7 @@ from pipeline.study.preparation import prepare_study
 from storage.manifest import Manifest
 from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
 from storage.run_store import open_store
+from tests.errors import raises
 from tests.pipeline.small_run import ROOT, call, files, small_run
 from tests.s3_server import S3Server, new_prefix
 
@@ -78,6 +79,23 @@ def test_every_combination_of_the_axes_with_every_seed_is_a_run(tmp_path: Path) 
     assert {config.evaluation_seed for config in configs.values()} == {0}, "all calibrations meet the same noises"
     given = load_study(path, ["evaluation.seed=9"])
     assert {run.config.evaluation_seed for run in given.runs} == {9}
+
+
+def test_other_settings_of_a_checkpoint_are_rows_below_its_own(tmp_path: Path) -> None:
+    path = small_study(tmp_path)
+    document = yaml.safe_load(path.read_text())
+    thin = {"density": 0.3, "dense_steps": 1}
+    document["settings"][1]["set"] = {"method": "s2q_quantsparse", "evaluation.settings": {"thin": thin}}
+    document |= {"reference": "gptq 0.01 / thin"}
+    path.write_text(yaml.safe_dump(document))
+    study = load_study(path)
+    assert [row.name for row in study.rows] == ["naive <b>", "gptq 0.01", "gptq 0.01 / thin"]
+    assert study.rows[2].overrides["evaluation.settings.thin"] == thin
+    assert len(study.runs) == 4, "no run of their own"
+    document |= {"reference": "gptq 0.01 / thick"}
+    path.write_text(yaml.safe_dump(document))
+    with raises(ConfigError, "reference", "'gptq 0.01 / thick'", "'gptq 0.01 / thin'"):
+        load_study(path)
 
 
 def test_a_key_inside_a_method_that_is_only_a_name(tmp_path: Path) -> None:
