@@ -28,12 +28,12 @@ from workers.messages import (
     UnitOutput,
     VelocityUnit,
 )
-from workers.model_source import open_pipeline
+from workers.model_source import family_of_model, open_pipeline
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.perceptual import PerceptualDistance
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.recognition import DigitRecognizer
-from workers.step_effects import interpolated, step_effects
+from workers.step_effects import Trajectory, interpolated, rounding_errors, step_effects
 from workers.velocity_pass import Velocities, latent_errors, velocity_errors
 
 OTHER_ATTENTION = "_native_math"
@@ -158,28 +158,26 @@ class EvaluationWorker:
     def _step_weights(self, unit: StepWeightsUnit, progress: Progress) -> dict[str, Any]:
         """`weights` of all steps, and the `effects` that they are interpolated from, the mean over prompts."""
         pipeline = self._pipeline(self._settings.source.model, self._dtype)
+        family, generation = family_of_model(self._settings.source.model), self._settings.generation
+        # ZeRO-3 follows the order in which modules run: a pass without its blocks would mislead it.
+        leave_out = self._settings.sharding.kind != "deepspeed"
         total, found = len(unit.prompts), []
         for index, (prompt, name) in enumerate(zip(unit.prompts, unit.trajectories, strict=True)):
 
             def report(done: int, of: int, index: int = index) -> None:
                 progress(index * of + done, total * of)
 
+            latents, velocity = (self._store.read(f"{name}/{array}") for array in ("latents", "velocity"))
+            trajectory = Trajectory(prompt.prompt, latents, velocity)
+            errors = rounding_errors(
+                pipeline, family, trajectory, generation, steps=unit.steps, leave_out=leave_out, progress=report
+            )
             own = step_effects(
-                pipeline,
-                prompt.prompt,
-                self._settings.generation,
-                latents=self._store.read(f"{name}/latents"),
-                velocity=self._store.read(f"{name}/velocity"),
-                steps=unit.steps,
-                rows=unit.rows,
-                seed=unit_seed(self._settings.seed, "step_weights", prompt.name),
-                # ZeRO-3 follows the order in which modules run: a pass without its blocks would mislead it.
-                leave_out=self._settings.sharding.kind != "deepspeed",
-                progress=report,
+                pipeline, trajectory, generation, errors=errors, rows=unit.rows, leave_out=leave_out, progress=report
             )
             found.append(own)
         effects = {step: sum(own[step] for own in found) / total for step in unit.steps}
-        weights = interpolated(effects, self._settings.generation.num_inference_steps)
+        weights = interpolated(effects, generation.num_inference_steps)
         return {"weights": weights, "effects": [[step, effect] for step, effect in effects.items()]}
 
     def _output(self, outputs: Iterable[OutputFile], result: dict[str, Any]) -> UnitOutput:

@@ -419,7 +419,9 @@ class RunConfig(Section):
             return steps if given == "all" else int(given)
         methods = len(self.methods)
         generations = METRIC_FRAC * self.prompts.num_held_out * (1 + methods) - self.num_velocity_prompts * methods
-        return min(steps, max(2, int(2 * generations / self.evaluation.weight_prompts)))
+        # A perturbed step takes one forward pass to find its error and, on average, half a generation to roll it out.
+        each = (0.5 + 1 / steps) * self.evaluation.weight_prompts
+        return min(steps, max(2, int(generations / each)))
 
     @property
     def methods(self) -> tuple[MethodConfig, ...]:

@@ -157,7 +157,7 @@ class CostModel:
         if measured:
             perturbed = spread_steps(config.num_weight_steps, steps)
             operations += forward * (steps * measured * len(velocity_models(config)))
-            operations += forward * (sum(steps - 1 - step for step in perturbed) * config.evaluation.weight_prompts)
+            operations += forward * (sum(steps - step for step in perturbed) * config.evaluation.weight_prompts)
             at_once = min(config.evaluation.prompts_per_pass, max(measured, len(perturbed) + 1))
         return StageCost(
             self._pipeline_bytes + max(max(map(self._beside_weights, passes)) * at_once, decoding), operations

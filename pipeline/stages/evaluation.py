@@ -35,6 +35,7 @@ from storage.manifest import fingerprint
 from storage.run_directory import EVALUATION
 from workers.evaluation_worker import OTHER_ATTENTION, EvaluationWorker
 from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit, StepWeightsUnit, VelocityUnit
+from workers.rounded_outputs import BITS
 from workers.step_effects import PERTURBATION, spread_steps
 
 
@@ -141,7 +142,7 @@ class Evaluation:
             "trajectories": self._references(run, prompts),
             "steps": list(steps),
             "rows": payload.rows,
-            "perturbation": PERTURBATION,
+            "perturbation": [PERTURBATION, BITS],
         }
         return unit(self.name, payload.name, payload, depends, affinity=FULL_PRECISION, shared=True)
 

@@ -100,8 +100,8 @@ def test_by_default_the_metric_takes_15_percent_of_the_forward_passes(
     }  # fmt: skip
     found = parse_config(values, "test")
     generations = num_held_out * (1 + methods)
-    # A perturbed step takes half a generation on average.
-    metric = found.num_velocity_prompts * methods + found.num_weight_steps / 2
+    # A perturbed step takes a forward pass, and half a generation on average.
+    metric = found.num_velocity_prompts * methods + found.num_weight_steps * (0.5 + 1 / steps)
     assert metric <= 0.15 * generations + (0.5 if num_held_out > 7 else 1.0)
     assert found.num_velocity_prompts >= 1
     assert 2 <= found.num_weight_steps <= steps

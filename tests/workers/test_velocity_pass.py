@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
@@ -31,7 +31,9 @@ from workers.messages import (
     StepWeightsUnit,
     VelocityUnit,
 )
-from workers.model_source import open_pipeline
+from workers.model_source import family_of_model, open_pipeline
+from workers.rounded_outputs import rounded_blocks
+from workers.step_effects import Trajectory, rounding_errors, step_effects
 from workers.velocity_watch import teacher_forced, watched_velocities
 
 GENERATION = Generation(48, 64, 5, 4, 6.0, 32)
@@ -272,3 +274,46 @@ def test_passes_of_guidance_are_measured_beside_their_combination(
     assert [len(passes) for _, passes in seen] == [2, 2]
     for guided, (conditional, unconditional) in seen:
         torch.testing.assert_close(guided, unconditional + 3.0 * (conditional - unconditional))
+
+
+def test_rounded_outputs_are_those_of_rounded_weights(digits_model: Path) -> None:
+    one, other = (open_pipeline(digits_model, device=CPU, dtype=torch.float32).transformer for _ in range(2))
+    family = family_of_model(digits_model)
+    for name, layer in other.named_modules():
+        if isinstance(layer, nn.Linear) and name.startswith(family.block_names(other.config)):
+            grid = fit_per_channel(layer.weight, 4)
+            layer.weight.data = grid.dequantize(grid.round(layer.weight))
+    inputs = {
+        "hidden_states": torch.randn(1, one.config.in_channels, 2, 6, 8), "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 9, one.config.text_embed_dim),
+        "encoder_attention_mask": torch.ones(1, 9),
+        "pooled_projections": torch.randn(1, one.config.pooled_projection_dim), "guidance": torch.tensor([6000.0]),
+        "return_dict": False,
+    }  # fmt: skip
+    with torch.no_grad():
+        exact, expected = one(**inputs)[0], other(**inputs)[0]
+        with rounded_blocks(family, one):
+            found = one(**inputs)[0]
+        assert one(**inputs)[0].equal(exact), "nothing is left behind"
+    assert (expected - exact).norm() > 0.02 * exact.norm()
+    assert (found - expected).norm() < 1e-3 * (expected - exact).norm()
+
+
+def test_a_quantizers_error_lasts_and_the_effect_does_not_depend_on_its_size(
+    run: Path, trajectories: dict[str, dict[str, Any]], digits_model: Path
+) -> None:
+    pipeline = open_pipeline(digits_model, device=CPU, dtype=torch.float32)
+    trajectory = Trajectory(PROMPTS[3].prompt, stored(run, PROMPTS[3], "latents"), stored(run, PROMPTS[3], "velocity"))
+    family = family_of_model(digits_model)
+    errors = rounding_errors(pipeline, family, trajectory, GENERATION, steps=(1, 2), progress=ignore)
+    assert list(errors) == [1, 2]
+    every = rounding_errors(pipeline, family, trajectory, GENERATION, steps=(1, 2), leave_out=False, progress=ignore)
+    assert all(torch.equal(errors[step], every[step]) for step in errors), "what is left out does not count"
+    effects = step_effects(pipeline, trajectory, GENERATION, errors=errors, progress=ignore)
+    smaller = {step: 0.01 * error for step, error in errors.items()}
+    assert step_effects(pipeline, trajectory, GENERATION, errors=smaller, progress=ignore) == pytest.approx(
+        effects, rel=1e-3
+    )
+    noise = {step: torch.randn(error.shape) for step, error in errors.items()}
+    removed = step_effects(pipeline, trajectory, GENERATION, errors=noise, progress=ignore)
+    assert all(effects[step] > 3 * removed[step] for step in effects)
