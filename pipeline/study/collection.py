@@ -15,7 +15,8 @@ from pipeline.study.block_errors import BlockErrors
 from pipeline.study.driver import Failure, StudyOutcome
 from pipeline.study.expansion import Study, StudyRun
 from pipeline.study.quality_scores import recorded
-from pipeline.study.results import FULL_PRECISION, NOISE_FLOOR, Prompts, SeedResult, StudyResults
+from pipeline.study.results import StudyResults
+from pipeline.study.rows import FULL_PRECISION, NOISE_FLOOR, Prompts, SeedResult
 from storage.manifest import UnitRecord, fingerprint
 from workers.messages import EvaluationUnit
 

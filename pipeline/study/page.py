@@ -13,7 +13,8 @@ import pipeline.report
 from pipeline.report.quantities import NOTHING
 from pipeline.runner import provenance
 from pipeline.study import plots
-from pipeline.study.results import Row, StudyResults
+from pipeline.study.results import StudyResults
+from pipeline.study.rows import Row
 from pipeline.study.tables import cells, columns
 from storage.atomic_files import json_bytes
 from storage.run_store import open_store

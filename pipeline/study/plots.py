@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from pipeline.report.figure import ACCENT, MUTED, WARNING, Picture, figure, figure_text, to_picture
 from pipeline.study.intervals import Interval
-from pipeline.study.results import NOISE_FLOOR, Row, Score, StudyResults
+from pipeline.study.results import StudyResults
+from pipeline.study.rows import NOISE_FLOOR, Row, Score
 
 _LONGEST_NAME = 48
 _LOGARITHMIC_FROM = 50

@@ -10,7 +10,8 @@ from rich.measure import Measurement
 from pipeline.report.quantities import NOTHING, estimate_text, interval_text, seconds_text, share_text
 from pipeline.study.intervals import Interval
 from pipeline.study.quality_scores import THIRDS
-from pipeline.study.results import FULL_PRECISION, Forks, Row, Score, StudyResults
+from pipeline.study.results import StudyResults
+from pipeline.study.rows import FULL_PRECISION, Forks, Row, Score
 from pipeline.terminal import PlainTable, new_table, say_sentence, say_table
 
 _BY_THIRDS = "early / middle / late, dB"

@@ -17,7 +17,8 @@ from pipeline.study.block_errors import BlockErrors
 from pipeline.study.expansion import load_study
 from pipeline.study.intervals import mean_interval, t_cdf, t_quantile
 from pipeline.study.page import render
-from pipeline.study.results import FULL_PRECISION, NOISE_FLOOR, SeedResult, StudyResults
+from pipeline.study.results import StudyResults
+from pipeline.study.rows import FULL_PRECISION, NOISE_FLOOR, SeedResult
 from pipeline.study.tables import markdown_table, show_results
 
 REFERENCE, OTHER, BROKEN = "a | b <i>", "interval 3", "interval 5"
