@@ -66,7 +66,7 @@ def test_short_memory_costs_no_byte_and_a_unit_that_cannot_be_done_keeps_only_it
     assert {unit for unit, tries in told.items() if tries[-1][1] is None} == {
         "s2q-segment-000", "s2q-segment-002", "s2q-auxiliary"
     }  # fmt: skip
-    assert count(run, "evaluation") == {"full_precision-prompt-000": 1}
+    assert count(run, "evaluation") == {"full_precision-prompt-000": 1, "step_weights": 1}
     shown = " ".join(call("status", str(run)).stdout.split())
     assert "3 tries ran out of it; done with less, and more time: s2q-segment-000" in shown
     done = call(*arguments)

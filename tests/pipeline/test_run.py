@@ -49,7 +49,7 @@ def test_everything_is_there(finished_run: Path) -> None:
         for stage in ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
     }
     assert {stage: len(names) for stage, names in units.items()} == {
-        "trajectories": 2, "selection": 1, "activations": 3, "distillation": 4, "assembly": 1, "evaluation": 2,
+        "trajectories": 2, "selection": 1, "activations": 3, "distillation": 4, "assembly": 1, "evaluation": 4,
     }  # fmt: skip
     result = manifest.records("assembly")[0].result
     assert result["bits"] == "W4A6"
@@ -65,7 +65,7 @@ def test_everything_is_there(finished_run: Path) -> None:
     report = (run / "report.html").read_text()
     assert "<html" in report
     assert "How busy it was" in report
-    assert "Gantt chart of 13 attempts at units on 2 workers" in report
+    assert "Gantt chart of 15 attempts at units on 2 workers" in report
 
 
 def test_the_checkpoint_loads_in_a_fresh_process_and_saves_again(finished_run: Path, tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ def test_run_that_was_never_driven(run: RunDirectory) -> None:
     text = shown(run.path)
     assert "not started" in text
     assert rows(text)["Distillation"][0] == "0/?"
-    assert rows(text)["Evaluation"][0] == "0/3"
+    assert rows(text)["Evaluation"][0] == "0/6"
     assert (
-        "Running it again does: trajectories 2, selection 1, activations 2, distillation ?, assembly 2, evaluation 3."
+        "Running it again does: trajectories 2, selection 1, activations 2, distillation ?, assembly 2, evaluation 6."
         in text
     )
 
@@ -213,7 +213,7 @@ def test_finished_run(finished_run: Path, tmp_path: Path) -> None:
     status = read_status(run)
     assert {name: (stage.done, stage.total) for name, stage in status.stages.items()} == {
         "trajectories": (2, 2), "selection": (1, 1), "activations": (3, 3), "distillation": (4, 4), "refinement": (0, 0),
-        "assembly": (1, 1), "evaluation": (2, 2),
+        "assembly": (1, 1), "evaluation": (4, 4),
     }  # fmt: skip
     assert status.to_do == {}
     for stage in status.stages.values():

@@ -114,7 +114,7 @@ def test_a_study_in_a_bucket_as_a_job_then_once_more(s3: S3Server, tmp_path: Pat
         )
     assert open_store(place).read("study.json")
     shown = CliRunner().invoke(app, ["status", place]).output
-    assert re.search(r"^seed-0/naive .* assembly 1, evaluation 2$", shown, re.MULTILINE), shown
+    assert re.search(r"^seed-0/naive .* assembly 1, evaluation 4$", shown, re.MULTILINE), shown
 
 
 def test_a_job_that_fails_gives_its_exit_code_and_its_words(head: RayHead, tmp_path: Path) -> None:
