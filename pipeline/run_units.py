@@ -128,10 +128,16 @@ def velocity_name(model: str, group: int) -> str:
 def evaluation_names(config: RunConfig) -> list[str]:
     """Names of all units of the evaluation."""
     prompts, models = prompt_names(config.prompts.num_held_out), evaluated_models(config)
-    names = [evaluation_name(model, prompt) for model in models for prompt in prompts]
+    names = [evaluation_name(model, prompt) for model in models for prompt in prompts[: num_videos(config, model)]]
     groups = range(len(velocity_groups(config)))
     weights = [STEP_WEIGHTS] if groups else []
     return names + weights + [velocity_name(model, group) for model in velocity_models(config) for group in groups]
+
+
+def num_videos(config: RunConfig, model: str) -> int:
+    """Held-out prompts of which a model generates videos, from the top."""
+    held_out, given = config.prompts.num_held_out, config.evaluation.videos
+    return held_out if given is None or model == FULL_PRECISION else given
 
 
 def velocity_groups(config: RunConfig) -> list[list[str]]:
@@ -156,9 +162,10 @@ def refined_methods(config: RunConfig) -> tuple[str, ...]:
 
 
 def evaluated_models(config: RunConfig) -> tuple[str, ...]:
-    """Models that generate the held-out prompts, in the order of the evaluation."""
+    """Models that generate the held-out prompts, in the order of the evaluation; settings come by name, as a stored
+    configuration has them."""
     floor = (NOISE_FLOOR,) if config.evaluation.noise_floor else ()
-    return (FULL_PRECISION, *floor, *(method.name for method in config.methods), *config.evaluation.settings)
+    return (FULL_PRECISION, *floor, *(method.name for method in config.methods), *sorted(config.evaluation.settings))
 
 
 def method_of(config: RunConfig, model: str) -> str:

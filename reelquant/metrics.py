@@ -67,7 +67,9 @@ def trajectory_sqnr_db(errors: Sequence[float], weights: Sequence[float] | None 
     """
     weights = [1.0] * len(errors) if weights is None else weights
     if not errors or len(weights) != len(errors):
-        raise ValueError(f"there are {len(errors)} errors and {len(weights)} weights: give one weight a step")
+        raise ValueError(
+            f"there are {len(errors)} errors and {len(weights)} weights ({list(weights)}): give one weight a step"
+        )
     if min(weights) < 0.0 or not sum(weights) > 0.0:
         raise ValueError(f"weights are {list(weights)}: none may be negative, and one must be above 0")
     noise = sum(weight * error for weight, error in zip(weights, errors, strict=True))

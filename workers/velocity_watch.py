@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reelquant.diffusers_internals import execution_device
 from workers.messages import Generation, Progress
 
 Change = Callable[[int, Tensor], Tensor]
@@ -94,7 +95,7 @@ def run_latents(
         pipeline(
             list(prompts),
             **asdict(generation),
-            latents=latents.to(pipeline._execution_device),
+            latents=latents.to(execution_device(pipeline)),
             output_type="latent",
             callback_on_step_end=callback,
         )

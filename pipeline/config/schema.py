@@ -218,6 +218,7 @@ class EvaluationConfig(Section):
         {
             "settings",
             "seed",
+            "videos",
             "velocity_prompts",
             "prompts_per_pass",
             "weight_steps",
@@ -242,6 +243,9 @@ class EvaluationConfig(Section):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Of the held-out prompts' noises; null: the run's `seed`. A study gives all its runs the same, so that every calibration
     seed meets the same noises."""
+    videos: int | None = Field(default=None, ge=1)
+    """Held-out prompts, from the top, of which all models but the full-precision one generate videos; null: all. Forks and PSNR
+    need many, the velocity none."""
     velocity_prompts: int | None = Field(default=None, ge=0)
     """Held-out prompts, from the top, on whose full-precision trajectories every method's velocity is measured (teacher
     forcing); 0: none. null: `floor(0.15 num_held_out)`, 1 at least: with few methods and 7 prompts or more that, with the
@@ -383,6 +387,7 @@ class RunConfig(Section):
         held_out, measured = self.prompts.num_held_out, self.num_velocity_prompts
         limits: list[tuple[str, int | None, int, str]] = [
             ("velocity_prompts", evaluation.velocity_prompts, held_out, "prompts.num_held_out"),
+            ("videos", evaluation.videos, held_out, "prompts.num_held_out"),
             (
                 "weight_prompts",
                 evaluation.weight_prompts if measured else None,

@@ -44,7 +44,7 @@ from pipeline.planning.model_size import component_on_meta, components
 from pipeline.planning.operations import Operations
 from pipeline.planning.store_size import activation_bytes, hidden_size
 from pipeline.planning.token_counts import TokenCounts
-from pipeline.run_units import NOISE_FLOOR, evaluated_models, velocity_models
+from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, velocity_models
 from reelquant.attention.head_kind import NUM_ROWS
 from reelquant.calibration.spectral_norm import GRAMS_AT_ONCE, SUMMED_ROWS
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
@@ -147,12 +147,12 @@ class CostModel:
         perturbed. A quantized model is counted like the full-precision one."""
         decoding, decoded = decode_one(self._context.model.folder, self._counts, self._dtype)
         config, forward = self._context.config, Operations.of(self._forward)
-        passes = [self._forward] * len(evaluated_models(config))
+        passes = [(self._forward, num_videos(config, model)) for model in evaluated_models(config)]
         if NOISE_FLOOR in evaluated_models(config):
             with attention_backend(OTHER_ATTENTION):
-                passes.append(self._count_forward())
-        steps, prompts = config.generation.num_inference_steps, len(self._context.held_out_prompts)
-        operations = sum((Operations.of(run) * steps + decoded for run in passes), start=Operations()) * prompts
+                passes.append((self._count_forward(), num_videos(config, NOISE_FLOOR)))
+        steps = config.generation.num_inference_steps
+        operations = sum(((Operations.of(run) * steps + decoded) * num for run, num in passes), start=Operations())
         measured, at_once = config.num_velocity_prompts, 1
         if measured:
             perturbed = spread_steps(config.num_weight_steps, steps)
@@ -160,7 +160,8 @@ class CostModel:
             operations += forward * (sum(steps - step for step in perturbed) * config.evaluation.weight_prompts)
             at_once = min(config.evaluation.prompts_per_pass, max(measured, len(perturbed) + 1))
         return StageCost(
-            self._pipeline_bytes + max(max(map(self._beside_weights, passes)) * at_once, decoding), operations
+            self._pipeline_bytes + max(max(self._beside_weights(run) for run, _ in passes) * at_once, decoding),
+            operations,
         )
 
     def distillation(self) -> StageCost:

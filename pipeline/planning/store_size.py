@@ -6,7 +6,7 @@ import torch
 
 from pipeline.context import RunContext
 from pipeline.planning.token_counts import TokenCounts
-from pipeline.run_units import NOISE_FLOOR, evaluated_models, reads_activations
+from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, reads_activations
 from storage.zarr_layout import ArrayLayout
 
 
@@ -55,7 +55,8 @@ def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
     held_out = len(context.held_out_prompts)
     latents = held_out * array_bytes((steps + 1, *counts.latent_shape), torch.float32) if measured else 0
     velocities = measured * array_bytes((steps, *counts.latent_shape), torch.float32)
-    return held_out * len(models) * array_bytes(counts.video_shape, torch.uint8) + latents + velocities
+    videos = sum(num_videos(context.config, model) for model in models)
+    return videos * array_bytes(counts.video_shape, torch.uint8) + latents + velocities
 
 
 def hidden_size(context: RunContext) -> int:

@@ -25,6 +25,7 @@ from pipeline.run_units import (
     evaluated_models,
     evaluation_name,
     method_of,
+    num_videos,
     velocity_groups,
     velocity_models,
     velocity_name,
@@ -65,7 +66,7 @@ class Evaluation:
         plans = [
             UnitPlan(evaluation_name(model, prompt.name), partial(self._of_model, run, prompt, model))
             for model in evaluated_models(config)
-            for prompt in run.context.held_out_prompts
+            for prompt in run.context.held_out_prompts[: num_videos(config, model)]
         ]
         groups = velocity_groups(config)
         if groups:

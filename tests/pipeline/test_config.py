@@ -519,7 +519,7 @@ def context_with(folder: Path, settings: dict[str, Any], method: Any = SPARSE_ME
 
 
 def test_settings_of_the_checkpoint_are_checked_before_the_run(tmp_path: Path) -> None:
-    good = {
+    good: dict[str, dict[str, Any]] = {
         "thin": {"density": 0.15, "dense_steps": 3, "interval": 4, "precision": "int8_fp8"},
         "placed": {"refresh_steps": [0, 4, 7], "residual": {"order": 2, "gain": None, "rank": None, "storage": "full"}},
         "bare": {"dense_steps": 5, "residual": {"order": 0, "gain": None}},

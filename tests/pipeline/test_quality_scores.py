@@ -78,6 +78,7 @@ def test_the_decision_phase_ends_with_the_last_large_change() -> None:
     ("evaluation", "key"),
     [
         ({"velocity_prompts": 4}, "evaluation.velocity_prompts is 4"),
+        ({"videos": 4}, "evaluation.videos is 4"),
         ({"weight_prompts": 3}, "evaluation.weight_prompts is 3"),
         ({"weight_steps": 6}, "evaluation.weight_steps is 6"),
         ({"decision_steps": 6}, "evaluation.decision_steps is 6"),

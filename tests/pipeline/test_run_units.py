@@ -38,6 +38,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "noise floor": {"evaluation": {"noise_floor": True, "films": False}, "distillation": {"segment_length": "all"}},
+    "settings": {
+        "method": {"attention": {"density": 0.25}},
+        "evaluation": {
+            "settings": {"wide": {"density": 0.5}, "off": {"enabled": False}},
+            "videos": 1,
+            "noise_floor": True,
+        },
+    },
     "compare": {
         "compare": ["rtn", {"preset": "rtn", "name": "sparse", "attention": {"density": 0.5}}],
         "evaluation": {"noise_floor": True, "recognizer": str(ROOT / "assets" / "digit-recognizer")},

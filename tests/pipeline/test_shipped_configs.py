@@ -14,7 +14,7 @@ from tests.pipeline.small_run import ROOT
 
 CONFIGS = ROOT / "configs"
 SHIPPED = sorted([*CONFIGS.glob("*.yaml"), CONFIGS / "studies" / "base.yaml"])
-ABOUT_SELECTION = {"selection", "selection_finer"}
+ABOUT_SELECTION = {"selection", "selection_finer", "features"}
 """Studies that compare strategies."""
 THE_PAPER_S_ROW = {
     "joint": {"quantsparse": "random"},

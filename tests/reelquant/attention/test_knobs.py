@@ -43,7 +43,8 @@ def test_steps_are_those_of_the_schedule() -> None:
     placed = changed(SPEC, {"refresh_steps": [0, 2, 3, 11]})
     assert kinds(placed, "refresh") == [1, 2, 3, 11]
     assert changed(SPEC, {"refresh_at": placed.refresh_at}) == placed
-    for back in ({"interval": 4}, {"refresh_steps": []}):
+    ways_back: tuple[dict[str, Any], ...] = ({"interval": 4}, {"refresh_steps": []})
+    for back in ways_back:
         assert changed(placed, back) == SPEC
     assert kinds(changed(placed, {"density": 0.2}), "refresh") == [1, 2, 3, 11]
 
