@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.runner import provenance
+from pipeline.provenance import provenance
 from reelquant.checkpoint.reader import read_config
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families.family import family_of_architecture

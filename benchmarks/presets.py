@@ -21,8 +21,9 @@ from rich.console import Console
 
 from pipeline.config.loading import load_config
 from pipeline.context import Run, build_context
+from pipeline.provenance import provenance
 from pipeline.run_units import FULL_PRECISION
-from pipeline.runner import open_run, provenance, run_stages
+from pipeline.runner import open_run, run_stages
 
 MARKERS = ("<!-- presets -->", "<!-- /presets -->")
 METRICS = ("psnr_db", "ssim", "recognized")

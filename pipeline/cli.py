@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from pipeline.phase import phase
+from pipeline.provenance import provenance
 from pipeline.terminal import counted, say
 
 app = typer.Typer(
@@ -61,6 +63,24 @@ AddressOption = Annotated[
     ),
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as printed by `submit`.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        found = provenance()
+        say(Console(soft_wrap=True), f"reelquant {version('reelquant')}, commit {found['commit'] or 'unknown'}")
+        packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+        say(Console(soft_wrap=True), f"Python {found['python']}, {packages}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the versions and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @command()

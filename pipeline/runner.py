@@ -14,15 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import socket
-import subprocess
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -30,6 +25,7 @@ from pipeline.context import Run, RunContext
 from pipeline.drive import drive
 from pipeline.event_log import EventLog
 from pipeline.phase import phase
+from pipeline.provenance import provenance
 from pipeline.schedule import DrivenRun
 from pipeline.stages.activations import Activations
 from pipeline.stages.assembly import Assembly
@@ -72,20 +68,6 @@ def open_run(context: RunContext, *, update: bool) -> Run:
     """
     directory = RunDirectory.open_or_create(context.config.run, context.config.identity(), provenance(), update=update)
     return Run(context, directory, directory.manifest)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions and commit of this program; in a submitted job, where there is no git, the commit comes with the job."""
-    packages = ("torch", "diffusers", "transformers", "ray", "zarr", "safetensors", "numpy")
-    root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": commit or os.environ.get("REELQUANT_COMMIT"),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-    }
 
 
 def stages_until(last: str | None) -> tuple[Stage, ...]:

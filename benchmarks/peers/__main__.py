@@ -26,7 +26,7 @@ from benchmarks.peers.results import is_done, our_rows, row, table, write_table
 from benchmarks.peers.roster import PEERS, REFERENCE
 from pipeline.config.loading import load_config
 from pipeline.context import RunContext, build_context
-from pipeline.runner import provenance
+from pipeline.provenance import provenance
 from workers.process import device_name, prepare_process
 
 PROGRAMS = ("torch", "diffusers", "transformers")

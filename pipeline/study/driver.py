@@ -14,7 +14,8 @@ from rich.console import Console
 from cluster.units import UnitFailure, headline
 from pipeline.context import Run
 from pipeline.drive import drive
-from pipeline.runner import STAGES, driven_runs, open_run, provenance
+from pipeline.provenance import provenance
+from pipeline.runner import STAGES, driven_runs, open_run
 from pipeline.schedule import DrivenRun, Task
 from pipeline.stages.stage import Stage
 from pipeline.study.expansion import STUDY_FILE

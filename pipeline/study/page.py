@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import pipeline.report
+from pipeline.provenance import provenance
 from pipeline.report.quantities import NOTHING
-from pipeline.runner import provenance
 from pipeline.study import plots
 from pipeline.study.results import StudyResults
 from pipeline.study.rows import Row

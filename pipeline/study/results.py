@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.runner import provenance
+from pipeline.provenance import provenance
 from pipeline.study.block_errors import BlockErrors, difference_interval
 from pipeline.study.estimators import valley
 from pipeline.study.expansion import Study

@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_help_of_every_command(name: str) -> None:
     [usage] = [line for line in result.output.splitlines() if line.startswith("Usage:")]
     assert re.fullmatch(rf"Usage: \S.* {name} \[OPTIONS\]( [A-Z]+)+", usage)
     assert name in invoke("--help").output
+
+
+def test_version_names_program_and_packages() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"reelquant {version('reelquant')}, commit {commit.strip()}" in result.output
+    assert f"torch {version('torch')}" in result.output
 
 
 def test_an_unknown_stage_is_named_before_anything_else() -> None:
