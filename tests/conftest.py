@@ -43,6 +43,10 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+WAITING_FRAC = 0.6
+"""Part of all groups, in their order, within which those with Ray begin."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-golden", action="store_true", help="write what the golden run gives now to tests/golden/digests.json"
@@ -52,13 +56,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share something costly run in one process of pytest-xdist, as another would make it once more: those of a
-    module its clusters and models, those of several modules a finished run."""
+    module its clusters and models, those of several modules a finished run. Groups with Ray, which wait for other processes
+    for the most part, are spread among those that compute: were all at work at once, the cores would be idle later."""
+    groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.path.is_relative_to(ROOT / "tests" / "cluster"):
             item.add_marker("ray")
         finished = "finished_run" in getattr(item, "fixturenames", ())
         group = "finished_run" if finished else item.path.relative_to(ROOT).as_posix()
         item.add_marker(pytest.mark.xdist_group(group))
+        groups.setdefault(group, []).append(item)
+    # The largest group comes first, and what waits begins in the first part: nothing long is left for the end.
+    names = sorted(groups, key=lambda group: group != "finished_run")
+    waiting = [name for name in names if any(item.get_closest_marker("ray") for item in groups[name])]
+    computing = [name for name in names if name not in waiting]
+    places = {name: WAITING_FRAC * index / len(waiting) for index, name in enumerate(waiting)}
+    places |= {name: (index + 0.5) / len(computing) for index, name in enumerate(computing)}
+    items[:] = [item for name in sorted(places, key=places.__getitem__) for item in groups[name]]
 
 
 @pytest.fixture(autouse=True)
