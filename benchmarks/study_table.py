@@ -7,6 +7,8 @@ Reads a study's `results.json`, or what was recorded of one:
 Differences are paired over (seed, prompt) with the reference, with the 95 % interval of their mean. Where block errors were
 recorded, so are theirs over blocks, with the interval of the seeds (`pipeline.study.block_errors`); fewer dB are better. A
 study without videos has them by kind of block too.
+
+A study that measured the teacher-forced velocity is ranked by its SQNR, with the estimators of `pipeline.study.rows`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,22 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.report.quantities import NOTHING, estimate_text, interval_text
 from pipeline.study.block_errors import BlockErrors, block_kind, difference_interval
 from pipeline.study.intervals import Interval, mean_interval
+from pipeline.study.rows import Row, make_row
+from pipeline.study.tables import difference_text, forks_text, psnr_text, thirds_text
 
 Videos = dict[tuple[str, str], dict[str, Any]]
 Errors = dict[int, BlockErrors]
 """Of one setting's blocks, by seed."""
 WORST_SHARE = 0.05
+SHARED = ("full precision", "noise floor")
+"""Rows that belong to no setting and have no reference."""
 
 
 def by_setting(document: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +45,7 @@ def by_setting(document: dict[str, Any]) -> dict[str, Any]:
         setting["name"]: {seed: result["prompts"] for seed, result in setting["seeds"].items() if result["prompts"]}
         for setting in settings
     }
-    shared = {"full precision": document["full_precision"], "noise floor": document["noise_floor"]}
+    shared = dict(zip(SHARED, (document["full_precision"], document["noise_floor"]), strict=True))
     return found | {name: seeds for name, seeds in shared.items() if seeds}
 
 
@@ -95,8 +103,68 @@ def difference(interval: Interval | None) -> str:
     return f"{interval.mean:+.2f}" + ("" if interval.half_width is None else f" ± {interval.half_width:.2f}")
 
 
+def velocity_rows(document: dict[str, Any], reference: str) -> list[Row]:
+    """Settings and noise floor that have a velocity SQNR, best first; empty for a record without any."""
+    settings = {
+        name: {int(seed): prompts for seed, prompts in seeds.items()} for name, seeds in by_setting(document).items()
+    }
+    rows = [
+        make_row(
+            name,
+            None,
+            seeds,
+            {} if name in (reference, *SHARED) else settings[reference],
+            fork_db=document.get("fork_db"),
+        )
+        for name, seeds in settings.items()
+    ]
+    found = [(row.velocity.mean.mean, row) for row in rows if row.velocity is not None]
+    return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _without_twins(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose scores are all equal as one with their names, such as of a knob that changes nothing there."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        scores = [
+            None if s is None else tuple(s.seed_means.values()) for s in (row.velocity, row.early_commit, row.psnr)
+        ]
+        twin = found.get(tuple(scores))
+        found[tuple(scores)] = row if twin is None else replace(twin, name=f"{twin.name}, {row.name}")
+    return list(found.values())
+
+
+def velocity_table(rows: Sequence[Row], reference: str) -> str:
+    """Markdown, in the order of `rows`, equal ones in one line; without the columns that no row has anything to say under."""
+    shown = {
+        "effective density": any("effective_density" in row.means for row in rows),
+        "forks": any(row.forks is not None for row in rows),
+    }
+
+    def cells(row: Row) -> dict[str, str]:
+        velocity, density = row.velocity, row.means.get("effective_density")
+        found = {
+            "setting": row.name,
+            "seeds": f"{0 if velocity is None else len(velocity.seed_means)}",
+            "effective density": NOTHING if density is None else f"{100 * density:.1f} %",
+            "velocity SQNR, dB": interval_text(velocity.mean if velocity else None),
+            f"to {reference}, dB": difference_text(velocity.difference if velocity else None),
+            "early / middle / late, dB": thirds_text(row),
+            "early commit, dB": interval_text(row.early_commit.mean if row.early_commit else None),
+            "forks": forks_text(row.forks),
+            f"PSNR, to {reference}, dB": estimate_text(row.typical_difference),
+            "mean PSNR, dB": psnr_text(row),
+        }
+        return {name: text for name, text in found.items() if shown.get(name, True)}
+
+    texts = [cells(row) for row in _without_twins(rows)]
+    head = list(texts[0])
+    written = [f"| {' | '.join(line)} |" for line in (head, *(list(text.values()) for text in texts))]
+    return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
+
+
 def table(document: dict[str, Any], reference: str) -> str:
-    """Markdown, best first.
+    """Markdown, best first: by velocity SQNR where it was measured, otherwise by mean PSNR or block errors.
 
     Raises:
         ValueError: the document has no setting `reference`.
@@ -104,6 +172,8 @@ def table(document: dict[str, Any], reference: str) -> str:
     settings = by_setting(document)
     if reference not in settings:
         raise ValueError(f"no setting {reference!r}: there are {', '.join(sorted(settings))}")
+    if measured := velocity_rows(document, reference):
+        return velocity_table(measured, reference)
     base = videos(settings[reference])
     errors = block_errors(document, reference)
     has_videos = not errors or any(settings.values())

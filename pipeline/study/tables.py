@@ -61,7 +61,7 @@ def cells(results: StudyResults, row: Row, rows: Sequence[Row]) -> list[str]:
         f"velocity SQNR, to {reference}, dB": (
             "reference" if row.name == reference else difference_text(row.velocity.difference if row.velocity else None)
         ),
-        _BY_THIRDS: _thirds_text(row),
+        _BY_THIRDS: thirds_text(row),
         "early commit, dB": _mean_text(row.early_commit),
         "forks": forks_text(row.forks),
         f"PSNR, to {reference}, dB": "reference" if row.name == reference else estimate_text(row.typical_difference),
@@ -109,7 +109,8 @@ def _mean_text(score: Score | None) -> str:
     return interval_text(None if score is None else score.mean)
 
 
-def _thirds_text(row: Row) -> str:
+def thirds_text(row: Row) -> str:
+    """Velocity SQNR of the thirds of the schedule, such as `23.3 / 26.4 / 23.3`."""
     found = [row.means.get(f"velocity_sqnr_db_{part}") for part in THIRDS]
     return " / ".join(_number(value, 1) for value in found) if any(value is not None for value in found) else NOTHING
 

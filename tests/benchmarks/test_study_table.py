@@ -11,6 +11,7 @@ from benchmarks.study_table import main, table
 from tests.errors import raises
 
 ROOT = Path(__file__).parents[2]
+THIRDS = ("velocity_sqnr_db_early", "velocity_sqnr_db_middle", "velocity_sqnr_db_late")
 DOCUMENT = {
     "settings": {
         "naive": {"0": {"p0": {"psnr_db": 20.0, "ssim": 0.9}, "p1": {"psnr_db": 22.0, "ssim": 0.8}}},
@@ -68,6 +69,29 @@ def test_without_videos_block_errors_are_all_there_is_by_kind_too() -> None:
         "| part | 2 | +7.50 ± 31.77 | +5.00 ± 63.53 | +10.00 ± 0.00 |",
         "| rtn | 0 | - | - | - |",
     ]
+
+
+def test_a_study_with_velocities_is_ranked_by_them_not_by_its_videos() -> None:
+    def seeds(velocity: float, psnr: float) -> dict[str, object]:
+        scores = {"velocity_sqnr_db": velocity, **dict.fromkeys(THIRDS, velocity - 1)}
+        prompts = {"p0": {**scores, "psnr_db": psnr, "ssim": 0.9}, "p1": scores, "p2": {**scores, "psnr_db": psnr}}
+        return {"0": {"prompts": prompts}, "1": {"prompts": {name: prompts[name] for name in ("p0", "p1", "p2")}}}
+
+    document = study(**{"a-b": seeds(20.0, 40.0), "better": seeds(22.5, 30.0), "twin": seeds(22.5, 30.0)})
+    document |= {"fork_db": 35.0, "noise_floor": {"0": {"p0": {"velocity_sqnr_db": 36.0}}}}
+    head, _, *lines = table(document, "a-b").splitlines()
+    assert head == (
+        "| setting | seeds | velocity SQNR, dB | to a-b, dB | early / middle / late, dB | early commit, dB | forks "
+        "| PSNR, to a-b, dB | mean PSNR, dB |"
+    )
+    assert lines == [
+        "| noise floor | 1 | 36.00 | – | – | – | – | – | – |",
+        "| better, twin | 2 | 22.50 ± 0.00 | +2.50 [+2.50, +2.50] | 21.5 / 21.5 / 21.5 | – | 100 % [51, 100], p 0.12 | -10.00 "
+        "| 30.00 ± 0.00 |",
+        "| a-b | 2 | 20.00 ± 0.00 | – | 19.0 / 19.0 / 19.0 | – | 0 % [0, 49] | – | 40.00 ± 0.00 |",
+    ]
+    with raises(ValueError, "'x'", "a-b, better, noise floor, twin"):
+        table(document, "x")
 
 
 @pytest.mark.parametrize(
