@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study_table import main, table
+from benchmarks.study_table import main, table, velocity_rows
+from pipeline.study.rows import NOISE_FLOOR, flat_row
 from tests.errors import raises
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,9 @@ def test_without_videos_block_errors_are_all_there_is_by_kind_too() -> None:
     ]
 
 
+VELOCITY_ROWS = {"study_features": "uniform", "study_calibration": "rtn W4A8", "study_residual_kinds": "gain / order-1"}
+
+
 def test_a_study_with_velocities_is_ranked_by_them_not_by_its_videos() -> None:
     def seeds(velocity: float, psnr: float) -> dict[str, object]:
         scores = {"velocity_sqnr_db": velocity, **dict.fromkeys(THIRDS, velocity - 1)}
@@ -94,9 +98,41 @@ def test_a_study_with_velocities_is_ranked_by_them_not_by_its_videos() -> None:
         table(document, "x")
 
 
+@pytest.mark.parametrize(("name", "reference"), VELOCITY_ROWS.items())
+def test_rows_with_velocities_are_those_of_the_record(name: str, reference: str) -> None:
+    """Also of a record without the arrays of single steps."""
+    document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    recorded = {row["setting"]: row for row in document["table"] if row["velocity_sqnr_db"] is not None}
+    made = {row.name: flat_row(row) for row in velocity_rows(document, reference)}
+    assert len(made) == len(recorded)
+    for setting, row in made.items():
+        of_record = recorded[NOISE_FLOOR if setting == "noise floor" else setting]
+        for key in ("velocity_sqnr_db", "velocity_sqnr_db_difference_low", "early_commit_db", "forks_p", "psnr_db"):
+            assert row[key] == pytest.approx(of_record[key], rel=1e-9), (setting, key)
+
+
+def test_the_page_says_which_differences_at_w4a8_are_known_to_half_a_decibel() -> None:
+    document = json.loads((ROOT / "benchmarks" / "results" / "study_calibration.json").read_text())
+    presets = ("rtn", "quarot", "gptq", "s2q", "reelquant")
+    widths = {}
+    for second in presets:
+        for row in velocity_rows(document, f"{second} W4A8"):
+            first = row.name.removesuffix(" W4A8")
+            if first in presets and row.velocity is not None and row.velocity.difference is not None:
+                widths[frozenset((first, second))] = row.velocity.difference.half_width or 0.0
+    met = {pair: width for pair, width in widths.items() if width <= 0.5}
+    others = [width for pair, width in widths.items() if pair not in met]
+    assert met.keys() == {frozenset(("s2q", "gptq")), frozenset(("reelquant", "gptq"))}
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    s2q, ours = met[frozenset(("s2q", "gptq"))], met[frozenset(("reelquant", "gptq"))]
+    assert f"met by {len(met)} of {len(widths)} pairs, `s2q` - `gptq` (± {s2q:.2f})" in text
+    assert f"`reelquant` - `gptq` (± {ours:.2f}); the others have ± {min(others):.2f} to ± {max(others):.2f}" in text
+
+
 @pytest.mark.parametrize(
     ("name", "reference"),
     [
+        *VELOCITY_ROWS.items(),
         ("study_joint", "naive"),
         ("study_residual", "none"),
         ("study_selection", "uniform"),
