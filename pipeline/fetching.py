@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from storage.atomic_files import create_directory, partial_path, sha256_file, write_bytes_atomic
 from storage.location import Location
 from storage.manifest import OutputFile
-from storage.run_directory import REPORT, RunDirectory
+from storage.run_directory import EVALUATION, REPORT, RunDirectory
 from storage.run_store import open_store
 
 _STAGE = "assembly"
+_LINKED_FILM = re.compile(rb'<video src="%s/([A-Za-z0-9._=+-]+\.mp4)"' % EVALUATION.encode())
 
 
 def fetch_checkpoint(location: Location, folder: Path, *, method: str | None = None) -> int:
@@ -44,8 +47,20 @@ def fetch_checkpoint(location: Location, folder: Path, *, method: str | None = N
 
 
 def fetch_report(location: Location, folder: Path) -> Path:
-    """Copies the report of a run into a local folder; returns the copy's path."""
-    return fetch_file(RunDirectory.open(location).location, REPORT, folder)
+    """Copies the report of a run into a local folder, with the films that it plays from beside it; returns the copy's path.
+
+    The films go to a folder that has the run's name too, where the copy looks for them.
+    """
+    location = RunDirectory.open(location).location
+    store = open_store(location)
+    films = f"{location.name}-{EVALUATION}"
+    page = store.read(REPORT)
+    for name in sorted({found.decode() for found in _LINKED_FILM.findall(page)}):
+        create_directory(folder / films)
+        write_bytes_atomic(folder / films / name, store.read(f"{EVALUATION}/{name}"))
+    copy = folder / f"{location.name}-{REPORT}"
+    write_bytes_atomic(copy, _LINKED_FILM.sub(rb'<video src="' + quote(films).encode() + rb'/\1"', page))
+    return copy
 
 
 def fetch_file(location: Location, key: str, folder: Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -57,6 +58,8 @@ class Picture:
     """CSS pixels at which it is meant to be seen."""
     pixelated: bool = False
     """Whether to enlarge it without smoothing."""
+    legend: tuple[tuple[str, str], ...] = ()
+    """Labels in it and the names that they stand for, which the page spells out."""
 
 
 @contextmanager
@@ -66,12 +69,12 @@ def figure(width_in: float, height_in: float) -> Iterator[Figure]:
         yield Figure(figsize=(width_in, height_in), layout="constrained")
 
 
-def to_picture(drawn: Figure, alt: str) -> Picture:
+def to_picture(drawn: Figure, alt: str, legend: Sequence[tuple[str, str]] = ()) -> Picture:
     """Must be called inside the `figure` block."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=200)
     uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Picture(uri, alt, round(drawn.get_figwidth() * 100))
+    return Picture(uri, alt, round(drawn.get_figwidth() * 100), legend=tuple(legend))
 
 
 def heat_map(
@@ -106,16 +109,24 @@ def ticks(num: int, most: int) -> list[int]:
 
 
 def figure_text(text: str, limit: int) -> str:
-    """`text` for a figure: one line, at most `limit` characters, only what the font has, no mathematics between dollars.
+    """`text` for a figure: one line, at most `limit` characters, no mathematics between dollars.
 
-    Empty if the font lacks too much of it.
+    Empty if the font lacks any of it, or it is written from right to left, which the figures do not shape: such a text belongs
+    into the page, whose fonts are the reader's.
     """
     line = " ".join(text.split())
-    known = "".join(character if ord(character) in _characters() else "\N{WHITE SQUARE}" for character in line)
-    if known.count("\N{WHITE SQUARE}") > len(known) // 4:
+    if any(ord(c) not in _characters() or unicodedata.bidirectional(c) in ("R", "AL") for c in line):
         return ""
-    short = known if len(known) <= limit else known[: limit - 1].rstrip() + "…"
+    short = line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
     return short.replace("$", r"\$")
+
+
+def figure_labels(names: Sequence[str], limit: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """A label for every name, and a legend of those that a figure cannot show whole; these are numbered, from 1."""
+    labels = [figure_text(name, limit) for name in names]
+    shown = [len(" ".join(name.split())) <= limit and bool(label) for name, label in zip(names, labels, strict=True)]
+    numbered = [label if whole else f"({i})" for i, (label, whole) in enumerate(zip(labels, shown, strict=True), 1)]
+    return numbered, [(numbered[i], name) for i, name in enumerate(names) if not shown[i]]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Frames of the evaluation's videos as filmstrips: full precision, quantized, and their difference."""
+"""Full precision and quantized videos of a prompt side by side, and their frames as filmstrips with the difference."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.report.figure import MAP, Picture
+from pipeline.report.films import Film, read_films
 from pipeline.report.measurements import ModelMeasurements
 from pipeline.report.run_data import RunData
 from pipeline.run_units import FULL_PRECISION
@@ -39,6 +40,16 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class Video:
+    """One film beside others."""
+
+    label: str
+    detail: str
+    film: Film
+    pixelated: bool
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One prompt."""
 
@@ -47,6 +58,8 @@ class Comparison:
     prompt: str
     frame_numbers: tuple[int, ...]
     strips: tuple[Strip, ...]
+    videos: tuple[Video, ...]
+    """Full precision first; empty where the evaluation wrote no films."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,11 @@ def compare_frames(run: RunData, models: Sequence[ModelMeasurements]) -> Compari
     largest = max([1.0, *(float(np.percentile(difference, 99.8)) for difference in differences)])
     comparisons = tuple(
         Comparison(
-            title, str(main.results[prompt]["prompt"]), numbers, _strips(frames, prompt, by_name, largest=largest)
+            title,
+            str(main.results[prompt]["prompt"]),
+            numbers,
+            _strips(frames, prompt, by_name, largest=largest),
+            _videos(run, frames, prompt, by_name),
         )
         for title, prompt, frames, numbers in shown
     )
@@ -126,14 +143,32 @@ def _strips(
     for name, own in frames.items():
         if name == FULL_PRECISION:
             continue
-        psnr = models[name].values("psnr_db").get(prompt)
-        detail = "" if psnr is None else f"PSNR {psnr:.2f} dB"
-        strips.append(Strip(name, detail, _film(own, f"Frames of {name}")))
+        strips.append(Strip(name, _psnr_text(models[name], prompt), _film(own, f"Frames of {name}")))
         difference = _difference(frames[FULL_PRECISION], own)
         coloured = (MAP(np.clip(difference / largest, 0, 1))[..., :3] * 255).round().astype(np.uint8)
         detail = f"mean {difference.mean():.1f} of 255"
         strips.append(Strip("difference", detail, _film(coloured, f"Difference of {name} from full precision")))
     return tuple(strips)
+
+
+def _videos(
+    run: RunData, frames: Mapping[str, Frames], prompt: str, models: Mapping[str, ModelMeasurements]
+) -> tuple[Video, ...]:
+    films = read_films(run, list(frames), prompt)
+    return tuple(
+        Video(
+            "full precision" if film.model == FULL_PRECISION else film.model,
+            _psnr_text(models[film.model], prompt),
+            film,
+            pixelated=frames[film.model].shape[2] <= SMALL_WIDTH,
+        )
+        for film in films
+    )
+
+
+def _psnr_text(model: ModelMeasurements, prompt: str) -> str:
+    psnr = model.values("psnr_db").get(prompt)
+    return "" if psnr is None else f"PSNR {psnr:.2f} dB"
 
 
 def _difference(reference: Frames, other: Frames) -> NDArray[np.float32]:

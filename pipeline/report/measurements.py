@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.loading import parse_config
+from pipeline.report.grid import Cell
 from pipeline.report.quantities import (
     NOTHING,
     Spread,
@@ -26,7 +27,6 @@ from pipeline.study.estimators import Estimate, hodges_lehmann, valley, wilson_i
 from pipeline.study.intervals import mean_interval
 from pipeline.study.quality_scores import THIRDS, Recorded, recorded
 from reelquant.calibration.block_rounding import EXACT_DB
-from workers.perceptual import PerceptualDistance
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,6 @@ class ModelMeasurements:
         return (int(sum(found.values())), len(found)) if found else None
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table."""
-
-    text: str
-    best: bool = False
-
-
 def measure(run: RunData) -> tuple[ModelMeasurements, ...]:
     """Full precision first, then the methods in the run's order and the settings of the first one's checkpoint; models without
     any result and checkpoint too."""
@@ -103,16 +95,6 @@ def _measured(run: RunData, name: str, errors: Recorded) -> ModelMeasurements:
     num_bytes, compression = _size(run, name)
     results = {prompt: record.result for prompt, record in records.items() if record is not None}
     return ModelMeasurements(name, results, num_bytes, compression, errors.scores(name))
-
-
-def missing_lpips(models: tuple[ModelMeasurements, ...]) -> str | None:
-    """Why there is no LPIPS, or None if any prompt has it."""
-    if any(model.values("lpips") for model in models):
-        return None
-    available = PerceptualDistance.available()
-    if isinstance(available, str):
-        return available
-    return "LPIPS was not available where the evaluation ran; it is now, so evaluating again measures it"
 
 
 @dataclass(frozen=True)
@@ -253,6 +235,8 @@ def _interval_text(metric: str) -> Callable[[ModelMeasurements], str]:
 
 def _thirds_text(model: ModelMeasurements) -> str:
     found = [model.spread(f"velocity_sqnr_db_{part}") for part in THIRDS]
+    if all(value is None for value in found):
+        return NOTHING
     return " / ".join(NOTHING if value is None else f"{value.mean:.1f}" for value in found)
 
 
@@ -261,7 +245,7 @@ _COLUMNS = (
     Column("By thirds", "early / middle / late, dB, ↑", _mean(f"velocity_sqnr_db_{THIRDS[0]}"), _thirds_text, 0),
     Column("Early commit", "dB, ↑", _mean("early_commit_db"), _interval_text("early_commit_db"), 1),
     Column("Worst prompt", "PSNR, dB, ↑", _worst, _worst_text, 1),
-    Column("SSIM", "0–1, ↑", _mean("ssim"), lambda m: spread_text(m.spread("ssim"), 3), 1),
+    Column("SSIM", "0–1, ↑", _mean("ssim"), lambda m: spread_text(m.spread("ssim"), 4), 1),
     Column("LPIPS", "↓", _mean("lpips"), lambda m: spread_text(m.spread("lpips"), 3), -1),
     Column(
         "Recognized",

@@ -18,39 +18,29 @@ from pipeline.context import Run
 from pipeline.event_log import OUT_OF_MEMORY
 from pipeline.report import plots, run_plots
 from pipeline.report.calibration import CalibratedBlock, Refined, read_blocks, read_refined, read_salience
+from pipeline.report.figure import Picture
 from pipeline.report.frames import compare_frames
+from pipeline.report.grid import Cell, Grid, GridRow, Heading, cells, grid
 from pipeline.report.measurements import (
     ModelMeasurements,
+    Table,
     all_identical,
     measure,
     measure_noise_floor,
-    missing_lpips,
     relative_speed,
     table,
 )
-from pipeline.report.quantities import bytes_text, decibels_text, interval_text, seconds_text
+from pipeline.report.quantities import NOTHING, bytes_text, decibels_text, interval_text, seconds_text, value_text
 from pipeline.report.run_data import RunData, read_run, reads_activations
 from pipeline.report.timeline import Timeline, read_timeline
-from pipeline.report.usage import usage_rows
+from pipeline.report.usage import usage_grid
 from pipeline.run_units import STAGES
 from pipeline.study.intervals import mean_interval
+from pipeline.terminal import counted
 from storage.location import Location
 from storage.run_directory import REPORT, RunDirectory
 
 NUM_WEAKEST_LAYERS = 8
-
-
-@dataclass(frozen=True)
-class StageRow:
-    """One row of the stage table."""
-
-    name: str
-    units: str
-    elapsed: str
-    worker_time: str
-    longest: str
-    peak_memory: str
-    retried: int
 
 
 @dataclass(frozen=True)
@@ -114,33 +104,30 @@ def _view(run: RunData) -> dict[str, Any]:
         "fell_back": _fell_back(blocks),
         "identical": all_identical(models),
         "tiles": _tiles(run, models),
-        "metrics": metrics if any(model.results or model.compression for model in models) else None,
-        "presets": {
-            **{method["name"]: method["preset"] for method in run.methods},
-            **dict.fromkeys(run.setting_names, f"{run.method_names[0]}, other settings"),
-        },
+        "metrics": metrics,
+        "metrics_grid": _metrics_grid(run, metrics),
+        "method_names": run.method_names,
         "num_held_out": run.config["prompts"]["num_held_out"],
-        "missing_lpips": missing_lpips(models) if any(model.values("psnr_db") for model in models) else None,
-        "recognizer": run.config["evaluation"]["recognizer"],
+        "checkpoint": f"{run.location.name}/{assembled.result['checkpoint']}" if assembled else None,
         "relative_speed": {name: relative_speed(models, name) for name in run.method_names},
-        "prompts": _prompt_table(models),
+        "prompts": _prompt_grid(models),
         "fidelity": run_plots.fidelity(models),
         "comparisons": compare_frames(run, models),
         "salience": salience,
         "salience_map": plots.salience_map(salience) if salience else None,
         "salience_parts": plots.salience_parts(salience) if salience else None,
-        "losses": {name: plots.losses(found, name) for name, found in blocks.items()},
+        "losses": _drawn({name: plots.losses(found, name) for name, found in blocks.items()}),
         "learning": [name for name, found in blocks.items() if any(block.losses for block in found)],
         "estimated": {m["name"]: m["tokens_per_step"] for m in run.methods if m.get("tokens_per_step", 1.0) < 1},
-        "sqnr": {name: plots.sqnr(found, name, plots.sqnr_limits(blocks)) for name, found in blocks.items()},
+        "sqnr": _drawn({name: plots.sqnr(found, name, plots.sqnr_limits(blocks)) for name, found in blocks.items()}),
         "sqnr_by_block": plots.sqnr_by_block(blocks),
         "drift": {name: plots.drift(found.blocks, name) for name, found in refined.items()},
         "refined": {name: _refined_text(found) for name, found in refined.items()},
         "weakest": {name: _weakest_layers(found) for name, found in blocks.items()},
         "without_data": [method["name"] for method in run.methods if not reads_activations(method)],
-        "stages": [_stage_row(run, read, stage) for stage in STAGES],
+        "stages": _stage_grid(run, read),
         "memory": _memory_sentences(run),
-        "usage": usage_rows(read, STAGES, threads=run.config["numerics"]["threads"]),
+        "usage": usage_grid(read, STAGES, threads=run.config["numerics"]["threads"]),
         "timeline": run_plots.timeline(read, STAGES),
         "gantt": run_plots.gantt(read, STAGES),
         "num_drivers": len(read.resumed_s) + 1,
@@ -151,7 +138,8 @@ def _view(run: RunData) -> dict[str, Any]:
 
 
 def _provenance(run: RunData, read: Timeline) -> dict[str, str]:
-    found = {"run": run.location.name, "commit": run.provenance.get("commit") or "not in a git checkout"}
+    commit = run.provenance.get("commit")
+    found = {"run": run.location.name, "commit": commit[:12] if commit else "not in a git checkout"}
     if read.began is not None and read.ended is not None:
         found["began"] = f"{read.began:%Y-%m-%d %H:%M} UTC"
         found["last event"] = f"{read.ended:%Y-%m-%d %H:%M} UTC"
@@ -207,50 +195,62 @@ def _refined_text(found: Refined) -> list[str]:
 
 
 def _tiles(run: RunData, models: Sequence[ModelMeasurements]) -> list[Tile]:
+    """Those that have a value."""
     reference, main = models[0], models[1]
     assembled, psnr = run.record("assembly", main.name), main.spread("psnr_db")
-    source = f"from {bytes_text(reference.transformer_bytes)} in 16 bits"
     velocity = mean_interval(list(main.values("velocity_sqnr_db").values()))
-    tiles = [
-        Tile("Method", main.name, assembled.result["bits"] if assembled else "not assembled yet"),
-        Tile(
-            "Transformer",
-            bytes_text(main.transformer_bytes),
-            source if main.transformer_bytes else "not assembled yet",
-        ),
-        Tile(
-            "Compression",
-            "–" if main.compression is None else f"{main.compression:.2f} ×",
-            "of the transformer, scales included" if main.compression else "not assembled yet",
-        ),
-        Tile(
-            "Velocity SQNR",
-            "–" if velocity is None else f"{interval_text(velocity)} dB",
-            "not measured" if velocity is None else f"teacher-forced, {velocity.num} prompt{'s' * (velocity.num > 1)}",
-        ),
-        Tile(
-            "PSNR",
-            "–" if psnr is None else f"{decibels_text(psnr)} dB",
-            "not evaluated yet" if psnr is None else f"mean ± sd, {psnr.num} held-out prompt{'s' * (psnr.num > 1)}",
-        ),
+    tiles = [Tile("Method", main.name, assembled.result["bits"] if assembled else "")]
+    if main.transformer_bytes is not None:
+        source = f"from {bytes_text(reference.transformer_bytes)} in 16 bits"
+        tiles.append(Tile("Transformer", bytes_text(main.transformer_bytes), source))
+    if main.compression is not None:
+        tiles.append(Tile("Compression", f"{main.compression:.2f} ×", "of the transformer, scales included"))
+    if velocity is not None:
+        note = f"teacher-forced, {counted(velocity.num, 'prompt')}"
+        tiles.append(Tile("Velocity SQNR", f"{interval_text(velocity)} dB", note))
+    if psnr is not None:
+        tiles.append(Tile("PSNR", f"{decibels_text(psnr)} dB", f"mean ± sd, {counted(psnr.num, 'held-out prompt')}"))
+    if main.recognized is not None:
+        full = reference.recognized
+        note = "prompts" if full is None else f"prompts; full precision: {full[0]} of {full[1]}"
+        tiles.append(Tile("Recognized", f"{main.recognized[0]} of {main.recognized[1]}", note))
+    return tiles
+
+
+def _drawn(pictures: Mapping[str, Picture | None]) -> dict[str, Picture]:
+    return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+def _metrics_grid(run: RunData, metrics: Table) -> Grid | None:
+    presets = {method["name"]: method["preset"] for method in run.methods if method["preset"] != method["name"]}
+    notes = {name: f"preset {preset}" for name, preset in presets.items()}
+    notes |= dict.fromkeys(run.setting_names, f"{run.method_names[0]}, other settings")
+    named = {*run.method_names, *run.setting_names}
+    rows = [
+        GridRow(
+            (Cell(name if name in named else name.replace("_", " ")), *found),
+            main=name == run.method_names[0],
+            note=notes.get(name, ""),
+        )
+        for name, found in metrics.rows
     ]
-    if run.config["evaluation"]["recognizer"] is None:
-        return [*tiles, Tile("Recognized", "–", "not measured: no evaluation.recognizer is configured")]
-    own, full = main.recognized, reference.recognized
-    note = "not evaluated yet" if full is None else f"prompts; full precision: {full[0]} of {full[1]}"
-    return [*tiles, Tile("Recognized", "–" if own is None else f"{own[0]} of {own[1]}", note)]
+    headings = [Heading("Model", text=True), *(Heading(column.name, column.unit) for column in metrics.columns)]
+    return grid(headings, [row for row in rows if not all(cell.empty for cell in row.cells[1:])])
 
 
-def _prompt_table(models: Sequence[ModelMeasurements]) -> list[tuple[str, str, list[str]]]:
+def _prompt_grid(models: Sequence[ModelMeasurements]) -> Grid | None:
     """Prompt name, text, and PSNR by method, the worst prompt of the first method on top."""
     texts = {prompt: str(r["prompt"]) for model in models for prompt, r in model.results.items()}
     columns = [model.values("psnr_db") for model in models[1:]]
+    if not any(columns):
+        return None
     order = sorted(texts, key=lambda prompt: (columns[0].get(prompt, float("inf")), prompt))
-    rows = []
-    for prompt in order:
-        cells = [f"{column[prompt]:.2f}" if prompt in column else "–" for column in columns]
-        rows.append((prompt, texts[prompt], cells))
-    return rows
+    headings = [Heading("Unit", text=True), Heading("Prompt", text=True)]
+    headings += [Heading(model.name, "PSNR, dB") for model in models[1:]]
+    values = {
+        prompt: [f"{column[prompt]:.2f}" if prompt in column else NOTHING for column in columns] for prompt in order
+    }
+    return grid(headings, [GridRow(cells(prompt, texts[prompt], *values[prompt])) for prompt in order])
 
 
 def _weakest_layers(blocks: Sequence[CalibratedBlock]) -> list[tuple[str, float]]:
@@ -258,18 +258,34 @@ def _weakest_layers(blocks: Sequence[CalibratedBlock]) -> list[tuple[str, float]
     return sorted(found, key=lambda item: item[1])[:NUM_WEAKEST_LAYERS]
 
 
-def _stage_row(run: RunData, read: Timeline, stage: str) -> StageRow:
-    records = run.stages[stage].records
-    seconds = [record.seconds for record in records]
-    return StageRow(
-        stage,
-        _units_text(run, stage),
-        seconds_text(read.stage_s.get(stage)),
-        seconds_text(sum(seconds) if seconds else None),
-        seconds_text(max(seconds, default=None)),
-        bytes_text(max((record.peak_memory_bytes for record in records), default=None)),
-        sum(record.attempt > 1 for record in records),
-    )
+def _stage_grid(run: RunData, read: Timeline) -> Grid | None:
+    """Stages that have done, or will have to do, any unit."""
+    headings = [
+        Heading("Stage", text=True),
+        Heading("Units done"),
+        Heading("Elapsed", "with a unit under way"),
+        Heading("Work", "sum over units"),
+        Heading("Longest unit"),
+        Heading("Peak memory", "of one worker"),
+        Heading("Retried units"),
+    ]
+    rows = []
+    for stage in STAGES:
+        records = run.stages[stage].records
+        if not records and run.stages[stage].num_expected == 0:
+            continue
+        seconds = [record.seconds for record in records]
+        retried = sum(record.attempt > 1 for record in records)
+        texts = (
+            _units_text(run, stage),
+            seconds_text(read.stage_s.get(stage)),
+            seconds_text(sum(seconds) if seconds else None),
+            seconds_text(max(seconds, default=None)),
+            bytes_text(max((record.peak_memory_bytes for record in records), default=None)),
+            str(retried) if retried else NOTHING,
+        )
+        rows.append(GridRow(cells(stage, *texts)))
+    return grid(headings, rows)
 
 
 def _memory_sentences(run: RunData) -> list[str]:
@@ -298,11 +314,11 @@ def _machines(run: RunData) -> list[tuple[str, str, int]]:
 def _configuration(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Sections with their fields; methods have a table of their own."""
     plain = {key: value for key, value in config.items() if key not in ("method", "compare")}
-    single = [(key, _value_text(value)) for key, value in plain.items() if not isinstance(value, dict)]
+    single = [(key, value_text(value)) for key, value in plain.items() if not isinstance(value, dict)]
     sections = [("run", single)]
     for key, value in plain.items():
         if isinstance(value, dict):
-            sections.append((key, [(name, _value_text(inner)) for name, inner in _flat(value)]))
+            sections.append((key, [(name, value_text(inner)) for name, inner in _flat(value)]))
     return sections
 
 
@@ -316,19 +332,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     return fields
 
 
-def _value_text(value: Any) -> str:
-    if value is None or value in ([], {}):
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return "; ".join(_value_text(item) for item in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_value_text(inner)}" for key, inner in value.items())
-    return str(value)
-
-
 def _method_fields(run: RunData) -> list[tuple[str, list[str]]]:
     """Fields of all methods side by side."""
     fields = sorted(key for key in run.methods[0] if key not in ("name", "preset"))
-    return [(key, [_value_text(method.get(key)) for method in run.methods]) for key in ["preset", *fields]]
+    return [(key, [value_text(method.get(key)) for method in run.methods]) for key in ["preset", *fields]]

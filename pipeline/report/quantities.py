@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.study.estimators import Estimate
 from pipeline.study.intervals import Interval
@@ -101,3 +102,16 @@ def seconds_text(seconds: float | None) -> str:
 def fraction_text(part: int, whole: int) -> str:
     """Such as `14 of 16 (88 %)`."""
     return f"{part} of {whole} ({part / whole:.0%})".replace("%", " %") if whole else NOTHING
+
+
+def value_text(value: Any) -> str:
+    """A value of a configuration, such as `weight 4, activation 6` for an object."""
+    if value is None or value in ([], {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(value_text(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {value_text(inner)}" for key, inner in value.items())
+    return str(value)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from pipeline.report.figure import ACCENT, MAP, MUTED, WARNING, Picture, figure, figure_text, ticks, to_picture
+from pipeline.report.figure import ACCENT, MAP, MUTED, WARNING, Picture, figure, figure_labels, ticks, to_picture
 from pipeline.report.measurements import ModelMeasurements
 from pipeline.report.timeline import Bar, Timeline
 
@@ -101,13 +101,16 @@ def fidelity(models: Sequence[ModelMeasurements]) -> Picture | None:
     compared = [model for model in models if model.values("psnr_db")]
     if not compared:
         return None
+    labels, legend = figure_labels([model.name for model in compared], 18)
     with figure(11, 3.8) as drawn:
         for axes, (metric, label) in zip(
             drawn.subplots(1, 2), (("psnr_db", "PSNR, dB"), ("ssim", "SSIM")), strict=True
         ):
             _strip(axes, compared, metric)
+            axes.set_xticks(range(len(compared)), labels)
             axes.set_ylabel(label)
-        return to_picture(drawn, f"PSNR and SSIM by prompt: {', '.join(model.name for model in compared)}")
+        alt = f"PSNR and SSIM by prompt: {', '.join(model.name for model in compared)}"
+        return to_picture(drawn, alt, legend)
 
 
 def _band(axes: Axes, bars: Sequence[Bar], band: int, colour: Colour, *, total_s: float, scale: float) -> None:
@@ -139,8 +142,18 @@ def _strip(axes: Axes, models: Sequence[ModelMeasurements], metric: str) -> None
         axes.plot(spots, values, "o", ms=4, mfc=MUTED, mec="white", mew=0.4, zorder=2)
         sd = float(values.std(ddof=1)) if len(values) > 1 else 0.0
         mean = float(values.mean())
-        axes.errorbar(index + 0.25, mean, yerr=sd or None, fmt="D", ms=5, color=ACCENT, capsize=3, lw=1.2, zorder=3)
-    axes.set_xticks(range(len(models)), [figure_text(model.name, 18) for model in models])
+        above = min(sd, 1 - mean) if metric == "ssim" else sd
+        axes.errorbar(
+            index + 0.25,
+            mean,
+            yerr=[[sd], [above]] if sd else None,
+            fmt="D",
+            ms=5,
+            color=ACCENT,
+            capsize=3,
+            lw=1.2,
+            zorder=3,
+        )
     axes.set_xlim(-0.5, len(models) - 0.35)
     axes.grid(axis="y")
     axes.set_axisbelow(True)

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from pipeline.report.quantities import bytes_text
+from pipeline.report.grid import Cell, Grid, GridRow, Heading, cells, grid
+from pipeline.report.quantities import NOTHING, bytes_text
 from pipeline.report.timeline import Bar, Timeline
 
-
-@dataclass(frozen=True)
-class UsageRow:
-    """One stage, or the whole run, as text."""
-
-    name: str
-    workers: str
-    """Time in units over the time of all workers while a unit of the stage was under way."""
-    cpu: str
-    gpu: str
-    read: str
-    read_rate: str
-    written: str
-    written_rate: str
-    disk: str
-    network: str
+_HEADINGS = (
+    Heading("Stage", text=True),
+    Heading("Workers", "time in units"),
+    Heading("CPU", "of a worker's"),
+    Heading("GPU"),
+    Heading("Read"),
+    Heading("read at", "a worker"),
+    Heading("Written"),
+    Heading("written at", "a worker"),
+    Heading("Disk", "busiest of the node"),
+    Heading("Network", "of the node"),
+)
 
 
-def usage_rows(read: Timeline, stages: Sequence[str], *, threads: int) -> list[UsageRow]:
-    """A row for every stage with bars, and one for the whole run; empty where no unit says what it took.
+def usage_grid(read: Timeline, stages: Sequence[str], *, threads: int) -> Grid | None:
+    """A row for every stage with bars, and one for the whole run; None where no unit says what it took.
+
+    Workers: time in units over the time of all workers while a unit of the stage was under way.
 
     Args:
         read: the timeline.
@@ -35,16 +33,17 @@ def usage_rows(read: Timeline, stages: Sequence[str], *, threads: int) -> list[U
         threads: CPUs of one worker.
     """
     if not any(bar.usage for bar in read.bars):
-        return []
+        return None
     num_workers = len({bar.worker for bar in read.bars})
     rows = []
     for stage in stages:
         if bars := [bar for bar in read.bars if bar.stage == stage]:
-            rows.append(_row(stage, bars, num_workers * read.stage_s[stage], threads))
-    return [*rows, _row("whole run", read.bars, num_workers * read.total_s, threads)]
+            rows.append(GridRow(_cells(stage, bars, num_workers * read.stage_s[stage], threads)))
+    whole = GridRow(_cells("whole run", read.bars, num_workers * read.total_s, threads), main=True)
+    return grid(_HEADINGS, [*rows, whole])
 
 
-def _row(name: str, bars: Sequence[Bar], available_s: float, threads: int) -> UsageRow:
+def _cells(name: str, bars: Sequence[Bar], available_s: float, threads: int) -> tuple[Cell, ...]:
     used = [bar.usage for bar in bars if bar.usage is not None]
 
     def total(key: str) -> float | None:
@@ -60,7 +59,7 @@ def _row(name: str, bars: Sequence[Bar], available_s: float, threads: int) -> Us
     def rate(key: str) -> str:
         return _rate(total(key), seconds(key))
 
-    return UsageRow(
+    return cells(
         name,
         _percent(sum(bar.seconds for bar in bars), available_s),
         share("cpu_s", threads),
@@ -75,12 +74,12 @@ def _row(name: str, bars: Sequence[Bar], available_s: float, threads: int) -> Us
 
 
 def _percent(part: float | None, whole: float) -> str:
-    return "–" if part is None or whole <= 0 else f"{100 * part / whole:.0f} %"
+    return NOTHING if part is None or whole <= 0 else f"{100 * part / whole:.0f} %"
 
 
 def _rate(num_bytes: float | None, seconds: float) -> str:
-    return "–" if num_bytes is None or seconds <= 0 else f"{bytes_text(int(num_bytes / seconds))}/s"
+    return NOTHING if num_bytes is None or seconds <= 0 else f"{bytes_text(int(num_bytes / seconds))}/s"
 
 
 def _bytes(num: float | None) -> str:
-    return "–" if num is None else bytes_text(int(num))
+    return NOTHING if num is None else bytes_text(int(num))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from imageio.v3 import imwrite
 from torch import Tensor
 
 from pipeline.config.method import MethodConfig
@@ -47,6 +48,7 @@ class RunShape:
     """Frames, height, width."""
     recognizer: bool = True
     num_workers: int = 2
+    films: bool = False
 
 
 class RunMaker:
@@ -265,6 +267,9 @@ class RunMaker:
         name = f"{model}-prompt-{index:03d}"
         stored = (video * 255).round().to(torch.uint8)
         outputs = self.directory.calibration_store.write(f"evaluation/{name}/video", stored)
+        if self.shape.films:
+            film = imwrite("<bytes>", stored.numpy(), extension=".mp4", plugin="pyav", codec="libx264", fps=24)
+            outputs = [*outputs, self.directory.store.put(f"evaluation/{name}.mp4", film)]
         self.record("evaluation", name, result, outputs)
 
     def _video(self, index: int) -> Tensor:

@@ -21,22 +21,23 @@ from PIL import Image
 
 from pipeline.config.schema import RunConfig
 from pipeline.context import Run, build_context
-from pipeline.report import run_plots
+from pipeline.fetching import fetch_report
+from pipeline.report import films, run_plots
 from pipeline.report.calibration import layer_kinds, read_blocks, read_salience, sqnr_map
-from pipeline.report.figure import figure_text, ticks
+from pipeline.report.figure import figure_labels, figure_text, ticks
 from pipeline.report.frames import compare_frames
-from pipeline.report.measurements import Cell, measure, measure_noise_floor, table
+from pipeline.report.grid import Cell, Grid, GridRow, Heading, cells, grid
+from pipeline.report.measurements import measure, measure_noise_floor, table
 from pipeline.report.page import write_report, write_report_of
 from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
 from pipeline.report.run_data import read_run
 from pipeline.report.timeline import Bar, Timeline, read_timeline
-from pipeline.report.usage import usage_rows
+from pipeline.report.usage import usage_grid
 from pipeline.run_units import STAGES
 from reelquant.calibration.salience import select_salient
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from tests.pipeline.report_run import LOSS_PER_METHOD, RunMaker, RunShape
-from workers.perceptual import PerceptualDistance
 
 SCRIPT = "<script>alert(1)</script>"
 SMALL = RunShape()
@@ -51,6 +52,8 @@ class _Page(HTMLParser):
         self.addresses: list[str] = []
         self.handlers: list[str] = []
         self.texts: list[str] = []
+        self.ids: set[str] = set()
+        self.videos: list[dict[str, str | None]] = []
         self._hidden = False
         self.feed(page)
 
@@ -58,6 +61,8 @@ class _Page(HTMLParser):
         self.tags.add(tag)
         self._hidden = tag == "style"
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
+        self.videos += [dict(attrs)] if tag == "video" else []
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
     def handle_data(self, data: str) -> None:
@@ -127,30 +132,33 @@ def test_prompts_and_errors_are_escaped(tmp_path: Path) -> None:
 
 
 STAGES_IN_ORDER = ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
-SAID_WHEN_MISSING = {
-    "selection": "The calibration samples are not selected yet.",
-    "distillation": "Not calibrated yet.",
-    "assembly": "Nothing is assembled or evaluated yet.",
-    "evaluation": "No quantized video of s2q yet.",
+THERE_FROM = {
+    "salience": "selection",
+    "losses": "distillation",
+    "layers": "distillation",
+    "quality": "assembly",
+    "videos": "evaluation",
 }
 
 
-@pytest.mark.parametrize("num_stages", range(6))
-def test_incomplete_run_says_what_is_missing(tmp_path: Path, num_stages: int) -> None:
+@pytest.mark.parametrize("num_stages", range(7))
+def test_sections_without_data_are_left_out(tmp_path: Path, num_stages: int) -> None:
     run = RunMaker(tmp_path / "run", SMALL)
     for stage in STAGES_IN_ORDER[:num_stages]:
         getattr(run, stage)()
     page = _page_of(run.directory.path)
-    assert "This run is not finished." in page.text
-    for stage, said in SAID_WHEN_MISSING.items():
-        assert (said in page.text) == (STAGES_IN_ORDER.index(stage) >= num_stages), stage
+    assert ("This run is not finished." in page.text) == (num_stages < 6)
+    sections = {address[1:] for address in page.addresses if address.startswith("#")}
+    assert sections == page.ids, "the head links to all of them, and to nothing else"
+    for section, stage in THERE_FROM.items():
+        assert (section in sections) == (STAGES_IN_ORDER.index(stage) < num_stages), section
 
 
 def test_run_without_event_log(complete: Path, tmp_path: Path) -> None:
     run = RunMaker(tmp_path / "run", SMALL).everything()
     (run.directory.logs / "events.jsonl").unlink()
     page = _page_of(run.directory.path)
-    assert "The event log holds no unit yet." in page.text
+    assert "Gantt" not in (run.directory.path / "report.html").read_text(encoding="utf-8")
     assert "is not finished" not in page.text
 
 
@@ -161,26 +169,56 @@ def test_full_precision_videos_alone_are_no_comparison(tmp_path: Path) -> None:
     run.evaluation(["full_precision"])
     page = _page_of(run.directory.path)
     assert "evaluation 4 of 12" in page.text
-    assert "No quantized video has been compared" in page.text
+    assert "videos" not in page.ids
     assert "3 of 3 (100 %)" in page.text
 
 
-def test_lpips_is_shown_if_measured_and_else_the_reason(complete: Path, tmp_path: Path) -> None:
-    available = PerceptualDistance.available()
-    reason = available if isinstance(available, str) else "LPIPS was not available where the evaluation ran"
-    assert f"LPIPS: not measured: {reason}" in _page_of(complete).text
+def test_lpips_is_shown_if_measured(complete: Path, tmp_path: Path) -> None:
+    assert "LPIPS" not in _page_of(complete).text
     run = RunMaker(tmp_path / "run", SMALL)
     for stage in STAGES_IN_ORDER[:5]:
         getattr(run, stage)()
     run.evaluation(lpips=0.1234)
     page = _page_of(run.directory.path)
-    assert "LPIPS: not measured" not in page.text
+    assert "LPIPS" in page.text
     assert "0.123 ± 0.000" in page.text
 
 
-def test_without_recognizer_nothing_is_claimed(tmp_path: Path) -> None:
-    run = RunMaker(tmp_path / "run", replace(SMALL, recognizer=False)).everything()
-    assert "Recognition: not measured: no evaluation.recognizer is configured" in _page_of(run.directory.path).text
+def test_what_is_not_measured_is_not_there(tmp_path: Path) -> None:
+    path = RunMaker(tmp_path / "run", replace(SMALL, recognizer=False)).everything().directory.path
+    page = _page_of(path)
+    assert "Recognized" not in page.text
+    read = measure(read_run(path))
+    found = table((*read[:2], replace(read[2], results={}, scores={})))
+    assert not any(all(cells[i].empty for _, cells in found.rows) for i in range(len(found.columns)))
+    assert grid(
+        [Heading("a"), Heading("b"), Heading("c")], [GridRow(cells("x", "–", "1")), GridRow(cells("y", "", "–"))]
+    ) == Grid((Heading("a"), Heading("c")), (GridRow(cells("x", "1")), GridRow(cells("y", "–"))))
+    assert grid([Heading("a"), Heading("b")], [GridRow(cells("x", "–"))]) is None
+
+
+def test_small_films_play_in_the_page_and_large_ones_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = RunMaker(tmp_path / "run", replace(SMALL, films=True)).everything().directory.path
+    page = _page_of(path)
+    assert len(page.videos) == 3 + 2 + 2, (
+        "full precision beside all methods on the middle prompt, beside the first on two more"
+    )
+    assert all({"autoplay", "muted", "loop", "playsinline", "controls"} <= video.keys() for video in page.videos)
+    assert all((video["src"] or "").startswith("data:video/mp4;base64,") for video in page.videos)
+    raw = (path / "report.html").read_bytes()
+    film = base64.b64decode((page.videos[0]["src"] or "").partition(",")[2])
+    assert film in [file.read_bytes() for file in (path / "evaluation").glob("full_precision-*.mp4")]
+    assert write_report_of(path).read_bytes() == raw
+    monkeypatch.setattr(films, "MAX_EMBEDDED_BYTES", 10)
+    linked = [video["src"] or "" for video in _page_of(path).videos]
+    assert len(linked) == 7
+    assert all((path / address).is_file() for address in linked)
+    copied = fetch_report(path, tmp_path)
+    assert copied.name == "run-report.html"
+    videos = _Page(copied.read_text(encoding="utf-8")).videos
+    assert [(tmp_path / (v["src"] or "")).read_bytes() for v in videos] == [(path / a).read_bytes() for a in linked]
+    (path / linked[0]).unlink()
+    assert [video["src"] for video in _page_of(path).videos] == linked[1:]
 
 
 def test_blocks_that_fell_back_are_named_on_top(tmp_path: Path) -> None:
@@ -417,12 +455,15 @@ def test_busy_shares_by_stage() -> None:
         Bar("trajectories", "c", "worker-1", 6, 3, "failed"),
     )
     read = Timeline(bars, (), 12.0, {"trajectories": 10, "evaluation": 5}, finished=True, began=None, ended=None)
-    first, second, whole = usage_rows(read, STAGES, threads=2)
-    assert (first.name, first.workers, first.cpu, first.gpu) == ("trajectories", "65 %", "38 %", "75 %")
-    assert (first.read, first.read_rate, first.written, first.disk) == ("2.00 GiB", "256.0 MiB/s", "0 B", "–")
-    assert (second.workers, second.network) == ("50 %", "256.0 KiB/s")
-    assert (whole.name, whole.workers) == ("whole run", "75 %")
-    assert usage_rows(replace(read, bars=bars[3:]), STAGES, threads=2) == [], "a run of before says nothing of it"
+    found = usage_grid(read, STAGES, threads=2)
+    assert found is not None
+    first, second, whole = (dict(zip(found.names, [c.text for c in row.cells], strict=True)) for row in found.rows)
+    assert (first["Stage"], first["Workers"], first["CPU"], first["GPU"]) == ("trajectories", "65 %", "38 %", "75 %")
+    assert (first["Read"], first["read at"], first["Written"]) == ("2.00 GiB", "256.0 MiB/s", "0 B")
+    assert "Disk" not in found.names, "nobody measured it"
+    assert (second["Workers"], second["Network"]) == ("50 %", "256.0 KiB/s")
+    assert (whole["Stage"], whole["Workers"]) == ("whole run", "75 %")
+    assert usage_grid(replace(read, bars=bars[3:]), STAGES, threads=2) is None, "a run of before says nothing of it"
     picture = run_plots.gantt(read, STAGES)
     assert picture is not None
     assert picture.alt == "Gantt chart of 4 attempts at units on 2 workers"
@@ -443,7 +484,9 @@ def test_quantities() -> None:
 def test_figure_text_is_one_short_line_without_mathematics() -> None:
     assert figure_text("a\tcat\n for $5", 40) == r"a cat for \$5"
     assert figure_text("x" * 50, 10) == "x" * 9 + "…"
-    assert figure_text("雪の中を走る狐", 40) == ""
+    assert figure_text("雪の中を走る狐", 40) == figure_text("قطة", 40) == figure_text("a fox 🦊", 40) == ""
+    names = ["rtn", "قطة", "a" * 19, "ok $"]
+    assert figure_labels(names, 18) == (["rtn", "(2)", "(3)", r"ok \$"], [("(2)", "قطة"), ("(3)", "a" * 19)])
     assert ticks(10, 40) == list(range(10))
     assert ticks(60, 30) == list(range(0, 60, 2))
 
