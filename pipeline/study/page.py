@@ -11,20 +11,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import pipeline.report
 from pipeline.provenance import provenance
-from pipeline.report.quantities import NOTHING
+from pipeline.report.grid import Grid, GridRow, Heading, cells, grid
+from pipeline.report.quantities import NOTHING, value_text
 from pipeline.study import plots
 from pipeline.study.results import StudyResults
-from pipeline.study.rows import Row
-from pipeline.study.tables import cells, columns
+from pipeline.study.tables import TABLE as TABLE
+from pipeline.study.tables import study_grid
 from storage.atomic_files import json_bytes
 from storage.run_store import open_store
 
 _STYLE = Path(pipeline.report.__path__[0])
-_TEXT_COLUMNS = ("Setting", "failed")
-
-
-PAGE, TABLE, DOCUMENT = "study.html", "results.csv", "results.json"
-"""In the study's directory."""
+PAGE, DOCUMENT = "study.html", "results.json"
+"""In the study's directory, as `TABLE`."""
 
 
 def write_results(results: StudyResults) -> None:
@@ -50,36 +48,34 @@ def render(results: StudyResults) -> str:
     )
     rows = results.rows()
     found = provenance()
-    names = columns(results, rows)
     return environment.get_template("study.html.j2").render(
         {
             "name": results.study.location.name,
             "settings": results.study.rows,
             "seeds": results.study.written.seeds,
             "reference": results.study.written.reference,
-            "provenance": {"commit": found["commit"] or "not in a git checkout", "python": found["python"]}
+            "provenance": {"commit": (found["commit"] or "")[:12] or "not in a git checkout", "python": found["python"]}
             | found["packages"],
             "devices": results.devices,
             "failed": [(row.name, failure) for row in rows for failure in row.failures],
-            "columns": names,
-            "text_columns": _TEXT_COLUMNS,
-            "rows": [(row.name == results.study.written.reference, cells(results, row, rows)) for row in rows],
+            "grid": study_grid(results),
             "fidelity": plots.fidelity(results, rows),
             "along_axes": plots.along_axes(results, rows),
-            "prompts": _prompt_rows(results, rows),
-            "blocks": _block_rows(results),
+            "prompts": _prompt_grid(results),
+            "blocks": _block_grid(results),
+            "videos": any(row.n for row in rows),
             "velocity": any(row.velocity is not None for row in rows),
             "fork_db": results.fork_db(),
             "overrides": [
-                (setting.name, [(key, str(value)) for key, value in setting.overrides.items()])
+                (setting.name, [(key, value_text(value)) for key, value in setting.overrides.items()])
                 for setting in results.study.rows
             ],
         }
     )
 
 
-def _prompt_rows(results: StudyResults, rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """PSNR of every video, `seed 0, prompt-003`, one column a setting."""
+def _prompt_grid(results: StudyResults) -> Grid | None:
+    """PSNR of every video, `seed 0, prompt-003`, one column a setting that has any."""
     by_setting: list[Mapping[tuple[int, str], Any]] = [
         {
             (seed, prompt): values.get("psnr_db")
@@ -88,18 +84,19 @@ def _prompt_rows(results: StudyResults, rows: Sequence[Row]) -> list[tuple[str, 
         }
         for setting in results.study.rows
     ]
-    videos = sorted({video for found in by_setting for video in found})
-    return [
+    videos = sorted({video for found in by_setting for video, value in found.items() if value is not None})
+    rows = [
         (
             f"seed {seed}, {prompt}",
             [NOTHING if found.get((seed, prompt)) is None else f"{found[seed, prompt]:.2f}" for found in by_setting],
         )
         for seed, prompt in videos
     ]
+    return _by_setting(results, "Video", rows)
 
 
-def _block_rows(results: StudyResults) -> list[tuple[str, list[str]]]:
-    """Mean over seeds of every block's error, to the reference where there is one; one column a setting."""
+def _block_grid(results: StudyResults) -> Grid | None:
+    """Mean over seeds of every block's error, to the reference where there is one; one column a setting that has any."""
     reference = results.study.written.reference
     columns: list[dict[str, list[float]]] = []
     for setting in results.study.rows:
@@ -111,6 +108,12 @@ def _block_rows(results: StudyResults) -> list[tuple[str, list[str]]]:
                 values.setdefault(block, []).append(value)
         columns.append(values)
     blocks = dict.fromkeys(block for values in columns for block in values)
-    return [
+    rows = [
         (block, [f"{statistics.fmean(v[block]):+.2f}" if block in v else NOTHING for v in columns]) for block in blocks
     ]
+    return _by_setting(results, "Block", rows)
+
+
+def _by_setting(results: StudyResults, what: str, rows: Sequence[tuple[str, Sequence[str]]]) -> Grid | None:
+    headings = [Heading(what, text=True), *(Heading(setting.name) for setting in results.study.rows)]
+    return grid(headings, [GridRow(cells(name, *texts)) for name, texts in rows])

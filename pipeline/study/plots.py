@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from pipeline.report.figure import ACCENT, MUTED, WARNING, Picture, figure, figure_text, to_picture
+from pipeline.report.figure import ACCENT, MUTED, WARNING, Picture, figure, figure_labels, figure_text, to_picture
 from pipeline.study.intervals import Interval
 from pipeline.study.results import StudyResults
 from pipeline.study.rows import NOISE_FLOOR, Row, Score
@@ -60,7 +60,8 @@ def fidelity(results: StudyResults, rows: Sequence[Row]) -> Picture | None:
     measured = list(quality.scores.items())
     if not measured:
         return None
-    reference = results.study.written.reference
+    labels, legend = figure_labels([name for name, _ in measured], _LONGEST_NAME)
+    reference = _reference_text(results)
     paired = any(score.difference is not None for _, score in measured)
     with figure(11, 1.3 + 0.34 * len(measured)) as drawn:
         panels = drawn.subplots(1, 2 if paired else 1, squeeze=False, sharey=True)[0]
@@ -75,16 +76,16 @@ def fidelity(results: StudyResults, rows: Sequence[Row]) -> Picture | None:
             panels[0].axvline(floor, color=WARNING, lw=1, ls=(0, (4, 3)), label="noise floor")
             panels[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
         panels[0].set_xlabel(quality.label)
-        panels[0].set_yticks(range(len(measured)), [figure_text(name, _LONGEST_NAME) for name, _ in measured])
+        panels[0].set_yticks(range(len(measured)), labels)
         panels[0].set_ylim(len(measured) - 0.4, -0.6)
         if paired:
             panels[1].axvline(0, color=MUTED, lw=0.9)
-            panels[1].set_xlabel(f"difference to {figure_text(reference or '', _LONGEST_NAME)}, dB")
+            panels[1].set_xlabel(f"difference to {reference}, dB")
         for axes in panels:
             axes.grid(axis="x")
             axes.set_axisbelow(True)
             axes.tick_params(axis="y", length=0)
-        return to_picture(drawn, f"{quality.label.removesuffix(', dB')} of {len(measured)} settings")
+        return to_picture(drawn, f"{quality.label.removesuffix(', dB')} of {len(measured)} settings", legend)
 
 
 def along_axes(results: StudyResults, rows: Sequence[Row]) -> list[AxisFigure]:
@@ -101,11 +102,16 @@ def along_axes(results: StudyResults, rows: Sequence[Row]) -> list[AxisFigure]:
             if numeric and row.setting is not None and row.setting.group == group and row.name in quality.scores
         }
         if len(own) > 1:
-            figures.append(AxisFigure(axis, _line(quality, results.study.written.reference, axis, own)))
+            figures.append(AxisFigure(axis, _line(results, quality, axis, own)))
     return figures
 
 
-def _line(quality: _Quality, reference: str | None, axis: str, own: Mapping[float, Score]) -> Picture:
+def _reference_text(results: StudyResults) -> str:
+    return figure_text(results.study.written.reference or "", _LONGEST_NAME) or "the reference"
+
+
+def _line(results: StudyResults, quality: _Quality, axis: str, own: Mapping[float, Score]) -> Picture:
+    reference = results.study.written.reference
     with figure(8, 3.6) as drawn:
         axes = drawn.subplots()
         places = sorted(own)
@@ -117,7 +123,7 @@ def _line(quality: _Quality, reference: str | None, axis: str, own: Mapping[floa
             seeds = list(own[x].seed_means.values())
             axes.plot([x] * len(seeds), seeds, "o", color=MUTED, ms=3.5, mew=0)
         if reference is not None and reference in quality.scores:
-            _level(axes, figure_text(reference, _LONGEST_NAME), quality.scores[reference], color=MUTED)
+            _level(axes, _reference_text(results), quality.scores[reference], color=MUTED)
         if quality.noise_floor is not None:
             _level(axes, "noise floor", quality.noise_floor, color=WARNING)
         if places[0] > 0 and places[-1] / places[0] >= _LOGARITHMIC_FROM:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.measure import Measurement
 
+from pipeline.report.grid import Grid, GridRow, Heading, cells, grid
 from pipeline.report.quantities import NOTHING, estimate_text, interval_text, seconds_text, share_text
 from pipeline.study.intervals import Interval
 from pipeline.study.quality_scores import THIRDS
@@ -14,67 +15,64 @@ from pipeline.study.results import StudyResults
 from pipeline.study.rows import FULL_PRECISION, Forks, Row, Score
 from pipeline.terminal import PlainTable, new_table, say_sentence, say_table
 
+TERMINAL_WIDTH = 120
+"""Characters that the table takes at most where no terminal says how wide it is."""
+_LONGEST_NAME = 40
+"""Characters of a setting's name before the terminal's table folds it."""
+_LONGEST_REFERENCE = 16
+"""Characters of the reference's name in a heading of it."""
 _BY_THIRDS = "early / middle / late, dB"
-_DISPENSABLE = ("n", "distillation", "recognized", "smaller", "SSIM", "worst 5 %, dB", _BY_THIRDS, "density")
-"""Columns that a narrow terminal does without, the first ones first."""
+_FEWEST = 2
+"""Columns that are shown however narrow the terminal is."""
 _WIDEST = 1000
+_WORDS = ("Setting", "failed")
+_REFERENCE, _SIXTEEN_BITS = "reference", "16 bits"
+"""Texts without which a column of nothing else is empty."""
+TABLE = "results.csv"
+"""In the study's directory: all columns, and the rows' numbers in full."""
 
 
-def columns(results: StudyResults, rows: Sequence[Row]) -> list[str]:
-    """Headings; those that no row has anything to say under are left out."""
+def study_grid(results: StudyResults) -> Grid:
+    """The whole table, the most important columns first: quality, the difference to the reference, and what it costs. A column
+    under which no row has anything to say is left out."""
+    rows = results.rows()
+    texts = [_texts(results, row) for row in rows]
+    headings = [Heading(name, text=name in _WORDS) for name in texts[0]]
     reference = results.study.written.reference
-    blocks = any(row.block_error_db is not None for row in rows if reference in (None, row.name))
-    videos = not blocks or any(row.n for row in rows)
-    velocity = any(row.velocity is not None for row in rows)
-    found = {
-        "Setting": True,
-        "n": videos,
-        "density": any("effective_density" in row.means for row in rows),
-        "velocity SQNR, dB": velocity,
-        f"velocity SQNR, to {reference}, dB": velocity and reference is not None,
-        _BY_THIRDS: velocity,
-        "early commit, dB": any(row.early_commit is not None for row in rows),
-        "forks": any(row.forks is not None for row in rows),
-        f"PSNR, to {reference}, dB": videos and reference is not None,
-        "worst 5 %, dB": videos,
-        "SSIM": videos,
-        "recognized": any("recognized" in row.means for row in rows),
-        _block_heading(reference): blocks,
-        "smaller": videos or any(row.compression is not None for row in rows),
-        "distillation": True,
-        "mean PSNR, dB": videos,
-        "failed": any(row.failures for row in rows),
-    }
-    return [name for name, shown in found.items() if shown]
+    lines = [GridRow(cells(*own.values()), main=row.name == reference) for row, own in zip(rows, texts, strict=True)]
+    return grid(headings, lines, unsaid=(_REFERENCE, _SIXTEEN_BITS)) or Grid((headings[0],), tuple(lines))
 
 
-def cells(results: StudyResults, row: Row, rows: Sequence[Row]) -> list[str]:
-    """The texts of a row, one a heading of `columns`."""
+def _texts(results: StudyResults, row: Row) -> dict[str, str]:
+    """A row's texts by heading."""
     reference = results.study.written.reference
     full = row.name == FULL_PRECISION and row.setting is None
     block_error = _number(row.block_error_db, 2) if reference is None else difference_text(row.block_error_difference)
-    texts = {
+
+    def compared(text: str) -> str:
+        return NOTHING if reference is None else _REFERENCE if row.name == reference else text
+
+    return {
         "Setting": row.name,
-        "n": f"{row.n}" if row.n else NOTHING,
-        "density": f"{100 * row.means['effective_density']:.1f} %" if "effective_density" in row.means else NOTHING,
         "velocity SQNR, dB": _mean_text(row.velocity),
-        f"velocity SQNR, to {reference}, dB": (
-            "reference" if row.name == reference else difference_text(row.velocity.difference if row.velocity else None)
+        f"velocity SQNR, to {reference}, dB": compared(
+            difference_text(row.velocity.difference if row.velocity else None)
         ),
-        _BY_THIRDS: thirds_text(row),
-        "early commit, dB": _mean_text(row.early_commit),
+        "density": f"{100 * row.means['effective_density']:.1f} %" if "effective_density" in row.means else NOTHING,
+        "smaller": _SIXTEEN_BITS if full else NOTHING if row.compression is None else f"{row.compression:.2f}×",
+        f"PSNR, to {reference}, dB": compared(estimate_text(row.typical_difference)),
         "forks": forks_text(row.forks),
-        f"PSNR, to {reference}, dB": "reference" if row.name == reference else estimate_text(row.typical_difference),
+        "mean PSNR, dB": psnr_text(row),
         "worst 5 %, dB": _number(row.worst_db, 2),
+        _block_heading(reference): block_error if reference is None else compared(block_error),
+        "early commit, dB": _mean_text(row.early_commit),
+        _BY_THIRDS: thirds_text(row),
         "SSIM": _number(row.means.get("ssim"), 4),
         "recognized": f"{100 * row.means['recognized']:.1f} %" if "recognized" in row.means else NOTHING,
-        _block_heading(reference): "reference" if row.name == reference else block_error,
-        "smaller": "16 bits" if full else NOTHING if row.compression is None else f"{row.compression:.2f}×",
         "distillation": seconds_text(row.distillation_seconds),
-        "mean PSNR, dB": psnr_text(row),
+        "n": f"{row.n}" if row.n else NOTHING,
         "failed": "; ".join(row.failures),
     }
-    return [texts[name] for name in columns(results, rows)]
 
 
 def _block_heading(reference: str | None) -> str:
@@ -84,7 +82,7 @@ def _block_heading(reference: str | None) -> str:
 def psnr_text(row: Row) -> str:
     """Mean ± standard deviation of the seeds' means."""
     if row.psnr_db is None:
-        return "failed" if row.failures else NOTHING
+        return NOTHING
     return f"{row.psnr_db:.2f}" if row.psnr_db_sd is None else f"{row.psnr_db:.2f} ± {row.psnr_db_sd:.2f}"
 
 
@@ -117,38 +115,49 @@ def thirds_text(row: Row) -> str:
 
 def markdown_table(results: StudyResults) -> str:
     """For documents; settings in the file's order."""
-    rows = results.rows()
-    headings = columns(results, rows)
-    lines = [_markdown_line(headings), "|" + "---|" * len(headings)]
-    return "\n".join([*lines, *(_markdown_line(cells(results, row, rows)) for row in rows)])
+    found = study_grid(results)
+    lines = [_markdown_line([heading.name for heading in found.headings]), "|" + "---|" * len(found.headings)]
+    return "\n".join([*lines, *(_markdown_line([cell.text for cell in row.cells]) for row in found.rows)])
 
 
 def show_results(results: StudyResults, console: Console) -> None:
-    """For the terminal; failures stand below the table, where they have room. A terminal that is too narrow gets fewer columns,
-    a file gets all."""
-    rows = results.rows()
-    headings = columns(results, rows)
-    texts = [dict(zip(headings, cells(results, row, rows), strict=True)) for row in rows]
-    shown = [name for name in headings if name != "failed"]
-    table = _table(shown, texts)
-    for dispensable in _DISPENSABLE:
-        if not console.is_terminal or _width(table, console) <= console.width:
-            break
-        shown = [name for name in shown if name != dispensable]
-        table = _table(shown, texts)
+    """For the terminal, or `TERMINAL_WIDTH` where there is none: as many columns as fit, and a word on where the others are.
+    Failures stand below the table, where they have room."""
+    found = study_grid(results)
+    names = [name for name in found.names if name != "failed"]
+    width = console.width if console.is_terminal else TERMINAL_WIDTH
+    num = len(names)
+    while num > _FEWEST and _width(_table(found, num), console) > width:
+        num -= 1
+    table = _table(found, num)
     if not console.is_terminal:
         console.width = max(console.width, _width(table, console))
     say_table(console, table)
-    for row in rows:
+    if num < len(names):
+        say_sentence(
+            console, f"  in {TABLE} too: {'; '.join(_folded(name).replace(chr(10), ' ') for name in names[num:])}"
+        )
+    for row in results.rows():
         for failure in row.failures:
             say_sentence(console, ("failed", "red"), f"  {row.name}, {failure}")
 
 
-def _table(names: Sequence[str], texts: Sequence[Mapping[str, str]]) -> PlainTable:
-    table = new_table(*names)
-    for row in texts:
-        table.add_row(*(row[name] for name in names))
+def _table(found: Grid, num: int) -> PlainTable:
+    """The first `num` columns."""
+    table = new_table(*(_folded(name) for name in found.names[:num]))
+    table.columns[0].max_width = _LONGEST_NAME
+    for row in found.rows:
+        table.add_row(*(cell.text for cell in row.cells[:num]))
     return table
+
+
+def _folded(heading: str) -> str:
+    """In two lines where it names the reference, and without the name where that is long: its row says which it is."""
+    quantity, to, rest = heading.rpartition(", to ")
+    if not to:
+        return heading
+    name = rest.removesuffix(", dB")
+    return f"{quantity},\nto {name if len(name) <= _LONGEST_REFERENCE else _REFERENCE}, dB"
 
 
 def _width(table: PlainTable, console: Console) -> int:

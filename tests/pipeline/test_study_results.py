@@ -19,7 +19,7 @@ from pipeline.study.intervals import mean_interval, t_cdf, t_quantile
 from pipeline.study.page import render
 from pipeline.study.results import StudyResults
 from pipeline.study.rows import FULL_PRECISION, NOISE_FLOOR, SeedResult
-from pipeline.study.tables import markdown_table, show_results
+from pipeline.study.tables import TERMINAL_WIDTH, markdown_table, show_results, study_grid
 
 REFERENCE, OTHER, BROKEN = "a | b <i>", "interval 3", "interval 5"
 PSNR = {
@@ -34,16 +34,20 @@ LOSSES = {
 
 @pytest.fixture
 def results(tmp_path: Path) -> StudyResults:
+    return made(tmp_path)
+
+
+def made(tmp_path: Path, reference: str = REFERENCE) -> StudyResults:
     (tmp_path / "base.yaml").write_text(
         yaml.safe_dump({"model": "m", "prompts": {"calibration": "c", "held_out": "h"}})
     )
     settings = [
-        {"name": REFERENCE},
+        {"name": reference},
         {"name": "interval {selection.num_samples}", "axes": {"selection.num_samples": [3, 5]}},
     ]
     document = {"study": str(tmp_path / "s"), "config": str(tmp_path / "base.yaml"), "seeds": [0, 1]}
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump({**document, "reference": REFERENCE, "settings": settings}))
+    path.write_text(yaml.safe_dump({**document, "reference": reference, "settings": settings}))
 
     def seed(name: str, number: int) -> SeedResult:
         prompts = {
@@ -54,7 +58,8 @@ def results(tmp_path: Path) -> StudyResults:
         errors = BlockErrors(losses, f"samples of seed {number}")
         return SeedResult(f"seed-{number}/x", None, prompts, 1000, 3.5, 10.0 + number, errors, ("cpu",))
 
-    found = {name: {number: seed(name, number) for number in (0, 1)} for name in PSNR}
+    names = {REFERENCE: reference, OTHER: OTHER}
+    found = {names[name]: {number: seed(name, number) for number in (0, 1)} for name in PSNR}
     found[BROKEN] = {number: SeedResult(f"seed-{number}/y", "distillation/u: diverged") for number in (0, 1)}
     full = {number: {"prompt-000": {"recognized": True, "seconds_per_step": 2.0}} for number in (0, 1)}
     floor = {number: {"prompt-000": {"psnr_db": 50.0 + number, "ssim": 0.99}} for number in (0, 1)}
@@ -209,19 +214,42 @@ def test_files(results: StudyResults) -> None:
 def test_tables(results: StudyResults) -> None:
     lines = markdown_table(results).splitlines()
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert lines[2].startswith("| a \\| b <i> | 4 | 25.0 % | reference | 20.00 |")
-    assert lines[2].endswith("| 25.50 ± 0.71 |  |")
-    assert "| 4 | 25.0 % | +1.50 |" in lines[3], "of two videos, too few for an interval"
+    assert lines[2].startswith("| a \\| b <i> | 25.0 % | 3.50× | reference | 25.50 ± 0.71 | 20.00 |")
+    assert lines[2].endswith("| 10.5 s | 4 |  |")
+    assert "| 25.0 % | 3.50× | +1.50 |" in lines[3], "of two videos, too few for an interval"
     assert "| block error, to a \\| b <i>, dB |" in lines[0]
     assert "| +5.00 [-58.53, +68.53] |" in lines[3]
     assert "seed 0: distillation/u: diverged" in lines[4]
-    for width, terminal in ((500, False), (60, False), (80, True)):
+    for width, terminal in ((500, False), (60, False), (80, True), (500, True)):
         console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
         show_results(results, console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert "+1.50" in text
-        assert ("10.5 s" in text) is (not terminal), "a narrow terminal has fewer columns, a file has all"
+        whole = terminal and width == 500
+        assert ("10.5 s" in text) == whole, "columns that do not fit are named"
+        assert ("results.csv too: " in text) != whole
+        assert max(map(len, text.splitlines())) <= (width if terminal else TERMINAL_WIDTH)
         assert "diverged" in text
+
+
+def test_columns_answer_first_and_none_is_empty(results: StudyResults) -> None:
+    settings = {
+        name: {
+            seed: replace(
+                found,
+                prompts={p: {**values, "velocity_sqnr_db": 20.0 + seed} for p, values in found.prompts.items()},
+                distillation_seconds=None,
+            )
+            for seed, found in seeds.items()
+        }
+        for name, seeds in results.settings.items()
+    }
+    names = study_grid(replace(results, settings=settings)).names
+    assert names[:5] == ("Setting", "velocity SQNR, dB", f"velocity SQNR, to {REFERENCE}, dB", "density", "smaller")
+    assert {"distillation", "early commit, dB", "forks", "early / middle / late, dB"}.isdisjoint(names)
+    settings[OTHER] = settings[BROKEN]
+    alone = study_grid(replace(results, settings=settings)).names
+    assert not any(", to " in name for name in alone), "there is nothing to compare with the reference"
 
 
 def test_without_videos_the_table_is_that_of_the_block_errors(results: StudyResults) -> None:
@@ -247,7 +275,13 @@ def test_page(results: StudyResults) -> None:
     assert "a | b &lt;i&gt;" in page
     assert "<i>" not in page
     assert page == render(results), "the same bytes"
-    assert "<td>blocks.0</td>" in page
-    assert "+10.00</td>" in page, "block 0 lost 10 dB with both seeds"
+    assert '<th dir="auto">blocks.0</th>' in page
+    assert "+10.00</span></td>" in page, "block 0 lost 10 dB with both seeds"
     assert page.count("<figure>") == 1, "an axis of which only one place was measured has no line"
     assert "2 runs failed and are not in the means" in page
+
+
+def test_any_script_names_a_setting(results: StudyResults, tmp_path: Path) -> None:
+    """What the figures' font lacks stands in the page, by the number that the figure shows."""
+    assert '<dt>(1)</dt><dd dir="auto">雪の中 🐱</dd>' in render(made(tmp_path, "雪の中 🐱"))
+    assert '<dl class="legend">' not in render(results)
