@@ -62,7 +62,6 @@ def _texts(results: StudyResults, row: Row) -> dict[str, str]:
         "smaller": _SIXTEEN_BITS if full else NOTHING if row.compression is None else f"{row.compression:.2f}×",
         f"PSNR, to {reference}, dB": compared(estimate_text(row.typical_difference)),
         "forks": forks_text(row.forks),
-        "mean PSNR, dB": psnr_text(row),
         "worst 5 %, dB": _number(row.worst_db, 2),
         _block_heading(reference): block_error if reference is None else compared(block_error),
         "early commit, dB": _mean_text(row.early_commit),
@@ -71,6 +70,7 @@ def _texts(results: StudyResults, row: Row) -> dict[str, str]:
         "recognized": f"{100 * row.means['recognized']:.1f} %" if "recognized" in row.means else NOTHING,
         "distillation": seconds_text(row.distillation_seconds),
         "n": f"{row.n}" if row.n else NOTHING,
+        "mean PSNR, dB": psnr_text(row),
         "failed": "; ".join(row.failures),
     }
 
