@@ -269,7 +269,7 @@ class RunMaker:
         outputs = self.directory.calibration_store.write(f"evaluation/{name}/video", stored)
         if self.shape.films:
             film = imwrite("<bytes>", stored.numpy(), extension=".mp4", plugin="pyav", codec="libx264", fps=24)
-            outputs = [*outputs, self.directory.store.put(f"evaluation/{name}.mp4", film)]
+            outputs = (*outputs, self.directory.store.put(f"evaluation/{name}.mp4", film))
         self.record("evaluation", name, result, outputs)
 
     def _video(self, index: int) -> Tensor:
