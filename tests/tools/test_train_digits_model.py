@@ -46,6 +46,7 @@ def test_the_folder_is_a_plain_pipeline(made: Path) -> None:
     assert torch.isfinite(frames).all()
 
 
+@pytest.mark.slow
 def test_resumed_training_equals_an_undisturbed_one(made: Path) -> None:
     """The fixture ran six steps at once; here the same six run in two calls."""
     resumed = made / "resumed"
@@ -64,6 +65,7 @@ def test_resumed_training_equals_an_undisturbed_one(made: Path) -> None:
         assert not differing
 
 
+@pytest.mark.slow
 def test_second_phase_starts_from_the_folder_and_keeps_its_latents(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "assets", tmp_path / "assets")
     folder = tmp_path / "assets/hunyuanvideo-digits"

@@ -70,7 +70,7 @@ def unsharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return store(run)
 
 
-@pytest.mark.parametrize("num_ranks", [NUM_RANKS, 1])
+@pytest.mark.parametrize("num_ranks", [NUM_RANKS, pytest.param(1, marks=pytest.mark.slow)])
 def test_fsdp_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path, num_ranks: int) -> None:
     run_ranks("tests.workers.replica_ranks", str(tmp_path), "fsdp", num_ranks=num_ranks)
     sharded = store(tmp_path)
