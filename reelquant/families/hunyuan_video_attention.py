@@ -38,7 +38,7 @@ class CoreAttentionProcessor:
     def _register(self) -> None:
         number = next(_handles)
         # A tensor is an input of compiled code; a number would be a constant of it, and every block compiled anew.
-        self._handle = torch.tensor(number)
+        self._handle = torch.tensor(number, device="cpu")
         _processors[number] = self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -201,7 +201,8 @@ def test_blocks_of_a_kind_share_their_compiled_code(tiny_source: Path) -> None:
     torch.manual_seed(0)
     model: Any = HunyuanVideoTransformer3DModel.from_config({**config, "num_layers": 4, "num_single_layers": 5}).eval()
     spec = QuantizationSpec("W4A6", "test", layers={}, sparse_attention=SPARSE, velocity_correction=CORRECTION)
-    attach_runtime(model, spec)
+    with torch.device("meta"):  # a default device is none of the blocks' numbers'
+        attach_runtime(model, spec)
     expected = REQUESTS[0].run(model)
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     # One code for the first shapes, one more for a part of them that changes; never one a block.
