@@ -93,9 +93,9 @@ def digits_model() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server with one bucket, for all tests of this process."""
+    """A real S3 server with one bucket, for the tests of a module: those of Ray that come later look at what listens."""
     with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as server:
         yield server
 

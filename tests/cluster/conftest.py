@@ -25,12 +25,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def session(home: Path) -> Iterator[Session]:
+def strangers() -> list[psutil.Process]:
+    """Processes below this one that are not the session's, such as the fork server of tests that ran before."""
+    found: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def session(home: Path, strangers: list[psutil.Process]) -> Iterator[Session]:
     """A local session with two GPUs that exist in Ray's books only. Nothing of it may be left in the end."""
     before, handler = environment(), signal.getsignal(signal.SIGTERM)
     with ray_session(SessionSettings(num_cpus=4, num_gpus=2)) as opened:
         yield opened
-        children = psutil.Process().children(recursive=True)
+        children = [child for child in psutil.Process().children(recursive=True) if child not in strangers]
     assert environment() == before
     assert signal.getsignal(signal.SIGTERM) is handler
     assert opened.directory is not None
