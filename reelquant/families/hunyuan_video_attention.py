@@ -87,13 +87,30 @@ class CoreAttentionProcessor:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, L, H, D]` three times -> `[B, L, H, D]`."""
         batch, length = query.shape[:2]
-        lengths = [length] * batch if mask is None else mask.reshape(batch, -1).sum(dim=1).tolist()
+        lengths = [length] * batch if mask is None else _valid_lengths(mask)
         outputs = []
         for item, valid in enumerate(lengths):
             q, k, v = (x[item, :valid].transpose(0, 1) for x in (query, key, value))
             out = self.core(item, q, k, v).transpose(0, 1)
             outputs.append(torch.cat([out, out.new_zeros(length - valid, *out.shape[1:])]) if valid < length else out)
         return torch.stack(outputs)
+
+
+_last_lengths: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+"""The last mask, its version, and its rows' lengths."""
+
+
+def _valid_lengths(mask: Tensor) -> list[int]:
+    """Tokens that every row of `mask` `[B, 1, 1, L]` leaves. All blocks of a step get one mask, which is read from the device
+    once: a read waits for all that the device has to do."""
+    global _last_lengths
+    last = _last_lengths
+    if mask.is_inference():  # has no version: a change in place would not be seen
+        return [int(length) for length in mask.reshape(len(mask), -1).sum(dim=1).tolist()]
+    if last is None or last[0]() is not mask or last[1] != mask._version:
+        lengths = [int(length) for length in mask.reshape(len(mask), -1).sum(dim=1).tolist()]
+        last = _last_lengths = (weakref.ref(mask), mask._version, lengths)
+    return last[2]
 
 
 @torch.library.custom_op("reelquant::attend", mutates_args=())

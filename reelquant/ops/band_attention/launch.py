@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import e, log2
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import Architecture, architecture, current_stream, launching
 from reelquant.ops.band_attention.kernel import band_attention_kernel
-from reelquant.ops.band_attention.reference import Correction
+from reelquant.ops.band_attention.reference import Correction, heads_of_kind
 
 Load = Literal["tma", "pointers"]
 
@@ -110,7 +109,7 @@ def _launch(
         for kind in sorted(set(kinds)):
             frames = layout.num_frames if kind == "t" else 1
             way = load or _load(qkv, frames, cut)
-            heads = _heads(kinds, kind, q.device, current_stream(q.device))
+            heads = heads_of_kind(kinds, kind, torch.int32, q.device, current_stream(q.device))
             blocks = cdiv(layout.num_video, cut.rows) + cdiv(layout.num_text, cut.rows)
             arguments = _arguments(qkv, outs, corrections, layout=layout, frames=frames, cut=cut, way=way)
             band_attention_kernel[(len(heads) * blocks,)](
@@ -213,10 +212,3 @@ def takes_tma(*tensors: Tensor) -> bool:
         x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
         for x in tensors
     )
-
-
-@lru_cache(maxsize=256)
-def _heads(kinds: str, kind: str, device: torch.device, _stream: int) -> Tensor:
-    """int32, the heads of one kind."""
-    with torch.inference_mode(False):
-        return torch.tensor([head for head, letter in enumerate(kinds) if letter == kind], dtype=torch.int32).to(device)

@@ -127,9 +127,8 @@ def dense_and_band_attention(
 
         return dense_and_band_triton(q, k, v, kinds=kinds, layout=layout, width=width)
     if implementation == "reference":
-        temporal = torch.tensor([kind == "t" for kind in kinds], device=q.device)
         rows = _TILE_ROWS.get(q.device.type, 1024)
-        return dense_and_band_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
+        return dense_and_band_reference(q, k, v, kinds=kinds, layout=layout, width=width, tile_rows=rows)
     dense = full_dense_attention(q, k, v)
     if width >= layout.num_video:
         return dense, dense
@@ -169,9 +168,8 @@ def _in_torch(
         from reelquant.ops.band_attention.flex import band_attention_flex
 
         return band_attention_flex(q, k, v, kinds=kinds, layout=layout, width=width)
-    temporal = torch.tensor([kind == "t" for kind in kinds], device=q.device)
     rows = _TILE_ROWS.get(q.device.type, 1024)
-    return band_attention_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
+    return band_attention_reference(q, k, v, kinds=kinds, layout=layout, width=width, tile_rows=rows)
 
 
 def _check(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reelquant.attention.band_mask import place_major_order, place_major_positions
 from reelquant.families.family import TokenLayout
+from reelquant.ops.architecture import current_stream
 
 SCALED_TOKENS = 128
 """Tokens that share a `row_scale`."""
@@ -45,22 +47,21 @@ def decoded(rows: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tenso
 
 
 def band_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, temporal: Tensor, layout: TokenLayout, width: int, tile_rows: int
+    q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: TokenLayout, width: int, tile_rows: int
 ) -> Tensor:
     """See `op.band_attention`. Walks tiles of `tile_rows` queries, each against one contiguous run of keys and the text:
     no mask is larger than a tile, and the backward pass keeps no scores."""
     if width >= layout.num_video:
         return dense_attention(q, k, v)
+    found = set(kinds)
+    if len(found) == 1:
+        return _one_kind(q, k, v, is_temporal="t" in found, layout=layout, width=width, tile_rows=tile_rows)
     out = torch.empty_like(q) if not (torch.is_grad_enabled() and q.requires_grad) else None
     parts: list[tuple[Tensor, Tensor]] = []
-    for heads, is_temporal in ((~temporal, False), (temporal, True)):
-        index = heads.nonzero().flatten()
-        if not len(index):
-            continue
-        selected = tuple(x[index] if len(index) < len(q) else x for x in (q, k, v))
-        result = _one_kind(*selected, is_temporal=is_temporal, layout=layout, width=width, tile_rows=tile_rows)
-        if len(index) == len(q):
-            return result
+    for kind in "st":
+        index = heads_of_kind(kinds, kind, torch.int64, q.device, current_stream(q.device))
+        selected = (x[index] for x in (q, k, v))
+        result = _one_kind(*selected, is_temporal=kind == "t", layout=layout, width=width, tile_rows=tile_rows)
         if out is None:
             parts.append((index, result))
         else:
@@ -71,16 +72,23 @@ def band_attention_reference(
     return torch.cat([result for _, result in parts])[order]
 
 
+@lru_cache(maxsize=256)
+def heads_of_kind(kinds: str, kind: str, dtype: torch.dtype, device: torch.device, _stream: int) -> Tensor:
+    """Indices of the heads of one kind, in `dtype`. Kept, because a copy to a GPU waits for all that the GPU has to do."""
+    with torch.inference_mode(False):
+        return torch.tensor([head for head, letter in enumerate(kinds) if letter == kind], dtype=dtype).to(device)
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full attention `[H, L, D]`."""
     return scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
 
 
 def dense_and_band_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, temporal: Tensor, layout: TokenLayout, width: int, tile_rows: int
+    q: Tensor, k: Tensor, v: Tensor, *, kinds: str, layout: TokenLayout, width: int, tile_rows: int
 ) -> tuple[Tensor, Tensor]:
     """See `op.dense_and_band_attention`: simply both."""
-    band = band_attention_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=tile_rows)
+    band = band_attention_reference(q, k, v, kinds=kinds, layout=layout, width=width, tile_rows=tile_rows)
     return dense_attention(q, k, v), band
 
 

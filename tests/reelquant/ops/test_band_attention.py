@@ -56,8 +56,7 @@ def test_is_attention_under_the_mask(layout: TokenLayout, kinds: str) -> None:
     for width in {1, 2, 7, layout.num_video // 2 + 1, layout.num_video, layout.num_video + 5}:
         expected = brute_force(q, k, v, kinds=kinds, layout=layout, width=width)
         for rows in (3, 64, 10_000):
-            temporal = torch.tensor([kind == "t" for kind in kinds])
-            out = band_attention_reference(q, k, v, temporal=temporal, layout=layout, width=width, tile_rows=rows)
+            out = band_attention_reference(q, k, v, kinds=kinds, layout=layout, width=width, tile_rows=rows)
             assert float((out - expected).norm() / expected.norm()) < 1e-12
         out = band_attention(q.float(), k.float(), v.float(), kinds=kinds, layout=layout, width=width)
         assert out.dtype == torch.float32
