@@ -14,7 +14,7 @@ from tests.pipeline.small_run import ROOT
 
 CONFIGS = ROOT / "configs"
 SHIPPED = sorted([*CONFIGS.glob("*.yaml"), CONFIGS / "studies" / "base.yaml"])
-ABOUT_SELECTION = {"selection", "selection_finer", "features"}
+ABOUT_SELECTION = {"selection", "selection_finer", "features", "features_50"}
 """Studies that compare strategies."""
 THE_PAPER_S_ROW = {
     "joint": {"quantsparse": "random"},
