@@ -23,7 +23,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.provenance import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,15 +112,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
     cuda = device.type == "cuda"
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or None,
+        "commit": commit(),
         "device": torch.cuda.get_device_name(device)
         if cuda
         else f"cpu {platform.machine()}, threads: {torch.get_num_threads()}",

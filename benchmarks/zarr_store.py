@@ -42,6 +42,7 @@ from zarr.codecs import Crc32cCodec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.provenance import commit
 from storage.atomic_files import create_directory, sync_directory, sync_file, write_json_atomic
 from storage.calibration_store import CalibrationStore
 from storage.zarr_layout import ArrayLayout
@@ -195,10 +196,9 @@ def summarize(seconds: dict[str, dict[str, list[float]]], num_bytes: int) -> dic
 def environment() -> dict[str, Any]:
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpu_lines if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit if len(commit) == 40 else None,
+        "commit": commit(),
         "cpu": cpu[0] if cpu else platform.processor(),
         "num_cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

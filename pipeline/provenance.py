@@ -13,12 +13,18 @@ from typing import Any
 def provenance() -> dict[str, Any]:
     """Versions and commit of this program; in a submitted job, where there is no git, the commit comes with the job."""
     packages = ("torch", "diffusers", "transformers", "ray", "zarr", "safetensors", "numpy")
-    root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
-        "commit": commit or os.environ.get("REELQUANT_COMMIT"),
+        "commit": commit() or os.environ.get("REELQUANT_COMMIT"),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
     }
+
+
+def commit() -> str | None:
+    """Hash of this checkout's commit, with `-dirty` where tracked files differ from it; None without a checkout or git."""
+    root = Path(__file__).resolve().parents[1]
+    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        return None

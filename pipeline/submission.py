@@ -22,6 +22,7 @@ from cluster.job_submission import JobClient, JobEnd, JobRequest, new_submission
 from cluster.session import PROJECT_ROOT
 from pipeline.config.loading import ConfigError, parse_config, parse_override, read_prompts, read_values, set_value
 from pipeline.config.schema import RunConfig
+from pipeline.provenance import commit
 from pipeline.study.expansion import load_study
 from pipeline.terminal import say
 from storage.location import Location
@@ -79,14 +80,14 @@ def _study_job(path: Path, values: dict[str, Any], overrides: Sequence[str], opt
 
 def _request(command: Sequence[str], values: dict[str, Any], metadata: dict[str, str], place: Location) -> JobRequest:
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    commit = _commit()
+    made_by = commit()
     return JobRequest(
         submission_id=new_submission_id(place.name),
         entrypoint=f"{_PYTHON} {shlex.join(command)} <<'{_END_OF_CONFIG}'\n{text}{_END_OF_CONFIG}\n",
         working_dir=PROJECT_ROOT,
         excludes=EXCLUDES,
-        env_vars={"REELQUANT_COMMIT": commit} if commit else {},
-        metadata={**metadata, "commit": commit or "unknown"},
+        env_vars={"REELQUANT_COMMIT": made_by} if made_by else {},
+        metadata={**metadata, "commit": made_by or "unknown"},
     )
 
 
@@ -198,10 +199,3 @@ def _upload_problems(key: str, path: Path) -> list[str]:
 def _is_ignored(inside: Path) -> bool:
     done = subprocess.run(["git", "-C", str(PROJECT_ROOT), "check-ignore", "-q", str(inside)], check=False)
     return done.returncode == 0
-
-
-def _commit() -> str:
-    done: Any = subprocess.run(
-        ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return str(done.stdout).strip()

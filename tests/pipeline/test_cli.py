@@ -64,8 +64,10 @@ def test_help_of_every_command(name: str) -> None:
 def test_version_names_program_and_packages() -> None:
     result = invoke("--version")
     assert result.exit_code == 0
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f"reelquant {version('reelquant')}, commit {commit.strip()}" in result.output
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    changes = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode
+    expected = head.strip() + ("-dirty" if changes else "")
+    assert f"reelquant {version('reelquant')}, commit {expected}" in result.output.splitlines()
     assert f"torch {version('torch')}" in result.output
 
 
