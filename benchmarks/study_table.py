@@ -8,7 +8,8 @@ Differences are paired over (seed, prompt) with the reference, with the 95 % int
 recorded, so are theirs over blocks, with the interval of the seeds (`pipeline.study.block_errors`); fewer dB are better. A
 study without videos has them by kind of block too.
 
-A study that measured the teacher-forced velocity is ranked by its SQNR, with the estimators of `pipeline.study.rows`.
+A study that measured the teacher-forced velocity is ranked by its SQNR, with the estimators of `pipeline.study.rows`. With
+`--step-times benchmarks/results/dit_step.json` each row has its mean step at full size, by `benchmarks.step_times`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.step_times import attention_of, step_time
 from pipeline.report.quantities import NOTHING, estimate_text, interval_text
 from pipeline.study.block_errors import BlockErrors, block_kind, difference_interval
 from pipeline.study.intervals import Interval, mean_interval
@@ -134,9 +136,14 @@ def _without_twins(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def velocity_table(rows: Sequence[Row], reference: str) -> str:
-    """Markdown, in the order of `rows`, equal ones in one line; without the columns that no row has anything to say under."""
+def velocity_table(rows: Sequence[Row], reference: str, seconds: Mapping[str, float]) -> str:
+    """Markdown, in the order of `rows`, equal ones in one line; without the columns that no row has anything to say under.
+
+    Args:
+        seconds: of a step at full size, by row, as far as known.
+    """
     shown = {
+        "s a step": bool(seconds),
         "effective density": any("effective_density" in row.means for row in rows),
         "forks": any(row.forks is not None for row in rows),
     }
@@ -147,6 +154,7 @@ def velocity_table(rows: Sequence[Row], reference: str) -> str:
             "setting": row.name,
             "seeds": f"{0 if velocity is None else len(velocity.seed_means)}",
             "effective density": NOTHING if density is None else f"{100 * density:.1f} %",
+            "s a step": f"{seconds[row.name]:.2f}" if row.name in seconds else NOTHING,
             "velocity SQNR, dB": interval_text(velocity.mean if velocity else None),
             f"to {reference}, dB": difference_text(velocity.difference if velocity else None),
             "early / middle / late, dB": thirds_text(row),
@@ -163,8 +171,11 @@ def velocity_table(rows: Sequence[Row], reference: str) -> str:
     return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
 
 
-def table(document: dict[str, Any], reference: str) -> str:
+def table(document: dict[str, Any], reference: str, step_times: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """Markdown, best first: by velocity SQNR where it was measured, otherwise by mean PSNR or block errors.
+
+    Args:
+        step_times: the results of dit_step.json, for a study ranked by velocity SQNR.
 
     Raises:
         ValueError: the document has no setting `reference`.
@@ -173,7 +184,7 @@ def table(document: dict[str, Any], reference: str) -> str:
     if reference not in settings:
         raise ValueError(f"no setting {reference!r}: there are {', '.join(sorted(settings))}")
     if measured := velocity_rows(document, reference):
-        return velocity_table(measured, reference)
+        return velocity_table(measured, reference, _seconds(document, measured, step_times or {}))
     base = videos(settings[reference])
     errors = block_errors(document, reference)
     has_videos = not errors or any(settings.values())
@@ -201,6 +212,14 @@ def table(document: dict[str, Any], reference: str) -> str:
     return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
 
 
+def _seconds(
+    document: dict[str, Any], rows: Sequence[Row], step_times: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    attentions = {row.name: attention_of(document, row.name) for row in rows} if step_times else {}
+    found = {name: step_time(attention, step_times) for name, attention in attentions.items() if attention is not None}
+    return {name: time.seconds for name, time in found.items() if time is not None}
+
+
 def write_table(page: Path, name: str, text: str) -> None:
     """Puts `text` between `<!-- name -->` and `<!-- /name -->` of the page.
 
@@ -221,8 +240,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--reference", required=True, help="setting to which differences are given")
     parser.add_argument("--page", type=Path, required=True, help="has markers of the results file's name")
+    parser.add_argument("--step-times", type=Path, help="dit_step.json: adds the mean step at full size")
     given = parser.parse_args(arguments)
-    write_table(given.page, given.results.stem, table(json.loads(given.results.read_text()), given.reference))
+    times = json.loads(given.step_times.read_text())["results"] if given.step_times else None
+    write_table(given.page, given.results.stem, table(json.loads(given.results.read_text()), given.reference, times))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
 | kind | what it computes |
 |---|---|
 | `dense` (d) | dense attention |
-| `first refresh` (R) | dense and band attention, the residual's factors; there is no change to keep |
+| `first refresh` (R) | dense and band attention, the residual's factors; nothing before it to compare with, or order 1 |
 | `first sparse` (s) | band attention and one correction |
 | `refresh` (r) | dense and band attention, factors of the residual and of its change |
 | `sparse` (S) | band attention and two corrections |
+| `bare sparse` | band attention alone: a residual of order 0 |
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ def level_of_step(step: int) -> float:
 
 def step_kinds(spec: SparseAttentionSpec, num: int) -> list[str]:
     """The kind of each of the first `num` steps of a generation."""
-    kinds, refreshes = [], 0
+    kinds: list[str] = []
+    has_change = False
     for kind in spec.schedule([level_of_step(step) for step in range(num)]):
         if kind == "refresh":
-            kinds.append("refresh" if refreshes else "first refresh")
-            refreshes += 1
+            earlier = kinds[-1:] if spec.residual.compares_adjacent_steps else kinds
+            has_change = spec.residual.order == 2 and any(name.endswith("refresh") for name in earlier)
+            kinds.append("refresh" if has_change else "first refresh")
         elif kind == "dense":
             kinds.append("dense")
+        elif spec.residual.order == 0:
+            kinds.append("bare sparse")
         else:
-            kinds.append("sparse" if refreshes > 1 else "first sparse")
+            kinds.append("sparse" if has_change else "first sparse")
     return kinds
 
 
