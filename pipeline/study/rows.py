@@ -3,8 +3,9 @@
 | statistic | unit of the interval |
 |---|---|
 | velocity SQNR, early-commit error, mean PSNR, and their differences | videos x calibrations, crossed |
+| share of forks (Wilson, of the effective number) | videos x calibrations, crossed |
 | typical difference of the PSNR (Hodges-Lehmann) | videos; each stands with its typical difference over calibrations |
-| share of forks (Wilson), against the reference (McNemar) | pairs of video and calibration |
+| forks against the reference's (McNemar) | videos; each stands with its difference over calibrations |
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.study.block_errors import BlockErrors
-from pipeline.study.estimators import Estimate, crossed_interval, hodges_lehmann, mcnemar, wilson_interval
+from pipeline.study.estimators import Estimate, crossed_interval, crossed_share, hodges_lehmann, mcnemar
 from pipeline.study.expansion import Setting
 from pipeline.study.intervals import Interval
 from pipeline.study.quality_scores import THIRDS
@@ -215,13 +216,14 @@ def _score(seeds: Mapping[int, Prompts], reference: Mapping[int, Prompts], metri
 
 
 def _forks(seeds: Mapping[int, Prompts], reference: Mapping[int, Prompts], fork_db: float | None) -> Forks | None:
-    psnr, against = by_video(seeds, "psnr_db"), by_video(reference, "psnr_db")
-    if fork_db is None or not psnr:
+    if fork_db is None:
         return None
-    share = wilson_interval(sum(value < fork_db for value in psnr.values()), len(psnr))
-    both = [video for video in psnr if video in against]
-    pair = [psnr[video] < fork_db for video in both], [against[video] < fork_db for video in both]
-    return None if share is None else Forks(share, mcnemar(*pair) if both else None)
+    own, against = (
+        {seed: {prompt: db < fork_db for prompt, db in psnr.items()} for seed, psnr in _by_seed(by, "psnr_db").items()}
+        for by in (seeds, reference)
+    )
+    share = crossed_share(own)
+    return None if share is None else Forks(share, mcnemar(own, against))
 
 
 def _typical_difference(seeds: Mapping[int, Prompts], reference: Mapping[int, Prompts]) -> Estimate | None:

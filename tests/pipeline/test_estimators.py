@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
-from pipeline.study.estimators import crossed_interval, crossed_mean, hodges_lehmann, mcnemar, valley, wilson_interval
+from pipeline.study.estimators import (
+    crossed_interval,
+    crossed_mean,
+    crossed_share,
+    hodges_lehmann,
+    mcnemar,
+    valley,
+    wilson_interval,
+)
 from pipeline.study.intervals import mean_interval
 
 GENERATOR = np.random.default_rng
@@ -49,6 +59,15 @@ def test_one_calibration_or_one_video_is_an_ordinary_interval() -> None:
         assert crossed is not None
         assert crossed.mean == pytest.approx(expected.mean)
         assert crossed.half_width == pytest.approx(expected.half_width)
+
+
+@pytest.mark.parametrize("num", [2, 3, 7, 23, 48])
+def test_no_degree_of_freedom_is_lost_to_rounding(num: int) -> None:
+    for seed in range(20):
+        values = GENERATOR(seed).normal(30.0, 5.0, num)
+        expected, crossed = mean_interval(list(values)), crossed_mean(values[None, :])
+        assert expected is not None
+        assert crossed.half_width == pytest.approx(expected.half_width, rel=1e-9)
 
 
 def test_videos_that_a_calibration_lacks_are_left_out() -> None:
@@ -117,15 +136,87 @@ def test_wilson_has_the_published_values() -> None:
     assert wilson_interval(0, 0) is None
 
 
-def test_mcnemar_is_a_binomial_test_of_the_discordant_videos() -> None:
-    both, neither = [True] * 4, [False] * 20
-    assert mcnemar([*both, *neither, True, True, True, True, True], [*both, *neither, *[False] * 5]) == pytest.approx(
-        2 / 32
-    )
-    assert mcnemar([*[True] * 5, False], [*[False] * 5, True]) == pytest.approx(2 * 7 / 64)
-    assert mcnemar(both, both) == 1.0
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        mcnemar([True], [])
+def pairs(table: Sequence[Sequence[object]] | np.ndarray) -> dict[int, dict[str, bool]]:
+    """Of a table `[calibrations, videos]`."""
+    return {seed: {f"prompt-{i:03d}": bool(value) for i, value in enumerate(row)} for seed, row in enumerate(table)}
+
+
+@pytest.mark.parametrize("forked", [(0, 1, 0, 0, 1, 0, 0), (0, 0, 0), (1, 1, 1, 1), (1,)])
+@pytest.mark.parametrize("num", [2, 5])
+def test_calibrations_that_are_one_tell_of_forks_what_one_does(forked: tuple[int, ...], num: int) -> None:
+    one, same = crossed_share(pairs([forked])), crossed_share(pairs([forked] * num))
+    assert one is not None
+    assert one == wilson_interval(sum(forked), len(forked))
+    if len(forked) > 1:  # a single video is as many as there are calibrations
+        assert same is not None
+        assert (same.value, same.low, same.high) == pytest.approx((one.value, one.low, one.high))
+        assert same.num == num * one.num
+    other = [not any(forked[:1]), *forked[1:]]
+    p = mcnemar(pairs([forked]), pairs([other]))
+    assert p is not None
+    assert mcnemar(pairs([forked] * num), pairs([other] * num)) == p
+
+
+def test_the_share_of_forks_has_the_design_effect_of_the_components() -> None:
+    # MS_v = 11/24, MS_c = MS_vc = 1/8: s_v² = 1/6, s_c² = 0, s_vc² = 1/8; (2/6 + 1/8) / (1/6 + 1/8) = 11/7.
+    found, expected = crossed_share(pairs([[1, 1, 0, 0], [1, 0, 0, 0]])), wilson_interval(3 / 8 * 56 / 11, 56 / 11)
+    assert found is not None
+    assert expected is not None
+    assert (found.value, found.low, found.high) == pytest.approx((3 / 8, expected.low, expected.high))
+    assert found.num == 8
+    # In a Latin square neither factor matters: 16 independent pairs. Exchanged, the factors have the same effect.
+    square, plain = crossed_share(pairs(np.eye(4))), wilson_interval(4, 16)
+    assert square is not None
+    assert square == plain
+    table = GENERATOR(2).random((5, 7)) < [[0.1, 0.9, 0.2, 0.3, 0.8, 0.1, 0.5]]
+    first, second = crossed_share(pairs(table)), crossed_share(pairs(table.T))
+    assert first is not None
+    assert second is not None
+    assert (first.low, first.high) == pytest.approx((second.low, second.high))
+    assert crossed_share({0: {"a": True}, 1: {"b": True}}) is None
+    lacking = crossed_share({0: {"a": True, "b": False, "c": True}, 1: {"b": False, "a": True}, 2: {}})
+    assert lacking is not None
+    assert (lacking.value, lacking.num) == (0.5, 4)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 16)])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
+def test_the_share_of_forks_covers_as_often_as_it_says_where_videos_differ(
+    share: float, shape: tuple[int, int]
+) -> None:
+    num, covered, naive = 300, 0, 0
+    for seed in range(num):
+        below = table(seed, c=0, v=1, rest=0.5, shape=shape) < 1 + 1.25**0.5 * NormalDist().inv_cdf(share)
+        found, independent = crossed_share(pairs(below)), wilson_interval(int(below.sum()), below.size)
+        assert found is not None
+        assert independent is not None
+        covered += (found.low or 0.0) <= share <= (found.high or 0.0)
+        naive += (independent.low or 0.0) <= share <= (independent.high or 0.0)
+    assert covered >= 0.85 * num
+    assert naive < covered - 0.05 * num
+
+
+def test_mcnemar_of_one_calibration_is_a_binomial_test_of_the_discordant_videos() -> None:
+    both, neither = [1] * 4, [0] * 20
+    first, second = [*both, *neither, 1, 1, 1, 1, 1], [*both, *neither, *[0] * 5]
+    assert mcnemar(pairs([first]), pairs([second])) == pytest.approx(2 / 32)
+    assert mcnemar(pairs([[*[1] * 5, 0]]), pairs([[*[0] * 5, 1]])) == pytest.approx(2 * 7 / 64)
+    assert mcnemar(pairs([both]), pairs([both])) == 1.0
+    assert mcnemar(pairs([both]), {1: pairs([both])[0]}) is None
+    assert mcnemar({}, pairs([both])) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mcnemar_counts_every_exchange_of_the_two_settings_in_a_video(seed: int) -> None:
+    draw = GENERATOR(seed).random
+    first, second = (draw((3, 1 + 9)) < share for share in (0.5, 0.2))
+    apart = (first.astype(int) - second).sum(axis=0)
+    sums = [abs(sum(sign * x for sign, x in zip(signs, apart, strict=True))) for signs in signs_of(len(apart))]
+    assert mcnemar(pairs(first), pairs(second)) == pytest.approx(np.mean([total >= abs(apart.sum()) for total in sums]))
+
+
+def signs_of(num: int) -> Iterator[tuple[int, ...]]:
+    return itertools.product((-1, 1), repeat=num)
 
 
 @pytest.mark.parametrize("num_forks", [4, 12, 60])
