@@ -129,6 +129,16 @@ def test_the_page_says_which_differences_at_w4a8_are_known_to_half_a_decibel() -
     assert f"`reelquant` - `gptq` (± {ours:.2f}); the others have ± {min(others):.2f} to ± {max(others):.2f}" in text
 
 
+def test_the_page_says_how_little_is_known_of_forks() -> None:
+    found = []
+    for name in ("study_calibration", "study_features"):
+        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        rows = velocity_rows(document, VELOCITY_ROWS[name])
+        found += [row.forks.p for row in rows if row.forks is not None and row.forks.p is not None]
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert f"which setting forks less cannot be told, no p is below {min(found):.2g}." in text
+
+
 @pytest.mark.parametrize(
     ("name", "reference"),
     [
