@@ -242,7 +242,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_where_stands_in_front() -> None:
-    with pytest.raises(ConfigError, match=r"^here: run: Field required"):
+    with raises(ConfigError, "here: run"):
         parse_config({key: value for key, value in LEAST.items() if key != "run"}, "here")
 
 
@@ -250,15 +250,15 @@ def test_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n  first \n\nzweitens: Blüten\r\nthird\n", encoding="utf-8")
     assert read_prompts(path, 2, "held_out") == ["first", "zweitens: Blüten"]
-    with pytest.raises(ConfigError, match=r"holds 3 prompts, but prompts.num_held_out is 4: add prompts or lower it"):
+    with raises(ConfigError, "prompts.num_held_out", 4, 3, path):
         read_prompts(path, 4, "held_out")
-    with pytest.raises(ConfigError, match=r"prompts.calibration: .*gone.txt cannot be read"):
+    with raises(ConfigError, "prompts.calibration", tmp_path / "gone.txt"):
         read_prompts(tmp_path / "gone.txt", 1, "calibration")
     path.write_bytes(b"caf\xe9\n")
-    with pytest.raises(ConfigError, match="is not UTF-8"):
+    with raises(ConfigError, "prompts.calibration", path, "UTF-8"):
         read_prompts(path, 1, "calibration")
     path.write_text(" \n\n")
-    with pytest.raises(ConfigError, match="holds no prompt; write one a line"):
+    with raises(ConfigError, "prompts.calibration", path, "no"):
         read_prompts(path, 1, "calibration")
 
 
@@ -302,35 +302,31 @@ def test_a_part_of_the_tokens_reaches_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ({"attention": {"density": 0.0}}, r"attention.density.*greater than 0"),
-        ({"attention": {"density": 1.2}}, r"attention.density.*less than or equal to 1"),
-        ({"attention": {"density": 0.2, "interval": 0}}, r"attention.interval.*greater than or equal to 1"),
-        ({"attention": {"density": 0.2, "residual": {"order": 3}}}, r"residual.order.*0, 1 or 2"),
-        ({"attention": {"density": 0.2, "residual": {"rank": None}}}, r"low_rank_int8 needs residual.rank"),
-        ({"attention": 0.2}, r"method attention is 0.2"),
-        ({"preset": "gptq", "attention_distillation": "both"}, r"needs something to learn"),
-        ({"tokens_per_step": 0}, r"tokens_per_step.*greater than 0"),
-        ({"tokens_per_step": 1.5}, r"tokens_per_step.*less than or equal to 1"),
-        (
-            {"preset": "gptq", "tokens_per_step": 0.5},
-            r"method gptq: tokens_per_step 0.5 needs something to learn; set .* to learned, or tokens_per_step to 1",
-        ),
+        ({"attention": {"density": 0.0}}, ("attention.density", "0.0")),
+        ({"attention": {"density": 1.2}}, ("attention.density", 1.2)),
+        ({"attention": {"density": 0.2, "interval": 0}}, ("attention.interval", 0)),
+        ({"attention": {"density": 0.2, "residual": {"order": 3}}}, ("residual.order", 3)),
+        ({"attention": {"density": 0.2, "residual": {"rank": None}}}, ("residual.rank", "low_rank_int8")),
+        ({"attention": 0.2}, ("attention", 0.2)),
+        ({"preset": "gptq", "attention_distillation": "both"}, ("gptq", "attention_distillation", "both")),
+        ({"tokens_per_step": 0}, ("tokens_per_step", 0)),
+        ({"tokens_per_step": 1.5}, ("tokens_per_step", 1.5)),
+        ({"preset": "gptq", "tokens_per_step": 0.5}, ("gptq", "tokens_per_step", 0.5, "learned")),
         (
             {"preset": "quantsparse", "tokens_per_step": 0.25, "attention": {"calibrate": "sparse"}},
-            r"tokens_per_step is 0.25, but .* sparse attention.*attention.calibrate to dense, attention.density to 1, or "
-            r"tokens_per_step to 1",
+            ("tokens_per_step", 0.25, "sparse", "attention.calibrate", "attention.density"),
         ),
         (
             {"tokens_per_step": 0.25, "attention": {"density": 0.2, "calibrate": "corrected"}},
-            r"against corrected attention",
+            ("tokens_per_step", 0.25, "corrected", "attention.calibrate", "attention.density"),
         ),
-        ({"lambda_local": -1}, r"lambda_local is -1.*above 0, or auto"),
-        ({"protected_activation_bits": 3}, r"protected_activation_bits is 3"),
-        ({"protected_steps": 2.5}, r"protected_steps is 2.5; a whole number of steps, or a share below 1"),
+        ({"lambda_local": -1}, ("lambda_local", -1, "auto")),
+        ({"protected_activation_bits": 3}, ("protected_activation_bits", 3)),
+        ({"protected_steps": 2.5}, ("protected_steps", 2.5)),
     ],
 )
-def test_impossible_sparse_settings_are_refused(method: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=re.compile(words, re.DOTALL)):
+def test_impossible_sparse_settings_are_refused(method: dict[str, Any], words: tuple[object, ...]) -> None:
+    with raises(ValidationError, *words):
         MethodConfig.model_validate(method)
 
 

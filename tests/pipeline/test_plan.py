@@ -22,6 +22,7 @@ from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from storage.manifest import Manifest, OutputFile
 from storage.run_directory import RunDirectory
+from tests.errors import raises
 from tests.pipeline.small_run import ROOT, small_run
 from workers.distillation_worker import DistillationWorker
 from workers.messages import DistillationSettings, PromptUnit, SampleUnit, SegmentUnit
@@ -390,7 +391,7 @@ def test_everything_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(plan.problems) == len(expected), plan.problems
     for part, problem in zip(expected, plan.problems, strict=True):
         assert part in problem
-    with pytest.raises(ConfigError, match="NaN or infinite") as raised:
+    with raises(ConfigError, "NaN") as raised:
         plan.require_feasible()
     assert raised.value.problems == tuple(plan.problems)
     for problem in plan.problems:
@@ -413,7 +414,7 @@ def test_an_unsound_model_is_refused_with_all_that_is_known(tmp_path: Path, chan
     edit(model / "model_index.json", **changes)
     (model / "scheduler" / "scheduler_config.json").write_text("{")
     for shapes_only in (False, True):
-        with pytest.raises(ConfigError, match=r"model_index\.json") as raised:
+        with raises(ConfigError, "model_index.json") as raised:
             plan_config(small(tmp_path, "workers.num_workers=0", model=str(model)), shapes_only=shapes_only)
         assert ("workers.num_workers is 0" in str(raised.value)) is not shapes_only
 
@@ -422,7 +423,7 @@ def test_an_unsound_model_is_refused_with_all_that_is_known(tmp_path: Path, chan
 def test_a_config_whose_model_cannot_be_built_is_named_though_planning_fails_too(tmp_path: Path) -> None:
     model = copy_of_model(tmp_path)
     edit(model / "vae" / "config.json", block_out_channels=[16, 32, 60])
-    with pytest.raises(ConfigError, match=r"vae") as raised:
+    with raises(ConfigError, "vae") as raised:
         plan_config(small(tmp_path, model=str(model)))
     assert [p for p in raised.value.problems if str(model / "vae") in p]
 
@@ -453,7 +454,7 @@ def test_a_recognizer_is_known_by_its_content(tmp_path: Path) -> None:
     [problem] = recognizer_problems(tmp_path / "one")
     assert "model.safetensors" in problem
     assert recognizer_problems(None) == []
-    with pytest.raises(ConfigError, match=r"evaluation\.recognizer"):
+    with raises(ConfigError, "evaluation.recognizer", tmp_path / "one"):
         build_context(small(tmp_path, evaluation={"recognizer": str(tmp_path / "one")}), weights=False)
 
 
@@ -468,7 +469,7 @@ def test_model_without_index(tmp_path: Path) -> None:
     model = copy_of_model(tmp_path)
     (model / "model_index.json").unlink()
     for shapes_only in (False, True):
-        with pytest.raises(ConfigError, match=r"model_index\.json"):
+        with raises(ConfigError, "model_index.json"):
             plan_config(small(tmp_path, model=str(model)), shapes_only=shapes_only)
 
 

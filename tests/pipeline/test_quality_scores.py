@@ -11,6 +11,7 @@ from pipeline.config.loading import parse_config
 from pipeline.config.schema import RunConfig
 from pipeline.study.quality_scores import decision_steps, recorded
 from reelquant.calibration.block_rounding import EXACT_DB
+from tests.errors import raises
 
 ERRORS = [1e-2, 1e-3, 1e-3, 1e-4, 1e-2]
 WEIGHTS = [0.5, 1.0, 2.0, 4.0, 0.0]
@@ -75,18 +76,18 @@ def test_the_decision_phase_ends_with_the_last_large_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "key"),
+    ("evaluation", "words"),
     [
-        ({"velocity_prompts": 4}, "evaluation.velocity_prompts is 4"),
-        ({"videos": 4}, "evaluation.videos is 4"),
-        ({"weight_prompts": 3}, "evaluation.weight_prompts is 3"),
-        ({"weight_steps": 6}, "evaluation.weight_steps is 6"),
-        ({"decision_steps": 6}, "evaluation.decision_steps is 6"),
-        ({"weight_steps": 1}, "evaluation.weight_steps"),
+        ({"velocity_prompts": 4}, ("evaluation.velocity_prompts", 4)),
+        ({"videos": 4}, ("evaluation.videos", 4)),
+        ({"weight_prompts": 3}, ("evaluation.weight_prompts", 3)),
+        ({"weight_steps": 6}, ("evaluation.weight_steps", 6)),
+        ({"decision_steps": 6}, ("evaluation.decision_steps", 6)),
+        ({"weight_steps": 1}, ("evaluation.weight_steps", 1)),
     ],
 )
-def test_more_than_there_is_is_refused(evaluation: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValueError, match=key):
+def test_more_than_there_is_is_refused(evaluation: dict[str, Any], words: tuple[object, ...]) -> None:
+    with raises(ValueError, *words):
         config(**evaluation)
 
 

@@ -15,6 +15,7 @@ from pipeline.run_state import read_status
 from pipeline.status import show_status
 from storage.manifest import Manifest, OutputFile, UnitRecord
 from storage.run_directory import RunDirectory
+from tests.errors import raises
 
 CONFIG: dict[str, Any] = {
     "model": "a model that is nowhere",
@@ -203,7 +204,7 @@ def test_nothing_is_cut_or_wrapped(run: RunDirectory, width: int) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not a run directory: it has no config\.json"):
+    with raises(ValueError, tmp_path, "config.json"):
         read_status(tmp_path)
 
 

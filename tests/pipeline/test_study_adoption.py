@@ -11,6 +11,7 @@ from pipeline.runner import locked
 from pipeline.study.adoption import adopt
 from storage.manifest import Manifest, OutputFile, UnitRecord
 from storage.run_directory import RunDirectory, RunLocked
+from tests.errors import raises
 from tests.s3_server import new_prefix
 
 
@@ -113,7 +114,7 @@ def test_all_runs_are_locked_or_none(kind: str, tmp_path: Path, request: pytest.
     runs = [RunDirectory.open_or_create(f"{place}/{number}", {}, {}) for number in range(4)]
     with locked(runs):
         assert all(run.store.driver().at_work for run in runs)
-    with locked(runs[2:3]), pytest.raises(RunLocked, match=rf"/2 is in use by process {os.getpid()}"), locked(runs):
+    with locked(runs[2:3]), raises(RunLocked, f"{place}/2", os.getpid()), locked(runs):
         pass
     assert not any(run.store.driver().at_work or run.store.driver().died for run in runs)
     with locked(runs):
