@@ -255,7 +255,7 @@ class MethodConfig(BaseModel):
         learned = [f for f in ("channel_scale", "rotation", "clip") if getattr(self, f) == "learned"]
         if learned and self.epochs == 0:
             raise ValueError(
-                f"method {self.name}: {', '.join(learned)} is learned, but epochs is 0; set epochs to 1 or more"
+                f"method {self.name}: epochs is 0, but {', '.join(learned)} = learned; set epochs to 1 or more"
             )
         if self.attention_distillation != "none" and not learned:
             raise ValueError(

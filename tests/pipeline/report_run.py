@@ -27,6 +27,7 @@ DOUBLE_LAYERS = (
 )  # fmt: skip
 SINGLE_LAYERS = ("norm.linear", "proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v", "proj_out")
 BEGAN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+COMMIT = "0123abcd" * 5
 LOSS_PER_METHOD = {"s2q": 0.03, "rtn": 0.11, "quarot": 0.07, "gptq": 0.05, "smoothquant": 0.09}
 
 
@@ -76,7 +77,7 @@ class RunMaker:
             }
         )
         self.directory = RunDirectory.open_or_create(
-            path, self.config.identity(), {"commit": "0123abcd", "python": "3.11.7", "packages": {"torch": "2.13.0"}}
+            path, self.config.identity(), {"commit": COMMIT, "python": "3.11.7", "packages": {"torch": "2.13.0"}}
         )
         self.generator = torch.Generator().manual_seed(0)
         self.now = BEGAN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 import statistics
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,7 +29,7 @@ from pipeline.report.calibration import layer_kinds, read_blocks, read_salience,
 from pipeline.report.figure import figure_labels, figure_text, ticks
 from pipeline.report.frames import compare_frames
 from pipeline.report.grid import Cell, Grid, GridRow, Heading, cells, grid
-from pipeline.report.measurements import measure, measure_noise_floor, table
+from pipeline.report.measurements import ModelMeasurements, measure, measure_noise_floor, table
 from pipeline.report.page import write_report, write_report_of
 from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
 from pipeline.report.run_data import read_run
@@ -38,7 +40,7 @@ from reelquant.calibration.salience import select_salient
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from tests.errors import raises
-from tests.pipeline.report_run import LOSS_PER_METHOD, RunMaker, RunShape
+from tests.pipeline.report_run import COMMIT, LOSS_PER_METHOD, RunMaker, RunShape
 
 SCRIPT = "<script>alert(1)</script>"
 SMALL = RunShape()
@@ -91,10 +93,16 @@ def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Pat
         psnr = [manifest.read("evaluation", f"{method}-prompt-{i:03d}").result["psnr_db"] for i in range(3)]  # type: ignore[union-attr]
         assert f"{statistics.fmean(psnr):.2f} ± {statistics.stdev(psnr):.2f}" in page.text
         assert f"{min(psnr):.2f} (prompt-{psnr.index(min(psnr)):03d})" in page.text
+        ssim = [manifest.read("evaluation", f"{method}-prompt-{i:03d}").result["ssim"] for i in range(3)]  # type: ignore[union-attr]
+        assert f"{statistics.fmean(ssim):.4f} ± {statistics.stdev(ssim):.4f}" in page.text
     for shown in ("6.49 GiB", "from 23.88 GiB in 16 bits", "3.68 ×", "3 of 3 (100 %)", "0123abcd", "torch", "2.13.0"):
         assert shown in page.text
     assert "is not finished" not in page.text
     assert "fell back" not in page.text
+    assert COMMIT not in page.text, "a hash takes no line of its own"
+    # What is copied from the page loads: the folder's name is a string of Python.
+    path = f"{complete.name}/{manifest.read('assembly', 's2q').result['checkpoint']}"  # type: ignore[union-attr]
+    assert f"from_pretrained({json.dumps(path)}, dtype=torch.bfloat16)" in page.text
     figures = [address for address in page.addresses if address.startswith("data:image/svg")]
     assert len(figures) == 7  # strips, salience, its parts, losses, SQNR, Gantt chart, timeline
 
@@ -172,6 +180,19 @@ def test_full_precision_videos_alone_are_no_comparison(tmp_path: Path) -> None:
     assert "evaluation 4 of 12" in page.text
     assert "videos" not in page.ids
     assert "3 of 3 (100 %)" in page.text
+
+
+@pytest.mark.parametrize("metric", ["ssim", "psnr_db"])
+def test_no_bar_reaches_above_what_can_be(metric: str) -> None:
+    values = {f"prompt-{index:03d}": {metric: value} for index, value in enumerate([0.9999, 0.9, 0.999, 0.998])}
+    axes = Figure().subplots()
+    run_plots._strip(axes, [ModelMeasurements("rtn", values, None, None)], metric)
+    [bar] = [container[2][0] for container in axes.containers]
+    [[(_, low), (_, high)]] = bar.get_segments()
+    mean = statistics.fmean(value[metric] for value in values.values())
+    deviation = statistics.stdev(value[metric] for value in values.values())
+    assert low == pytest.approx(mean - deviation)
+    assert high == pytest.approx(1.0 if metric == "ssim" else mean + deviation)
 
 
 def test_lpips_is_shown_if_measured(complete: Path, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_run_that_was_never_driven(run: RunDirectory) -> None:
     text = shown(run.path)
     assert "not started" in text
+    assert "last " not in text, "nothing has happened yet"
     assert rows(text)["Distillation"][0] == "0/?"
     assert rows(text)["Evaluation"][0] == "0/6"
     assert (

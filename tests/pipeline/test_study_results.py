@@ -43,7 +43,7 @@ def made(tmp_path: Path, reference: str = REFERENCE) -> StudyResults:
         yaml.safe_dump({"model": "m", "prompts": {"calibration": "c", "held_out": "h"}})
     )
     settings = [
-        {"name": reference},
+        {"name": reference, "set": {"bits": {"weight": 5, "activation": 7}}},
         {"name": "interval {selection.num_samples}", "axes": {"selection.num_samples": [3, 5]}},
     ]
     document = {"study": str(tmp_path / "s"), "config": str(tmp_path / "base.yaml"), "seeds": [0, 1]}
@@ -280,6 +280,7 @@ def test_page(results: StudyResults) -> None:
     assert "+10.00</span></td>" in page, "block 0 lost 10 dB with both seeds"
     assert page.count("<figure>") == 1, "an axis of which only one place was measured has no line"
     assert "2 runs failed and are not in the means" in page
+    assert "<dt>bits</dt><dd>activation 7, weight 5</dd>" in page, "no dictionary of Python"
 
 
 def test_any_script_names_a_setting(results: StudyResults, tmp_path: Path) -> None:

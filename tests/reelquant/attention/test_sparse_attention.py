@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import reelquant  # noqa: F401
+from reelquant.attention import sparse_attention
+from reelquant.attention.residual_cache import ResidualCache
 from reelquant.attention.sparse_attention import AttentionPrecision, Visited
 from reelquant.attention.sparse_spec import (
     ResidualSpec,
@@ -145,6 +147,19 @@ def test_the_pairs_that_ran_are_those_of_the_specification(sparse: Any) -> None:
     stated = SPEC.effective_density(layout, width, noise_levels=LEVELS(7), blocks=BLOCKS)
     assert attention.visited.density == pytest.approx(stated, rel=1e-12)
     assert stated == pytest.approx((3 + 4 * 0.3) / 7, abs=0.01)
+
+
+def test_a_block_has_one_residual_cache_for_all_steps(sparse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ResidualCache] = []
+
+    class Counted(ResidualCache):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(sparse_attention, "ResidualCache", Counted)
+    latents(sparse, PROMPTS[0])
+    assert len(made) == len(BLOCKS)
 
 
 def test_a_second_call_begins_anew(sparse: Any, expected: Tensor) -> None:
