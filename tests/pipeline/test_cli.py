@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
+from pipeline.run_units import STAGES
+from tests.errors import names
 from tests.pipeline.small_run import ROOT, small_run
 from tests.pipeline.small_run import command as command_line
 
@@ -73,7 +75,7 @@ def test_version_names_program_and_packages() -> None:
 
 def test_an_unknown_stage_is_named_before_anything_else() -> None:
     message = fails("run", "nowhere.yaml", "--until", "activation")
-    assert "--until activation: there is no such stage; one of trajectories, selection, activations," in message
+    assert names(message, "--until", "activation", *STAGES)
 
 
 def test_configurations_ship() -> None:
@@ -92,26 +94,24 @@ def test_every_shipped_configuration_is_planned(config: str, tmp_path: Path) -> 
 
 
 def test_model_that_is_not_there_yet() -> None:
-    assert "models/HunyuanVideo is not a folder" in fails("plan", "configs/hunyuanvideo-13b.yaml")
+    assert names(fails("plan", "configs/hunyuanvideo-13b.yaml"), "model", "models/HunyuanVideo")
 
 
 def test_wrong_values_of_every_command(tmp_path: Path) -> None:
     config = str(small_run(tmp_path))
     for command in ("plan", "run"):
         output = fails(command, config, "--set", "bits.weight=1", "--set", "sed=3")
-        assert "bits.weight: Input should be greater than or equal to 2 (it is 1)" in output
-        assert "sed: unknown key" in output
-        assert "cannot be read as YAML" in fails(command, str(tmp_path / "nowhere.yaml"))
+        assert names(output, "bits.weight", 1, "sed")
+        assert names(fails(command, str(tmp_path / "nowhere.yaml")), tmp_path / "nowhere.yaml", "YAML")
         assert "brackets [like these]" in fails(command, config, "--set", "selection.strategy=brackets [like these]")
     for command in ("status", "report"):
-        assert "is not a run directory" in fails(command, str(tmp_path))
-        assert "is a URL of another kind" in fails(command, "gs://bucket/run")
-    assert "is there already" in fails("fetch", str(tmp_path), str(tmp_path))
-    assert "is not a run directory" in fails("fetch", str(tmp_path), str(tmp_path / "copy"))
+        assert names(fails(command, str(tmp_path)), tmp_path, "config.json")
+        assert names(fails(command, "gs://bucket/run"), "gs://bucket/run", "s3")
+    assert names(fails("fetch", str(tmp_path), str(tmp_path)), tmp_path)
+    assert names(fails("fetch", str(tmp_path), str(tmp_path / "copy")), tmp_path, "config.json")
     for location in ("s3://AKIA:wJalrXUtnFEMI@bucket/run", "s3://AKIA:wJalrXUtnFEMI@bucket"):
         output = fails("plan", config, "--set", f"run={location}")
-        assert "run: s3://***@bucket" in output
-        assert "holds credentials" in output
+        assert names(output, "run", "s3://***@bucket")
         assert "wJalrXUtnFEMI" not in output
     assert "problem: " in fails("verify", str(tmp_path))
     assert not (tmp_path / "run").exists()
@@ -121,8 +121,7 @@ def test_infeasible_run_is_refused_before_it_begins(tmp_path: Path) -> None:
     config = str(small_run(tmp_path))
     for command in ("plan", "run"):
         output = fails(command, config, "--set", "generation.max_sequence_length=500", "--set", "workers.num_workers=0")
-        assert "max_sequence_length is 500" in output
-        assert "num_workers is 0" in output
+        assert names(output, "generation.max_sequence_length", 500, "workers.num_workers", 0)
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.context import RunContext, build_context, prompt_notes, recipe_of
 from pipeline.study.expansion import load_study
 from storage.location import parse_location
-from tests.errors import raises
+from tests.errors import names, raises
 
 LEAST: dict[str, Any] = {"run": "r", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
 
@@ -238,7 +238,7 @@ def test_unreadable_file(tmp_path: Path, content: bytes) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     [problem] = problems_of(tmp_path / "nowhere.yaml")
-    assert "nowhere.yaml: cannot be read as YAML" in problem
+    assert names(problem, tmp_path / "nowhere.yaml", "YAML")
 
 
 def test_where_stands_in_front() -> None:
@@ -436,8 +436,8 @@ def test_a_feature_that_the_latents_cannot_give_is_refused_before_the_run(tmp_pa
 
     context()
     context(selection={**chosen, "strategy": "uniform"}, numerics={"dtype": "bfloat16"})
-    assert "numerics.dtype bfloat16" in problems(numerics={"dtype": "bfloat16"})[0]
-    assert "workers.num_gpus 1" in problems(workers={"num_gpus": 1})[0]
+    assert names(problems(numerics={"dtype": "bfloat16"})[0], "numerics.dtype", "bfloat16")
+    assert names(problems(workers={"num_gpus": 1})[0], "workers.num_gpus", 1)
     scheduler.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}))
     assert len(problems(workers={"num_gpus": 1})) == 2
     [problem] = problems()

@@ -12,7 +12,7 @@ from pipeline.config.loading import ConfigError, load_config
 from pipeline.context import build_context
 from pipeline.plan import plan_config
 from storage.manifest import Manifest
-from tests.errors import raises
+from tests.errors import names, raises
 from tests.pipeline.small_run import call, small_run
 
 METHOD: dict[str, Any] = {
@@ -75,11 +75,11 @@ def problems(tmp_path: Path, **attention: Any) -> str:
 
 
 def test_what_the_model_or_the_schedule_cannot_have_is_said_before_the_run(tmp_path: Path) -> None:
-    assert "rank is 65, above the head size 64" in problems(tmp_path, residual={"rank": 65})
-    assert "dense_steps is 3: all 3 steps" in problems(tmp_path, dense_steps=3)
-    assert "refresh_steps are (1, 3); steps from 0 to 2" in problems(tmp_path, refresh_steps=[1, 3])
-    assert "dense_layers is 9: all 9 blocks" in problems(tmp_path, dense_layers=9)
-    assert "narrower than one token" in problems(tmp_path, density=0.02)
+    assert names(problems(tmp_path, residual={"rank": 65}), "residual.rank", 65, 64)
+    assert names(problems(tmp_path, dense_steps=3), "dense_steps", 3)
+    assert names(problems(tmp_path, refresh_steps=[1, 3]), "refresh_steps", "(1, 3)", 2)
+    assert names(problems(tmp_path, dense_layers=9), "dense_layers", 9)
+    assert names(problems(tmp_path, density=0.02), "density", 0.02)
     thin = small_run(tmp_path, method=METHOD, bits=BITS, evaluation={"settings": {"thin": {"density": 0.02}}})
     with raises(ConfigError, "evaluation.settings.thin.density", 0.02):
         plan_config(load_config(thin)).require_feasible()
