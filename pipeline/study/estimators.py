@@ -129,7 +129,7 @@ def _signed_rank_quantile(num: int, tail: float) -> int:
     probabilities = np.zeros(num * (num + 1) // 2 + 1)
     probabilities[0] = 1.0
     for rank in range(1, num + 1):
-        shifted = np.concatenate([np.zeros(rank), probabilities[:-rank]])
+        shifted = np.concatenate([np.zeros(rank), probabilities[: len(probabilities) - rank]])
         probabilities = (probabilities + shifted) / 2
     return int(np.searchsorted(np.cumsum(probabilities), tail, side="right"))
 

@@ -204,6 +204,6 @@ def _moments(
 def _stream_weights(stream: str, sample: SampleView) -> Tensor | float:
     if sample.weights is None:
         return 1.0
-    num_text = sample.conditioning.num_text
-    weights = {"joint": sample.weights, "video": sample.weights[:-num_text], "text": sample.weights[-num_text:]}
+    num_video = len(sample.weights) - sample.conditioning.num_text
+    weights = {"joint": sample.weights, "video": sample.weights[:num_video], "text": sample.weights[num_video:]}
     return weights[stream].unsqueeze(1)

@@ -253,4 +253,5 @@ def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None, *, num_text: int) 
     if not num_text:
         rotated: Tensor = apply_rotary_emb(x, rotary, sequence_dim=1)
         return rotated
-    return torch.cat([apply_rotary_emb(x[:, :-num_text], rotary, sequence_dim=1), x[:, -num_text:]], dim=1)
+    num_video = x.shape[1] - num_text
+    return torch.cat([apply_rotary_emb(x[:, :num_video], rotary, sequence_dim=1), x[:, num_video:]], dim=1)

@@ -1,7 +1,10 @@
 """One block called alone is the block inside the model; groups read one tensor; queries and keys are what attention sees."""
 
+import ast
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from reelquant.families import hunyuan_video as family
 from reelquant.families.family import TokenLayout
 from tests.errors import raises
 
+ROOT = Path(__file__).resolve().parents[3]
 NUM_TEXT, NUM_PADDED = 5, 8
 
 
@@ -150,6 +154,23 @@ def test_a_stream_without_text_is_refused(model: Any, name: str) -> None:
         family.call_block(block, torch.zeros(24, 32), conditioning)
     with raises(ValueError, 0, "prompt"):
         family.call_block_rows(block, torch.zeros(24, 32), conditioning, torch.arange(5))
+
+
+def test_nothing_is_cut_off_at_minus_a_number_that_may_be_0() -> None:
+    """`x[:-n]` is empty for n = 0, and `x[-n:]` everything. Constants are not 0."""
+    sources = [
+        path for folder in ("reelquant", "workers", "pipeline", "storage") for path in (ROOT / folder).rglob("*.py")
+    ]
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Slice)
+        for end in (node.lower, node.upper)
+        if isinstance(end, ast.UnaryOp) and isinstance(end.op, ast.USub) and re.search("[a-z]", ast.unparse(end))
+    ]
+    assert found == []
+    assert len(sources) > 200
 
 
 def test_unknown_blocks_and_kinds_are_refused(model: Any) -> None:
