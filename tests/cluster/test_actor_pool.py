@@ -9,8 +9,10 @@ import psutil
 import pytest
 
 from cluster.actor_pool import PoolEvents, Unit, UnitsFailed, WorkersFailed, run_units
+from cluster.placement_watch import _wanted
 from cluster.session import Session
 from cluster.units import headline
+from cluster.worker_slot import WorkerRecipe, WorkerSlot
 from tests.cluster.sample_workers import PreparingSample, SampleWorker, Settings
 from tests.errors import names, raises
 
@@ -398,3 +400,13 @@ def test_workers_and_their_deaths_are_not_heard_on_the_terminal(
         run([Unit("loud", ("print",)), Unit("poison", ("exit", "poison"))], tmp_path, max_attempts=1)
     time.sleep(1.0)  # Ray's own report of a death comes later
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("num_cpus", "fitting"), [(1, 4), (2, 2), (3, 1), (4, 1), (5, 0)])
+def test_workers_that_have_room_are_said_to_be_starting(session: Session, num_cpus: float, fitting: int) -> None:
+    """With "6 workers of 1 CPUs: the cluster has 1 node with 4 CPUs" alone it reads as too small."""
+    recipe = WorkerRecipe(SampleWorker, None, num_cpus, 0.0)
+    said = _wanted([WorkerSlot(f"worker-{index}", recipe, session) for index in range(6)])
+    assert names(said, 6, "1 CPU" if num_cpus == 1 else f"{num_cpus} CPUs")
+    assert ("starting" in said) == (fitting > 0)
+    assert fitting == 0 or names(said, fitting)

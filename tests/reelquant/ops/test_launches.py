@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +72,21 @@ def test_no_kernel_is_compiled_for_a_length() -> None:
 
 DEVICE_SIDE = {"_tile", "_attend", "_residual", "_known", "_rows", "_passing"}
 """Functions that kernels call; nothing launches them."""
+
+
+def test_kept_tensors_belong_to_a_stream() -> None:
+    """Another stream would not wait for the one that makes a tensor; so the stream is a part of the key (`current_stream`)."""
+    kept = {
+        f"{path.relative_to(FOLDER.parent)}: {function.name}": [argument.arg for argument in function.args.args]
+        for path in FOLDER.parent.rglob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        and any(re.match(r"(lru_)?cache\b(?!d)", ast.unparse(decorator)) for decorator in function.decorator_list)
+        and function.returns is not None
+        and ast.unparse(function.returns) in ("Tensor", "BlockMask", "tuple[Tensor, ...]", "tuple[Tensor, Tensor]")
+    }
+    assert len(kept) >= 4
+    assert [name for name, arguments in kept.items() if not {"device", "_stream"} <= set(arguments)] == []
 
 
 def calls(device: str, length: int) -> dict[str, Callable[[], Any]]:
