@@ -1,7 +1,7 @@
 """How much each preset loses: PSNR, SSIM and recognition on held-out prompts against full precision, over several seeds.
 
     python -m benchmarks.presets configs/presets.yaml --seeds 0 1 2 --output benchmarks/results/presets.json
-    python -m benchmarks.presets --page docs/results.md --output benchmarks/results/presets.json    # the table, from the JSON
+    python -m benchmarks.presets --page docs/results_appendix.md --output benchmarks/results/presets.json  # from the JSON
 
 A seed decides everything that is random: the noise of calibration and evaluation videos, and the order of the samples. Each
 seed is a run of its own (`<run>-seed-<n>`), resumable; means and deviations over seeds are of the seeds' means.

@@ -16,7 +16,7 @@ from reelquant.noise_schedule import shifted_levels
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ("README.md", "docs/results.md", "docs/performance.md")
+PAGES = ("README.md", "docs/results.md", "docs/results_appendix.md", "docs/performance.md")
 SPEED_ROWS = {
     "diffusers as it comes, bf16": ("diffusers", None),
     "W4A8, dense attention": ("ours 100 %", ("study_joint", "dense s2q")),
@@ -85,7 +85,7 @@ def test_the_projected_distillation_is_that_on_record() -> None:
     """Both pages give the hours that distillation_time.json's table gives."""
     hours = re.findall(r"\| (none|both) \| all \| (\d\.\d\d) \|", (ROOT / "docs" / "performance.md").read_text())
     (_, without), (_, with_both) = hours
-    prose = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    prose = " ".join((ROOT / "docs" / "results_appendix.md").read_text().split())
     assert f"{without} GPU-hours without attention terms, {with_both} with both" in prose
 
 

@@ -2,7 +2,7 @@
 
     pip install -e '.[application,peers]'
     python -m benchmarks.peers --seeds 0 1 2 --output benchmarks/results/peers.json
-    python -m benchmarks.peers --page docs/results.md --output benchmarks/results/peers.json    # the table, from the JSON
+    python -m benchmarks.peers --page docs/results_appendix.md --output benchmarks/results/peers.json  # from the JSON
 
 Every row with every seed is a process of its own. The output is written after each: the same command goes on where it was
 stopped, keeps what was measured with the same configuration, versions and device, and tries again what failed.

@@ -50,9 +50,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`rtn`: round to nearest. `smoothquant`: its channel scale. `quarot`: Hadamard rotation. `gptq`: error feedback.
 `s2q`: S²Q-VDiT, everything learned, GPTQ at the end. `quantsparse`: QuantSparse, everything learned with attention
 distillation, sparse attention with its residual cache; the first step is dense and the residual of first order, as the second
-order of the paper's equation 14 measured worse (docs/results.md). `reelquant`: ours, S²Q-VDiT with two-level weights, protected
-first steps and 5 epochs. `s2q_quantsparse`: `reelquant` with sparse attention, first five steps dense, the residual's change
-extrapolated and kept in 8 bits. Configurations of the papers' experiments, samples and all, are in configs/papers."""
+order of the paper's equation 14 measured worse (docs/results_appendix.md). `reelquant`: ours, S²Q-VDiT with two-level weights,
+protected first steps and 5 epochs. `s2q_quantsparse`: `reelquant` with sparse attention, first five steps dense, the residual's
+change extrapolated and kept in 8 bits. Configurations of the papers' experiments, samples and all, are in configs/papers."""
 
 
 _RESERVED = ("full_precision", "noise_floor")

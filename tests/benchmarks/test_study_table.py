@@ -72,7 +72,14 @@ def test_without_videos_block_errors_are_all_there_is_by_kind_too() -> None:
     ]
 
 
-VELOCITY_ROWS = {"study_features": "uniform", "study_calibration": "rtn W4A8", "study_residual_kinds": "gain / order-1"}
+VELOCITY_ROWS = {
+    "study_features": "uniform",
+    "study_features_50": "uniform",
+    "study_calibration": "rtn W4A8",
+    "study_residual_kinds": "gain / order-1",
+    "study_knobs": "sparse / d25-w5",
+    "study_attention_terms": "calibrated dense, terms none, W4A8",
+}
 
 
 def test_a_study_with_velocities_is_ranked_by_them_not_by_its_videos() -> None:
@@ -139,29 +146,68 @@ def test_the_page_says_how_little_is_known_of_forks() -> None:
     assert f"which setting forks less cannot be told, no p is below {min(found):.2g}." in text
 
 
+PAGES = {
+    "results.md": ("study_knobs", "study_calibration", "study_features", "study_features_50"),
+    "results_appendix.md": ("study_residual_kinds", "study_attention_terms"),
+}
+"""Studies with velocities by the page that has their table."""
+BY_PSNR = {
+    "study_joint": "naive",
+    "study_residual": "none",
+    "study_selection": "uniform",
+    "study_selection_finer": "uniform",
+    "study_methods": "gptq W4A6",
+    "study_density": "gptq, 0.25",
+    "study_beyond": "s2q as its paper gives it",
+    "study_preset": "dense s2q",
+    "study_residual_storage": "low_rank",
+    "study_attention_precision": "full",
+    "study_tokens_per_step": "all tokens",
+    "study_tokens_per_step_blocks": "all tokens",
+}
+
+
+def test_every_record_with_velocities_stands_on_a_page() -> None:
+    assert sorted(name for names in PAGES.values() for name in names) == sorted(VELOCITY_ROWS)
+
+
 @pytest.mark.parametrize(
-    ("name", "reference"),
+    ("page", "name", "reference"),
     [
-        *VELOCITY_ROWS.items(),
-        ("study_joint", "naive"),
-        ("study_residual", "none"),
-        ("study_selection", "uniform"),
-        ("study_selection_finer", "uniform"),
-        ("study_methods", "gptq W4A6"),
-        ("study_density", "gptq, 0.25"),
-        ("study_beyond", "s2q as its paper gives it"),
-        ("study_preset", "dense s2q"),
-        ("study_residual_storage", "low_rank"),
-        ("study_attention_precision", "full"),
-        ("study_tokens_per_step", "all tokens"),
-        ("study_tokens_per_step_blocks", "all tokens"),
+        *((page, name, VELOCITY_ROWS[name]) for page, names in PAGES.items() for name in names),
+        *(("results_appendix.md", name, reference) for name, reference in BY_PSNR.items()),
     ],
 )
-def test_the_page_shows_what_was_recorded(name: str, reference: str, tmp_path: Path) -> None:
-    page = tmp_path / "results.md"
-    page.write_text((ROOT / "docs" / "results.md").read_text())
-    main([str(ROOT / "benchmarks" / "results" / f"{name}.json"), "--reference", reference, "--page", str(page)])
-    assert page.read_text() == (ROOT / "docs" / "results.md").read_text()
+def test_the_page_shows_what_was_recorded(page: str, name: str, reference: str, tmp_path: Path) -> None:
+    shown = (ROOT / "docs" / page).read_text()
+    (tmp_path / page).write_text(shown)
+    results = ROOT / "benchmarks" / "results"
+    times = ["--step-times", str(results / "dit_step.json")] if name == "study_knobs" else []
+    main([str(results / f"{name}.json"), "--reference", reference, "--page", str(tmp_path / page), *times])
+    assert (tmp_path / page).read_text() == shown
+
+
+def test_the_page_s_small_table_is_of_the_record() -> None:
+    """Of the attention terms: each checkpoint's SQNR, and its difference to that calibrated dense without terms."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "study_attention_terms.json").read_text())
+
+    def cell(own: str, column: str) -> str:
+        bits, attention = column.split(", ")
+        row, base = (
+            f"calibrated {x.split(', ')[0]}, terms {x.split(', ')[1]}, {bits}{' / dense' if attention == 'dense' else ''}"
+            for x in (own, "dense, none")
+        )
+        [found] = [found for found in velocity_rows(document, base) if found.name == row]
+        assert found.velocity is not None
+        apart = found.velocity.difference
+        text = f"{found.velocity.mean.mean:.1f}"
+        return text if apart is None else f"{text}, {apart.mean:+.2f} ± {apart.half_width:.2f}"
+
+    text = (ROOT / "docs" / "results.md").read_text().split("<!-- terms -->")[1].split("<!-- /terms -->")[0]
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines())
+    assert [line[0] for line in lines] == ["dense, none", "dense, both", "sparse, none", "sparse, both"]
+    for own, *cells in lines:
+        assert cells == [cell(own, column) for column in head[1:]]
 
 
 def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_presets_take_no_row_that_measured_worse(preset: str, changes: dict[str,
 
 
 def assert_not_worse(method: MethodConfig) -> None:
-    """Against docs/results.md: calibration under the mask, and the residual's whole change added at once, are worse."""
+    """Against the docs: calibration under the mask, and the residual's whole change added at once, are worse."""
     assert method.attention.calibrate == "dense"
     residual = method.attention.residual
     assert residual.order == 1 or residual.extrapolation == "linear"
