@@ -43,7 +43,7 @@ def test_least_configuration_has_what_won(tmp_path: Path) -> None:
         "reelquant", "uniform", ("latent",)
     )  # fmt: skip
     assert (config.prompts.num_calibration, config.selection.num_samples, config.method.epochs) == (10, 40, 5)
-    assert (config.bits.weight, config.bits.activation) == (4, 6)
+    assert (config.bits.weight, config.bits.activation) == (4, 8)
     assert config.methods == (config.method,)
 
 

@@ -37,11 +37,11 @@ def test_a_label_promises_no_bits_that_layers_do_not_have() -> None:
     assert label(weight=8, activation=8, **coarse) == "W8A8, modulation W4"
     assert label(weight=8, activation=8, modulation={"weight": 16}) == "W8A8, modulation W16"
     exceptions: list[dict[str, Any]] = [{"pattern": "blocks.0.to_*", "weight": 8, "activation": 8}]
-    assert label(exceptions=exceptions) == "W4A6, 2 of 9 layers W8A8"
+    assert label(activation=6, exceptions=exceptions) == "W4A6, 2 of 9 layers W8A8"
     exceptions.append({"pattern": "*.proj", "weight": 16, "activation": 16})
-    assert label(exceptions=exceptions) == "W4A6, 5 of 9 layers W16A16/W8A8"
+    assert label(activation=6, exceptions=exceptions) == "W4A6, 5 of 9 layers W16A16/W8A8"
     exceptions.append({"pattern": "blocks.2.norm.linear", "weight": 8})
-    assert label(exceptions=exceptions) == "W4A6, 5 of 9 layers W16A16/W8A8, modulation W4/W8"
+    assert label(activation=6, exceptions=exceptions) == "W4A6, 5 of 9 layers W16A16/W8A8, modulation W4/W8"
     assert label(weight=2, exceptions=[{"pattern": "*", "weight": 8, "activation": 8}]) == "W8A8"
 
 

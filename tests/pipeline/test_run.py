@@ -52,7 +52,7 @@ def test_everything_is_there(finished_run: Path) -> None:
         "trajectories": 2, "selection": 1, "activations": 3, "distillation": 4, "assembly": 1, "evaluation": 4,
     }  # fmt: skip
     result = manifest.records("assembly")[0].result
-    assert result["bits"] == "W4A6"
+    assert result["bits"] == "W4A8"
     assert result["compression"] > 3.2
     scores = manifest.records("selection")[0].result["scores"]
     assert all(len(rows) == 2 and len(rows[0]) == 3 for rows in scores.values())

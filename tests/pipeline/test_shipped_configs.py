@@ -63,8 +63,8 @@ def test_the_model_that_is_copied_by_newcomers_has_the_measured_preset() -> None
     config = load_config(CONFIGS / "hunyuanvideo-13b.yaml")
     measured = next(
         run.config
-        for run in load_study(CONFIGS / "studies" / "beyond.yaml").runs
-        if run.setting.name == "two-level and protected"
+        for run in load_study(CONFIGS / "studies" / "calibration.yaml").runs
+        if run.setting.name == "reelquant W4A8"
     )
     assert config.method.preset == "reelquant"
     names = ("channel_scale", "rotation", "clip", "rounding", "weight_layout", "epochs", "token_weights", "lambda_min")
