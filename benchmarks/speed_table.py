@@ -1,0 +1,69 @@
+"""The README's table: speed and memory at full size, and the quality of the same knobs on the small model.
+
+python -m benchmarks.speed_table --page README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.step_times import StepTime, attention_of, step_time
+from benchmarks.study_table import velocity_rows, write_table
+from pipeline.report.quantities import NOTHING, interval_text
+
+RESULTS = Path(__file__).parent / "results"
+STUDY = "knobs"
+PLAIN = {"diffusers as it comes, bf16": "diffusers", "the strongest bf16 we could build": "strongest bf16"}
+"""Cases of dit_step.json that lose nothing."""
+SETTINGS = {
+    "W4A8, dense attention": "sparse / dense",
+    "W4A8, 25 % in a sparse step, 12 dense first steps": "sparse / d25-w12",
+    "W4A8, 25 %, 5 dense first steps: the sparse preset": "sparse / d25-w5",
+    "W4A8, 15 %, 12 dense first steps, attention in 8 bits": "sparse / d15-w12-fp8",
+    "W4A8, 15 %, no dense first step, attention in 8 bits": "sparse / d15-w0-fp8",
+}
+"""Rows of the study."""
+
+
+def speed_table() -> str:
+    """Markdown."""
+    study, times = _read(f"study_{STUDY}"), _read("dit_step")["results"]
+    measured = {row.name: row for row in velocity_rows(study, SETTINGS["W4A8, dense attention"])}
+    base = times["diffusers"]["mean_s"]
+    lines = [
+        "| setting | pairs | s a step | to diffusers | peak, GiB | velocity SQNR, small model |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def line(name: str, density: float, time: StepTime, quality: str) -> str:
+        cells = [f"{100 * density:.1f} %", f"{time.seconds:.2f}", f"{base / time.seconds:.2f}×"]
+        return f"| {' | '.join([name, *cells, f'{time.peak_bytes / 2**30:.1f}', quality])} |"
+
+    for name, case in PLAIN.items():
+        lines.append(line(name, 1.0, StepTime(times[case]["mean_s"], times[case]["peak_bytes"]), NOTHING))
+    for name, setting in SETTINGS.items():
+        row, attention = measured[setting], attention_of(study, setting)
+        time = None if attention is None else step_time(attention, times)
+        assert time is not None, setting
+        assert row.velocity is not None, setting
+        lines.append(line(name, row.means["effective_density"], time, f"{interval_text(row.velocity.mean)} dB"))
+    return "\n".join(lines)
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, required=True, help="has markers of the name speed")
+    write_table(parser.parse_args(arguments).page, "speed", speed_table())
+
+
+if __name__ == "__main__":
+    main()
