@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from reelquant.checkpoint.verify import VerificationReport, verify_checkpoint
@@ -23,19 +24,22 @@ class AssemblyWorker:
         self._run = RunDirectory(settings.source.run)
 
     def run(self, unit: AssemblyUnit, progress: Progress) -> UnitOutput:
-        """Writes the checkpoint, then checks it as `verify` does.
+        """Writes the checkpoint, checks it as `verify` does, and puts it in its place, where an older one may be.
 
         Raises:
-            ValueError: the checkpoint is not sound, which it would be again.
+            ValueError: the checkpoint is not sound, which it would be again; its place is as it was.
         """
         reports: list[VerificationReport] = []
 
         def write(folder: Path) -> None:
-            self._write(folder, unit, artifacts)
-            progress(1, 2)
-            reports.append(verify_checkpoint(folder))
-            if problems := reports[-1].problems:
-                raise ValueError(f"the assembled checkpoint {folder} is not sound: {'; '.join(problems)}")
+            def check(written: Path) -> None:
+                progress(1, 2)
+                reports.append(verify_checkpoint(written))
+                if problems := reports[-1].problems:
+                    found = "; ".join(problems).replace(str(written), str(folder))
+                    raise ValueError(f"the assembled checkpoint is not sound and was not put in its place: {found}")
+
+            self._write(folder, unit, artifacts, check)
 
         with self._run.store.local_files(unit.artifacts) as artifacts:
             outputs = self._run.store.publish(unit.checkpoint, write, last=INDEX)
@@ -55,7 +59,7 @@ class AssemblyWorker:
             peak_memory_bytes(self._device),
         )
 
-    def _write(self, folder: Path, unit: AssemblyUnit, artifacts: list[Path]) -> None:
+    def _write(self, folder: Path, unit: AssemblyUnit, artifacts: list[Path], check: Callable[[Path], None]) -> None:
         write_checkpoint(
             self._settings.source.model,
             folder,
@@ -68,4 +72,5 @@ class AssemblyWorker:
             step_protection=unit.method.inference.protection,
             velocity_correction=unit.velocity_correction,
             max_shard_bytes=self._settings.max_shard_bytes,
+            check=check,
         )

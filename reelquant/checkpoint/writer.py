@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def write_checkpoint(
     step_protection: StepProtection | None = None,
     velocity_correction: VelocityCorrection | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    check: Callable[[Path], object] | None = None,
 ) -> QuantizationSpec:
     """Writes the pipeline folder `output` from the pipeline folder `source` and the quantized layers of `artifacts`.
 
@@ -63,6 +64,7 @@ def write_checkpoint(
         calibration: JSON values: where the layers come from.
         sparse_attention, step_protection, velocity_correction: of the generation, None for none.
         max_shard_bytes: size of the weight files; a larger tensor has a file of its own.
+        check: takes the written folder before it is put in its place; if it raises, nothing has changed at `output`.
 
     Returns:
         the description that was written into `config.json`.
@@ -103,6 +105,8 @@ def write_checkpoint(
         _write_json(transformer / "config.json", {**config, "quantization_config": spec.to_dict()})
         _write_shards(transformer, {**kept, **replacements}, max_shard_bytes)
         _write_json(written / DIGESTS_NAME, describe_files(written))
+        if check is not None:
+            check(written)
     return spec
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
 from reelquant.calibration.recipe import Recipe
 from storage.run_directory import RunDirectory
 from tests.errors import raises
+from tests.pipeline.small_run import files
 from tests.reelquant.conftest import write_artifacts
 from tests.workers.test_component_check import edit_tensors
 from workers.assembly_worker import INDEX, AssemblyWorker
@@ -26,21 +26,19 @@ BLOCK, LAYER, KEPT = "single_transformer_blocks.1", "proj_mlp", "x_embedder.proj
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_an_unsound_checkpoint_is_an_error_that_no_other_attempt_mends(
-    broken: bool, digits_model: Path, tmp_path: Path
+def test_an_unsound_checkpoint_is_an_error_that_no_other_attempt_mends_and_replaces_none(
+    digits_model: Path, tmp_path: Path
 ) -> None:
     run, model = RunDirectory.open_or_create(tmp_path / "run", {}, {}), tmp_path / "model"
     shutil.copytree(digits_model, model)
     transformer = HunyuanVideoTransformer3DModel.from_pretrained(model / "transformer", torch_dtype=torch.bfloat16)
     [artifact] = write_artifacts(transformer, {BLOCK: [((LAYER,), 4, 6, "per_channel", False)]}, run.path)
-    if broken:  # while the run was under way
-        edit_tensors(model / WEIGHTS, lambda tensors: tensors[KEPT].fill_(torch.nan))
     worker = AssemblyWorker(AssemblySettings(RunSource(run.path, model, 0, Numerics("float32", 1)), 2**30))
     unit = AssemblyUnit("rtn", MethodPlan("rtn", RTN, {}), "W4A6", (artifact.name,), "checkpoint")
-    if not broken:
-        assert worker.run(unit, lambda *_: None).result["bits"] == "W4A6"
-        assert (run.path / "checkpoint" / INDEX).is_file()
-        return
+    assert worker.run(unit, lambda *_: None).result["bits"] == "W4A6"
+    before = files(run.path)
+    assert f"checkpoint/{INDEX}" in before
+    edit_tensors(model / WEIGHTS, lambda tensors: tensors[KEPT].fill_(torch.nan))  # while the next run was under way
     with raises(ValueError, KEPT):
         worker.run(unit, lambda *_: None)
+    assert files(run.path) == before
