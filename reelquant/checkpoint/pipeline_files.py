@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +30,7 @@ _WITHOUT_WEIGHTS = {
 """Classes that are loaded from settings alone; a class that is not matched is a model, whose weights must be there."""
 _TRANSFORMER = re.compile(r"Transformer\w*Model$")
 _SETTINGS_ENDINGS = (".json", ".txt", ".jinja", ".model", ".spm", ".bpe", ".codes", ".tiktoken", ".tokenizer", ".vocab")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TEMPLATES = "additional_chat_templates"
 _VARIANT = re.compile(r"\.([^.]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
 
@@ -117,11 +118,7 @@ def weight_map(folder: Path, library: str = "diffusers", *, variant: str | None 
     if single.is_file() and (library == "transformers" or not index.is_file()):
         return {single.name: []}
     if not index.is_file():
-        found = sorted({match[1] for path in folder.glob("*.safetensors") if (match := _VARIANT.search(path.name))})
-        ways = f"only the variants {', '.join(found)} are there (model_variant: {found[0]})" if found else ""
-        raise ValueError(
-            f"{folder}: has neither {single.name} nor {index.name}; {ways or 'other formats are not read'}"
-        )
+        raise ValueError(f"{folder}: has neither {single.name} nor {index.name}; {_other_weights(folder)}")
     result: dict[str, list[str]] = {}
     try:
         for name, file in read_json(index)["weight_map"].items():
@@ -136,6 +133,20 @@ def weight_map(folder: Path, library: str = "diffusers", *, variant: str | None 
     return dict(sorted(result.items()))
 
 
+def _other_weights(folder: Path) -> str:
+    """What there is in place of the weights, and how to get at them."""
+    found = sorted({match[1] for path in folder.glob("*.safetensors") if (match := _VARIANT.search(path.name))})
+    if found:
+        return f"only the variants {', '.join(found)} are there (model_variant: {found[0]})"
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED) if folder.is_dir() else []
+    if pickled:
+        return (
+            f"only pickled weights are there ({', '.join(pickled)}), which may run code and are not read: take a revision with "
+            "safetensors, or load the pipeline where you trust it and write it anew with save_pretrained"
+        )
+    return "other formats are not read"
+
+
 def list_files(folder: Path, *, variant: str | None = None) -> tuple[dict[str, Path], list[str]]:
     """The files that the loaders read, by the name that they have in a folder without variants, and what is wrong with them.
 
@@ -146,6 +157,12 @@ def list_files(folder: Path, *, variant: str | None = None) -> tuple[dict[str, P
     except ValueError as error:
         return {}, [str(error)]
     files, problems = {MODEL_INDEX: folder / MODEL_INDEX}, []
+    models = [folder / name for name, kind in components.items() if is_model(*kind)]
+    if variant is not None and not any(variant_of(inside, variant) for inside in models):
+        problems.append(
+            f"{folder}: model_variant is {variant}, but no component has weights of it{_variants(models)}: leave it out, or "
+            "set one that is there"
+        )
     for name, (library, class_name) in components.items():
         inside = folder / name
         if not inside.is_dir():
@@ -163,6 +180,13 @@ def list_files(folder: Path, *, variant: str | None = None) -> tuple[dict[str, P
             elif not found:
                 problems.append(f"{inside} holds none of the files from which a {class_name} is loaded")
     return dict(sorted(files.items(), key=lambda item: PurePosixPath(item[0]).parts)), problems
+
+
+def _variants(folders: Iterable[Path]) -> str:
+    """The variants that some components have."""
+    files = (path for folder in folders for path in folder.glob("*.safetensors"))
+    found = sorted({match[1] for path in files if (match := _VARIANT.search(path.name))})
+    return f" (there are {', '.join(found)})" if found else ""
 
 
 def plain_name(name: str, variant: str | None) -> str:

@@ -176,6 +176,13 @@ def test_what_loaders_do_not_read_changes_no_fingerprint(digits_model: Path, mod
     assert check_model(model).fingerprint != expected
 
 
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt"])
+def test_pickled_weights_alone_are_named_and_not_read(model: Path, name: str) -> None:
+    (model / VAE).rename(model / "vae" / name)
+    [problem] = model_problems(model)
+    assert names(problem, model / "vae", name, "save_pretrained")
+
+
 def test_a_variant_is_taken_where_it_is_asked_for_and_named_where_it_is_not(model: Path) -> None:
     vae = AutoencoderKLHunyuanVideo.from_pretrained(model / "vae", torch_dtype=torch.float16)
     (model / VAE).unlink()
@@ -187,6 +194,8 @@ def test_a_variant_is_taken_where_it_is_asked_for_and_named_where_it_is_not(mode
     assert len(plain) == 2
     assert all(names(problem, "fp16", "model_variant") for problem in plain)
     assert model_problems(model, variant="fp16") == []
+    [problem] = model_problems(model, variant="bf16")[:1]
+    assert names(problem, "model_variant", "bf16", "fp16")
     assert sum(".fp16" in path.name for path in list_files(model, variant="fp16")[0].values()) > 3
     (model / "text_encoder" / "LICENSE").write_text("x")
     [problem] = model_problems(model, variant="fp16")
