@@ -104,7 +104,7 @@ def run(
     with _errors(console, resumable=True, verbose=verbose):
         with phase(console, "Checking configuration, model and machine"):
             from pipeline.config.loading import load_config
-            from pipeline.plan import plan_config
+            from pipeline.plan import fetched, plan_config
             from pipeline.report.page import write_report
             from pipeline.runner import open_run, run_stages, stages_until
             from storage.location import StoreUrl
@@ -112,7 +112,8 @@ def run(
             stages = stages_until(until)
             planned = plan_config(load_config(config, overrides or ()), update=update)
             planned.require_feasible()
-            opened = open_run(planned.context, update=update)
+        planned = fetched(planned, console, update=update)
+        opened = open_run(planned.context, update=update)
         summary = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes, rehash=rehash)
         with phase(console, "Writing the report"):
             report = write_report(opened)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config.loading import ConfigError, comparable, read_prompts, repeated_prompts
 from pipeline.config.method import MethodConfig, ResidualConfig
 from pipeline.config.schema import RunConfig
+from pipeline.hub_model import FoundModel, find_model, pinned
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.run_units import prompt_names
 from pipeline.setting_checks import setting_problems
@@ -26,7 +27,7 @@ from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from workers.candidates import shortage
 from workers.messages import Generation, InferencePlan, MethodPlan, Numerics, PromptUnit, RunSource, Sharding
-from workers.model_source import check_model, family_of_model, linear_shapes, transformer_config
+from workers.model_source import ModelCheck, check_model, family_of_model, linear_shapes, transformer_config
 from workers.recognition import DigitRecognizer
 
 
@@ -34,7 +35,7 @@ from workers.recognition import DigitRecognizer
 class ModelFacts:
     """The source model, as far as the driver needs it."""
 
-    folder: Path
+    found: FoundModel
     family: ModuleType
     config: Mapping[str, Any]
     linears: Mapping[str, tuple[int, int]]
@@ -43,6 +44,11 @@ class ModelFacts:
     """`block`, `modulation`, `refiner` or `embedder`, by full layer name."""
     variant: str | None = None
     """Of the weight files."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are read on this machine."""
+        return self.found.folder
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -79,6 +85,8 @@ class RunContext:
     model_fingerprint: str
     recognizer_fingerprint: str | None = None
     """None where no recognizer is configured."""
+    model_note: str | None = None
+    """At which commit a model of the Hub is, and why; None for a folder."""
 
     @property
     def source(self) -> RunSource:
@@ -86,7 +94,7 @@ class RunContext:
         config = self.config
         return RunSource(
             config.run.resolve(),
-            config.model.resolve(),
+            self.model.found.snapshot or config.model.resolve(),
             config.seed,
             Numerics(**config.numerics.model_dump()),
             config.model_variant,
@@ -136,18 +144,19 @@ class Run:
     manifest: Manifest
 
 
-def model_facts(folder: Path, *, variant: str | None = None) -> ModelFacts:
+def model_facts(found: FoundModel, *, variant: str | None = None) -> ModelFacts:
     """Reads the model's configuration; no weights."""
-    family, config = family_of_model(folder), transformer_config(folder)
+    family, config = family_of_model(found.folder), transformer_config(found.folder)
     linears = linear_shapes(config, family)
-    return ModelFacts(folder, family, config, linears, layer_kinds(family, config, linears), variant)
+    return ModelFacts(found, family, config, linears, layer_kinds(family, config, linears), variant)
 
 
 def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
-    """Checks everything that can be checked before any work.
+    """Checks everything that can be checked before any work. A model of the Hub is pinned to a commit.
 
     Args:
-        weights: read the model's weights too, compare them with the components' classes, and fingerprint them.
+        weights: read the model's weights too, compare them with the components' classes, and fingerprint them; those that the
+            Hub's cache lacks are not fetched (`model.found`), and the context is none to run with.
 
     Raises:
         ConfigError: all problems at once.
@@ -170,12 +179,17 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         )
     problems += _too_few_candidates(config)
     problems += recognizer_problems(config.evaluation.recognizer)
-    checked = check_model(config.model, variant=config.model_variant, weights=weights)
+    try:
+        config, note = pinned(config)
+        found = find_model(config)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    checked = check_found(found, variant=config.model_variant, weights=weights)
     problems += checked.problems
     if not checked.can_plan:
         raise ConfigError(list(dict.fromkeys(problems)))
     try:
-        model = model_facts(config.model, variant=config.model_variant)
+        model = model_facts(found, variant=config.model_variant)
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
         problems += [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
@@ -195,7 +209,17 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         methods,
         checked.fingerprint,
         recognizer_fingerprint(config.evaluation.recognizer),
+        note,
     )
+
+
+def check_found(found: FoundModel, *, variant: str | None, weights: bool) -> ModelCheck:
+    """Checks a model as far as it is here: the weights of an outline once they are fetched."""
+    complete = not (found.is_outline or found.problems)
+    checked = check_model(found.folder, variant=variant, weights=weights and complete)
+    if complete:
+        return checked
+    return replace(checked, problems=(*found.named(checked.problems), *(found.problems if weights else ())))
 
 
 def method_plan(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from rich.console import Console
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.context import RunContext, build_context, prompt_notes
+from pipeline.hub_model import fetch_model, pinned
+from pipeline.phase import phase
 from pipeline.planning.machine import (
     Disk,
+    cache_notes,
+    cache_problems,
     disk_of,
     disk_problems,
     lock_notes,
@@ -28,6 +33,7 @@ from pipeline.planning.stage_cost import PROCESS_BYTES, CostModel, StageCost
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
 from pipeline.run_units import unit_names
+from pipeline.terminal import say
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,47 @@ def plan_config(config: RunConfig, *, shapes_only: bool = False, update: bool = 
             raise
         # A model that is not sound may break its planning anywhere: what was found says why.
         machine = []
+        with contextlib.suppress(ConfigError):
+            config, _ = pinned(config)
         if not shapes_only:
             machine = [*worker_problems(config), *_run_problems(config, config.model, update=update)]
         raise ConfigError(list(dict.fromkeys([*found, *more, *machine]))) from error
     plan.problems[:] = dict.fromkeys([*found, *plan.problems])
     return plan
+
+
+def fetched(plan: Plan, console: Console, *, update: bool) -> Plan:
+    """A feasible plan whose model is on this machine: one of the Hub is named, fetched as far as its cache lacks it, and
+    checked again.
+
+    Raises:
+        ConfigError: the fetched weights are not right.
+        OSError: they cannot be fetched.
+    """
+    context = plan.context
+    if not said_and_fetched([context], console):
+        return plan
+    with phase(console, "Checking the model"):
+        plan = plan_config(context.config, update=update)
+        plan.require_feasible()
+    return plan
+
+
+def said_and_fetched(contexts: Iterable[RunContext], console: Console) -> bool:
+    """Says at which commits models of the Hub are, and fetches what its cache lacks of them; whether it lacked anything.
+
+    Raises:
+        OSError: a model cannot be fetched.
+    """
+    contexts = tuple(contexts)
+    for note in dict.fromkeys(context.model_note for context in contexts):
+        if note is not None:
+            say(console, note)
+    outlines = {found.snapshot: found for context in contexts if (found := context.model.found).is_outline}
+    for found in outlines.values():
+        say(console, *cache_notes(found))
+        fetch_model(found)
+    return bool(outlines)
 
 
 def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = False) -> Plan:
@@ -141,12 +183,14 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     disk = disk_of(config.run)
     no_run = _run_problems(config, model.folder, update=update)
     machine = [
+        *cache_problems(model.found),
         *worker_problems(config),
         *(no_run or disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)),
     ]
     lacking, machine = (machine, []) if shapes_only else ([], machine)
     notes = [
         *counts.notes,
+        *cache_notes(model.found),
         *prompt_notes(context),
         *worker_notes(config),
         *(() if no_run else lock_notes(config.run)),
@@ -154,7 +198,8 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     ]
     if on_gpu and torch.cuda.is_available():
         notes += _memory_notes(stages, torch.cuda.get_device_properties(0).total_memory)
-    return Plan(context, counts, dtype, stages, checkpoints, disk, [*counts.problems, *machine], notes, lacking)
+    problems = [*model.found.named(counts.problems), *machine]
+    return Plan(context, counts, dtype, stages, checkpoints, disk, problems, notes, lacking)
 
 
 def _run_problems(config: RunConfig, model: Path, *, update: bool) -> list[str]:

@@ -54,6 +54,8 @@ class RunStatus:
     last_event: Mapping[str, Any] | None
     failures: dict[tuple[str, str], tuple[int, str]]
     """Attempts, and the last error in one line, of units that failed and are not done."""
+    model: str | None = None
+    """A model of the Hub with its commit; None for a folder."""
 
     @property
     def to_do(self) -> dict[str, int | None]:
@@ -87,7 +89,7 @@ def read_status(location: Location) -> RunStatus:
         for e in events
         if e["event"] == "unit_failed" and e["unit"] not in records.get(e["stage"], {})
     }
-    return RunStatus(directory.location, stages, driver.at_work, driver.died, _last(events), failures)
+    return RunStatus(directory.location, stages, driver.at_work, driver.died, _last(events), failures, config.hub_model)
 
 
 def _last(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

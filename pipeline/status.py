@@ -23,6 +23,8 @@ def show_status(location: Location, console: Console) -> None:
     state = state_text(status.holder, status.died, finished=not status.to_do, begun=status.last_event is not None)
     say(console, ("run", "bold"), f"     {status.location}")
     say(console, ("state", "bold"), "   ", *state)
+    if status.model is not None:
+        say(console, ("model", "bold"), f"   {status.model}")
     if status.last_event is not None:
         say(console, ("last", "bold"), f"    {_event_text(status.last_event)}")
     console.line()

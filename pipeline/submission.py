@@ -22,6 +22,7 @@ from cluster.job_submission import JobClient, JobEnd, JobRequest, new_submission
 from cluster.session import PROJECT_ROOT
 from pipeline.config.loading import ConfigError, parse_config, parse_override, read_prompts, read_values, set_value
 from pipeline.config.schema import RunConfig
+from pipeline.hub_model import could_be_hub_id, resolve_revision
 from pipeline.provenance import commit
 from pipeline.study.expansion import load_study
 from pipeline.terminal import say
@@ -32,6 +33,7 @@ EXCLUDES = ("/tests", "/docs", "/benchmarks", "/.venv")
 
 _PYTHON = "sh cluster/job_python.sh $PPID"
 """`python -m pipeline` with the Python that has the application; $PPID is Ray's process that runs the job."""
+_SEEN_BY_ALL = "give an absolute path that every node of the cluster sees"
 _END_OF_CONFIG = "END_OF_CONFIG"
 
 
@@ -169,7 +171,12 @@ def _path_problems(config: RunConfig) -> list[str]:
     if config.evaluation.recognizer is not None:
         named["evaluation.recognizer"] = config.evaluation.recognizer
     relative = {key: path for key, path in named.items() if not path.is_absolute()}
-    problems = [problem for key, path in relative.items() for problem in _upload_problems(key, path)]
+    if could_be_hub_id(config.model) and not (PROJECT_ROOT / config.model).exists():
+        del relative["model"]
+        problems = _hub_problems(config)
+    else:
+        problems = []
+    problems += [problem for key, path in relative.items() for problem in _upload_problems(key, path)]
     for key, num in (("calibration", config.prompts.num_calibration), ("held_out", config.prompts.num_held_out)):
         path = getattr(config.prompts, key)
         if path.is_absolute() or any(problem.startswith(f"prompts.{key}:") for problem in problems):
@@ -181,17 +188,29 @@ def _path_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _hub_problems(config: RunConfig) -> list[str]:
+    """Why a model that the checkout does not hold is none of the Hub; a commit is for the job to find."""
+    if config.model_commit is not None:
+        return []
+    try:
+        resolve_revision(config)
+    except ConfigError as error:
+        return [
+            f"model: {config.model} is not in the checkout {PROJECT_ROOT}, and as an id of the Hub: {error}; or {_SEEN_BY_ALL}"
+        ]
+    return []
+
+
 def _upload_problems(key: str, path: Path) -> list[str]:
     there = (PROJECT_ROOT / path).resolve()
-    way_out = "give an absolute path that every node of the cluster sees"
     if not there.is_relative_to(PROJECT_ROOT):
-        return [f"{key}: {path} lies outside the checkout, which is what a job gets: {way_out}"]
+        return [f"{key}: {path} lies outside the checkout, which is what a job gets: {_SEEN_BY_ALL}"]
     if not there.exists():
-        return [f"{key}: {path} is not in the checkout {PROJECT_ROOT}: put it there, or {way_out}"]
+        return [f"{key}: {path} is not in the checkout {PROJECT_ROOT}: put it there, or {_SEEN_BY_ALL}"]
     inside = there.relative_to(PROJECT_ROOT)
     if f"/{inside.parts[0] if inside.parts else ''}" in EXCLUDES or _is_ignored(inside):
         return [
-            f"{key}: {path} is not uploaded with the checkout (.gitignore, or one of {', '.join(EXCLUDES)}): {way_out}"
+            f"{key}: {path} is not uploaded with the checkout (.gitignore, or one of {', '.join(EXCLUDES)}): {_SEEN_BY_ALL}"
         ]
     return []
 

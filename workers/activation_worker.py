@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
+from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision
 from workers.messages import ActivationSettings, Progress, SampleUnit, UnitOutput
 from workers.model_source import family_of_model
@@ -33,9 +34,10 @@ class ActivationWorker:
     def __init__(self, settings: ActivationSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
-        self._family = family_of_model(settings.source.model)
+        model = model_folder(settings.source.model)
+        self._family = family_of_model(model)
         self._pipeline = full_precision(
-            settings.source.model,
+            model,
             device=self._device,
             dtype=self._dtype,
             sharding=settings.sharding,

@@ -8,6 +8,7 @@ from pathlib import Path
 from reelquant.checkpoint.verify import VerificationReport, verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from storage.run_directory import RunDirectory
+from workers.hub_snapshot import model_folder
 from workers.messages import AssemblySettings, AssemblyUnit, Progress, UnitOutput
 from workers.process import device_name, peak_memory_bytes, prepare_process
 
@@ -21,6 +22,7 @@ class AssemblyWorker:
     def __init__(self, settings: AssemblySettings) -> None:
         self._settings = settings
         self._device, _ = prepare_process(settings.source.numerics)
+        self._model = model_folder(settings.source.model)
         self._run = RunDirectory(settings.source.run)
 
     def run(self, unit: AssemblyUnit, progress: Progress) -> UnitOutput:
@@ -61,7 +63,7 @@ class AssemblyWorker:
 
     def _write(self, folder: Path, unit: AssemblyUnit, artifacts: list[Path], check: Callable[[Path], None]) -> None:
         write_checkpoint(
-            self._settings.source.model,
+            self._model,
             folder,
             artifacts=artifacts,
             bits=unit.bits_label,

@@ -18,6 +18,7 @@ from reelquant.checkpoint.schema import LayerSpec
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
+from workers.hub_snapshot import model_folder
 from workers.messages import DistillationSettings, MethodPlan, Progress, SampleUnit, SegmentUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
 from workers.process import deterministic_kernels, device_name, peak_memory_bytes, prepare_process, unit_seed
@@ -37,8 +38,9 @@ class DistillationWorker:
     def __init__(self, settings: DistillationSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
-        self._family = family_of_model(settings.source.model)
-        self._config = transformer_config(settings.source.model)
+        self._model = model_folder(settings.source.model)
+        self._family = family_of_model(self._model)
+        self._config = transformer_config(self._model)
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
         self._entries = ReadAhead(self._store.read)
@@ -87,7 +89,7 @@ class DistillationWorker:
     def _distill(self, unit: SegmentUnit, progress: Progress) -> Any:
         method, source = unit.method, self._settings.source
         blocks = {
-            name: load_block(source.model, name, device=self._device, dtype=self._dtype, variant=source.variant)
+            name: load_block(self._model, name, device=self._device, dtype=self._dtype, variant=source.variant)
             for name in unit.blocks
         }
         bits = {name: _bits_inside(method, name) for name in blocks}
@@ -145,7 +147,7 @@ class DistillationWorker:
         for name, bits in method.bits.items():
             if self._family.auxiliary_kind(name) is None:
                 continue
-            tensors = load_tensors(source.model / "transformer", name, variant=source.variant)
+            tensors = load_tensors(self._model / "transformer", name, variant=source.variant)
             weight = tensors["weight"].to(self._device).float()
             layout = method.recipe.weight_layout
             clip = best_clip(weight, bits.weight, layout) if method.recipe.clip == "learned" else 1.0

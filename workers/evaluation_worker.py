@@ -19,6 +19,7 @@ from storage.run_directory import EVALUATION, RunDirectory
 from workers.checkpoint_settings import apply_settings
 from workers.fidelity import fidelity
 from workers.generation import generate
+from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision, let_go
 from workers.messages import (
     EvaluationSettings,
@@ -61,6 +62,7 @@ class EvaluationWorker:
     def __init__(self, settings: EvaluationSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
+        self._model = model_folder(settings.source.model)
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
         self._opened: tuple[Path, torch.dtype, Any] | None = None
@@ -79,9 +81,7 @@ class EvaluationWorker:
         return self._video(unit, progress)
 
     def _video(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
-        folder = (
-            self._settings.source.model if unit.checkpoint is None else self._run.store.local_folder(unit.checkpoint)
-        )
+        folder = self._model if unit.checkpoint is None else self._run.store.local_folder(unit.checkpoint)
         pipeline = self._pipeline(folder, self._dtype)
         if unit.checkpoint is not None:
             apply_settings(pipeline, unit.knobs)
@@ -122,7 +122,7 @@ class EvaluationWorker:
         if isinstance(unit, StepWeightsUnit):
             self._step_weights(unit, progress)
             return
-        pipeline = self._pipeline(self._settings.source.model, torch.bfloat16 if unit.noise_floor else self._dtype)
+        pipeline = self._pipeline(self._model, torch.bfloat16 if unit.noise_floor else self._dtype)
         for _ in range(2 if unit.noise_floor else 1):
             generate(
                 pipeline,
@@ -139,7 +139,7 @@ class EvaluationWorker:
     def _velocity(self, unit: VelocityUnit, progress: Progress) -> dict[str, Any]:
         """Errors of the velocities by prompt, and the effective density of a sparse model."""
         if unit.checkpoint is None:
-            pipeline = self._pipeline(self._settings.source.model, torch.bfloat16)
+            pipeline = self._pipeline(self._model, torch.bfloat16)
         else:
             pipeline = self._pipeline(self._run.store.local_folder(unit.checkpoint), self._dtype)
             apply_settings(pipeline, unit.knobs)
@@ -157,8 +157,8 @@ class EvaluationWorker:
 
     def _step_weights(self, unit: StepWeightsUnit, progress: Progress) -> dict[str, Any]:
         """`weights` of all steps, and the `effects` that they are interpolated from, the mean over prompts."""
-        pipeline = self._pipeline(self._settings.source.model, self._dtype)
-        family, generation = family_of_model(self._settings.source.model), self._settings.generation
+        pipeline = self._pipeline(self._model, self._dtype)
+        family, generation = family_of_model(self._model), self._settings.generation
         # ZeRO-3 follows the order in which modules run: a pass without its blocks would mislead it.
         leave_out = self._settings.sharding.kind != "deepspeed"
         total, found = len(unit.prompts), []
@@ -185,7 +185,7 @@ class EvaluationWorker:
 
     def _noise_floor(self, unit: EvaluationUnit, progress: Progress) -> dict[str, Any]:
         """Full precision in bfloat16 with the default attention and with another one, from the same noise; no files."""
-        pipeline = self._pipeline(self._settings.source.model, torch.bfloat16)
+        pipeline = self._pipeline(self._model, torch.bfloat16)
 
         def video(begun: int) -> Tensor:
             generated = generate(
@@ -210,7 +210,7 @@ class EvaluationWorker:
         return self._run.store.put(f"{EVALUATION}/{unit.name}.mp4", film)
 
     def _pipeline(self, folder: Path, dtype: torch.dtype) -> Any:
-        if folder == self._settings.source.model:
+        if folder == self._model:
             self._opened = None
             sharding, variant = self._settings.sharding, self._settings.source.variant
             return full_precision(folder, device=self._device, dtype=dtype, sharding=sharding, variant=variant)

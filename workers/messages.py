@@ -14,6 +14,7 @@ from reelquant.ops.band_attention.op import Precision
 from storage.location import Location
 from storage.manifest import OutputFile
 from workers.candidates import FEATURES
+from workers.hub_snapshot import HubSnapshot
 from workers.usage import Usage
 
 Progress = Callable[[int, int], None]
@@ -77,7 +78,8 @@ class RunSource:
     """Where a worker reads and writes, and which model it is about."""
 
     run: Location
-    model: Path
+    model: Path | HubSnapshot
+    """A folder that every node sees, or what every node fetches: `hub_snapshot.model_folder` gives its folder."""
     seed: int
     numerics: Numerics
     variant: str | None = None

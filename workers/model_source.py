@@ -121,8 +121,7 @@ def check_model(model: Path, *, variant: str | None = None, weights: bool = True
         weights: reads every file once and compares all tensors with the components' classes; without it, settings alone.
     """
     if not model.is_dir():
-        said = "is not a folder. Give a local diffusers pipeline folder (models of a hub are fetched first)"
-        return ModelCheck((f"model: {model} {said}",), "", can_plan=False)
+        return ModelCheck((f"model: {model} is not a folder",), "", can_plan=False)
     if not (model / MODEL_INDEX).is_file():
         problem = f"model: {model} has no {MODEL_INDEX}: not a diffusers pipeline folder"
         return ModelCheck((problem,), "", can_plan=False)

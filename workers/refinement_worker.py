@@ -23,6 +23,7 @@ from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec, layer_
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
+from workers.hub_snapshot import model_folder
 from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
 from workers.process import device_name, peak_memory_bytes, prepare_process
@@ -42,7 +43,7 @@ class RefinementWorker:
     def __init__(self, settings: RefinementSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
-        self._model, self._variant = settings.source.model, settings.source.variant
+        self._model, self._variant = model_folder(settings.source.model), settings.source.variant
         self._family = family_of_model(self._model)
         self._config = transformer_config(self._model)
         self._run = RunDirectory(settings.source.run)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from workers.hub_snapshot import is_fetching
 from workers.kept_pipeline import let_go
 from workers.messages import Progress, UnitOutput
 from workers.out_of_memory import GENERATION_ADVICE, is_out_of_memory, out_of_memory
@@ -129,12 +130,14 @@ class SharedWorker:
 @contextlib.contextmanager
 def _progress_meanwhile(progress: Progress) -> Iterator[None]:
     """Reports progress while a worker is constructed, for `LOADING_S` at most: reading a model from a slow disk may take longer
-    than a unit may be silent."""
+    than a unit may be silent. Fetching it from the Hub does not count."""
     done = threading.Event()
-    deadline = time.monotonic() + LOADING_S
 
     def report() -> None:
-        while time.monotonic() < deadline and not done.wait(_REPORT_INTERVAL_S):
+        left = LOADING_S
+        while left > 0 and not done.wait(_REPORT_INTERVAL_S):
+            if not is_fetching():
+                left -= _REPORT_INTERVAL_S
             progress(0, 1)
 
     thread = threading.Thread(target=report, daemon=True)

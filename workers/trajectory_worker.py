@@ -7,6 +7,7 @@ import torch
 from reelquant.calibration.salience import diffusion_salience
 from storage.run_directory import RunDirectory
 from workers.generation import generate
+from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision
 from workers.messages import Progress, PromptUnit, TrajectorySettings, UnitOutput
 from workers.model_source import family_of_model
@@ -30,9 +31,10 @@ class TrajectoryWorker:
         self._settings = settings
         source = settings.source
         self._device, dtype = prepare_process(source.numerics)
-        self._family = family_of_model(source.model)
+        model = model_folder(source.model)
+        self._family = family_of_model(model)
         self._pipeline = full_precision(
-            source.model, device=self._device, dtype=dtype, sharding=settings.sharding, variant=source.variant
+            model, device=self._device, dtype=dtype, sharding=settings.sharding, variant=source.variant
         )
         self._store = RunDirectory(source.run).calibration_store
 

@@ -352,7 +352,12 @@ class RunConfig(Section):
     run: RunLocation
     """The run directory, a path or `s3://bucket/prefix`: everything is kept there, and running again resumes there."""
     model: LocalPath
-    """Local diffusers pipeline folder of the 16-bit model."""
+    """Diffusers pipeline of the 16-bit model: a local folder, or else an id `owner/name` of the Hugging Face Hub. Of a
+    repository, the files that the loaders read are fetched into the Hub's cache, on every node."""
+    model_revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a model on the Hub; null: its default branch. The run resolves it to a commit once."""
+    model_commit: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    """The commit that `model_revision` was at when the run began. The run fills it in and keeps it."""
     model_variant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
     """Weight files of the model that are taken, such as `fp16` for `diffusion_pytorch_model.fp16.safetensors`, where there are
     such; the checkpoint's have plain names. null: the plain files."""
@@ -405,6 +410,14 @@ class RunConfig(Section):
         ]
 
     @property
+    def hub_model(self) -> str | None:
+        """A model of the Hub with its commit, human-readable; None for a folder."""
+        if self.model_commit is None:
+            return None
+        revision = "" if self.model_revision in (None, self.model_commit) else f" ({self.model_revision})"
+        return f"{self.model} at commit {self.model_commit}{revision}"
+
+    @property
     def evaluation_seed(self) -> int:
         """Of the held-out prompts' noises."""
         return self.seed if self.evaluation.seed is None else self.evaluation.seed
@@ -436,6 +449,7 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What decides the results, as JSON values: all but where and with how many workers."""
         left_out = {"run", "workers", "cluster"}
-        if self.model_variant is None:
-            left_out.add("model_variant")  # runs that were made before there was this key go on
+        # Runs that were made before there were these keys go on.
+        added = ("model_revision", "model_commit", "model_variant")
+        left_out.update(key for key in added if getattr(self, key) is None)
         return self.model_dump(mode="json", exclude=left_out)

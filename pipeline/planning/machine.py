@@ -10,8 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 
 from pipeline.config.schema import RunConfig
+from pipeline.hub_model import FoundModel
+from pipeline.planning.plan_tables import human_bytes
 from storage.location import Location, StoreUrl
 from storage.run_directory import RunDirectory
 from storage.run_store import open_store
@@ -90,6 +93,31 @@ def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:
         f"run: {run} still needs {missing / 2**30:.1f} GiB of disk, {disk.free_bytes / 2**30:.1f} GiB are free: free some, "
         "put the run directory elsewhere, or lower selection.num_samples, raise distillation.segment_length, or compare "
         "fewer methods"
+    ]
+
+
+def cache_problems(model: FoundModel) -> list[str]:
+    """Too little room in the Hub's cache for what has to be fetched."""
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    there = cache
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if model.missing_bytes <= free:
+        return []
+    return [
+        f"model: {human_bytes(model.missing_bytes)} of {model.name} have to be fetched to {cache}, where {human_bytes(free)} "
+        "are free: free some, or set HF_HUB_CACHE to a folder with room"
+    ]
+
+
+def cache_notes(model: FoundModel) -> list[str]:
+    """What has to be fetched before the run."""
+    if not model.is_outline:
+        return []
+    return [
+        f"model: {human_bytes(model.missing_bytes)} of {model.name} are not in the Hub's cache {constants.HF_HUB_CACHE}: a run "
+        "fetches them first, and checks the weights then"
     ]
 
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from pipeline.hub_model import could_be_hub_id
 from pipeline.terminal import PlainTable, counted, new_table, say, say_sentence, say_table
 
 if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
     from pipeline.plan import Plan
 
 
@@ -18,7 +20,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     layout, generation = counts.layout, config.generation
     lines = (
         ("run", str(config.run)),
-        ("model", f"{config.model} ({model.family.ARCHITECTURE}, {len(model.blocks)} blocks)"),
+        ("model", f"{config.model} ({_origin(config)}{model.family.ARCHITECTURE}, {len(model.blocks)} blocks)"),
         (
             "video",
             f"{generation.height}x{generation.width}, {generation.num_frames} frames, "
@@ -62,6 +64,13 @@ def human_bytes(num: float) -> str:
         num /= 1024
     digits = 0 if unit == "B" else max(0, 2 - (num >= 10) - (num >= 100))
     return f"{num:.{digits}f} {unit}"
+
+
+def _origin(config: RunConfig) -> str:
+    """Commit of a model of the Hub; that a folder is one, where its name could be an id."""
+    if config.model_commit is not None:
+        return f"Hub, {config.model_commit}, "
+    return "local folder, " if could_be_hub_id(config.model) else ""
 
 
 def _workers(plan: Plan) -> str:

@@ -144,6 +144,8 @@ def _provenance(run: RunData, read: Timeline) -> dict[str, str]:
         found["began"] = f"{read.began:%Y-%m-%d %H:%M} UTC"
         found["last event"] = f"{read.ended:%Y-%m-%d %H:%M} UTC"
     found["python"] = str(run.provenance.get("python", "unknown"))
+    if (commit := run.config.get("model_commit")) is not None:
+        found["model"] = f"{run.config['model']} at commit {commit}"
     return {**found, **run.provenance.get("packages", {})}
 
 

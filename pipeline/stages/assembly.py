@@ -29,7 +29,8 @@ class Assembly:
         config = run.context.config
         selection, model = config.selection, run.context.model
         provenance = {
-            "model": model.folder.name,
+            "model": model.found.name,
+            **({} if config.model_commit is None else {"model_commit": config.model_commit}),
             "model_fingerprint": run.context.model_fingerprint,
             "seed": config.seed,
             "selection": selection.strategy,

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.phase import phase
+from pipeline.plan import said_and_fetched
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage
 from pipeline.study.collection import collect_results
@@ -45,6 +46,10 @@ def do_study(
     """
     prepared = _prepared(path, overrides, console, stages, update=update)
     prepared.require_feasible()
+    if said_and_fetched(prepared.contexts.values(), console):
+        with phase(console, "Checking the model"):
+            prepared = prepare_study(prepared.study, stages, update=update)
+            prepared.require_feasible()
     outcome = run_study(prepared, console, update=update, stages=stages)
     results = collect_results(prepared.study, outcome)
     write_results(results)

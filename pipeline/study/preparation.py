@@ -18,6 +18,7 @@ from pipeline.config.loading import ConfigError
 from pipeline.context import Run, RunContext, build_context, prompt_notes
 from pipeline.planning.machine import (
     Disk,
+    cache_notes,
     disk_of,
     disk_problems,
     refusals,
@@ -33,12 +34,12 @@ from pipeline.run_units import evaluation_names
 from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage, StageUnit
 from pipeline.study.expansion import STUDY_FILE, Study, StudyRun
+from pipeline.study.models import fingerprints_of, model_key, pinned_study
 from pipeline.terminal import counted, new_table, say, say_sentence, say_table
 from storage.local_store import LOCK_FILE
 from storage.location import Location, StoreUrl
 from storage.manifest import DamagedRecord, Manifest, UnitRecord
 from storage.run_directory import RunDirectory
-from workers.model_source import check_model
 
 
 @dataclass
@@ -115,7 +116,11 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
     Raises:
         ConfigError: prompts or model are not usable enough to count units; everything else that is wrong is listed too.
     """
-    fingerprints, problems = _models(study)
+    try:
+        study, model_notes = pinned_study(study)
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *worker_problems(study.runs[0].config)]) from error
+    fingerprints, problems = fingerprints_of(study)
     by_setting: dict[str, RunContext] = {}
     for run in study.runs:
         if run.setting.slug in by_setting:
@@ -126,9 +131,11 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
             problems += error.problems
             continue
         by_setting[run.setting.slug] = replace(
-            context, model_fingerprint=fingerprints[run.config.model, run.config.model_variant]
+            context,
+            model_fingerprint=fingerprints[model_key(run.config)],
+            model_note=model_notes[model_key(run.config)],
         )
-        problems += count_tokens(context).problems
+        problems += context.model.found.named(count_tokens(context).problems)
     first = study.runs[0].config
     place = run_problems(study.location, first.model) or directory_problems(RunDirectory(study.location))
     if not place:
@@ -143,7 +150,9 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
         f"{problem}; or make the study smaller"
         for problem in disk_problems(study.location, int(sum(count.disk_bytes for count in counts)), disk)
     ]
-    notes = list(dict.fromkeys(note for context in by_setting.values() for note in prompt_notes(context)))
+    notes = [note for note in model_notes.values() if note is not None]
+    notes += dict.fromkeys(note for context in by_setting.values() for note in cache_notes(context.model.found))
+    notes += dict.fromkeys(note for context in by_setting.values() for note in prompt_notes(context))
     notes += worker_notes(first)
     if isinstance(study.location, StoreUrl):
         notes.append(
@@ -174,19 +183,6 @@ def directory_problems(directory: RunDirectory) -> list[str]:
         held = ", ".join(foreign[:5])
         return [f"study: {place} is not empty and not a study (holds {held}): give a new or empty directory"]
     return []
-
-
-def _models(study: Study) -> tuple[dict[tuple[Path, str | None], str], list[str]]:
-    """Fingerprints of the models by folder and variant; every weight is read once."""
-    fingerprints: dict[tuple[Path, str | None], str] = {}
-    problems: list[str] = []
-    for run in study.runs:
-        key = (run.config.model, run.config.model_variant)
-        if key not in fingerprints:
-            checked = check_model(key[0], variant=key[1])
-            problems += checked.problems
-            fingerprints[key] = checked.fingerprint
-    return fingerprints, problems
 
 
 class PlannedManifest(Manifest):

@@ -37,6 +37,9 @@ def show_study_status(location: Location, console: Console) -> None:
     all_done = 0 < len(runs) == finished
     state = state_text(found.at_work, found.died, finished=all_done, begun=bool(runs))
     say(console, ("state", "bold"), "   ", *state)
+    for model in dict.fromkeys(status.model for status in runs.values()):
+        if model is not None:
+            say(console, ("model", "bold"), f"   {model}")
     console.line()
     table = new_table("Run", "Done", "Failed tries", "Left to do")
     table.columns[-1].justify = "left"

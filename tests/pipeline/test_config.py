@@ -75,7 +75,8 @@ def test_configuration_survives_its_json(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, compare=["rtn", {"preset": "gptq", "solve": "asymmetric"}]))
     again = RunConfig.model_validate({**config.identity(), "run": "r"})
     assert again == config
-    assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster", "model_variant"}
+    about_the_model = {"model_revision", "model_commit", "model_variant"}
+    assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster", *about_the_model}
 
 
 def float_fields(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from reelquant.calibration.recipe import LayerBits
 from storage.run_directory import RunDirectory
 from tests.workers.memory_limit import LIMITS, limit_memory
 from workers.distillation_worker import DistillationWorker
+from workers.hub_snapshot import model_folder
 from workers.messages import (
     DistillationSettings,
     MethodPlan,
@@ -82,7 +83,8 @@ def make_run(folder: Path, digits_model: Path) -> DistillationSettings:
 
 def shared_unit(settings: DistillationSettings, name: str, block: str) -> SharedUnit:
     """One block as a segment of its own."""
-    family, config = family_of_model(settings.source.model), transformer_config(settings.source.model)
+    model = model_folder(settings.source.model)
+    family, config = family_of_model(model), transformer_config(model)
     recipe = recipe_of(MethodConfig(preset="s2q", rotation_block=64, epochs=2), BLOCKS)
     bits = {
         name: LayerBits(4, 16 if name.rpartition(".")[2] == "linear" else 6)
