@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -81,6 +82,26 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+@command()
+def init(
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="MODEL", help="Folder in diffusers format, or an id of the Hugging Face Hub."),
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="New YAML file.")] = Path("run.yaml"),
+    overrides: SetOption = None,
+) -> None:
+    """Write a commented configuration for a model, ready for `plan`."""
+    console = Console()
+    with _errors(console):
+        with phase(console, "Looking at the model", logged=False):
+            from pipeline.new_config import write_config
+
+            written = write_config(file, model, overrides or ())
+        say(console, f"written: {written} (look at prompts and run, then at what a run takes)")
+        say(console, f"next:    python -m pipeline plan {shlex.quote(str(written))}")
 
 
 @command()

@@ -59,7 +59,7 @@ def test_help_of_every_command(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
     [usage] = [line for line in result.output.splitlines() if line.startswith("Usage:")]
-    assert re.fullmatch(rf"Usage: \S.* {name} \[OPTIONS\]( [A-Z]+)+", usage)
+    assert re.fullmatch(rf"Usage: \S.* {name} \[OPTIONS\]( [A-Z]+| \[[A-Z]+\])+", usage)
     assert name in invoke("--help").output
 
 

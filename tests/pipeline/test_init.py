@@ -1,0 +1,80 @@
+"""`init` writes a configuration that `plan` accepts, and never over another file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config.loading import load_config
+from pipeline.config.schema import GenerationConfig, RunConfig
+from pipeline.new_config import COMMENTS, write_config
+from tests.errors import names, raises
+from tests.hub_server import HubServer
+from tests.pipeline.small_run import ROOT, call
+
+SMALL = ("generation.height=48", "generation.width=64", "generation.num_frames=9", "generation.num_inference_steps=3")
+THIRTEEN_B = ROOT / "configs" / "models" / "hunyuanvideo-13b"
+
+
+def init(file: Path, model: str | Path, *overrides: str) -> str:
+    done = call("init", str(file), "--model", str(model), *(part for o in overrides for part in ("--set", o)))
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_what_is_written_is_planned(tmp_path: Path, digits_model: Path) -> None:
+    file = tmp_path / "my run.yaml"
+    said = init(file, digits_model, *SMALL, f"run={tmp_path / 'run'}", "method=gptq", "compare=[rtn, {preset: quarot}]")
+    assert f"python -m pipeline plan '{file}'" in said
+    config = load_config(file)
+    assert (config.model, config.run) == (digits_model, tmp_path / "run")
+    assert [method.preset for method in config.methods] == ["gptq", "rtn", "quarot"]
+    done = call("plan", str(file))
+    assert done.returncode == 0, done.stdout
+    assert "problem:" not in done.stdout
+    text = file.read_text()
+    assert all(f"# {line}" in text for comment in COMMENTS.values() for line in comment.splitlines())
+    assert set(COMMENTS) <= set(yaml.safe_load(text)) <= set(RunConfig.model_fields)
+
+
+def test_size_and_steps_are_those_of_the_family_and_the_preset_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the prompts that ship are found from anywhere
+    write_config(Path("run.yaml"), str(THIRTEEN_B))
+    config = load_config(Path("run.yaml"))
+    assert config.generation == GenerationConfig()
+    assert config.method.preset == RunConfig.model_fields["method"].default.preset
+    assert config.prompts.calibration.is_file()
+    assert config.run == Path("runs/run")
+
+
+def test_an_id_of_the_hub_stays_one(tmp_path: Path, digits_model: Path, hub: HubServer) -> None:
+    repository = hub.repository("maker/digits")
+    repository.tags["v1"] = repository.commit(digits_model)
+    write_config(tmp_path / "run.yaml", "maker/digits", [*SMALL, "model_revision=v1"])
+    config = load_config(tmp_path / "run.yaml")
+    assert (str(config.model), config.model_revision, config.model_commit) == ("maker/digits", "v1", None)
+    assert not [name for name in hub.downloads("maker/digits") if name.endswith(".safetensors")]
+
+
+def test_nothing_is_written_over_or_without_a_model(tmp_path: Path, digits_model: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for model, override, words in (
+        (tmp_path / "nowhere", "seed=1", ("model", tmp_path / "nowhere")),
+        (digits_model, "bits.weight=1", ("bits.weight", 1)),
+        (digits_model, "sed=1", ("sed",)),
+        (digits_model, "generation.height=50", ("generation.height", 50)),
+    ):
+        with raises(ValueError, *words):
+            write_config(file, str(model), [override])
+        assert not file.exists()
+    for there in (file, tmp_path / "link.yaml"):
+        there.write_text("mine") if there == file else there.symlink_to("nowhere")
+        done = call("init", str(there), "--model", str(digits_model))
+        assert done.returncode == 1
+        assert names(done.stdout, there)
+    assert file.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
