@@ -19,6 +19,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
+        self.breaks: list[str] = []
+        """Files, by name, whose next download breaks off shortly before its end."""
         hub, storage = _listener(self, to_storage=False), _listener(self, to_storage=True)
         self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in (hub, storage))
         self._servers = (hub, storage)
@@ -212,7 +215,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _stored(self, path: str) -> None:
         repo_id, commit, name = re.fullmatch(r"/([^/]+/[^/]+)/stored/([^/]+)/(.+)", path).groups()  # type: ignore[union-attr]
         file = self.server_of_tests.repositories[repo_id].commits[commit][name]
-        self._bytes(file, {"ETag": f'"{_sha256(file)}"'})
+        if name in self.server_of_tests.breaks:
+            self.server_of_tests.breaks.remove(name)
+            self.send_response(200)
+            self.send_header("Content-Length", str(file.stat().st_size))
+            self.end_headers()
+            self.wfile.write(file.read_bytes()[:-1024])
+            self.close_connection = True
+        else:
+            self._bytes(file, {"ETag": f'"{_sha256(file)}"'})
 
     def _repository(self, repo_id: str, token: str | None) -> Repository | None:
         found = self.server_of_tests.repositories.get(repo_id)
@@ -253,10 +264,12 @@ def _entry(name: str, path: Path) -> dict[str, Any]:
     return entry
 
 
+@cache
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@cache
 def _git_hash(path: Path) -> str:
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -73,13 +73,11 @@ def model_folder(model: Path | HubSnapshot, *, bars: bool = False) -> Path:
     """
     if isinstance(model, Path):
         return model
-    _fetching.set()
     try:
-        folder = fetch_files(model.repo_id, model.commit, model.files, bars=bars)
+        with fetching():
+            folder = fetch_files(model.repo_id, model.commit, model.files, bars=bars)
     except HUB_ERRORS as error:
         raise OSError(f"model: {hub_problem(error, model.repo_id, model.commit)}") from error
-    finally:
-        _fetching.clear()
     if missing := [name for name in model.files if not (folder / name).is_file()]:
         raise OSError(
             f"model: {folder} lacks {', '.join(missing[:8])} of {model}, and the Hub is not asked or does not answer"
@@ -87,8 +85,18 @@ def model_folder(model: Path | HubSnapshot, *, bars: bool = False) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def fetching() -> Iterator[None]:
+    """`is_fetching` is true inside."""
+    _fetching.set()
+    try:
+        yield
+    finally:
+        _fetching.clear()
+
+
 def is_fetching() -> bool:
-    """Whether a thread of this process is fetching a snapshot. The library itself gives up where no bytes arrive."""
+    """Whether this process is fetching a snapshot. The library itself gives up where no bytes arrive."""
     return _fetching.is_set()
 
 

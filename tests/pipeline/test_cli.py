@@ -93,8 +93,9 @@ def test_every_shipped_configuration_is_planned(config: str, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_model_that_is_not_there_yet() -> None:
-    assert names(fails("plan", "configs/hunyuanvideo-13b.yaml"), "model", "models/HunyuanVideo")
+def test_model_that_is_neither_here_nor_in_the_cache() -> None:
+    output = fails("plan", "configs/hunyuanvideo-13b.yaml", "--set", "model=models/HunyuanVideo")
+    assert names(output, "model", "models/HunyuanVideo", "HF_HUB_OFFLINE")
 
 
 def test_wrong_values_of_every_command(tmp_path: Path) -> None:

@@ -138,6 +138,18 @@ def test_a_worker_fetches_by_hash_into_its_own_cache_once(
         assert (folders[0] / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
+def test_a_download_that_breaks_off_goes_on(hub: HubServer, digits: Repository, tmp_path: Path) -> None:
+    snapshot = found(config_of(tmp_path)).snapshot
+    assert snapshot is not None
+    hub.breaks.append("transformer/diffusion_pytorch_model.safetensors")
+    hub.requests.clear()
+    folder = model_folder(snapshot)
+    for name in snapshot.files:
+        assert (folder / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    [resumed] = [request.range for request in hub.requests if request.to_storage and request.range is not None]
+    assert int(resumed.removeprefix("bytes=").removesuffix("-")) > 0
+
+
 @pytest.mark.parametrize("tree_is_known", [True, False])
 def test_offline_a_cached_commit_is_enough(
     hub: HubServer, digits: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree_is_known: bool
@@ -162,6 +174,20 @@ def test_offline_a_cached_commit_is_enough(
     use_cache(tmp_path / "another", monkeypatch)
     with raises(OSError, "HF_HUB_OFFLINE", MODEL, tmp_path / "another"):
         model_folder(online.snapshot)
+
+
+def test_a_cached_commit_is_enough_where_the_hub_does_not_answer(
+    digits: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    context = build_context(config, weights=False)
+    begin(context)
+    model_folder(context.source.model)
+    with hub_server() as gone:
+        pass
+    point_to(gone.endpoint, monkeypatch)
+    again = found(config)
+    assert (again.snapshot, again.missing_bytes) == (context.source.model, 0)
 
 
 def test_shards_of_a_variant_alone_are_fetched(hub: HubServer, digits: Repository, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The worker of all stages and runs: it is made anew for other settings only, and errors leave nothing wrong behind."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from tests.errors import raises
+from workers import hub_snapshot, shared_worker
 from workers.kept_pipeline import full_precision, let_go
-from workers.messages import Sharding, UnitOutput
+from workers.messages import Progress, Sharding, UnitOutput
 from workers.shared_worker import SharedUnit, SharedWorker
 
 
@@ -36,6 +38,30 @@ class Plain:
     def run(self, unit: int, progress: Callable[[int, int], None]) -> UnitOutput:
         progress(1, 1)
         return UnitOutput((), {self._settings.name: unit + sum(self._settings.numbers)}, "cpu", 0)
+
+
+def test_fetching_a_model_may_take_longer_than_loading_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose model is still on its way reports progress beyond `LOADING_S`."""
+    for name in ("LOADING_S", "_REPORT_INTERVAL_S"):
+        monkeypatch.setattr(shared_worker, name, 0.001)
+    reported: list[tuple[int, int]] = []
+    enough = threading.Event()
+
+    class Fetching:
+        def __init__(self, settings: None) -> None:
+            with hub_snapshot.fetching():
+                assert enough.wait(60)
+
+        def run(self, unit: None, progress: Progress) -> UnitOutput:
+            return UnitOutput((), {}, "cpu", 0)
+
+    def progress(done: int, total: int) -> None:
+        reported.append((done, total))
+        if len(reported) == 5:
+            enough.set()
+
+    SharedWorker(None).run(SharedUnit(Fetching, None, None), progress)
+    assert set(reported) == {(0, 1)}
 
 
 def test_one_worker_as_long_as_the_settings_are_equal() -> None:
