@@ -119,11 +119,10 @@ def plan_config(config: RunConfig, *, shapes_only: bool = False, update: bool = 
         if not (found or more):
             raise
         # A model that is not sound may break its planning anywhere: what was found says why.
-        machine = []
-        with contextlib.suppress(ConfigError):
-            config, _ = pinned(config)
+        machine = [] if shapes_only else worker_problems(config)
         if not shapes_only:
-            machine = [*worker_problems(config), *_run_problems(config, config.model, update=update)]
+            with contextlib.suppress(ConfigError):  # what the run has cannot be compared with a model without a commit
+                machine += _run_problems(pinned(config)[0], config.model, update=update)
         raise ConfigError(list(dict.fromkeys([*found, *more, *machine]))) from error
     plan.problems[:] = dict.fromkeys([*found, *plan.problems])
     return plan

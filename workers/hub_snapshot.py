@@ -147,7 +147,7 @@ def hub_problem(error: BaseException, repo_id: str, revision: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"the Hub has no model {repo_id}, or it is private: see whether {page} opens; for a private one {_LOGIN}, with a "
-            "token that may read it; a local folder is given by its absolute path"
+            "token that may read it"
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}{_revisions(repo_id)}: set model_revision to a branch, tag or commit"

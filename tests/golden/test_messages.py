@@ -19,6 +19,8 @@ import pytest
 from diffusers import HunyuanVideoTransformer3DModel
 
 import reelquant  # noqa: F401 - teaches diffusers to load the checkpoint
+from pipeline.config.loading import load_config
+from pipeline.hub_model import find_model, pinned
 from reelquant.attention.band_mask import band_width
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.schema import QuantizationSpec
@@ -27,6 +29,7 @@ from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.families.family import TokenLayout
 from storage.location import parse_location
 from storage.run_directory import RunDirectory
+from tests.hub_server import hub_server, point_to, use_cache
 from tests.pipeline import test_config, test_study
 from tests.pipeline.small_run import ROOT, call, small_run
 from tests.reelquant.attention import test_sparse_attention
@@ -81,6 +84,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a broken scheduler": lambda c: (c / "scheduler" / "scheduler_config.json").write_text("{"),
 }
 """Damages of a checkpoint's folder."""
+HUB_MISTAKES: list[dict[str, Any]] = [
+    {"model": "maker/nothing"},
+    {"model": "ma--ker/digits"},
+    {"model": "maker/digits", "model_revision": "v7"},
+    {"model": "maker/gated"},
+    {"model": "maker/gguf"},
+    {"model": "assets/hunyuanvideo-digits", "model_revision": "main"},
+]
 CONFIG = {"model": "small", "bits": {"weight": 4}}
 
 
@@ -95,6 +106,7 @@ def test_messages(
         **of_runs(tmp_path),
         **of_sections(),
         **of_checkpoints(tmp_path),
+        **of_hub(tmp_path, digits_model, monkeypatch),
     }
     written = render(found, tmp_path)
     if pytestconfig.getoption("--record-golden"):
@@ -211,6 +223,37 @@ def of_checkpoints(folder: Path) -> dict[str, str]:
     with refused("checkpoint: of a checkpoint", found):
         write_checkpoint(FIXTURE / "checkpoint", folder / "again", artifacts=[], bits="W4A6", method="rtn")
     return found
+
+
+def of_hub(folder: Path, sound: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Says why a model of the Hub cannot be taken."""
+    found: dict[str, str] = {}
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "model.gguf").write_bytes(b"x")
+    use_cache(folder / "hub", monkeypatch)
+    with hub_server() as hub:
+        point_to(hub.endpoint, monkeypatch)
+        sound_one = hub.repository("maker/digits")
+        sound_one.tags["v1"] = commit = sound_one.commit(sound)
+        hub.repository("maker/gated").gated = True
+        for name, files in (("gated", sound), ("gguf", folder / "gguf")):
+            hub.repository(f"maker/{name}").commit(files)
+        for changes in HUB_MISTAKES:
+            with refused(f"hub: {json.dumps(changes)}", found):
+                find_model(pinned(load_config(small_run(folder, **changes)))[0])
+        (folder / "full").write_text("x")
+        use_cache(folder / "full", monkeypatch)
+        with refused("hub: a cache that cannot be written", found):
+            find_model(load_config(small_run(folder, model="maker/digits", model_commit=commit)))
+    point_to(hub.endpoint, monkeypatch)  # no open connection stays
+    with refused("hub: it does not answer", found):
+        pinned(load_config(small_run(folder, model="maker/other")))
+    text = json.dumps(found)
+    for commits in (repository.commits for repository in hub.repositories.values()):
+        for name in commits:
+            text = text.replace(name, "COMMIT")
+    result: dict[str, str] = json.loads(text.replace(hub.endpoint, "http://HUB"))
+    return result
 
 
 @contextmanager
