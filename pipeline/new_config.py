@@ -78,7 +78,7 @@ def _values(file: Path, model: str, overrides: Sequence[str]) -> dict[str, Any]:
         },
         "selection": {"num_samples": 20},
         "method": {"preset": "reelquant"},
-        "bits": {"weight": 4, "activation": 6},
+        "bits": {"weight": 4, "activation": 8},
         "distillation": {"segment_length": 8},
         "workers": {"num_gpus": 1 if torch.cuda.is_available() else 0},
         "cluster": {"address": None},
