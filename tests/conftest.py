@@ -1,5 +1,7 @@
 """What every test runs under: no network, one thread a process, fixed seeds; set before torch or Ray is imported."""
 
+import atexit
+import gc
 import os
 import random
 import sys
@@ -36,8 +38,13 @@ for name in (
     "RAY_AUTH_TOKEN",
     "RAY_AUTH_TOKEN_PATH",
     *[name for name in os.environ if name.startswith("AWS_")],
+    "PYTHONDONTWRITEBYTECODE",  # some 150 processes would each compile the packages
 ):
     os.environ.pop(name, None)
+sys.dont_write_bytecode = False
+# Modules are half a million objects that stay: no collection while they come, and none looks through them afterwards.
+gc.disable()
+atexit.register(gc.unfreeze)
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
@@ -73,6 +80,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: WAITING_FRAC * index / len(waiting) for index, name in enumerate(waiting)}
     places |= {name: (index + 0.5) / len(computing) for index, name in enumerate(computing)}
     items[:] = [item for name in sorted(places, key=places.__getitem__) for item in groups[name]]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
