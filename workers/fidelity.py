@@ -21,7 +21,7 @@ def fidelity(reference: Tensor, video: Tensor, perceptual: PerceptualDistance | 
     Raises:
         ValueError: different shapes.
     """
-    # A tenth of what a process takes to start, where most measure no video: it brings matplotlib and half of scipy.
+    # A tenth of what a process takes to start, where most measure no video: it brings matplotlib.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     # PSNR first: it is what names both shapes when they differ.

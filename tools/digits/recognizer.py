@@ -1,6 +1,6 @@
 """Stage `recognizer`: trains `workers.recognition.DigitClassifier` on renderings of real digits alone.
 
-Four fifths of scikit-learn's digits train it, the rest measures it. Renderings are augmented (size, shift, blur,
+Four fifths of the digits train it, the rest measures it. Renderings are augmented (size, shift, blur,
 noise, intensity); "no digit" examples are noise, blank frames, blobs and two digits on top of each other.
 """
 

@@ -4,7 +4,9 @@ Shape suffixes: N digit images, B clips, F frames, H height, W width, P side of 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +19,13 @@ STEP_X, STEP_Y = (-1.0, 1.0, 0.0, 0.0), (0.0, 0.0, -1.0, 1.0)
 """Unit steps of `captions.DIRECTIONS`, y downwards."""
 PATCH_MARGIN = 10 / 8
 """Side of a patch over the side of the digit it holds: one empty source pixel on each side of eight."""
+IMAGES = Path(__file__).with_name("optdigits.csv.gz")
+"""A line an image: 64 pixels of 0 to 16, and the digit (assets/README.md, provenance)."""
 
 
 @dataclass(frozen=True)
 class DigitBank:
-    """Real handwriting: scikit-learn's `load_digits`, upsampled once."""
+    """Real handwriting, upsampled once."""
 
     patches_N1PP: Tensor
     """Stroke coverage in [0, 1]."""
@@ -35,10 +39,8 @@ class DigitBank:
 
 def load_digit_images() -> tuple[Tensor, Tensor]:
     """(images [1797, 8, 8] in [0, 1], labels [1797])."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return torch.tensor(digits.images, dtype=torch.float32) / 16.0, torch.tensor(digits.target)
+    values = torch.from_numpy(np.loadtxt(IMAGES, delimiter=",", dtype=np.int64))
+    return values[:, :64].reshape(-1, 8, 8).float() / 16.0, values[:, 64].contiguous()
 
 
 def smooth_patches(images_N88: Tensor) -> Tensor:
