@@ -1,6 +1,7 @@
 """Loads reelquant checkpoints with diffusers' own `from_pretrained`, and saves them with its `save_pretrained`.
 
-diffusers has no function to register a quantizer: `register` writes its two tables, which importing `reelquant` does.
+diffusers has no function to register a quantizer: `register` writes its two tables, which importing this module does
+(`reelquant.registration`).
 All names, shapes and dtypes in the weight files are checked before a tensor is loaded. Quantized layers' tensors are
 placed by `create_quantized_param` from the file's own tensor: the one that diffusers hands over is already cast to
 `torch_dtype`.
@@ -212,3 +213,6 @@ def _refuse(problems: list[str]) -> None:
             "the weights are not what the quantization_config describes (run reelquant's verify on the checkpoint): "
             + "; ".join(problems)
         )
+
+
+register()

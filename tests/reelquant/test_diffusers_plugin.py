@@ -8,19 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers.quantizers.auto
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import reelquant
 from reelquant.checkpoint.reader import quantized_layers
 from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
-from reelquant.diffusers_plugin import ReelquantConfig, ReelquantQuantizer
+from reelquant.diffusers_plugin import ReelquantConfig
 from reelquant.quantization.linear import QuantizedLinear
 from tests.errors import raises
 
@@ -126,15 +124,6 @@ def test_fresh_process_loads_generates_saves_and_loads_again(
     report = verify_checkpoint(saved)
     assert report.problems == []
     assert len(report.layers) == 8
-
-
-def test_register_is_idempotent() -> None:
-    tables = diffusers.quantizers.auto
-    before = len(tables.AUTO_QUANTIZER_MAPPING), len(tables.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    reelquant.register()
-    reelquant.register()
-    assert (len(tables.AUTO_QUANTIZER_MAPPING), len(tables.AUTO_QUANTIZATION_CONFIG_MAPPING)) == before
-    assert tables.AUTO_QUANTIZER_MAPPING["reelquant"] is ReelquantQuantizer
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
