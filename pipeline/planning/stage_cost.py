@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -112,6 +112,10 @@ class CostModel:
     def _beside_weights(self, run: MetaRun) -> int:
         return run.peak_bytes - self._weights["transformer"]
 
+    @cached_property
+    def _decoding(self) -> tuple[int, Operations]:
+        return decode_one(self._context.model.folder, self._counts, self._dtype)
+
     @property
     def _replica_bytes(self) -> int:
         """What one worker holds of the full-precision pipeline in the stages that may share it."""
@@ -128,7 +132,7 @@ class CostModel:
         workers = self._context.config.workers
         steps = len(self._context.calibration_prompts) * self._context.config.generation.num_inference_steps
         vae = self._weights.get("vae", 0) if workers.num_ranks is not None and workers.num_gpus > 0 else 0
-        decoding, decoded = decode_one(self._context.model.folder, self._counts, self._dtype)
+        decoding, decoded = self._decoding
         peak = max(self._forward_bytes + self._salience_bytes(), decoding + vae)
         operations = (Operations.of(self._forward) + self._salience()) * steps
         return StageCost(self._replica_bytes + peak, operations + decoded * len(self._context.calibration_prompts))
@@ -145,7 +149,7 @@ class CostModel:
         """One generation a held-out prompt and model, another one for the noise floor, whose other attention keeps all its
         scores; a denoising without decoding for every teacher-forced pass, and half of one, on average, for each step that is
         perturbed. A quantized model is counted like the full-precision one."""
-        decoding, decoded = decode_one(self._context.model.folder, self._counts, self._dtype)
+        decoding, decoded = self._decoding
         config, forward = self._context.config, Operations.of(self._forward)
         passes = [(self._forward, num_videos(config, model)) for model in evaluated_models(config)]
         if NOISE_FLOOR in evaluated_models(config):

@@ -82,12 +82,25 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return RunMaker(tmp_path_factory.mktemp("complete") / "run", SMALL).everything().directory.path
 
 
+@pytest.fixture(scope="module")
+def complete_page(complete: Path) -> _Page:
+    return _page_of(complete)
+
+
 def _page_of(path: Path) -> _Page:
     return _Page(write_report_of(path).read_text(encoding="utf-8"))
 
 
-def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Path) -> None:
-    page = _page_of(complete)
+def evaluated(path: Path, shape: RunShape = SMALL, **changes: Any) -> RunMaker:
+    """The checkpoints and videos alone: most of a page's time goes into the figures of what comes before."""
+    run = RunMaker(path, shape)
+    run.assembly()
+    run.evaluation(**changes)
+    return run
+
+
+def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Path, complete_page: _Page) -> None:
+    page = complete_page
     manifest = Manifest(complete)
     for method in SMALL.methods:
         psnr = [manifest.read("evaluation", f"{method}-prompt-{i:03d}").result["psnr_db"] for i in range(3)]  # type: ignore[union-attr]
@@ -107,15 +120,16 @@ def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Pat
     assert len(figures) == 7  # strips, salience, its parts, losses, SQNR, Gantt chart, timeline
 
 
-def test_losses_from_a_part_of_the_tokens_are_said_to_be_estimates(complete: Path, tmp_path: Path) -> None:
-    part = RunMaker(tmp_path / "run", replace(SMALL, tokens_per_step=0.25)).everything()
+def test_losses_from_a_part_of_the_tokens_are_said_to_be_estimates(complete_page: _Page, tmp_path: Path) -> None:
+    part = RunMaker(tmp_path / "run", replace(SMALL, tokens_per_step=0.25))
+    part.distillation()
     words = "losses are estimates from 25 % of the video tokens, drawn anew in every step; those before and after are of all."
     assert _page_of(part.directory.path).text.count(words) == 1, "rtn learns nothing"
-    assert "are estimates" not in _page_of(complete).text
+    assert "are estimates" not in complete_page.text
 
 
-def test_page_is_self_contained_and_repeatable(complete: Path) -> None:
-    page = _page_of(complete)
+def test_page_is_self_contained_and_repeatable(complete: Path, complete_page: _Page) -> None:
+    page = complete_page
     assert not page.tags & {"script", "link", "iframe", "object", "embed"}
     assert not page.handlers
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
@@ -163,7 +177,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path, num_stages: int) -> 
         assert (section in sections) == (STAGES_IN_ORDER.index(stage) < num_stages), section
 
 
-def test_run_without_event_log(complete: Path, tmp_path: Path) -> None:
+def test_run_without_event_log(tmp_path: Path) -> None:
     run = RunMaker(tmp_path / "run", SMALL).everything()
     (run.directory.logs / "events.jsonl").unlink()
     page = _page_of(run.directory.path)
@@ -172,11 +186,7 @@ def test_run_without_event_log(complete: Path, tmp_path: Path) -> None:
 
 
 def test_full_precision_videos_alone_are_no_comparison(tmp_path: Path) -> None:
-    run = RunMaker(tmp_path / "run", SMALL)
-    for stage in STAGES_IN_ORDER[:5]:
-        getattr(run, stage)()
-    run.evaluation(["full_precision"])
-    page = _page_of(run.directory.path)
+    page = _page_of(evaluated(tmp_path / "run", models=["full_precision"]).directory.path)
     assert "evaluation 4 of 12" in page.text
     assert "videos" not in page.ids
     assert "3 of 3 (100 %)" in page.text
@@ -195,19 +205,15 @@ def test_no_bar_reaches_above_what_can_be(metric: str) -> None:
     assert high == pytest.approx(1.0 if metric == "ssim" else mean + deviation)
 
 
-def test_lpips_is_shown_if_measured(complete: Path, tmp_path: Path) -> None:
-    assert "LPIPS" not in _page_of(complete).text
-    run = RunMaker(tmp_path / "run", SMALL)
-    for stage in STAGES_IN_ORDER[:5]:
-        getattr(run, stage)()
-    run.evaluation(lpips=0.1234)
-    page = _page_of(run.directory.path)
+def test_lpips_is_shown_if_measured(complete_page: _Page, tmp_path: Path) -> None:
+    assert "LPIPS" not in complete_page.text
+    page = _page_of(evaluated(tmp_path / "run", lpips=0.1234).directory.path)
     assert "LPIPS" in page.text
     assert "0.123 ± 0.000" in page.text
 
 
 def test_what_is_not_measured_is_not_there(tmp_path: Path) -> None:
-    path = RunMaker(tmp_path / "run", replace(SMALL, recognizer=False)).everything().directory.path
+    path = evaluated(tmp_path / "run", replace(SMALL, recognizer=False)).directory.path
     page = _page_of(path)
     assert "Recognized" not in page.text
     read = measure(read_run(path))
@@ -220,7 +226,7 @@ def test_what_is_not_measured_is_not_there(tmp_path: Path) -> None:
 
 
 def test_small_films_play_in_the_page_and_large_ones_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = RunMaker(tmp_path / "run", replace(SMALL, films=True)).everything().directory.path
+    path = evaluated(tmp_path / "run", replace(SMALL, films=True)).directory.path
     page = _page_of(path)
     assert len(page.videos) == 3 + 2 + 2, (
         "full precision beside all methods on the middle prompt, beside the first on two more"
@@ -271,7 +277,7 @@ def _cut_a_record(run: Path) -> str:
 
 @pytest.mark.parametrize("damage", [_flip_a_byte_of_a_video, _remove_a_video, _cut_a_record])
 def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path, damage: Callable[[Path], str]) -> None:
-    path = RunMaker(tmp_path / "run", SMALL).everything().directory.path
+    path = evaluated(tmp_path / "run").directory.path
     said = damage(path)
     page = _page_of(path)
     assert said in page.text
@@ -279,7 +285,8 @@ def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path, damage: Callable[[
 
 
 def test_memory_that_was_short_is_said(tmp_path: Path) -> None:
-    made = RunMaker(tmp_path / "run", SMALL).everything()
+    made = RunMaker(tmp_path / "run", SMALL)
+    made.trajectories()
     path = made.directory.path
     assert "ran out of memory" not in write_report_of(path).read_text()
     unit = {"stage": "distillation", "unit": "s2q-segment-000"}
@@ -403,18 +410,14 @@ def test_the_table_begins_with_velocities_and_ends_with_the_mean_psnr(tmp_path: 
 
 
 def test_identical_videos_are_called_out(tmp_path: Path) -> None:
-    run = RunMaker(tmp_path / "run", SMALL)
-    for stage in STAGES_IN_ORDER[:5]:
-        getattr(run, stage)()
-    run.evaluation(psnr_db=100.0, ssim=1.0)
-    page = _page_of(run.directory.path)
+    page = _page_of(evaluated(tmp_path / "run", psnr_db=100.0, ssim=1.0).directory.path)
     assert "Every quantized video equals its full-precision one." in page.text
     assert "≥ 100 dB" in page.text
 
 
 def test_one_prompt_one_method(tmp_path: Path) -> None:
     shape = replace(SMALL, held_out=("a boat",), methods=("s2q",))
-    run = RunMaker(tmp_path / "run", shape).everything()
+    run = evaluated(tmp_path / "run", shape)
     data = read_run(run.directory.path)
     assert not any(cell.best for _, cells in table(measure(data)).rows for cell in cells)
     assert "mean ± sd, 1 held-out prompt" in _page_of(run.directory.path).text
