@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import diffusers
 import torch
 import torch.distributed as dist
@@ -22,6 +23,10 @@ from reelquant.diffusers_internals import no_initial_weights
 from workers.fsdp_model import build_without_weights, check_tensors
 from workers.messages import Sharding
 from workers.model_source import weight_files
+
+# Where it finds no GPU, DeepSpeed compiles an operator for sums over the ranks of one CPU first, half a minute of every rank.
+# ZeRO-3 without training never sums.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 LIVE_VALUES = 2 * 10**8
 """Parameters that may be whole at once on a rank, over those of the layer that runs: those fetched ahead."""
