@@ -1,6 +1,7 @@
 """Calibration of blocks: what is learned helps, what is stored computes the same, and every failure is named."""
 
 import copy
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -102,6 +103,12 @@ def run(recipe: Recipe, *, fall_back: bool = False, blocks: dict[str, nn.Module]
     )  # fmt: skip
 
 
+@functools.cache
+def known(recipe: Recipe) -> list[DistilledBlock]:
+    """`run(recipe)`, made once. Read only."""
+    return run(recipe)
+
+
 def stored_block(reference: nn.Module, distilled: DistilledBlock) -> nn.Module:
     """The block as the checkpoint runs it: quantized linears filled from packed tensors."""
     block, specs, tensors = copy.deepcopy(reference), {}, {}
@@ -123,7 +130,7 @@ def stored_block(reference: nn.Module, distilled: DistilledBlock) -> nn.Module:
 def test_the_stored_block_computes_what_was_calibrated(recipe: Recipe) -> None:
     references = outlier_blocks()
     samples, _ = make_samples()
-    distilled = run(recipe, blocks=copy.deepcopy(references))
+    distilled = known(recipe)
     for sample in samples[:2]:
         for block in distilled:
             assert set(block.layers) == set(bits_of(block.name))
@@ -145,7 +152,7 @@ def test_the_stored_block_computes_what_was_calibrated(recipe: Recipe) -> None:
 
 
 def test_learning_lowers_the_loss_and_rounding_keeps_it() -> None:
-    learned, plain = run(S2Q), run(RECIPES["gptq"])
+    learned, plain = known(S2Q), known(RECIPES["gptq"])
     for ours in learned:
         assert ours.result.loss_before is not None
         assert ours.result.losses[-1] < 0.9 * ours.result.loss_before, ours.result
@@ -160,7 +167,7 @@ def test_learning_lowers_the_loss_and_rounding_keeps_it() -> None:
 def test_a_part_of_the_tokens_teaches_almost_as_much(fraction: float) -> None:
     """The losses before and after are those of all tokens; of 40 video tokens a step sees 20 and 10."""
     part = replace(S2Q, tokens_per_step=fraction)
-    for ours, whole, plain in zip(run(part), run(S2Q), run(RECIPES["gptq"]), strict=True):
+    for ours, whole, plain in zip(known(part), known(S2Q), known(RECIPES["gptq"]), strict=True):
         if ours.name == BLOCKS[0]:  # the next one's input is the learned one's output
             assert ours.result.loss_before == whole.result.loss_before
         assert ours.result.losses != whole.result.losses
@@ -201,7 +208,7 @@ def test_which_tokens_a_step_sees_is_decided_by_the_seed(terms: str) -> None:
 
 
 def test_two_calibrations_give_the_same_integers() -> None:
-    for first, second in zip(run(S2Q), run(S2Q), strict=True):
+    for first, second in zip(known(S2Q), run(S2Q), strict=True):
         for name, layer in first.layers.items():
             assert torch.equal(layer.codes, second.layers[name].codes), name
             assert torch.equal(layer.grid.scale, second.layers[name].grid.scale), name
@@ -209,7 +216,7 @@ def test_two_calibrations_give_the_same_integers() -> None:
 
 def test_the_quantized_stream_reaches_the_next_block() -> None:
     """Inside a segment the second block sees the first one's error; alone it does not, and comes out otherwise."""
-    together = run(RECIPES["gptq"])[1]
+    together = known(RECIPES["gptq"])[1]
     alone = run(RECIPES["gptq"], blocks={BLOCKS[1]: outlier_blocks()[BLOCKS[1]]})[0]
     same = [torch.equal(layer.codes, alone.layers[name].codes) for name, layer in together.layers.items()]
     assert not all(same)
@@ -272,7 +279,7 @@ def test_attention_terms_bring_the_attention_nearer() -> None:
 def test_auto_weights_can_be_replaced_by_fixed_ones() -> None:
     auto = replace(S2Q, attention_distillation="both", pool_size=8, num_salient_tokens=6)
     fixed = replace(auto, lambda_global=1e-9, lambda_local=1e-9)
-    plain, almost, ours = run(S2Q), run(fixed), run(auto)
+    plain, almost, ours = known(S2Q), run(fixed), known(auto)
     assert almost[0].result.losses == pytest.approx(plain[0].result.losses, rel=1e-3)
     assert ours[0].result.losses != pytest.approx(plain[0].result.losses, rel=1e-3)
 
@@ -298,8 +305,9 @@ def test_a_block_is_calibrated_with_the_attention_it_will_run_with(attention: st
 
 def test_dense_blocks_of_a_sparse_method_are_calibrated_dense() -> None:
     some = replace(RECIPES["gptq"], sparse=replace(SPARSE, dense_blocks=(BLOCKS[0],)))
-    assert run(some)[0].result.loss_before == run(RECIPES["gptq"])[0].result.loss_before
-    assert run(some)[1].result.loss_before != run(RECIPES["gptq"])[1].result.loss_before
+    first, second = run(some)
+    assert first.result.loss_before == known(RECIPES["gptq"])[0].result.loss_before
+    assert second.result.loss_before != known(RECIPES["gptq"])[1].result.loss_before
 
 
 def test_layers_of_one_group_need_the_same_activation_bits() -> None:
