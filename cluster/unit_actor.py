@@ -131,7 +131,7 @@ class UnitActor:
     """Holds one worker. The driver applies `ray.remote` and calls it; every answer is one of the classes above."""
 
     def __init__(self) -> None:
-        gc.disable()  # until the worker's modules are there, see load
+        gc.disable()  # until the worker's modules are there, which the arguments of `load` bring
         self._worker: Any = None
         self._pulse = Pulse(serial=-1, count=0, done=0, total=0)
         self._work_thread = threading.get_ident()
@@ -153,7 +153,8 @@ class UnitActor:
 
     def load(self, worker_class: type[Worker], settings: Any, membership: Membership | None) -> Outcome:
         """Construct the worker, in place of the one before."""
-        _spare_imported_objects()
+        if not gc.isenabled():
+            _spare_imported_objects()
         if membership is not None:
             os.environ.update(membership.environment())
         if self._listening is not None:
@@ -216,8 +217,8 @@ class UnitActor:
 
 
 def _spare_imported_objects() -> None:
-    """Have the garbage collector pass over all objects of now. The worker's modules, which come with the arguments of `load`,
-    are half a million that live as long as the process: looking through them takes 0.25 s, at every change of stage."""
+    """Have the garbage collector begin, and pass over all objects of now: the worker's modules are half a million that live as
+    long as the process, and looking through them takes 0.25 s, at every change of stage."""
     gc.freeze()
     gc.enable()
 
