@@ -202,7 +202,7 @@ def test_attention_costs_what_it_sees_and_how_it_is_done(shallow: str) -> None:
     assert distillation(banded.replace("calibrate: sparse", "calibrate: dense")) == dense
 
 
-def test_a_shared_model_takes_its_part_of_a_gpu() -> None:
+def test_a_shared_model_takes_its_part_of_a_gpu(shallow: str) -> None:
     recorded = "selection.recorded_features=[block_input, weight_error]"
 
     def memory(*overrides: str) -> dict[str, float]:
@@ -221,7 +221,7 @@ def test_a_shared_model_takes_its_part_of_a_gpu() -> None:
     # What the salience hooks add: eight Gram matrices, the errors of 2^25 weights. The decoder, in tiles, takes less than a
     # forward pass.
     assert halves["trajectories"] - halves["activations"] == pytest.approx((8 * 4 * 3072**2 + 2**26) / 2**30, abs=0.01)
-    wide = memory("workers.num_gpus=0")
+    wide = memory(shallow, "workers.num_gpus=0")
     # Where they multiply in float32: copies of a block's input and of 2^23 weights.
     added = (8 * 57_856 * 3072 + 20 * 2**23) / 2**30
     assert wide["trajectories"] - wide["activations"] == pytest.approx(added, abs=0.01)
