@@ -91,6 +91,12 @@ def init(
         typer.Option("--model", metavar="MODEL", help="Folder in diffusers format, or an id of the Hugging Face Hub."),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="New YAML file.")] = Path("run.yaml"),
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Weight files of the model that are taken, such as fp16.")
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Write a commented configuration for a model, ready for `plan`."""
@@ -99,7 +105,7 @@ def init(
         with phase(console, "Looking at the model", logged=False):
             from pipeline.new_config import write_config
 
-            written = write_config(file, model, overrides or ())
+            written = write_config(file, model, overrides or (), revision=revision, variant=variant)
         say(console, f"written: {written} (look at prompts and run, then at what a run takes)")
         say(console, f"next:    python -m pipeline plan {shlex.quote(str(written))}")
 

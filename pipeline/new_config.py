@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.config.loading import load_yaml, parse_config, parse_override, set_value
-from pipeline.config.schema import GenerationConfig
+from pipeline.config.loading import ConfigError, load_yaml, parse_config, parse_override, set_value
+from pipeline.config.schema import BitsConfig, GenerationConfig
 from pipeline.context import build_context
 from pipeline.hub_model import FoundModel, find_model, pinned
 from storage.location import expand_home
@@ -43,13 +43,16 @@ The number of calibration prompts times that of steps gives the samples to choos
 """Above each key of the file."""
 
 
-def write_config(file: Path, model: str, overrides: Sequence[str] = ()) -> Path:
+def write_config(
+    file: Path, model: str, overrides: Sequence[str] = (), *, revision: str | None = None, variant: str | None = None
+) -> Path:
     """Writes the configuration; returns its file.
 
     Args:
         file: a new file.
         model: a folder, or an id of the Hub, of which all but the weights is fetched.
         overrides: `key.path=value`, as of the other commands.
+        revision, variant: the keys `model_revision` and `model_variant`; None leaves them out.
 
     Raises:
         ValueError: the model cannot be used, or an override is wrong; all that is.
@@ -58,17 +61,21 @@ def write_config(file: Path, model: str, overrides: Sequence[str] = ()) -> Path:
     file = expand_home(file)
     if os.path.lexists(file):
         raise FileExistsError(f"{file} is there already: give another name, or remove it")
-    text = _text(_values(file, model, overrides))
-    build_context(parse_config(load_yaml(text, str(file)), str(file)), weights=False)
+    about_model = {"model": model, "model_revision": revision, "model_variant": variant}
+    given = {key: value for key, value in about_model.items() if value is not None}
+    text = _text(_values(file, given, overrides))
+    context = build_context(parse_config(load_yaml(text, str(file)), str(file)), weights=False)
+    if problems := context.model.found.problems:
+        raise ConfigError(problems)
     with file.open("x", encoding="utf-8") as opened:
         opened.write(text)
     return file
 
 
-def _values(file: Path, model: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _values(file: Path, model: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "run": f"runs/{file.stem}",
-        "model": model,
+        **model,
         "generation": {},
         "prompts": {
             "calibration": _shipped("scenes_calibration.txt"),
@@ -78,7 +85,7 @@ def _values(file: Path, model: str, overrides: Sequence[str]) -> dict[str, Any]:
         },
         "selection": {"num_samples": 20},
         "method": {"preset": "reelquant"},
-        "bits": {"weight": 4, "activation": 8},
+        "bits": BitsConfig().model_dump(include={"weight", "activation"}),
         "distillation": {"segment_length": 8},
         "workers": {"num_gpus": 1 if torch.cuda.is_available() else 0},
         "cluster": {"address": None},

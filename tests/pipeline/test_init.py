@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.config.loading import load_config
-from pipeline.config.schema import GenerationConfig, RunConfig
+from pipeline.config.schema import BitsConfig, GenerationConfig, RunConfig
 from pipeline.new_config import COMMENTS, write_config
 from tests.errors import names, raises
 from tests.hub_server import HubServer
@@ -18,8 +18,9 @@ SMALL = ("generation.height=48", "generation.width=64", "generation.num_frames=9
 THIRTEEN_B = ROOT / "configs" / "models" / "hunyuanvideo-13b"
 
 
-def init(file: Path, model: str | Path, *overrides: str) -> str:
-    done = call("init", str(file), "--model", str(model), *(part for o in overrides for part in ("--set", o)))
+def init(file: Path, model: str | Path, *overrides: str, options: tuple[str, ...] = ()) -> str:
+    values = (part for override in overrides for part in ("--set", override))
+    done = call("init", str(file), "--model", str(model), *options, *values)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -46,6 +47,7 @@ def test_size_and_steps_are_those_of_the_family_and_the_preset_is_the_default(
     write_config(Path("run.yaml"), str(THIRTEEN_B))
     config = load_config(Path("run.yaml"))
     assert config.generation == GenerationConfig()
+    assert config.bits == BitsConfig()
     assert config.method.preset == RunConfig.model_fields["method"].default.preset
     assert config.prompts.calibration.is_file()
     assert config.run == Path("runs/run")
@@ -54,9 +56,12 @@ def test_size_and_steps_are_those_of_the_family_and_the_preset_is_the_default(
 def test_an_id_of_the_hub_stays_one(tmp_path: Path, digits_model: Path, hub: HubServer) -> None:
     repository = hub.repository("maker/digits")
     repository.tags["v1"] = repository.commit(digits_model)
-    write_config(tmp_path / "run.yaml", "maker/digits", [*SMALL, "model_revision=v1"])
+    init(tmp_path / "run.yaml", "maker/digits", *SMALL, options=("--revision", "v1"))
     config = load_config(tmp_path / "run.yaml")
     assert (str(config.model), config.model_revision, config.model_commit) == ("maker/digits", "v1", None)
+    for key, about_model in (("model_revision", {"revision": "v7"}), ("model_variant", {"variant": "bf16"})):
+        with raises(ValueError, key, *about_model.values()):
+            write_config(tmp_path / "other.yaml", "maker/digits", SMALL, **about_model)
     assert not [name for name in hub.downloads("maker/digits") if name.endswith(".safetensors")]
 
 
