@@ -12,11 +12,11 @@ import atexit
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory, mkdtemp
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, SafetensorsParsingError
@@ -216,7 +216,7 @@ def _list_repository(repo_id: str, commit: str, variant: str | None) -> _Listing
     inside = [name for name in sizes if PurePosixPath(name).parts[0] in components]
     read = [MODEL_INDEX, *(name for name in inside if _WEIGHT_INDEX.search(name))]
     fetch_files(repo_id, commit, read)
-    with tempfile.TemporaryDirectory(prefix="reelquant-listing-") as made:
+    with TemporaryDirectory(prefix="reelquant-listing-") as made:
         listed = Path(made)
         for name in inside:
             (listed / name).parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def _is_inside(name: PurePosixPath) -> bool:
 def _outline(snapshot: HubSnapshot, folder: Path, sizes: tuple[int, ...]) -> Path:
     """A folder for as long as this process lives: links to the files that are there, and files without content that have the
     header and the size of the weights that are not."""
-    outline = Path(tempfile.mkdtemp(prefix="reelquant-outline-"))
+    outline = Path(mkdtemp(prefix="reelquant-outline-"))
     atexit.register(shutil.rmtree, outline, ignore_errors=True)
     for name, size in zip(snapshot.files, sizes, strict=True):
         place = outline / name

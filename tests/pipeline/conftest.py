@@ -1,7 +1,9 @@
 """A finished run of the small model, made once, and a Hub."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -31,4 +33,6 @@ def hub(hub_process: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     hub_process.requests.clear()
     point_to(hub_process.endpoint, monkeypatch)
     use_cache(tmp_path / "cache", monkeypatch)
+    # Processes of pytest-xdist end without their exit handlers.
+    monkeypatch.setattr("pipeline.hub_model.mkdtemp", partial(mkdtemp, dir=tmp_path))
     return hub_process
