@@ -7,7 +7,8 @@ import pytest
 import ray
 
 from cluster.actor_pool import Unit, UnitsFailed, WorkersFailed, run_units
-from tests.cluster.sample_replicas import JoiningRank, RankOrAlone, SampleReplica
+from tests.cluster.joining_rank import JoiningRank
+from tests.cluster.sample_replicas import RankOrAlone, SampleReplica
 from tests.cluster.sample_workers import Settings
 from tests.cluster.test_actor_pool import Recorder, attempts, living_workers
 from tests.errors import raises
