@@ -1,12 +1,10 @@
 """Writers of one checkpoint that are killed, that hang, and that work at once. Real processes, real signals."""
 
-import itertools
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -14,27 +12,13 @@ import psutil
 import pytest
 
 from reelquant.checkpoint.whole_folder import whole_folder
-from reelquant.checkpoint.writer import write_checkpoint
 from tests.errors import raises
+from tests.reelquant.checkpoint.repeated_writer import write, write_on_and_on
 from tests.reelquant.checkpoint.test_writer import files
 
 NUM_KILLS = 8
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["reelquant.checkpoint.writer"])
-
-
-def write(source: Path, output: Path, artifacts: list[Path]) -> None:
-    write_checkpoint(source, output, artifacts=artifacts, bits="W4A6", method="test", max_shard_bytes=1)
-
-
-def write_on_and_on(connection: Connection, source: Path, output: Path, artifacts: list[Path]) -> None:
-    """Writes the checkpoint until killed; tells how often it has, or why it could not."""
-    for number in itertools.count(1):
-        try:
-            write(source, output, artifacts)
-        except OSError as error:
-            connection.send(repr(error))
-        connection.send(number)
+_CONTEXT.set_forkserver_preload(["tests.reelquant.checkpoint.repeated_writer"])
 
 
 class Writer:
