@@ -23,7 +23,7 @@ def small_run(folder: Path, **changes: Any) -> Path:
         "run": str(folder / "run"),
         "model": str(ROOT / "assets" / "hunyuanvideo-digits"),
         "generation": {
-            "height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 3, "max_sequence_length": 32
+            "height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3, "max_sequence_length": 32
         },
         "prompts": {
             "calibration": str(folder / "calibration.txt"), "num_calibration": 2,

@@ -368,6 +368,8 @@ def test_everything_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = small(
         tmp_path,
         "generation.max_sequence_length=418",
+        "generation.height=48",
+        "generation.width=64",
         "generation.num_frames=13",
         "numerics.threads=64",
         model=str(model),

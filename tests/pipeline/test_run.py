@@ -60,7 +60,7 @@ def test_everything_is_there(finished_run: Path) -> None:
     assert 5 < fidelity["psnr_db"] < 60
     films = sorted((run / "evaluation").glob("*.mp4"))
     assert [film.stem for film in films] == ["full_precision-prompt-000", "s2q-prompt-000"]
-    assert imread(films[1], plugin="pyav").shape == (9, 48, 64, 3)
+    assert imread(films[1], plugin="pyav").shape == (9, 32, 48, 3)
     assert immeta(films[1], plugin="pyav")["fps"] == 24
     report = (run / "report.html").read_text()
     assert "<html" in report
