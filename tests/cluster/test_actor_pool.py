@@ -118,7 +118,8 @@ class Chain(Recorder):
 
 def test_units_released_by_others_join_the_pool_and_bring_workers_along(tmp_path: Path) -> None:
     chain = Chain([Unit("bad", ("raise", "bad", "value")), Unit("slow", ("wait", "slow")), *doubles(2)])
-    first = [Unit("first", ("double", "first", 1)), Unit("go", ("steps", 20, 0.05))]
+    # Waits for the second worker, which the units that "first" releases keep from being one too many.
+    first = [Unit("first", ("double", "first", 1)), Unit("go", ("meet", "go", 2))]
     chain.units.append(Unit("meet", ("meet", "meet", 2)))
     (tmp_path / "go").touch()
     with raises(UnitsFailed, "1 of 7", "bad") as caught:
