@@ -16,7 +16,7 @@ from pipeline.report.quantities import NOTHING, interval_text
 
 RESULTS = Path(__file__).parent / "results"
 STUDY = "knobs"
-PLAIN = {"diffusers as it comes, bf16": "diffusers", "the strongest bf16 we could build": "strongest bf16"}
+PLAIN = {"diffusers as it comes, bf16": "diffusers", "bf16, compiled and fused": "strongest bf16"}
 """Cases of dit_step.json that lose nothing."""
 SETTINGS = {
     "W4A8, dense attention": "sparse / dense",

@@ -16,6 +16,7 @@ from pipeline.config.loading import ConfigError, load_yaml, parse_config, parse_
 from pipeline.config.schema import BitsConfig, GenerationConfig
 from pipeline.context import build_context
 from pipeline.hub_model import FoundModel, find_model, pinned
+from reelquant.checkpoint.pipeline_files import list_files
 from storage.location import expand_home
 from workers.component_check import pipeline_class_of
 from workers.messages import Generation
@@ -61,11 +62,14 @@ def write_config(
     file = expand_home(file)
     if os.path.lexists(file):
         raise FileExistsError(f"{file} is there already: give another name, or remove it")
+    if not file.parent.is_dir():
+        raise ConfigError([f"{file}: there is no folder {file.parent}: make it, or give another file"])
     about_model = {"model": model, "model_revision": revision, "model_variant": variant}
     given = {key: value for key, value in about_model.items() if value is not None}
     text = _text(_values(file, given, overrides))
     context = build_context(parse_config(load_yaml(text, str(file)), str(file)), weights=False)
-    if problems := context.model.found.problems:
+    found = context.model.found
+    if problems := found.problems or (list_files(found.folder, variant=variant)[1] if variant else ()):
         raise ConfigError(problems)
     with file.open("x", encoding="utf-8") as opened:
         opened.write(text)

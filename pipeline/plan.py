@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from pipeline.planning.machine import (
     cache_problems,
     disk_of,
     disk_problems,
+    is_remote,
     lock_notes,
     refusals,
     run_problems,
@@ -196,7 +198,9 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
         *(f"here it would not run: {problem}" for problem in lacking),
     ]
     if on_gpu and torch.cuda.is_available():
-        notes += _memory_notes(stages, torch.cuda.get_device_properties(0).total_memory)
+        notes += _memory_notes(stages, torch.cuda.get_device_properties(0).total_memory, "on a GPU, this one has")
+    elif not (on_gpu or is_remote(config)):
+        notes += _memory_notes(stages, psutil.virtual_memory().total, "in a worker, this machine has")
     problems = [*model.found.named(counts.problems), *machine]
     return Plan(context, counts, dtype, stages, checkpoints, disk, problems, notes, lacking)
 
@@ -233,9 +237,9 @@ def _stages(
     return tuple(stage(name, found.num or 0) for name, found in units.items())
 
 
-def _memory_notes(stages: tuple[StagePlan, ...], gpu_bytes: int) -> list[str]:
+def _memory_notes(stages: tuple[StagePlan, ...], memory_bytes: int, where: str) -> list[str]:
     return [
-        f"{stage.name} takes about {stage.peak_memory_bytes / 2**30:.1f} GiB on a GPU, this one has {gpu_bytes / 2**30:.1f}"
+        f"{stage.name} takes about {stage.peak_memory_bytes / 2**30:.1f} GiB {where} {memory_bytes / 2**30:.1f}"
         for stage in stages
-        if stage.peak_memory_bytes is not None and stage.peak_memory_bytes > gpu_bytes
+        if stage.peak_memory_bytes is not None and stage.peak_memory_bytes > memory_bytes
     ]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import pytest
 import yaml
 
@@ -38,6 +39,22 @@ def test_the_speed_table_is_that_on_record(tmp_path: Path) -> None:
     assert page.read_text() == README
     floor = quality("study_knobs", NOISE_FLOOR)["velocity_sqnr_db"]
     assert f"another attention backend in bf16 has {floor:.1f} dB" in " ".join(README.split())
+
+
+def test_the_loading_example_writes_a_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's lines, but on a CPU, with a small checkpoint and fewer and smaller frames."""
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    checkpoint = ROOT / "tests" / "fixtures" / "run-1-checkpoint-2" / "checkpoint"
+    changes = {
+        '"runs/my-run/checkpoint"': repr(str(checkpoint)), '"cuda"': '"cpu"', "height=720": "height=48",
+        "width=1280": "width=64", "num_frames=61": "num_frames=5", "num_inference_steps=50": "num_inference_steps=2",
+    }  # fmt: skip
+    for there, here in changes.items():
+        assert there in example
+        example = example.replace(there, here)
+    exec(compile(example, "README.md", "exec"), {})
+    assert iio.imread(tmp_path / "cat.mp4", plugin="pyav").shape == (5, 48, 64, 3)
 
 
 def test_the_readme_is_short() -> None:

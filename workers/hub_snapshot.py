@@ -164,11 +164,12 @@ def hub_problem(error: BaseException, repo_id: str, revision: str) -> str:
             "set HF_HUB_CACHE to a folder that can be written"
         )
     said = _first_line(error.__cause__ or error)
-    cached = ", ".join(_cached_commits(repo_id)) or "nothing"
+    cached = ", ".join(_cached_commits(repo_id))
+    held = f"set model_revision to a commit that the cache holds ({cached}), or " if cached else ""
     way = "unset HF_HUB_OFFLINE" if constants.is_offline_mode() else f"see whether {page} opens from this machine"
     return (
         f"{repo_id} at {revision} is not in the cache {constants.HF_HUB_CACHE}, and the Hub cannot be asked ({said}): {way}, "
-        f"or set model_revision to a commit that the cache holds ({cached} of it), or give a local folder"
+        f"or {held}give a local folder"
     )
 
 

@@ -91,7 +91,9 @@ def read_values(path: Path) -> dict[str, Any]:
     """
     try:
         values = load_yaml(expand_home(path).read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: holds {type(values).__name__}, not a mapping of configuration keys"])
@@ -182,11 +184,20 @@ def repeated_prompts(prompts: Iterable[str]) -> list[str]:
     return [first[key] for key, num in counts.items() if num > 1]
 
 
+_WORDS = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of keys",
+    "model_type": "must be a mapping of keys",
+    "model_attributes_type": "must be a mapping of keys",
+}
+"""Messages of pydantic, by type, that speak of Python's types."""
+
+
 def describe(item: Any) -> str:
     """One of pydantic's errors (`ValidationError.errors()`) in one line: where, what, and the value."""
     location = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
         return f"{location}: unknown key"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     shown = "" if isinstance(item["input"], dict) else f" (it is {without_credentials(repr(item['input']))})"
     return f"{location}: {message}{shown}"

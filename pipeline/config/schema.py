@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -35,7 +36,13 @@ def _location(value: Any) -> Location:
     return parse_location(value)
 
 
-LocalPath = Annotated[Path, AfterValidator(expand_home)]
+def _named(value: Any) -> Any:
+    if value == "":
+        raise ValueError("is empty: give a path")
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_named), AfterValidator(expand_home)]
 """A path in which `~` is the home directory."""
 RunLocation = Annotated[Path | StoreUrl, PlainValidator(_location), PlainSerializer(str)]
 

@@ -94,6 +94,14 @@ class ConfigurableAttention:
         self._schedule, self._num_steps = schedule, num_steps
         self._tracker, self._protection, self._stored = tracker, protection, stored
 
+    def __repr__(self) -> str:
+        spec = {**self.spec.to_dict(), "precision": self.precision.sparse}
+        kinds = {kind for letters in spec.pop("head_kinds").values() for kind in letters}
+        shown = ", ".join(f"{key}={value!r}" for key, value in {"enabled": self.enabled, **spec}.items())
+        return (
+            f"{type(self).__name__}({shown}, head_kinds={'online' if self.spec.online else ''.join(sorted(kinds))!r})"
+        )
+
     def configure(
         self,
         *,

@@ -85,6 +85,10 @@ def _problems(given: Mapping[str, Any], num_steps: int) -> list[str]:
         names = [f.name for f in fields(ResidualSpec)]
         unknown = sorted(set(residual) - set(names))
         problems += [f"there is no residual.{name}: one of {', '.join(names)}" for name in unknown]
+    numbers = ("density", "dense_above", "interval")
+    problems += [
+        f"{name} is {given[name]!r}; a number" for name in numbers if not isinstance(given.get(name, 0), int | float)
+    ]
     steps = given.get("dense_steps", 0)
     if type(steps) is not int or not 0 <= steps < num_steps:
         problems.append(

@@ -239,7 +239,7 @@ def test_unreadable_file(tmp_path: Path, content: bytes) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     [problem] = problems_of(tmp_path / "nowhere.yaml")
-    assert names(problem, tmp_path / "nowhere.yaml", "YAML")
+    assert names(problem, tmp_path / "nowhere.yaml")
 
 
 def test_where_stands_in_front() -> None:

@@ -318,7 +318,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, hub: HubServer, monkeypatc
     with hub_server() as gone:
         pass
     point_to(gone.endpoint, monkeypatch)
-    with raises(ConfigError, MODEL, gone.endpoint, "model_revision", constants.HF_HUB_CACHE):
+    with raises(ConfigError, MODEL, gone.endpoint, constants.HF_HUB_CACHE):
         found(config_of(tmp_path))
 
 

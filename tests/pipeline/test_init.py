@@ -69,6 +69,7 @@ def test_nothing_is_written_over_or_without_a_model(tmp_path: Path, digits_model
     file = tmp_path / "run.yaml"
     for model, override, words in (
         (tmp_path / "nowhere", "seed=1", ("model", tmp_path / "nowhere")),
+        ("", "seed=1", ("model", "empty")),
         (digits_model, "bits.weight=1", ("bits.weight", 1)),
         (digits_model, "sed=1", ("sed",)),
         (digits_model, "generation.height=50", ("generation.height", 50)),
@@ -83,3 +84,14 @@ def test_nothing_is_written_over_or_without_a_model(tmp_path: Path, digits_model
         assert names(done.stdout, there)
     assert file.read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_variant_that_no_component_has_and_a_missing_folder_are_named_at_once(
+    tmp_path: Path, digits_model: Path
+) -> None:
+    with raises(ValueError, "model_variant", "fp16"):
+        write_config(tmp_path / "run.yaml", str(digits_model), SMALL, variant="fp16")
+    file = tmp_path / "no" / "such" / "run.yaml"
+    with raises(ValueError, file, file.parent):
+        write_config(file, str(digits_model), SMALL)
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.context import build_context, recognizer_fingerprint, recognizer_problems
-from pipeline.plan import Plan, make_plan, plan_config
+from pipeline.plan import Plan, StagePlan, _memory_notes, make_plan, plan_config
 from pipeline.planning.machine import disk_of, run_problems
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, planned_layers, source_tensors
 from reelquant.checkpoint.verify import verify_checkpoint
@@ -553,3 +553,12 @@ def test_sizes_add_up(tmp_path: Path) -> None:
     assert size.folder_bytes == size.transformer_bytes + 1000
     assert 4 < size.bits_per_weight < 6
     assert plan.disk_bytes == sum(stage.disk_bytes for stage in plan.stages)
+
+
+def test_memory_that_a_machine_lacks_is_noted() -> None:
+    stages = [
+        StagePlan(name, name.capitalize(), 1, 0, peak, None)
+        for name, peak in (("activations", 20 * 2**30), ("distillation", 44 * 2**30), ("selection", None))
+    ]
+    [note] = _memory_notes(tuple(stages), 23 * 2**30, "in a worker, this machine has")
+    assert names(note, "distillation", "44.0", "23.0")

@@ -111,6 +111,7 @@ def test_what_is_refused_changes_nothing(
         ({"density": 0.7, "step_protection": False, "interval": 0}, ["interval", 0]),
         ({"density": 0.7, "residual": {"rank": 13}}, ["residual.rank", 13, 12]),
         ({"density": 0.7, "dense_steps": 8}, ["dense_steps", 8]),
+        ({"density": "much", "interval": None}, ["density", "much"]),
     ):
         with raises(ValueError, *words):
             attention.configure(**knobs)
@@ -130,6 +131,14 @@ def test_a_generation_under_way_begins_anew(checkpoint: Path) -> None:
     other.sparse_attention.configure(density=0.7, step_protection=False)
     for a, b in zip(outputs(other, TIMES[3:]), wanted, strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_is_in_effect_is_shown(checkpoint: Path) -> None:
+    attention = load(checkpoint).sparse_attention
+    attention.configure(density=0.7, precision="int8_fp8")
+    attention.enabled = False
+    shown = repr(attention)
+    assert all(part in shown for part in ("enabled=False", "density=0.7", "precision='int8_fp8'", "head_kinds='"))
 
 
 def test_a_copy_is_configured_apart(checkpoint: Path, tmp_path: Path) -> None:
