@@ -103,7 +103,7 @@ def test_wrong_values_of_every_command(tmp_path: Path) -> None:
     for command in ("plan", "run"):
         output = fails(command, config, "--set", "bits.weight=1", "--set", "sed=3")
         assert names(output, "bits.weight", 1, "sed")
-        assert names(fails(command, str(tmp_path / "nowhere.yaml")), tmp_path / "nowhere.yaml", "YAML")
+        assert names(fails(command, str(tmp_path / "nowhere.yaml")), tmp_path / "nowhere.yaml")
         assert "brackets [like these]" in fails(command, config, "--set", "selection.strategy=brackets [like these]")
     for command in ("status", "report"):
         assert names(fails(command, str(tmp_path)), tmp_path, "config.json")
