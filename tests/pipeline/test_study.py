@@ -27,7 +27,7 @@ from pipeline.study.command import do_study, plan_study
 from pipeline.study.expansion import load_study, slug_of
 from pipeline.study.preparation import prepare_study
 from storage.manifest import Manifest
-from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
+from storage.run_directory import RunDirectory, RunLocked
 from storage.run_store import open_store
 from tests.errors import names, raises
 from tests.pipeline.small_run import ROOT, call, files, small_run
@@ -414,5 +414,5 @@ def test_a_whole_study(tmp_path: Path) -> None:
         do_study(path, (), console, update=False)
     document["settings"][0]["set"]["method"]["preset"] = "rtn"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
-    with raises(RunConfigMismatch, "method.preset", "quarot", "rtn"):
+    with raises(ConfigError, "method.preset", "quarot", "rtn"):
         do_study(path, (), console, update=False)
