@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ for name in (
 ):
     os.environ.pop(name, None)
 sys.dont_write_bytecode = False
+# What a shell starts in the background ignores Ctrl-C's signal, and so would every process that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Modules are half a million objects that stay: no collection while they come, and none looks through them afterwards.
 gc.disable()
 atexit.register(gc.unfreeze)

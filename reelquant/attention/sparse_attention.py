@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -32,7 +33,7 @@ from reelquant.ops.eight_bit_attention.op import NEEDS as EIGHT_BITS
 from reelquant.ops.implementation import obstacle
 from reelquant.runtime.generation import GenerationState, current_pass
 
-__all__ = ["AttentionPrecision", "SparseAttention", "Visited"]
+__all__ = ["AttentionPrecision", "BlockAttention", "SparseAttention", "Visited"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class SparseAttention(ConfigurableAttention):
     what the checkpoint says of its attention. Attributes are those of `ConfigurableAttention`."""
 
     def attend(self, block: str, item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of `block` for batch element `item`: `[H, L, D]`, text last and without padding -> `[H, L, D]`.
+        """Attention of `block` for batch element `item`: `[H, L, D]`, text last and without padding -> `[H, L, D]`; or
+        `[n H, L, D]` of n elements with as many tokens, the first of which is `item`, and always the same in a generation.
 
         Latents so small that the band is narrower than one token run dense, with a warning.
         """
@@ -137,7 +139,8 @@ class SparseAttention(ConfigurableAttention):
     ) -> str:
         """Head kinds of `key`, a block and an element of the batch."""
         if not self.spec.online:
-            return self.spec.head_kinds[key[0]]
+            kinds = self.spec.head_kinds[key[0]]
+            return kinds * (qkv[0].shape[0] // len(kinds))
         found: dict[tuple[str, int], str] = state.memory.setdefault("kinds", {})
         if renew or key not in found:
             rows = sampled_rows(layout, device=qkv[0].device)
@@ -170,6 +173,18 @@ class SparseAttention(ConfigurableAttention):
         grid = self._family.token_layout(self._config, state.latent_shape, 0)
         layout: TokenLayout = self._family.token_layout(self._config, state.latent_shape, tokens - grid.num_video)
         return layout
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """`SparseAttention.attend` of one block: its attention core."""
+
+    sparse: SparseAttention
+    block: str
+    takes_many = True
+
+    def __call__(self, item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.sparse.attend(self.block, item, q, k, v)
 
 
 @lru_cache(maxsize=64)

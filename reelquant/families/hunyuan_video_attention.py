@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from reelquant.ops.band_attention.op import dense_attention
 
 AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens."""
+"""`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens.
+
+One with a true `takes_many` also takes `[n H, L, D]`, the heads of n elements with as many tokens; it is told the first.
+"""
+
+TOGETHER = 2**24
+"""Numbers of the queries of elements that are attended together: a small model's time goes into launches, not into work."""
 
 
 _handles = itertools.count()
@@ -88,12 +94,29 @@ class CoreAttentionProcessor:
         """`[B, L, H, D]` three times -> `[B, L, H, D]`."""
         batch, length = query.shape[:2]
         lengths = [length] * batch if mask is None else _valid_lengths(mask)
+        if batch > 1 and query.numel() <= TOGETHER and getattr(self.core, "takes_many", False):
+            return self._attend_together(query, key, value, lengths)
         outputs = []
         for item, valid in enumerate(lengths):
             q, k, v = (x[item, :valid].transpose(0, 1) for x in (query, key, value))
             out = self.core(item, q, k, v).transpose(0, 1)
             outputs.append(torch.cat([out, out.new_zeros(length - valid, *out.shape[1:])]) if valid < length else out)
         return torch.stack(outputs)
+
+    def _attend_together(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """As `_attend`, elements of one length at a time."""
+        outputs: list[Tensor | None] = [None] * len(lengths)
+        for valid in dict.fromkeys(lengths):
+            items = [item for item, length in enumerate(lengths) if length == valid]
+            q, k, v = (
+                torch.stack([x[item, :valid] for item in items]).transpose(1, 2).flatten(0, 1)
+                for x in (query, key, value)
+            )
+            out = self.core(items[0], q, k, v).unflatten(0, (len(items), -1)).transpose(1, 2)
+            padded = nn.functional.pad(out, (0, 0, 0, 0, 0, query.shape[1] - valid))
+            for item, one in zip(items, padded, strict=True):
+                outputs[item] = one
+        return torch.stack([out for out in outputs if out is not None])
 
 
 _last_lengths: tuple[weakref.ref[Tensor], int, list[int]] | None = None

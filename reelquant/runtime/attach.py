@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from reelquant.attention.sparse_attention import SparseAttention
+from reelquant.attention.sparse_attention import BlockAttention, SparseAttention
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.diffusers_internals import not_at_end_of_call
 from reelquant.families.family import family_of_architecture
@@ -65,7 +64,7 @@ def attach_runtime(
         )
         sparse.check_model()
         for name in family.block_names(config):
-            family.set_attention_core(transformer.get_submodule(name), partial(sparse.attend, name))
+            family.set_attention_core(transformer.get_submodule(name), BlockAttention(sparse, name))
         transformer.sparse_attention = sparse  # type: ignore[assignment]
     hooks.append(tracker.end_passes(transformer))
     transformer.runtime_hooks = tuple(hooks)  # type: ignore[assignment]

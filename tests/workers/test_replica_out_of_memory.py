@@ -36,7 +36,7 @@ def test_a_rank_out_of_memory_costs_its_replica_and_its_unit_is_done_by_new_proc
         run_units(SharedWorker, None, units, num_workers=1, num_ranks=2, stall_timeout_s=120.0, events=recorder)
 
     alone = "ended with its replica, whose worker-0.1 failed"
-    told = {name: [event.split(":\n")[0] for event in events] for name, events in recorder.events.items()}
+    told = {name: [event.split(":")[0] for event in events] for name, events in recorder.events.items()}
     assert told == {
         "a": ["1 done"], "b": ["1 done"],
         "c": [f"1 {alone}", "2 done"], "in pieces": ["1 out of memory, again", "2 done"],

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from reelquant.attention.band_mask import place_major_order, place_major_positions
 from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import current_stream
+from reelquant.ops.residual_factorization.reference import head_groups
 
 SCALED_TOKENS = 128
 """Tokens that share a `row_scale`."""
@@ -96,14 +97,14 @@ def corrected(out: Tensor, corrections: Sequence[Correction]) -> Tensor:
     """`out` `[H, L, D]` plus the corrections: sums in float32 or wider, result in the dtype of `out`. Differentiable."""
     if not corrections:
         return out
-    heads = []
-    for head, plain in enumerate(out):
-        wide = plain.to(torch.promote_types(out.dtype, torch.float32))
+    parts = []
+    for heads in head_groups(out):
+        wide = out[heads].to(torch.promote_types(out.dtype, torch.float32))
         for term in corrections:
-            [rows] = term.decoded_rows(slice(head, head + 1), wide.dtype)
-            wide = torch.addmm(wide, rows, term.directions[head].to(wide.dtype).T, alpha=term.scale)
-        heads.append(wide.to(out.dtype))
-    return torch.stack(heads)
+            rows, directions = term.decoded_rows(heads, wide.dtype), term.directions[heads].to(wide.dtype)
+            wide = torch.baddbmm(wide, rows, directions.mT, alpha=term.scale)
+        parts.append(wide.to(out.dtype))
+    return torch.cat(parts)
 
 
 def _one_kind(

@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 NEEDS = Needs(("wgmma", "tma", "int8", "e4m3"), shared_kib=105)
-_TILE_ROWS = 256
 _RANKS = (16, 32, 64, 128)
 
 
@@ -116,7 +115,7 @@ def eight_bit_attention(
             from reelquant.ops.eight_bit_attention.launch import eight_bit_attention_triton
 
             return eight_bit_attention_triton(q, keys_values, width=width, corrections=corrections, out=out)
-        plain = eight_bit_attention_reference(q, keys_values, width=width, tile_rows=_TILE_ROWS)
+        plain = eight_bit_attention_reference(q, keys_values, width=width)
         result = corrected(plain, corrections)
         return result if out is None else out.copy_(result)
 
@@ -133,10 +132,7 @@ def eight_bit_dense_and_band(
 
             return eight_bit_dense_and_band_triton(q, keys_values, width=width)
         num_video = keys_values.layout.num_video
-        dense, band = (
-            eight_bit_attention_reference(q, keys_values, width=each, tile_rows=_TILE_ROWS)
-            for each in (num_video, width)
-        )
+        dense, band = (eight_bit_attention_reference(q, keys_values, width=each) for each in (num_video, width))
         return dense, band
 
 

@@ -14,6 +14,7 @@ Shapes: H heads, L = n + m tokens (n of the video, then m of the text), D head s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import e, log2
 from typing import Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from reelquant.attention.band_mask import place_major_order
 from reelquant.families.family import TokenLayout
+from reelquant.ops.architecture import current_stream
 
 Precision = Literal["int8_fp8", "int8_16"]
 
@@ -31,6 +33,8 @@ STRIDE = 8
 """Every how many tokens one counts for the shift of the keys."""
 LARGEST = 448.0
 """Of e4m3."""
+TILE_SCORES = 2**25
+"""Scores that the reference holds at a time, of some queries of one head or of several heads."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def quantize_keys_values_reference(
     """See `op.quantize_keys_values`."""
     wide_k, wide_v = k.float(), v.float()
     length = padded(layout.num_video) + padded(layout.num_text)
-    places = torch.stack([_positions(kind, layout, k.device) for kind in kinds])
+    places = _places(kinds, layout, k.device, current_stream(k.device))
     key_shift, value_shift = wide_k[:, ::STRIDE].mean(1), wide_v.mean(1)
     keys = _placed(wide_k - key_shift[:, None], places, length)
     grouped = keys.unflatten(1, (-1, GROUP))
@@ -104,34 +108,41 @@ def quantize_queries(q: Tensor) -> tuple[Tensor, Tensor]:
     return (q.float() * (127 / largest)).round(), largest / 127
 
 
-def eight_bit_attention_reference(q: Tensor, keys_values: KeysValues, *, width: int, tile_rows: int) -> Tensor:
-    """See `op.eight_bit_attention`, without corrections. Holds scores of `tile_rows` queries of one head at a time."""
+def eight_bit_attention_reference(q: Tensor, keys_values: KeysValues, *, width: int) -> Tensor:
+    """See `op.eight_bit_attention`, without corrections. Holds about `TILE_SCORES` scores at a time."""
     kv, layout = keys_values, keys_values.layout
     position = torch.arange(kv.key_codes.shape[1], device=q.device)
     is_text = (position >= kv.padded_video) & (position < kv.padded_video + layout.num_text)
     is_video = position < layout.num_video
     codes, scale = quantize_queries(q)
+    places = _places(kv.kinds, layout, q.device, current_stream(q.device))
+    tile_rows = max(1, min(layout.num_tokens, TILE_SCORES // len(position)))
+    tile_heads = max(1, TILE_SCORES // (len(position) * tile_rows))
     out = torch.empty_like(q)
-    for head, kind in enumerate(kv.kinds):
-        places = _positions(kind, layout, q.device)
-        keys = kv.key_codes[head].float()
-        values = kv.value_codes[head].T
+    for start in range(0, len(kv.kinds), tile_heads):
+        heads = slice(start, start + tile_heads)
+        keys, values = kv.key_codes[heads].float().mT, kv.value_codes[heads].float().mT
         if kv.value_codes.dtype == torch.float8_e4m3fn:
-            values = torch.empty_like(values.float()).index_copy_(
-                0, value_places(len(values), q.device), values.float()
-            )
-        key_scale = kv.key_scale[head].repeat_interleave(GROUP)
-        for rows in torch.arange(layout.num_tokens, device=q.device).split(tile_rows):
-            at = places[rows][:, None]
+            at_places = value_places(values.shape[1], q.device)
+            values = torch.empty_like(values).index_copy_(1, at_places, values)
+        key_scale = kv.key_scale[heads].repeat_interleave(GROUP, dim=1)[:, None] * (q.shape[2] ** -0.5 * log2(e))
+        for first in range(0, layout.num_tokens, tile_rows):
+            rows = slice(first, first + tile_rows)
+            at = places[heads, rows, None]
             near = (at >= kv.padded_video) | ((at - position).abs() < width)
-            seen = (near & is_video) | is_text
-            scores = codes[head, rows] @ keys.T * (scale[head, rows] * key_scale) * (q.shape[2] ** -0.5 * log2(e))
-            scores = scores.masked_fill(~seen, float("-inf"))
-            weights = torch.exp2(scores - scores.amax(1, keepdim=True) + 8)
-            rounded = weights.to(kv.value_codes.dtype).float()
-            result = rounded @ values.float() / weights.sum(1, keepdim=True)
-            out[head, rows] = (result * kv.value_scale[head] + kv.value_shift[head]).to(q.dtype)
+            scores = codes[heads, rows] @ keys * scale[heads, rows] * key_scale
+            scores = scores.masked_fill(~((near & is_video) | is_text), float("-inf"))
+            weights = torch.exp2(scores - scores.amax(2, keepdim=True) + 8)
+            result = weights.to(kv.value_codes.dtype).float() @ values / weights.sum(2, keepdim=True)
+            out[heads, rows] = (result * kv.value_scale[heads, None] + kv.value_shift[heads, None]).to(q.dtype)
     return out
+
+
+@lru_cache(maxsize=64)
+def _places(kinds: str, layout: TokenLayout, device: torch.device, _stream: int) -> Tensor:
+    """`[H, L]` int64: the position of every token of every head."""
+    with torch.inference_mode(False):
+        return torch.stack([_positions(kind, layout, device) for kind in kinds])
 
 
 def _positions(kind: str, layout: TokenLayout, device: torch.device | str) -> Tensor:

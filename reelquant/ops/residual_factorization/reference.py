@@ -57,11 +57,15 @@ def factorize_refresh_reference(
     wide = torch.promote_types(sparse.dtype, torch.float32)
     for heads in head_groups(sparse):
         residual = dense[heads].to(wide) - sparse[heads].to(wide)
-        residuals.append(factorize_reference(residual, rank, iterations=iterations))
-        if before is not None:
-            rows, directions = (x[heads].to(wide) for x in before)
-            change = torch.baddbmm(residual, rows, directions.mT, alpha=-1.0)
-            changes.append(factorize_reference(change, rank, iterations=iterations))
+        if before is None:
+            residuals.append(factorize_reference(residual, rank, iterations=iterations))
+            continue
+        rows, directions = (x[heads].to(wide) for x in before)
+        both = torch.cat([residual, torch.baddbmm(residual, rows, directions.mT, alpha=-1.0)])
+        rows, directions = factorize_reference(both, rank, iterations=iterations)
+        num = len(residual)
+        residuals.append((rows[:num], directions[:num]))
+        changes.append((rows[num:], directions[num:]))
     return _joined(residuals, sparse.dtype), _joined(changes, sparse.dtype) if changes else None
 
 

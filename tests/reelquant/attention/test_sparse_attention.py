@@ -18,7 +18,7 @@ from torch import Tensor
 import reelquant  # noqa: F401
 from reelquant.attention import sparse_attention
 from reelquant.attention.residual_cache import ResidualCache
-from reelquant.attention.sparse_attention import AttentionPrecision, Visited
+from reelquant.attention.sparse_attention import AttentionPrecision, SparseAttention, Visited
 from reelquant.attention.sparse_spec import (
     ResidualSpec,
     SparseAttentionSpec,
@@ -27,6 +27,7 @@ from reelquant.attention.sparse_spec import (
 )
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
+from reelquant.families import hunyuan_video_attention
 from reelquant.runtime.attach import attach_runtime
 from reelquant.runtime.generation import GenerationTracker
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
@@ -185,10 +186,23 @@ def test_another_resolution_in_between(sparse: Any, expected: Tensor) -> None:
     assert torch.equal(latents(sparse, PROMPTS[0], shape=other), first)
 
 
-def test_a_batch_is_its_videos_one_by_one(sparse: Any) -> None:
-    start = noise(7, 2)
-    together = latents(sparse, PROMPTS, latents=start)
-    for item, prompt in enumerate(PROMPTS):
+@pytest.mark.parametrize("numbers", [0, 2**24])
+def test_a_batch_is_its_videos_one_by_one(sparse: Any, monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    """Whether elements with as many tokens, here the first and the last, are attended together or not."""
+    calls: list[tuple[int, int]] = []
+    attend = SparseAttention.attend
+
+    def counted(self: SparseAttention, block: str, item: int, *qkv: Tensor) -> Tensor:
+        if block == BLOCKS[0]:
+            calls.append((item, qkv[0].shape[0]))
+        return attend(self, block, item, *qkv)
+
+    monkeypatch.setattr(hunyuan_video_attention, "TOGETHER", numbers)
+    monkeypatch.setattr(SparseAttention, "attend", counted)
+    prompts, start = [*PROMPTS, PROMPTS[0].replace("down", "up")], noise(7, 3)
+    together = latents(sparse, prompts, latents=start)
+    assert calls == [(0, 6), (1, 3)] * 5 if numbers else [(0, 3), (1, 3), (2, 3)] * 5
+    for item, prompt in enumerate(prompts):
         alone = latents(sparse, prompt, latents=start[item : item + 1])
         assert error(together[item : item + 1], alone) < 1e-4
 

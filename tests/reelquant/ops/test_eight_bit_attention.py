@@ -64,6 +64,17 @@ def test_the_reference_is_near_exact_attention(layout: TokenLayout, precision: P
         assert relative_error(out, exactly(q, k, v, **options)) < EXACT[precision], (head_dim, width)
 
 
+@pytest.mark.parametrize("scores", [1, 900, 2**17])
+def test_tiles_of_the_reference_are_the_whole(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    """A query of one head at a time, three of them, all of one head or of two."""
+    layout = TokenLayout(3, 5, 9, 13)
+    q, k, v = normed(layout, 3, 64, seed=5, dtype=torch.float32)
+    options: dict[str, Any] = {"kinds": "sts", "layout": layout, "width": 40, "precision": "int8_fp8"}
+    whole = band_attention(q, k, v, **options)
+    monkeypatch.setattr("reelquant.ops.eight_bit_attention.reference.TILE_SCORES", scores)
+    assert relative_error(band_attention(q, k, v, **options), whole) < 1e-6
+
+
 def test_one_quantization_serves_band_and_dense() -> None:
     layout = TokenLayout(4, 7, 9, 13)
     q, k, v = normed(layout, 2, 64, seed=1)
