@@ -21,7 +21,7 @@ PLAIN = {"diffusers as it comes, bf16": "diffusers", "bf16, compiled and fused":
 SETTINGS = {
     "W4A8, dense attention": "sparse / dense",
     "W4A8, 25 % in a sparse step, 12 dense first steps": "sparse / d25-w12",
-    "W4A8, 25 %, 5 dense first steps: the sparse preset": "sparse / d25-w5",
+    "W4A8, 25 %, 5 dense first steps, placed refreshes: the sparse preset": "sparse",
     "W4A8, 15 %, 12 dense first steps, attention in 8 bits": "sparse / d15-w12-fp8",
     "W4A8, 15 %, no dense first step, attention in 8 bits": "sparse / d15-w0-fp8",
 }

@@ -34,7 +34,12 @@ _QUANTSPARSE: dict[str, Any] = {
     "attention": {"density": 0.25, "dense_steps": 1, "residual": {"order": 1}},
 }
 _EARLY_DENSE: dict[str, Any] = {
-    "attention": {"density": 0.25, "dense_steps": 5, "residual": {"storage": "low_rank_int8"}}
+    "attention": {
+        "density": 0.25,
+        "dense_steps": 5,
+        "refresh_steps": "placed",
+        "residual": {"order": 1, "gain": "calibrated", "storage": "low_rank_int8"},
+    }
 }
 _OURS: dict[str, Any] = {**_S2Q, "epochs": 5, "weight_layout": "two_level", "protected_steps": 0.25}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -51,8 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 `s2q`: S²Q-VDiT, everything learned, GPTQ at the end. `quantsparse`: QuantSparse, everything learned with attention
 distillation, sparse attention with its residual cache; the first step is dense and the residual of first order, as the second
 order of the paper's equation 14 measured worse (docs/results_appendix.md). `reelquant`: ours, S²Q-VDiT with two-level weights,
-protected first steps and 5 epochs. `s2q_quantsparse`: `reelquant` with sparse attention, first five steps dense, the residual's
-change extrapolated and kept in 8 bits. Configurations of the papers' experiments, samples and all, are in configs/papers."""
+protected first steps and 5 epochs. `s2q_quantsparse`: `reelquant` with sparse attention, first five steps dense, a residual of
+first order, kept in 8 bits, with its refreshes placed and its gains measured in calibration. Configurations of the papers'
+experiments, samples and all, are in configs/papers."""
 
 
 _RESERVED = ("full_precision", "noise_floor")
@@ -142,6 +148,17 @@ class AttentionConfig(Section):
                 "residual is measured with each head's kind; set head_kinds: offline, or give gain and refresh_steps"
             )
         return self
+
+
+def _drop_measured(merged: dict[str, Any], given: dict[str, Any]) -> None:
+    """Takes from `merged` the gains and places that the preset has measured for its residual, unless they are `given`, where
+    the section has a residual of another order or finds the kinds of heads while generating."""
+    if merged.get("head_kinds") != "online" and merged["residual"].get("order", 1) == 1:
+        return
+    if "gain" not in given.get("residual", {}):
+        merged["residual"].pop("gain", None)
+    if "refresh_steps" not in given:
+        merged.pop("refresh_steps", None)
 
 
 class MethodConfig(BaseModel):
@@ -244,6 +261,7 @@ class MethodConfig(BaseModel):
         residual = [section.get("residual", {}) for section in (start.get("attention", {}), attention)]
         if all(isinstance(part, dict) for part in residual):
             merged["residual"] = {**residual[0], **residual[1]}
+            _drop_measured(merged, attention)
         return {"name": preset, "preset": preset, **start, **values, "attention": merged}
 
     @model_validator(mode="after")

@@ -457,7 +457,7 @@ def test_added_keys_are_left_out_until_they_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("attention", "words"),
     [
-        ({"residual": {"gain": [0.9]}}, ("residual.gain", "order is 2")),
+        ({"residual": {"order": 2, "gain": [0.9]}}, ("residual.gain", "order is 2")),
         ({"residual": {"order": 1, "gain": []}}, ("residual.gain is empty",)),
         ({"residual": {"order": 1, "gain": [0.9, 3.0]}}, ("gain", "3.0")),
         ({"residual": {"order": 1, "gain": "fitted"}}, ("gain", "'fitted'")),
@@ -480,10 +480,16 @@ def test_residuals_of_all_kinds_are_configured(tmp_path: Path) -> None:
     def configured(**attention: Any) -> MethodConfig:
         return load_config(write(tmp_path, method={"preset": "s2q_quantsparse", "attention": attention})).method
 
-    plain = configured()
-    dumped = plain.model_dump()["attention"]
-    assert not {"refresh_steps", "gain"} & {*dumped, *dumped["residual"]}, "runs made before go on"
-    assert not plain.is_refined
+    preset = configured().attention
+    assert (preset.refresh_steps, preset.residual.order, preset.residual.gain) == ("placed", 1, "calibrated")
+    assert configured().is_refined
+    # What is measured for the preset's residual goes with it.
+    for other in ({"residual": {"order": 2}}, {"residual": {"order": 0}}, {"head_kinds": "online"}):
+        plain = configured(**other)
+        dumped = plain.model_dump()["attention"]
+        assert not {"refresh_steps", "gain"} & {*dumped, *dumped["residual"]}, "runs made before go on"
+        assert not plain.is_refined
+    assert configured(residual={"order": 2}, refresh_steps="placed").attention.refresh_steps == "placed"
     given = configured(refresh_steps=[0, 3, 7], residual={"order": 1, "gain": [0.9, 0.8], "extrapolation": "adjacent"})
     assert (given.attention.refresh_steps, given.attention.residual.gain) == ((0, 3, 7), (0.9, 0.8))
     assert given.model_dump(mode="json")["attention"]["refresh_steps"] == [0, 3, 7]
