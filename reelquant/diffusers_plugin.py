@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from reelquant.checkpoint.layer_packing import value_problem
 from reelquant.checkpoint.reader import disagreements, quantized_layers
 from reelquant.checkpoint.safetensors_file import read_header
-from reelquant.checkpoint.schema import GROUP_SUFFIXES, LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, TensorInfo
+from reelquant.checkpoint.schema import QUANT_METHOD, QuantizationSpec
 from reelquant.diffusers_internals import ignored_keys, register_quantizer, remove_from_config
 from reelquant.families.family import family_of_architecture
 from reelquant.noise_schedule import Schedule, shifted_levels
 from reelquant.quantization.dequantization import dequantize_linear_layers, num_parameters
+from reelquant.quantization.layer_spec import GROUP_SUFFIXES, LAYER_SUFFIXES, TensorInfo
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.runtime.attach import attach_runtime, detach_runtime
 from reelquant.runtime.pipeline_schedule import PipelineSchedule

@@ -22,13 +22,26 @@ def test_checkout_keeps_its_import_rules() -> None:
 def test_breaches_are_found_behind_functions_and_behind_other_imports(tmp_path: Path) -> None:
     """That the rules are read, and that those of packages of others are kept: what each says stands in pyproject.toml."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for package in ("reelquant", "storage", "cluster", "workers", "pipeline"):
+    inside = ("calibration", "checkpoint", "diffusers_plugin", "ops", "quantization", "runtime")
+    for package in (
+        "reelquant",
+        *(f"reelquant/{name}" for name in inside),
+        "storage",
+        "cluster",
+        "workers",
+        "pipeline",
+    ):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
     (tmp_path / "storage" / "remote.py").write_text("import ray\n")
     (tmp_path / "workers" / "job.py").write_text("import storage.remote\n")
     (tmp_path / "reelquant" / "job.py").write_text("def run() -> None:\n    import workers.job\n")
+    (tmp_path / "reelquant" / "quantization" / "linear.py").write_text("import reelquant.checkpoint\n")
     result = lint_imports(tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
-    for breach in ("storage.remote -> ray", "reelquant.job -> workers.job"):
+    for breach in (
+        "storage.remote -> ray",
+        "reelquant.job -> workers.job",
+        "quantization.linear -> reelquant.checkpoint",
+    ):
         assert breach in result.stdout

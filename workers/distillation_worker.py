@@ -14,7 +14,7 @@ from reelquant.calibration.block_rounding import RoundedLayer
 from reelquant.calibration.calibrated_layers import best_clip
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
-from reelquant.checkpoint.schema import LayerSpec
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory

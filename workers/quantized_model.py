@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from reelquant.checkpoint.layer_packing import read_block_artifact
-from reelquant.checkpoint.schema import LAYER_SUFFIXES, LayerSpec, QuantizationSpec
+from reelquant.checkpoint.schema import QuantizationSpec
+from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec
 from reelquant.quantization.linear import replace_linear_layers
 from reelquant.runtime.attach import attach_runtime
 from workers.model_source import build_on_meta, family_of_model, load_tensors, transformer_config, weight_files

@@ -19,7 +19,8 @@ from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, f
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
 from reelquant.checkpoint.safetensors_file import MemoryTensor
-from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec, layer_digest
+from reelquant.checkpoint.schema import QuantizationSpec
+from reelquant.quantization.layer_spec import LAYER_SUFFIXES, layer_digest
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from benchmarks.random_model import fill_randomly, transformer_config
 from reelquant.attention.sparse_attention import AttentionPrecision
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
-from reelquant.checkpoint.schema import LayerSpec, QuantizationSpec
+from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.noise_schedule import USUAL_STEPS, shifted_levels
 from reelquant.ops.band_attention.op import Precision
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers, share_group_tensors
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight

@@ -16,7 +16,7 @@ from pipeline.config.loading import ConfigError
 from pipeline.context import ModelFacts
 from reelquant.checkpoint.pipeline_files import list_files, read_components, read_json
 from reelquant.checkpoint.reader import TRANSFORMER, read_weights
-from reelquant.checkpoint.schema import LayerSpec, TensorInfo, layer_tensors
+from reelquant.quantization.layer_spec import LayerSpec, TensorInfo, layer_tensors
 from reelquant.quantization.rotation import block_size
 from workers.messages import MethodPlan
 from workers.model_source import build_on_meta

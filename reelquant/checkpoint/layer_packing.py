@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 
 from reelquant.checkpoint.safetensors_file import MemoryTensor, StoredTensor, read_header, write_file
-from reelquant.checkpoint.schema import (
-    FORMAT_VERSION,
-    LAYER_SUFFIXES,
-    LayerSpec,
-    check_format_version,
-    group_problems,
-    layer_digest,
-    layer_tensors,
-    layers_from_dict,
-)
+from reelquant.checkpoint.schema import FORMAT_VERSION, check_format_version, layers_from_dict
 from reelquant.checkpoint.whole_folder import sync_folder
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8
+from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec, group_problems, layer_digest, layer_tensors
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import max_code
 from reelquant.quantization.weight_grid import GROUP_SIZE, WeightGrid

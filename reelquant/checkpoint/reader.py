@@ -12,7 +12,8 @@ from torch import nn
 
 from reelquant.checkpoint.pipeline_files import weight_map
 from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
-from reelquant.checkpoint.schema import QUANT_METHOD, TensorInfo, layer_tensors
+from reelquant.checkpoint.schema import QUANT_METHOD
+from reelquant.quantization.layer_spec import TensorInfo, layer_tensors
 from reelquant.quantization.linear import QuantizedLinear
 
 TRANSFORMER = "transformer"

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from reelquant.checkpoint.schema import TensorInfo
+from reelquant.quantization.layer_spec import TensorInfo
 
 _CHUNK_BYTES = 16 * 2**20
 _MAX_HEADER_BYTES = 100_000_000

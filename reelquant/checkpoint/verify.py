@@ -19,9 +19,10 @@ from reelquant.checkpoint.layer_packing import value_problem
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files
 from reelquant.checkpoint.reader import TRANSFORMER, disagreements, quantized_layers, read_config, read_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
-from reelquant.checkpoint.schema import LAYER_SUFFIXES, QUANT_METHOD, QuantizationSpec, layer_digest
+from reelquant.checkpoint.schema import QUANT_METHOD, QuantizationSpec
 from reelquant.diffusers_internals import ignored_keys
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8
+from reelquant.quantization.layer_spec import LAYER_SUFFIXES, layer_digest
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.quantization.quantizer import max_code
 

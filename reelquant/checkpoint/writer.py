@@ -28,8 +28,9 @@ from reelquant.checkpoint.reader import (
     read_weights,
 )
 from reelquant.checkpoint.safetensors_file import StoredTensor, write_file
-from reelquant.checkpoint.schema import LAYER_SUFFIXES, LayerSpec, QuantizationSpec, group_problems, layer_tensors
+from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.checkpoint.whole_folder import whole_folder
+from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec, group_problems, layer_tensors
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 

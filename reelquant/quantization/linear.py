@@ -14,7 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from reelquant.checkpoint.schema import (
+from reelquant.ops.int8_linear.op import int8_linear
+from reelquant.ops.weight_expansion.op import expand_weight
+from reelquant.quantization.input_transform import KERNEL_DTYPES, quantized_input
+from reelquant.quantization.layer_spec import (
     GROUP_SUFFIXES,
     LAYER_SUFFIXES,
     LayerSpec,
@@ -22,9 +25,6 @@ from reelquant.checkpoint.schema import (
     group_tensors,
     layer_tensors,
 )
-from reelquant.ops.int8_linear.op import int8_linear
-from reelquant.ops.weight_expansion.op import expand_weight
-from reelquant.quantization.input_transform import KERNEL_DTYPES, quantized_input
 from reelquant.quantization.packing import unpack_bits
 from reelquant.quantization.rotation import rotate_blocks
 

@@ -11,8 +11,8 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
-from reelquant.checkpoint.schema import LayerSpec
 from reelquant.checkpoint.writer import write_checkpoint
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 

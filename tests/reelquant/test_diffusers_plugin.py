@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reelquant.checkpoint.reader import quantized_layers
-from reelquant.checkpoint.schema import LAYER_SUFFIXES, QuantizationSpec
+from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.diffusers_plugin import ReelquantConfig
+from reelquant.quantization.layer_spec import LAYER_SUFFIXES
 from reelquant.quantization.linear import QuantizedLinear
 from tests.errors import raises
 

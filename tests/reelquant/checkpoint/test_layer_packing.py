@@ -13,7 +13,7 @@ from reelquant.checkpoint.layer_packing import (
     read_block_artifact,
     write_block_artifact,
 )
-from reelquant.checkpoint.schema import LayerSpec
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.packing import unpack_bits
 from reelquant.quantization.rotation import hadamard
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from reelquant.checkpoint.safetensors_file import MemoryTensor
-from reelquant.checkpoint.schema import (
-    FORMAT_VERSION,
-    LayerSpec,
-    QuantizationSpec,
-    TensorInfo,
-    layer_digest,
-    layer_tensors,
-)
+from reelquant.checkpoint.schema import FORMAT_VERSION, QuantizationSpec
+from reelquant.quantization.layer_spec import LayerSpec, TensorInfo, layer_digest, layer_tensors
 from tests.errors import raises
 
 LAYER: dict[str, Any] = {

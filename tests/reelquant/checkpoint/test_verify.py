@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reelquant.checkpoint.file_digests import DIGESTS_NAME
-from reelquant.checkpoint.schema import LayerSpec, TensorInfo, layer_digest
 from reelquant.checkpoint.verify import verify_checkpoint
+from reelquant.quantization.layer_spec import LayerSpec, TensorInfo, layer_digest
 from tests.errors import names
 
 BLOCK = "transformer_blocks.0"

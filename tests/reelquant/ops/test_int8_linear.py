@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from reelquant.checkpoint.schema import LayerSpec
 from reelquant.ops.int8_linear import op
 from reelquant.ops.int8_linear.int_mm import integer_product_int_mm
 from reelquant.ops.int8_linear.op import int8_linear
 from reelquant.ops.int8_linear.reference import int8_linear_reference, integer_product
 from reelquant.quantization.input_transform import quantized_input
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.linear import QuantizedLinear
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import quantize

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.checkpoint.layer_packing import pack_layer
-from reelquant.checkpoint.schema import LayerSpec
 from reelquant.quantization.input_transform import QuantizedInput, quantized_input
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers, share_group_tensors
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import StepProtection
-from reelquant.checkpoint.schema import LayerSpec, QuantizationSpec
+from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.linear import replace_linear_layers
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
