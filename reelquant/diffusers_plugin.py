@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reelquant.checkpoint.layer_packing import value_problem
 from reelquant.checkpoint.reader import disagreements, quantized_layers
-from reelquant.checkpoint.safetensors_file import read_header
+from reelquant.checkpoint.safetensors_file import open_file
 from reelquant.checkpoint.schema import QUANT_METHOD, QuantizationSpec
 from reelquant.diffusers_internals import ignored_keys, register_quantizer, remove_from_config
 from reelquant.families.family import family_of_architecture
@@ -113,7 +113,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
         self._stored = {}
         self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         for file in checkpoint_files:
-            tensors, _ = read_header(Path(file))
+            tensors, _ = open_file(Path(file))
             self._stored.update({name: tensor.info for name, tensor in tensors.items()})
         return loaded_keys
 

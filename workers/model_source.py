@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json, weight_map
-from reelquant.checkpoint.safetensors_file import read_header
+from reelquant.checkpoint.safetensors_file import open_file
 from reelquant.families.family import TokenLayout, family_of
 from workers.component_check import component_problems, pipeline_class_of, structure_problems
 
@@ -73,7 +73,7 @@ def weight_files(folder: Path, *, variant: str | None = None) -> dict[str, Path]
     files: dict[str, Path] = {}
     for file, promised in weight_map(folder, variant=variant).items():
         if not promised:
-            promised = list(read_header(folder / file)[0])
+            promised = list(open_file(folder / file)[0])
         files.update(dict.fromkeys(promised, folder / file))
     return files
 

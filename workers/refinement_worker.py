@@ -18,7 +18,6 @@ from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift
 from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, fit_velocity
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
-from reelquant.checkpoint.safetensors_file import MemoryTensor
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, layer_digest
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
@@ -131,9 +130,8 @@ class RefinementWorker:
             tensors[f"{layer}.weight_scale"] = changed["weight_scale"].cpu()
             if "bias" in changed:
                 tensors[f"{layer}.bias"] = changed["bias"].to("cpu", dtype)
-            own = {s: MemoryTensor(tensors[f"{layer}.{s}"]) for s in LAYER_SUFFIXES if f"{layer}.{s}" in tensors}
-            digest = layer_digest((suffix, tensor.info, tensor.read_bytes()) for suffix, tensor in own.items())
-            specs[layer] = replace(specs[layer], digest=digest)
+            own = {s: tensors[f"{layer}.{s}"] for s in LAYER_SUFFIXES if f"{layer}.{s}" in tensors}
+            specs[layer] = replace(specs[layer], digest=layer_digest(own))
         key = f"{self._run.blocks_key(unit.method.name)}/{REPAIRED}/{name}.safetensors"
         [output] = self._run.store.publish(key, lambda path: write_block_artifact(path, tensors, specs))
         return output

@@ -215,7 +215,7 @@ class AssemblyConfig(Section):
     """The checkpoint."""
 
     max_shard_bytes: int = Field(default=5 * 10**9, ge=1024)
-    """Largest safetensors file of `transformer/`."""
+    """Largest safetensors file of `transformer/`; assembly has one of them in memory."""
 
 
 class EvaluationConfig(Section):

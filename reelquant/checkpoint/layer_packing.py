@@ -7,19 +7,24 @@ A block artifact is a safetensors file of the tensors of `reelquant.checkpoint.s
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from reelquant.checkpoint.safetensors_file import MemoryTensor, StoredTensor, read_header, write_file
+from reelquant.checkpoint.atomic_path import atomic_path
+from reelquant.checkpoint.safetensors_file import StoredTensor, open_file, write_file
 from reelquant.checkpoint.schema import FORMAT_VERSION, check_format_version, layers_from_dict
-from reelquant.checkpoint.whole_folder import sync_folder
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8
-from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec, group_problems, layer_digest, layer_tensors
+from reelquant.quantization.layer_spec import (
+    LAYER_SUFFIXES,
+    LayerSpec,
+    TensorInfo,
+    group_problems,
+    layer_digest,
+    layer_tensors,
+)
 from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.quantizer import max_code
 from reelquant.quantization.weight_grid import GROUP_SIZE, WeightGrid
@@ -89,16 +94,15 @@ def pack_layer(
     if draft.group == name:
         problems += [f"{suffix} is given, but the layer has none" for suffix in given if suffix not in expected]
     for suffix, tensor in stored.items():
-        info = MemoryTensor(tensor).info
+        info = TensorInfo.of(tensor)
         if info != expected[suffix]:
             problems.append(f"{suffix} is {info}, not {expected[suffix]}")
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems))
-    digest = layer_digest((suffix, MemoryTensor(t).info, MemoryTensor(t).read_bytes()) for suffix, t in stored.items())
     tensors = {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
     if bias is not None:
         tensors[f"{name}.bias"] = _on_cpu(bias)
-    return tensors, LayerSpec.from_dict({**draft.to_dict(), "digest": digest})
+    return tensors, LayerSpec.from_dict({**draft.to_dict(), "digest": layer_digest(stored)})
 
 
 def write_block_artifact(path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerSpec]) -> None:
@@ -108,22 +112,15 @@ def write_block_artifact(path: Path, tensors: Mapping[str, Tensor], layers: Mapp
         ValueError: names every tensor that belongs to no layer and every layer whose digest or group is not right.
         OSError: the file cannot be written.
     """
-    memory = {name: MemoryTensor(tensor) for name, tensor in tensors.items()}
-    problems = group_problems(layers) + _content_problems(memory, layers)
+    problems = group_problems(layers) + _content_problems(tensors, layers, tensors.__getitem__)
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
     content = {
         "format_version": FORMAT_VERSION,
         "layers": {name: layers[name].to_dict() for name in sorted(layers)},
     }
-    # Two processes may write one artifact when a node that was given up comes back: each to a file of its own.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
-    try:
-        write_file(partial, memory, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with atomic_path(path) as written:
+        write_file(written, tensors, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
 
 
 def read_block_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerSpec]]:
@@ -139,7 +136,7 @@ def read_block_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerS
 
 def open_block_artifact(path: Path) -> tuple[dict[str, StoredTensor], dict[str, LayerSpec]]:
     """As `read_block_artifact`, with the tensors left in the file; digests are checked all the same."""
-    stored, metadata = read_header(path)
+    stored, metadata = open_file(path)
     if _METADATA_KEY not in metadata:
         raise ValueError(
             f"{path}: is no block artifact: its metadata has no {_METADATA_KEY!r}, only {sorted(metadata)}"
@@ -152,7 +149,7 @@ def open_block_artifact(path: Path) -> tuple[dict[str, StoredTensor], dict[str, 
         raise ValueError(f"{path}: its metadata is {content!r}, not an object")
     check_format_version(content.get("format_version"), str(path))
     layers = layers_from_dict(content.get("layers"), str(path))
-    problems = _content_problems(stored, layers)
+    problems = _content_problems(stored, layers, lambda name: stored[name].read())
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
     return stored, layers
@@ -193,19 +190,18 @@ def _part_problems(
 
 
 def _content_problems(
-    tensors: Mapping[str, MemoryTensor] | Mapping[str, StoredTensor], layers: Mapping[str, LayerSpec]
+    names: Iterable[str], layers: Mapping[str, LayerSpec], read: Callable[[str], Tensor]
 ) -> list[str]:
     problems = []
     by_layer: dict[str, list[str]] = {name: [] for name in layers}
-    for name in sorted(tensors):
+    for name in sorted(names):
         layer, _, suffix = name.rpartition(".")
         if layer in by_layer and suffix in (*LAYER_SUFFIXES, "bias"):
             by_layer[layer].append(suffix)
         else:
             problems.append(f"tensor {name} belongs to no layer of the file")
     for layer, suffixes in by_layer.items():
-        own = ((suffix, tensors[f"{layer}.{suffix}"]) for suffix in suffixes if suffix != "bias")
-        digest = layer_digest((suffix, tensor.info, tensor.read_bytes()) for suffix, tensor in own)
+        digest = layer_digest({suffix: read(f"{layer}.{suffix}") for suffix in suffixes})
         if digest != layers[layer].digest:
             problems.append(f"layer {layer}: its tensors have the digest {digest}, not {layers[layer].digest!r}")
     return problems

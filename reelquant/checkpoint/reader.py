@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,16 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from reelquant.checkpoint.pipeline_files import weight_map
-from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
+from reelquant.checkpoint.pipeline_files import read_json, weight_map
+from reelquant.checkpoint.safetensors_file import StoredTensor, open_file
 from reelquant.checkpoint.schema import QUANT_METHOD
 from reelquant.quantization.layer_spec import TensorInfo, layer_tensors
 from reelquant.quantization.linear import QuantizedLinear
 
 TRANSFORMER = "transformer"
-WEIGHTS_STEM = "diffusion_pytorch_model"
-WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -30,17 +26,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: the file does not exist or is not a JSON object.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} does not exist: {folder.parent} is no diffusers pipeline with a transformer"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: is not a JSON object")
-    return config
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: {folder.parent} is no diffusers pipeline with a transformer")
+    return read_json(path)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -66,7 +54,7 @@ def read_weights(
     files = weight_map(folder, variant=variant)
     for file, promised in files.items():
         try:
-            found, _ = read_header(folder / file)
+            found, _ = open_file(folder / file)
         except FileNotFoundError:
             problems.append(f"file {file} does not exist")
             continue

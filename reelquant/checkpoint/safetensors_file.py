@@ -1,172 +1,68 @@
-"""Safetensors files as headers and byte ranges: read without loading, written tensor by tensor in a fixed order.
+"""Safetensors files: opened once for their headers, a tensor read when it is asked for, errors that name file and tensor.
 
-The same tensors always give the same bytes, and no more than one chunk of one tensor is in memory.
+The same tensors always give the same bytes, in whichever order and process they are written.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
-import math
 import os
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from reelquant.quantization.layer_spec import TensorInfo
+from reelquant.quantization.layer_spec import TORCH_DTYPES, TensorInfo
 
 _CHUNK_BYTES = 16 * 2**20
-_MAX_HEADER_BYTES = 100_000_000
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_SAFETENSORS_DTYPES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
-
-
-class TensorBytes(Protocol):
-    """A tensor that can be written: dtype, shape, length and bytes."""
-
-    @property
-    def info(self) -> TensorInfo:
-        """Dtype and shape."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Length of the data."""
-
-    def chunks(self) -> Iterator[bytes]:
-        """The data, little-endian, in order."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file."""
+    """A tensor that lies in a file, which is open as long as one of its tensors is kept."""
 
+    name: str
     info: TensorInfo
     path: Path
-    offset: int
-    num_bytes: int
-
-    def chunks(self) -> Iterator[bytes]:
-        """The data in pieces of at most 16 MiB.
-
-        Raises:
-            ValueError: the file ends before the tensor does.
-        """
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            yield from self.chunks_of(file)
-
-    def chunks_of(self, file: BinaryIO) -> Iterator[bytes]:
-        """The data from an open file that stands at its beginning; as `chunks`."""
-        left = self.num_bytes
-        while left:
-            chunk = file.read(min(left, _CHUNK_BYTES))
-            if not chunk:
-                raise ValueError(f"{self.path}: ends {left} bytes before the tensor at offset {self.offset} does")
-            left -= len(chunk)
-            yield chunk
-
-    def read_bytes(self) -> bytes:
-        """The data."""
-        return b"".join(self.chunks())
+    file: safe_open = field(repr=False, compare=False)
 
     def read(self) -> Tensor:
-        """The tensor, on the CPU.
+        """The tensor, on the CPU, in memory of its own.
 
         Raises:
-            ValueError: torch has no such dtype, or the file ends before the tensor does.
+            ValueError: the file can no longer be read.
         """
-        if self.info.dtype not in _TORCH_DTYPES:
-            raise ValueError(f"{self.path}: dtype {self.info.dtype} is not among {sorted(_TORCH_DTYPES)}")
-        dtype = _TORCH_DTYPES[self.info.dtype]
-        if not self.num_bytes:
-            return torch.empty(self.info.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(self.read_bytes()), dtype=dtype).reshape(self.info.shape)
+        try:
+            tensor: Tensor = self.file.get_tensor(self.name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: tensor {self.name} cannot be read ({error})") from error
+        return tensor
 
 
-@dataclass(frozen=True)
-class MemoryTensor:
-    """A tensor in memory that is to be written."""
-
-    tensor: Tensor
-
-    @property
-    def info(self) -> TensorInfo:
-        """Dtype and shape."""
-        return tensor_info(self.tensor)
-
-    @property
-    def num_bytes(self) -> int:
-        """Length of the data."""
-        return self.tensor.numel() * self.tensor.element_size()
-
-    def read_bytes(self) -> bytes:
-        """The data."""
-        flat = self.tensor.detach().cpu().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy().tobytes()
-
-    def chunks(self) -> Iterator[bytes]:
-        """The data, in one piece."""
-        yield self.read_bytes()
-
-
-def tensor_info(tensor: Tensor) -> TensorInfo:
-    """Dtype and shape of a tensor.
+def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors by name, in the order of their bytes, and the metadata of a safetensors file.
 
     Raises:
-        ValueError: safetensors has no such dtype.
+        ValueError: the file is cut off, longer than its tensors, no safetensors file, or has dtypes that are not read.
+        OSError: the file cannot be opened.
     """
-    if tensor.dtype not in _SAFETENSORS_DTYPES:
-        raise ValueError(f"dtype {tensor.dtype} cannot be stored; possible are {sorted(_TORCH_DTYPES)}")
-    return TensorInfo(_SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape))
-
-
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors by name, and the metadata, of a safetensors file, from its header and its length.
-
-    Raises:
-        ValueError: the file is cut off, longer than its tensors, or no safetensors file.
-        OSError: the file cannot be read.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-        if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{path}: cut off inside its header, or no safetensors file ({size} bytes)")
-        text = file.read(length)
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        tensors = {name: _entry(path, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its header is not that of a safetensors file ({error})") from error
-    end = 8 + length
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-        if tensor.offset != end:
-            raise ValueError(f"{path}: tensor {name} begins at byte {tensor.offset}, not at {end}")
-        end += tensor.num_bytes
-    if end != size:
-        kind = "cut off" if size < end else "too long"
-        raise ValueError(f"{path}: {kind}: its header promises {end} bytes, it has {size}")
-    return tensors, metadata
+        # Not mapped: a file that shrinks, or a disk that fails, is an error then, not the end of the process.
+        file = safe_open(path, framework="pt", backend="pread")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path}: {size} bytes, cut off, too long or no safetensors file: {error}") from error
+    slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    infos = {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    if unknown := [f"{name} {info}" for name, info in infos.items() if info.dtype not in TORCH_DTYPES]:
+        raise ValueError(f"{path}: the dtypes of {', '.join(unknown)} are not among {', '.join(sorted(TORCH_DTYPES))}")
+    return {name: StoredTensor(name, info, path, file) for name, info in infos.items()}, file.metadata() or {}
 
 
 @dataclass(frozen=True)
@@ -181,77 +77,57 @@ class ScannedFile:
 
 
 def scan_file(path: Path) -> ScannedFile:
-    """Reads a safetensors file once, for its checksum and its numbers.
+    """Reads a safetensors file once, in pieces of 16 MiB, for its checksum and its numbers.
 
     Raises:
-        ValueError: as `read_header`.
+        ValueError: as `open_file`.
         OSError: the file cannot be read.
     """
-    tensors, _ = read_header(path)
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes))
-    digest, non_finite = hashlib.sha256(), []
+    tensors, _ = open_file(path)
+    digest, non_finite, buffer = hashlib.sha256(), [], memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb") as file:
-        digest.update(file.read(ordered[0][1].offset if ordered else path.stat().st_size))
-        for name, tensor in ordered:
-            dtype, finite = _TORCH_DTYPES.get(tensor.info.dtype), True
-            for chunk in tensor.chunks_of(file):
+        digest.update(file.read(path.stat().st_size - sum(tensor.info.num_bytes for tensor in tensors.values())))
+        for name, tensor in tensors.items():
+            dtype, left, finite = TORCH_DTYPES[tensor.info.dtype], tensor.info.num_bytes, True
+            while left:
+                chunk = buffer[: min(left, _CHUNK_BYTES)]
+                if file.readinto(chunk) < len(chunk):
+                    raise ValueError(f"{path}: ends before tensor {name} does")
                 digest.update(chunk)
-                finite = finite and (dtype is None or _is_finite(chunk, dtype))
+                finite = finite and _is_finite(torch.frombuffer(chunk, dtype=dtype))
+                left -= len(chunk)
             non_finite += [] if finite else [name]
     return ScannedFile(digest.hexdigest(), tensors, tuple(non_finite))
 
 
-def _is_finite(data: bytes, dtype: torch.dtype) -> bool:
+def _is_finite(numbers: Tensor) -> bool:
     """One pass at memory speed: the extremes of numbers with a NaN among them are NaN."""
-    if not dtype.is_floating_point:
+    if not numbers.is_floating_point():
         return True
-    numbers = torch.frombuffer(bytearray(data), dtype=dtype)
-    return bool(torch.isfinite(torch.stack(torch.aminmax(numbers.float() if dtype.itemsize == 1 else numbers))).all())
+    return bool(torch.isfinite(torch.stack(torch.aminmax(numbers.float() if numbers.itemsize == 1 else numbers))).all())
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorBytes], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file and flushes it to the disk.
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, with the permissions that the process gives new files.
 
-    Tensors are laid out from the largest element to the smallest, then by name, so that each is aligned.
+    Args:
+        path: is replaced if it exists; flushing it to the disk is the caller's business.
+        metadata: at most one entry: the order of several differs from process to process.
 
     Raises:
-        ValueError: a tensor's data ends early.
+        ValueError: a dtype cannot be stored.
         OSError: the file cannot be written; names it and its size.
     """
-    names = sorted(tensors, key=lambda name: (-_element_bytes(tensors[name]), name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        header[name] = {
-            "dtype": tensor.info.dtype,
-            "shape": list(tensor.info.shape),
-            "data_offsets": [offset, offset + tensor.num_bytes],
-        }
-        offset += tensor.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    assert len(metadata) <= 1
+    num_bytes = sum(TensorInfo.of(tensor).num_bytes for tensor in tensors.values())
+    path.touch()
+    permissions = path.stat().st_mode & 0o777
     try:
-        with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in names:
-                for chunk in tensors[name].chunks():
-                    file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        num_bytes = 8 + len(text) + offset
-        raise OSError(error.errno, f"{error.strerror}, writing {num_bytes} bytes", str(path)) from error
-
-
-def _entry(path: Path, entry: Mapping[str, Any], data_start: int) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    info = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
-    num_elements = math.prod(info.shape)
-    if info.dtype in _TORCH_DTYPES and end - start != num_elements * _TORCH_DTYPES[info.dtype].itemsize:
-        raise ValueError(f"{info} does not take {end - start} bytes")
-    return StoredTensor(info, path, data_start + start, end - start)
-
-
-def _element_bytes(tensor: TensorBytes) -> int:
-    return tensor.num_bytes // max(math.prod(tensor.info.shape), 1)
+        # Of an empty dictionary safetensors 0.8 makes a header that it cannot read.
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, path, metadata=dict(metadata) or None)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, f"{os.strerror(number)}, writing {num_bytes} bytes of tensors", str(path)) from error
+    path.chmod(permissions)  # safetensors makes a file that only its owner may read

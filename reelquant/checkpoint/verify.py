@@ -18,7 +18,7 @@ from reelquant.checkpoint.file_digests import digest_problems, read_digests
 from reelquant.checkpoint.layer_packing import value_problem
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files
 from reelquant.checkpoint.reader import TRANSFORMER, disagreements, quantized_layers, read_config, read_weights
-from reelquant.checkpoint.safetensors_file import StoredTensor, read_header
+from reelquant.checkpoint.safetensors_file import StoredTensor, open_file
 from reelquant.checkpoint.schema import QUANT_METHOD, QuantizationSpec
 from reelquant.diffusers_internals import ignored_keys
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8
@@ -128,7 +128,7 @@ def _check_files(report: VerificationReport, path: Path) -> None:
     for file in others.values():
         try:
             if file.suffix == ".safetensors":
-                read_header(file)
+                open_file(file)
             elif file.suffix == ".json":
                 json.loads(file.read_bytes())
         except (ValueError, OSError) as error:
@@ -180,20 +180,20 @@ def _count(report: VerificationReport, model: nn.Module, stored: Mapping[str, St
     for name, layer in layers.items():
         num_weights = layer.in_features * layer.out_features
         num_numbers += num_weights
-        taken = sum(stored[f"{name}.{suffix}"].num_bytes for suffix in layer.state_dict())
+        taken = sum(stored[f"{name}.{suffix}"].info.num_bytes for suffix in layer.state_dict())
         report.layers[name] = LayerReport(layer.spec.weight_bits, layer.spec.activation_bits, num_weights, taken)
-    report.total_bytes = sum(tensor.num_bytes for tensor in stored.values())
+    report.total_bytes = sum(tensor.info.num_bytes for tensor in stored.values())
     report.source_bytes = num_numbers * _SOURCE_BYTES
 
 
 def _layer_problems(name: str, empty: QuantizedLinear, stored: Mapping[str, StoredTensor]) -> list[str]:
-    own = {suffix: stored[f"{name}.{suffix}"] for suffix in empty.state_dict() if suffix != "bias"}
-    digest = layer_digest((suffix, tensor.info, tensor.read_bytes()) for suffix, tensor in own.items())
+    own = {suffix: stored[f"{name}.{suffix}"].read() for suffix in empty.state_dict() if suffix != "bias"}
+    digest = layer_digest(own)
     if digest != empty.spec.digest:
         return [f"layer {name}: its tensors have the digest {digest}, not {empty.spec.digest!r}"]
     problems = []
     layer = QuantizedLinear(empty.in_features, empty.out_features, empty.spec, name=name, bias=False)
-    layer.load_state_dict({suffix: tensor.read() for suffix, tensor in own.items()})
+    layer.load_state_dict(own)
     largest = max_code(empty.spec.weight_bits)
     if int(layer.codes().to(torch.int16).abs().max()) > largest:
         problems.append(f"layer {name}: has codes beyond {largest}")

@@ -1,35 +1,28 @@
 """Assembly of a checkpoint: a diffusers pipeline folder whose transformer has quantized layers.
 
-Bytes are copied from the source and from the block artifacts file to file; the model is never in memory. The same
-inputs give the same bytes. The folder appears under its name only when it is complete and on the disk.
+One file of weights is in memory at a time, never the model. The same inputs give the same bytes. The folder appears under
+its name only when it is complete and on the disk.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_state_dict_into_shards_factory
+
 from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.atomic_path import atomic_path
 from reelquant.checkpoint.file_digests import DIGESTS_NAME, describe_files
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import open_block_artifact
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files, plain_index
-from reelquant.checkpoint.reader import (
-    INDEX_NAME,
-    TRANSFORMER,
-    WEIGHTS_NAME,
-    WEIGHTS_STEM,
-    is_checkpoint,
-    read_config,
-    read_weights,
-)
+from reelquant.checkpoint.reader import TRANSFORMER, is_checkpoint, read_config, read_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor, write_file
 from reelquant.checkpoint.schema import QuantizationSpec
-from reelquant.checkpoint.whole_folder import whole_folder
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec, group_problems, layer_tensors
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -64,7 +57,8 @@ def write_checkpoint(
         variant: of the source's weight files, such as `fp16`; the checkpoint's have plain names.
         calibration: JSON values: where the layers come from.
         sparse_attention, step_protection, velocity_correction: of the generation, None for none.
-        max_shard_bytes: size of the weight files; a larger tensor has a file of its own.
+        max_shard_bytes: size of the weight files, and the memory that writing them takes; a larger tensor has a file of its
+            own.
         check: takes the written folder before it is put in its place; if it raises, nothing has changed at `output`.
 
     Returns:
@@ -99,7 +93,7 @@ def write_checkpoint(
     )
     # A layer's weight gives way; its bias stays, unless the artifact has one.
     kept = {name: tensor for name, tensor in weights.items() if name not in {f"{layer}.weight" for layer in layers}}
-    with whole_folder(output) as written:
+    with atomic_path(output) as written:
         _copy_files(files, written, variant)
         transformer = written / TRANSFORMER
         transformer.mkdir()
@@ -184,35 +178,22 @@ def _copy_files(files: Mapping[str, Path], target: Path, variant: str | None) ->
         if name.endswith(".safetensors.index.json") and path.name != Path(name).name:
             _write_json(target / name, plain_index(path, variant))
             continue
-        with path.open("rb") as original, (target / name).open("wb") as copy:
-            shutil.copyfileobj(original, copy, 2**24)
-            copy.flush()
-            os.fsync(copy.fileno())
+        shutil.copyfile(path, target / name)
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> None:
-    shards: list[dict[str, StoredTensor]] = [{}]
-    filled = 0
-    for name in sorted(tensors):
-        if shards[-1] and filled + tensors[name].num_bytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensors[name]
-        filled += tensors[name].num_bytes
-    if len(shards) == 1:
-        write_file(folder / WEIGHTS_NAME, shards[0], {"format": "pt"})
-        return
-    files: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"{WEIGHTS_STEM}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, {"format": "pt"})
-        files.update(dict.fromkeys(shard, file))
-    total = sum(tensor.num_bytes for tensor in tensors.values())
-    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": files})
+    split = split_state_dict_into_shards_factory(
+        {name: tensors[name] for name in sorted(tensors)},
+        get_storage_size=lambda tensor: tensor.info.num_bytes,
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_file(folder / file, {name: tensors[name].read() for name in names}, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,9 +6,13 @@ n outputs, d inputs, b the block of the rotation; `reelquant.checkpoint.schema` 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from reelquant.quantization.weight_grid import GROUP_SIZE, WEIGHT_LAYOUTS
 
@@ -25,6 +29,29 @@ DTYPES = {
     "activation_clip": "F32",
 }
 """Dtype of each suffix, in safetensors' spelling."""
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""torch's dtype by safetensors' spelling."""
+_SPELLINGS = {dtype: spelling for spelling, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -33,6 +60,22 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        """Dtype and shape of a tensor in memory.
+
+        Raises:
+            ValueError: tensors of this dtype are not stored.
+        """
+        if tensor.dtype not in _SPELLINGS:
+            raise ValueError(f"dtype {tensor.dtype} cannot be stored; possible are {sorted(TORCH_DTYPES)}")
+        return cls(_SPELLINGS[tensor.dtype], tuple(tensor.shape))
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the data; `dtype` is among `TORCH_DTYPES`."""
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
@@ -150,16 +193,14 @@ def group_tensors(spec: LayerSpec, *, in_features: int) -> dict[str, TensorInfo]
     return {suffix: TensorInfo(DTYPES[suffix], shape) for suffix, shape in shapes.items()}
 
 
-def layer_digest(tensors: Iterable[tuple[str, TensorInfo, bytes]]) -> str:
-    """16 hex digits of a SHA-256 over a layer's tensors.
-
-    `tensors` holds (suffix, dtype and shape, little-endian bytes); the order does not matter, and the bias is left out.
-    """
+def layer_digest(tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits of a SHA-256 over a layer's tensors by suffix; their order does not matter, and the bias is left out."""
     digest = hashlib.sha256()
-    for suffix, info, data in sorted(tensors, key=lambda tensor: tensor[0]):
+    for suffix, tensor in sorted(tensors.items()):
         if suffix != "bias":
-            digest.update(f"{suffix}:{info.dtype}:{','.join(map(str, info.shape))}:{len(data)};".encode())
-            digest.update(data)
+            info = TensorInfo.of(tensor)
+            digest.update(f"{suffix}:{info.dtype}:{','.join(map(str, info.shape))}:{info.num_bytes};".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -219,7 +219,7 @@ def test_a_block_opens_only_the_shards_that_hold_it(model: Path, monkeypatch: py
         return safe_open(path, **options)
 
     monkeypatch.setattr("workers.model_source.safe_open", watched)
-    monkeypatch.setattr("workers.model_source.read_header", lambda path: pytest.fail(f"{path} was opened for names"))
+    monkeypatch.setattr("workers.model_source.open_file", lambda path: pytest.fail(f"{path} was opened for names"))
     files = weight_files(model / "cut")
     assert len(set(files.values())) > 5
     tensors = load_tensors(model / "cut", "decoder.mid_block")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.verify import verify_checkpoint
-from reelquant.quantization.layer_spec import LayerSpec, TensorInfo, layer_digest
+from reelquant.quantization.layer_spec import LayerSpec, layer_digest
 from tests.errors import names
 
 BLOCK = "transformer_blocks.0"
@@ -119,13 +119,7 @@ def test_finds_codes_and_group_scales_beyond_the_grid_though_the_digest_is_right
             {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale, f"{name}.group_scale": group_scale}
         ),
     )
-    digest = layer_digest(
-        [
-            ("weight_packed", TensorInfo("U8", (24, 12)), packed.numpy().tobytes()),
-            ("weight_scale", TensorInfo("F32", (24,)), scale.numpy().tobytes()),
-            ("group_scale", TensorInfo("U8", (24, 1)), group_scale.numpy().tobytes()),
-        ]
-    )
+    digest = layer_digest({"weight_packed": packed, "weight_scale": scale, "group_scale": group_scale})
     assert digest != spec.digest
     edit_config(own_checkpoint, lambda c: c["quantization_config"]["layers"][name].update(digest=digest))
     codes, scales = verify_checkpoint(own_checkpoint).problems
