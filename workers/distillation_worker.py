@@ -14,6 +14,7 @@ from reelquant.calibration.block_rounding import RoundedLayer
 from reelquant.calibration.calibrated_layers import best_clip
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
+from reelquant.checkpoint.reader import source_weights
 from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 from storage.manifest import OutputFile
@@ -39,6 +40,7 @@ class DistillationWorker:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._model = model_folder(settings.source.model)
+        self._weights = source_weights(self._model / "transformer", variant=settings.source.variant)
         self._family = family_of_model(self._model)
         self._config = transformer_config(self._model)
         self._run = RunDirectory(settings.source.run)
@@ -89,7 +91,7 @@ class DistillationWorker:
     def _distill(self, unit: SegmentUnit, progress: Progress) -> Any:
         method, source = unit.method, self._settings.source
         blocks = {
-            name: load_block(self._model, name, device=self._device, dtype=self._dtype, variant=source.variant)
+            name: load_block(self._model, self._weights, name, device=self._device, dtype=self._dtype)
             for name in unit.blocks
         }
         bits = {name: _bits_inside(method, name) for name in blocks}
@@ -143,11 +145,10 @@ class DistillationWorker:
 
     def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
         layers: dict[str, RoundedLayer] = {}
-        source = self._settings.source
         for name, bits in method.bits.items():
             if self._family.auxiliary_kind(name) is None:
                 continue
-            tensors = load_tensors(self._model / "transformer", name, variant=source.variant)
+            tensors = load_tensors(self._weights, name)
             weight = tensors["weight"].to(self._device).float()
             layout = method.recipe.weight_layout
             clip = best_clip(weight, bits.weight, layout) if method.recipe.clip == "learned" else 1.0

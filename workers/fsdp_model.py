@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from reelquant.checkpoint.reader import source_weights
+from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.diffusers_internals import float32_modules, no_initial_weights, unsplit_classes
-from workers.model_source import weight_files
 
 
 def open_fsdp(
@@ -40,15 +41,15 @@ def open_fsdp(
     """
     offload = offload and device.type == "cuda"
     model = build_without_weights(folder, dtype)
-    files = weight_files(folder, variant=variant)
-    check_tensors(model, folder, files)
+    weights = source_weights(folder, variant=variant)
+    check_tensors(model, folder, weights)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     wrap(model, offload=offload)
     model.to_empty(device="cpu" if offload else device)
     # `to_empty` has emptied them too, and those that are not persistent are in no file.
     for name, buffer in buffers.items():
         _set_buffer(model, name, buffer.to(device))
-    load(model.state_dict(), storage_reader=_reader(folder, files))
+    load(model.state_dict(), storage_reader=_reader(folder, weights))
     return model
 
 
@@ -95,13 +96,13 @@ def build_without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def check_tensors(model: nn.Module, folder: Path, files: Mapping[str, Path]) -> None:
-    """Whether `files` in `folder`, by tensor, hold all that `model` needs.
+def check_tensors(model: nn.Module, folder: Path, weights: Mapping[str, StoredTensor]) -> None:
+    """Whether the weights in `folder` are all that `model` needs.
 
     Raises:
         ValueError: names everything that is missing.
     """
-    missing = sorted(model.state_dict().keys() - files.keys())
+    missing = sorted(model.state_dict().keys() - weights.keys())
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise ValueError(f"{folder} lacks the tensors {shown}: it is not whole, or of another configuration")
@@ -117,9 +118,9 @@ class _ListedFiles(FileSystem):
         return self._files
 
 
-def _reader(folder: Path, files: Mapping[str, Path]) -> HuggingFaceStorageReader:
+def _reader(folder: Path, weights: Mapping[str, StoredTensor]) -> HuggingFaceStorageReader:
     reader = HuggingFaceStorageReader(str(folder))
-    reader.fs = _ListedFiles(sorted(set(files.values())))
+    reader.fs = _ListedFiles(sorted({tensor.path for tensor in weights.values()}))
     return reader
 
 

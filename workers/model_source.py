@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
 from torch import nn
 
-from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json, weight_map
-from reelquant.checkpoint.safetensors_file import open_file
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json
+from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.families.family import TokenLayout, family_of
 from workers.component_check import component_problems, pipeline_class_of, structure_problems
 
@@ -64,40 +63,31 @@ def family_of_model(model: Path) -> ModuleType:
     return family_of(model / "transformer" / "config.json")
 
 
-def weight_files(folder: Path, *, variant: str | None = None) -> dict[str, Path]:
-    """Tensor name -> safetensors file, for a diffusers component folder; of shards only the index is read.
-
-    Raises:
-        ValueError: there are no such weights.
-    """
-    files: dict[str, Path] = {}
-    for file, promised in weight_map(folder, variant=variant).items():
-        if not promised:
-            promised = list(open_file(folder / file)[0])
-        files.update(dict.fromkeys(promised, folder / file))
-    return files
-
-
-def load_tensors(folder: Path, prefix: str, *, variant: str | None = None) -> dict[str, torch.Tensor]:
-    """All tensors whose name begins with `prefix.`, without the prefix; no file is opened that holds none of them."""
-    wanted = {n: path for n, path in weight_files(folder, variant=variant).items() if n.startswith(f"{prefix}.")}
-    tensors: dict[str, torch.Tensor] = {}
-    for path in dict.fromkeys(wanted.values()):
-        with safe_open(path, framework="pt") as opened:
-            own = (name for name, file in wanted.items() if file == path)
-            tensors.update({name.removeprefix(f"{prefix}."): opened.get_tensor(name) for name in own})
-    return tensors
+def load_tensors(
+    weights: Mapping[str, StoredTensor],
+    prefix: str,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """All tensors whose name begins with `prefix.`, without the prefix; as stored, or brought to a device and dtype."""
+    own = (name for name in weights if name.startswith(f"{prefix}."))
+    return {name.removeprefix(f"{prefix}."): weights[name].read().to(device, dtype) for name in own}
 
 
 def load_block(
-    model: Path, name: str, *, device: torch.device, dtype: torch.dtype, variant: str | None = None
+    model: Path, weights: Mapping[str, StoredTensor], name: str, *, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """One block with its weights: the memory of the block, not of the model."""
+    """One block with its weights: the memory of the block, not of the model.
+
+    Args:
+        model: the pipeline folder.
+        weights: its transformer's, of `source_weights`.
+    """
     family = family_of_model(model)
     with torch.device("meta"):
         block: nn.Module = family.build_block(transformer_config(model), name)
-    tensors = load_tensors(model / "transformer", name, variant=variant)
-    block.load_state_dict({key: value.to(device, dtype) for key, value in tensors.items()}, assign=True, strict=True)
+    block.load_state_dict(load_tensors(weights, name, device=device, dtype=dtype), assign=True, strict=True)
     return block.eval()
 
 

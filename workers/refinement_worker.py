@@ -18,14 +18,15 @@ from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift
 from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, fit_velocity
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
+from reelquant.checkpoint.reader import source_weights
 from reelquant.checkpoint.schema import QuantizationSpec
-from reelquant.quantization.layer_spec import LAYER_SUFFIXES, layer_digest
+from reelquant.quantization.layer_spec import LAYER_SUFFIXES, TORCH_DTYPES, layer_digest
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.hub_snapshot import model_folder
 from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
-from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
+from workers.model_source import family_of_model, load_block, transformer_config
 from workers.process import device_name, peak_memory_bytes, prepare_process
 from workers.quantized_model import full_precision_transformer, quantized_block, quantized_transformer
 from workers.residual_watch import ResidualWatch
@@ -43,7 +44,8 @@ class RefinementWorker:
     def __init__(self, settings: RefinementSettings) -> None:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
-        self._model, self._variant = model_folder(settings.source.model), settings.source.variant
+        self._model = model_folder(settings.source.model)
+        self._weights = source_weights(self._model / "transformer", variant=settings.source.variant)
         self._family = family_of_model(self._model)
         self._config = transformer_config(self._model)
         self._run = RunDirectory(settings.source.run)
@@ -96,9 +98,9 @@ class RefinementWorker:
         protection = unit.method.inference.protection
         samples = [self._sample(sample, names[0], protection) for sample in self._settings.samples] if names else []
         for name in names:
-            reference = load_block(self._model, name, device=self._device, dtype=self._dtype, variant=self._variant)
+            reference = load_block(self._model, self._weights, name, device=self._device, dtype=self._dtype)
             quantized = quantized_block(
-                self._model, name, artifacts[name], device=self._device, dtype=self._dtype, variant=self._variant
+                self._model, self._weights, name, artifacts[name], device=self._device, dtype=self._dtype
             )
             # The quantized block's attention is dense: what runs sparse is corrected towards dense by its residual.
             dtype = self._bias_dtype(name)
@@ -107,8 +109,8 @@ class RefinementWorker:
     def _bias_dtype(self, block: str) -> torch.dtype | None:
         """The source's, in which a checkpoint keeps biases."""
         layers = (output.layer for level in self._family.output_layers(block) for output in level)
-        tensors = load_tensors(self._model / "transformer", f"{block}.{next(layers)}", variant=self._variant)
-        return tensors["bias"].dtype if "bias" in tensors else None
+        bias = self._weights.get(f"{block}.{next(layers)}.bias")
+        return None if bias is None else TORCH_DTYPES[bias.info.dtype]
 
     def _sample(self, sample: SampleUnit, entry: str, protection: StepProtection | None) -> RepairSample:
         stream = self._store.read(f"activations/{sample.name}/{entry}").to(self._dtype)
@@ -144,7 +146,7 @@ class RefinementWorker:
         assert spec is not None
         protected = QuantizationSpec(bits="", method="", layers={}, step_protection=method.inference.protection)
         model = quantized_transformer(
-            self._model, artifacts, device=self._device, dtype=self._dtype, variant=self._variant, spec=protected
+            self._model, self._weights, artifacts, device=self._device, dtype=self._dtype, spec=protected
         )
         prompts = self._settings.prompts[:MEASURED_PROMPTS]
         num_steps = len(self._timesteps(prompts[0]))
@@ -171,7 +173,7 @@ class RefinementWorker:
         if len(prompts) < LEAST_PROMPTS:
             said = f"not fitted: {len(prompts)} calibration prompts, {LEAST_PROMPTS} or more are needed"
             return {"velocity": {"note": said}}
-        exact = full_precision_transformer(self._model, device=self._device, dtype=self._dtype, variant=self._variant)
+        exact = full_precision_transformer(self._model, self._weights, device=self._device, dtype=self._dtype)
         references = [list(self._velocities(exact, prompt, advance)) for prompt in prompts]
         del exact
         spec = QuantizationSpec(
@@ -182,7 +184,7 @@ class RefinementWorker:
             step_protection=method.inference.protection,
         )
         quantized = quantized_transformer(
-            self._model, artifacts, device=self._device, dtype=self._dtype, variant=self._variant, spec=spec
+            self._model, self._weights, artifacts, device=self._device, dtype=self._dtype, spec=spec
         )
         # bfloat16 has steps of 4 near 1000: two steps may have one timestep, and then share their correction.
         stored = self._timesteps(prompts[0])

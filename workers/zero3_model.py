@@ -6,8 +6,6 @@ Built with every parameter cut as soon as it is made, then filled tensor by tens
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ import deepspeed.ops
 import diffusers
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
+from reelquant.checkpoint.reader import source_weights
 from reelquant.diffusers_internals import no_initial_weights
 from workers.fsdp_model import build_without_weights, check_tensors
 from workers.messages import Sharding
-from workers.model_source import weight_files
 
 # Where it finds no GPU, DeepSpeed compiles an operator for sums over the ranks of one CPU first, half a minute of every rank.
 # ZeRO-3 without training never sums.
@@ -41,7 +38,8 @@ def open_zero3(
         ValueError: the files lack a tensor.
     """
     skeleton = build_without_weights(folder, dtype)
-    check_tensors(skeleton, folder, weight_files(folder, variant=variant))
+    weights = source_weights(folder, variant=variant)
+    check_tensors(skeleton, folder, weights)
     largest = max(parameter.numel() for parameter in skeleton.parameters())
     configuration = zero3_configuration(dtype, sharding, largest=largest)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
@@ -50,14 +48,13 @@ def open_zero3(
     with no_initial_weights(), deepspeed.zero.Init(config_dict_or_path=configuration):
         model: nn.Module = model_class.from_config(model_configuration)
     model.requires_grad_(False).eval()
-    with _tensors(folder, variant) as tensors:
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if dist.get_rank() == 0:
-                    parameter.data.copy_(tensors(name))
-        for name, buffer in model.named_buffers():
-            known = skeleton.get_buffer(name) if name not in skeleton.state_dict() else tensors(name)
-            buffer.data = known.to(device)
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(weights[name].read())
+    for name, buffer in model.named_buffers():
+        known = skeleton.get_buffer(name) if name not in skeleton.state_dict() else weights[name].read()
+        buffer.data = known.to(device)
     # Not the engine that is returned: what gathers the parameters are hooks on the model itself.
     deepspeed.initialize(model=model, config=configuration)
     return model
@@ -85,12 +82,3 @@ def zero3_configuration(dtype: torch.dtype, sharding: Sharding, *, largest: int)
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
-
-
-@contextmanager
-def _tensors(folder: Path, variant: str | None) -> Iterator[Callable[[str], Tensor]]:
-    """`read(name)`, over files that stay open."""
-    files = weight_files(folder, variant=variant)
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
-        yield lambda name: opened[files[name]].get_tensor(name)

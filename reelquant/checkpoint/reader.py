@@ -72,6 +72,18 @@ def read_weights(
     return tensors, problems
 
 
+def source_weights(folder: Path, *, variant: str | None = None) -> dict[str, StoredTensor]:
+    """Stored tensors by name of a full-precision transformer's folder; each of its files is opened once.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the index does not fit; all that is wrong.
+    """
+    tensors, problems = read_weights(folder, variant=variant, alone=False)
+    if problems:
+        raise ValueError(f"{folder}: " + "; ".join(problems))
+    return tensors
+
+
 def disagreements(
     model: nn.Module, stored: Mapping[str, TensorInfo], *, ignored: Iterable[str] = (), all_read: bool = True
 ) -> list[str]:

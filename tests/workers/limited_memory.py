@@ -41,8 +41,8 @@ SAMPLE = SampleUnit("prompt-000-step-000", "prompt-000", 0)
 class LimitedDistillation(DistillationWorker):
     """A worker whose allocations fail for real: the system, or CUDA's allocator, refuses them.
 
-    A segment that `LIMITS` names may have so much more than its process has when blocks and samples are loaded (until then
-    there is a mapping of the whole file for every tensor). The limit stands until the next segment.
+    A segment that `LIMITS` names may have so much more than its process has when blocks and samples are loaded. The limit
+    stands until the next segment.
     """
 
     def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:

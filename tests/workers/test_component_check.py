@@ -22,8 +22,9 @@ from transformers.models.auto import (
 )
 
 from reelquant.checkpoint.pipeline_files import is_model, list_files
-from tests.errors import names
-from workers.model_source import check_model, load_tensors, model_problems, read_pipeline, weight_files
+from reelquant.checkpoint.reader import source_weights
+from tests.errors import names, raises
+from workers.model_source import check_model, load_tensors, model_problems, read_pipeline
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -208,23 +209,31 @@ def test_a_variant_is_taken_where_it_is_asked_for_and_named_where_it_is_not(mode
     assert all(torch.equal(tensor, state[name]) for name, tensor in vae.state_dict().items())
 
 
-def test_a_block_opens_only_the_shards_that_hold_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = model / "vae"
+def test_every_shard_is_opened_once_however_many_blocks_are_loaded(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[Path] = []
     whole = load_file(model / VAE)
-    AutoencoderKLHunyuanVideo.from_pretrained(folder).save_pretrained(model / "cut", max_shard_size="500KB")
+    AutoencoderKLHunyuanVideo.from_pretrained(model / "vae").save_pretrained(model / "cut", max_shard_size="500KB")
 
     def watched(path: Path, **options: Any) -> Any:
         opened.append(path)
         return safe_open(path, **options)
 
-    monkeypatch.setattr("workers.model_source.safe_open", watched)
-    monkeypatch.setattr("workers.model_source.open_file", lambda path: pytest.fail(f"{path} was opened for names"))
-    files = weight_files(model / "cut")
-    assert len(set(files.values())) > 5
-    tensors = load_tensors(model / "cut", "decoder.mid_block")
-    assert len(opened) == len({files[f"decoder.mid_block.{name}"] for name in tensors}) < len(set(files.values()))
-    assert tensors.keys() == {n.removeprefix("decoder.mid_block.") for n in whole if n.startswith("decoder.mid_block.")}
+    monkeypatch.setattr("reelquant.checkpoint.safetensors_file.safe_open", watched)
+    weights = source_weights(model / "cut")
+    for prefix in ("decoder.mid_block", "encoder.mid_block", "decoder.mid_block.resnets.0"):
+        inside = {name.removeprefix(f"{prefix}."): t for name, t in whole.items() if name.startswith(f"{prefix}.")}
+        tensors = load_tensors(weights, prefix)
+        assert inside
+        assert tensors.keys() == inside.keys()
+        assert all(torch.equal(tensor, inside[name]) for name, tensor in tensors.items())
+    assert sorted(opened) == sorted((model / "cut").glob("*.safetensors"))
+    assert len(opened) > 5
+    opened[0].unlink()
+    opened[1].write_bytes(opened[1].read_bytes()[:-1])
+    with raises(ValueError, opened[0].name, opened[1]):
+        source_weights(model / "cut")
 
 
 def test_which_classes_have_weights_as_transformers_lists_them() -> None:

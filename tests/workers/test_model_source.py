@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from reelquant.checkpoint.reader import source_weights
 from tests.errors import names
 from workers.model_source import load_block, model_problems, open_pipeline
 
@@ -88,8 +89,9 @@ def test_videos_are_decoded_in_tiles_of_space(digits_model: Path) -> None:
 
 def test_a_block_is_loaded_without_the_model(digits_model: Path) -> None:
     pipeline = open_pipeline(digits_model, device=torch.device("cpu"), dtype=torch.float32)
+    stored = source_weights(digits_model / "transformer")
     for name in ("transformer_blocks.2", "single_transformer_blocks.5"):
-        block = load_block(digits_model, name, device=torch.device("cpu"), dtype=torch.float32)
+        block = load_block(digits_model, stored, name, device=torch.device("cpu"), dtype=torch.float32)
         inside = pipeline.transformer.get_submodule(name).state_dict()
         assert inside.keys() == block.state_dict().keys()
         for key, value in block.state_dict().items():

@@ -19,6 +19,7 @@ from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift, measured_residual
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.reader import source_weights
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.families import hunyuan_video as family
@@ -76,6 +77,7 @@ class Prepared:
         torch.manual_seed(0)
         built = HunyuanVideoTransformer3DModel.from_config(json.loads(config.read_text()))
         built.to(torch.bfloat16).save_pretrained(self.model / "transformer")
+        self.weights = source_weights(self.model / "transformer")
         self.source = RunSource(folder / "run", self.model, 0, Numerics("float32", 1))
         RunDirectory.open_or_create(self.source.run, {}, {})
         self.blocks = family.block_names(transformer_config(self.model))
@@ -204,7 +206,7 @@ def test_gains_and_refreshes_are_measured_on_the_quantized_model(prepared: Prepa
 
     run = RunDirectory(prepared.source.run).path
     model = quantized_transformer(
-        prepared.model, [run / path for path in prepared.artifacts], device=CPU, dtype=F32, variant=None
+        prepared.model, prepared.weights, [run / path for path in prepared.artifacts], device=CPU, dtype=F32
     )
     layout = family.token_layout(model.config, (8, 2, 8, 12), 0)
     every = torch.arange(layout.num_video)
@@ -259,7 +261,7 @@ def test_stored_latents_give_the_full_precision_velocity_in_float32_only(prepare
     """Why the full-precision model runs again: in bfloat16 the latents of two steps are too coarse for their difference."""
     store = RunDirectory(prepared.source.run).calibration_store
     worker = RefinementWorker(RefinementSettings(prepared.source, GENERATION, SAMPLES, PROMPTS))
-    model = full_precision_transformer(prepared.model, device=CPU, dtype=F32)
+    model = full_precision_transformer(prepared.model, prepared.weights, device=CPU, dtype=F32)
     found = torch.stack(list(worker._velocities(model, PROMPTS[0], lambda: None)))
     latents = store.read("trajectories/prompt-000/latents")
     times = torch.cat([store.read("trajectories/prompt-000/timesteps"), torch.zeros(1)]) / 1000
@@ -277,14 +279,14 @@ def test_quantized_model_is_the_checkpoint(prepared: Prepared, tmp_path: Path) -
     artifacts = [run / path for path in prepared.artifacts]
     write_checkpoint(prepared.model, tmp_path / "checkpoint", artifacts=artifacts, bits="W3A5", method="rtn")
     loaded = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "checkpoint" / "transformer", torch_dtype=F32)
-    built = quantized_transformer(prepared.model, artifacts, device=CPU, dtype=F32)
+    built = quantized_transformer(prepared.model, prepared.weights, artifacts, device=CPU, dtype=F32)
     wanted = loaded.state_dict()
     assert set(built.state_dict()) == set(wanted)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in built.state_dict().items())
     assert not any(parameter.requires_grad for parameter in built.parameters())
     for name in prepared.blocks:
         path = run / "blocks" / "rtn" / f"{name}.safetensors"
-        block = quantized_block(prepared.model, name, path, device=CPU, dtype=F32)
+        block = quantized_block(prepared.model, prepared.weights, name, path, device=CPU, dtype=F32)
         stream, temb = torch.randn(1, 20, 32), torch.randn(1, 32)
         with torch.no_grad():
             both = [m(stream, stream[:, :5], temb, None, None) for m in (block, loaded.get_submodule(name))]
