@@ -47,7 +47,8 @@ def read_weights(
 
     Args:
         variant: of the weight files, such as `fp16`.
-        alone: other safetensors files beside them are wrong, as in a checkpoint; a source may have variants there.
+        alone: whatever the index does not name is wrong, as in a checkpoint; a source may have variants beside its files, and
+            its loader reads no tensor that is not in the index.
     """
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
@@ -62,9 +63,11 @@ def read_weights(
             problems.append(str(error))
             continue
         problems += [f"tensor {name}: the index promises it in {file}" for name in sorted(set(promised) - set(found))]
-        if promised:
-            unlisted = sorted(set(found) - set(promised))
+        unlisted = sorted(set(found) - set(promised)) if promised else []
+        if alone:
             problems += [f"tensor {name}: lies in {file}, but the index does not say so" for name in unlisted]
+        else:
+            found = {name: tensor for name, tensor in found.items() if name not in unlisted}
         problems += [f"tensor {name}: is stored twice" for name in sorted(set(found) & set(tensors))]
         tensors.update(found)
     stray = {path.name for path in folder.glob("*.safetensors")} - set(files) if alone else set()

@@ -201,6 +201,19 @@ def test_takes_what_loaders_read_and_nothing_else(
     assert not (output / "scheduler").is_symlink()
 
 
+def test_tensors_that_a_sources_index_does_not_name_are_no_part_of_it(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    shards = sorted((source / "transformer").glob("*.safetensors"))
+    first, second = (load_file(shard) for shard in shards[:2])
+    first["stray"] = torch.ones(3)
+    first[next(iter(second))] = torch.ones(5)  # the index has it in the other one
+    save_file(first, shards[0], metadata={"format": "pt"})
+    output = write(source, tmp_path / "out", tiny_artifacts)
+    assert files(output) == files(tiny_checkpoint)
+
+
 def test_a_variant_becomes_a_plain_checkpoint(
     tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
