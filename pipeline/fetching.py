@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
-from storage.atomic_files import create_directory, partial_path, sha256_file, write_bytes_atomic
+from storage.atomic_files import atomic_path, create_directory, sha256_file, write_bytes_atomic
 from storage.location import Location
 from storage.manifest import OutputFile
 from storage.run_directory import EVALUATION, REPORT, RunDirectory
@@ -36,13 +36,9 @@ def fetch_checkpoint(location: Location, folder: Path, *, method: str | None = N
     directory = RunDirectory.open(location)
     outputs = _checkpoint_files(directory, method)
     create_directory(folder.parent)
-    partial = partial_path(folder)
-    try:
+    with atomic_path(folder) as written:
         for output in outputs:
-            _copy(directory, output, partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _copy(directory, output, written)
     return len(outputs)
 
 

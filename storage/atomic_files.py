@@ -18,11 +18,52 @@ from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of everything that is not finished."""
+_ATTEMPTS = 100
+"""So often other writers may put theirs in place in between."""
 
 
 def partial_path(target: Path) -> Path:
     """A fresh hidden name in the directory of ``target``, so that a rename to ``target`` is atomic."""
     return target.parent / f".{target.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A path of ``target``'s name in a fresh hidden folder beside it, for the body to make a file or a folder at.
+
+    Synced with all that is in it, it then replaces ``target``, or goes if the body raises. Whoever writes, and however many
+    at once: ``target`` is always a whole one.
+
+    Raises:
+        OSError: it cannot be put in place.
+    """
+    own = partial_path(target)
+    written = own / target.name
+    own.mkdir()
+    try:
+        yield written
+        for path in (written, *written.rglob("*")):
+            sync_file(path)
+        _put_in_place(written, target, aside=own / f"old{PARTIAL_SUFFIX}")
+        sync_directory(target.parent)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _put_in_place(written: Path, target: Path, *, aside: Path) -> None:
+    """A folder is not renamed over one with files in it: an older one is moved aside first."""
+    for _ in range(_ATTEMPTS):
+        try:
+            written.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        remove_folder(aside)
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(aside)
+    raise OSError(errno.EBUSY, "other writers keep replacing it", str(target))
 
 
 def write_bytes_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> None:
@@ -85,7 +126,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make the content of ``path`` durable, whoever wrote it."""
+    """Make the content of ``path``, a file or a folder, durable, whoever wrote it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from storage.array_file import NotFinite, read_rows, write_data_file
-from storage.atomic_files import sweep_partial_files, sync_file
+from storage.atomic_files import sweep_partial_files
 from storage.location import StoreUrl, local_path, parse_location
 from storage.output_file import OutputFile
 from storage.run_store import StoreUnreachable, open_store
@@ -178,12 +178,11 @@ class CalibrationStore:
 
 
 def _write_files(folder: Path, layout: ArrayLayout, tensor: torch.Tensor) -> dict[str, str]:
-    """Write and sync both files in the new directory: SHA-256 of each, the metadata last."""
+    """Write both files in the new directory: SHA-256 of each."""
     metadata, checksums = layout.metadata(), {}
     (folder / METADATA_FILE).write_bytes(metadata)
     if layout.num_chunks:
         checksums[layout.data_file] = write_data_file(folder / layout.data_file, layout, _stored_bytes(tensor))
-    sync_file(folder / METADATA_FILE)
     return {**checksums, METADATA_FILE: hashlib.sha256(metadata).hexdigest()}
 
 

@@ -8,14 +8,15 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 from storage.atomic_files import (
     PARTIAL_SUFFIX,
+    atomic_path,
     create_directory,
     explain_write_failure,
     partial_path,
-    remove_folder,
     sha256_file,
     sweep_partial_files,
     sync_directory,
@@ -28,7 +29,6 @@ from storage.run_store import Bytes, Driver, LineLog, RangeReader, RunStore, Sto
 
 LOCK_FILE = "run.lock"
 
-_PUBLISH_ATTEMPTS = 100
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 
 
@@ -79,26 +79,21 @@ class LocalStore:
     def publish(self, key: str, write: WriteLocally, *, last: str | None = None) -> tuple[OutputFile, ...]:
         path = self._root / key
         create_directory(path.parent)
-        write(path)
-        files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
-        return tuple(OutputFile.describe(found, run=self._root) for found in files)
+        with atomic_path(path) as written:
+            write(written)
+            files = sorted(f for f in written.rglob("*") if f.is_file()) if written.is_dir() else [written]
+            # Before it is in place, where the next writer may replace it at once.
+            found = [OutputFile.describe(file, run=written.parent) for file in files]
+        return tuple(replace(output, path=str(PurePosixPath(key).parent / output.path)) for output in found)
 
     def publish_array(self, key: str, write: WriteLocally, *, num_bytes: int) -> dict[str, tuple[int, str | None]]:
         target = self._root / key
         with explain_write_failure(target, num_bytes):
             create_directory(target.parent)
-            partial = partial_path(target)
-            try:
-                partial.mkdir()
-                write(partial)
-                sync_directory(partial)
-                sizes: dict[str, tuple[int, str | None]] = {
-                    file.name: (file.stat().st_size, None) for file in sorted(partial.iterdir())
-                }
-                _rename(partial, target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        return sizes
+            with atomic_path(target) as written:
+                written.mkdir()
+                write(written)
+                return {file.name: (file.stat().st_size, None) for file in sorted(written.iterdir())}
 
     def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
         assert isinstance(source, LocalStore)
@@ -249,23 +244,3 @@ class _FileLog:
 
 def _is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith(PARTIAL_SUFFIX)
-
-
-def _rename(partial: Path, target: Path) -> None:
-    """Rename the finished directory to its name; an older one is moved aside first and removed."""
-    for _ in range(_PUBLISH_ATTEMPTS):
-        try:
-            partial.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            sync_directory(target.parent)
-            return
-        aside = partial_path(target)
-        try:
-            target.rename(aside)
-        except FileNotFoundError:
-            continue
-        remove_folder(aside)
-    raise OSError(errno.EBUSY, "other writers keep replacing the array", str(target))

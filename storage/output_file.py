@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from storage.atomic_files import sha256_file, sync_directory, sync_file
+from storage.atomic_files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,5 @@ class OutputFile:
 
     @classmethod
     def describe(cls, path: Path, *, run: "str | os.PathLike[str]") -> "OutputFile":
-        """Sync the finished file ``path`` and its directory to disk, and describe it relative to ``run``."""
-        sync_file(path)
-        sync_directory(path.parent)
+        """Describe the finished file ``path`` relative to ``run``."""
         return cls(path.relative_to(run).as_posix(), path.stat().st_size, sha256_file(path))

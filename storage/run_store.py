@@ -131,7 +131,7 @@ class RunStore(Protocol):
 
         Args:
             key: of the file, or of the folder.
-            write: see :data:`WriteLocally`; must itself be atomic (a kill leaves the path absent).
+            write: see :data:`WriteLocally`; what stood at ``key`` before is there until it is done.
             last: the file of a folder without which the folder means nothing: absent until all others are there.
         """
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from reelquant.checkpoint.verify import VerificationReport, verify_checkpoint
-from reelquant.checkpoint.writer import write_checkpoint
+from reelquant.checkpoint.writer import check_place, write_checkpoint
 from storage.run_directory import RunDirectory
 from workers.hub_snapshot import model_folder
 from workers.messages import AssemblySettings, AssemblyUnit, Progress, UnitOutput
@@ -34,15 +33,15 @@ class AssemblyWorker:
         reports: list[VerificationReport] = []
 
         def write(folder: Path) -> None:
-            def check(written: Path) -> None:
-                progress(1, 2)
-                reports.append(verify_checkpoint(written))
-                if problems := reports[-1].problems:
-                    found = "; ".join(problems).replace(str(written), str(folder))
-                    raise ValueError(f"the assembled checkpoint is not sound and was not put in its place: {found}")
+            self._write(folder, unit, artifacts)
+            progress(1, 2)
+            reports.append(verify_checkpoint(folder))
+            if problems := reports[-1].problems:
+                found = "; ".join(problems).replace(str(folder), f"{self._run.location}/{unit.checkpoint}")
+                raise ValueError(f"the assembled checkpoint is not sound and was not put in its place: {found}")
 
-            self._write(folder, unit, artifacts, check)
-
+        if isinstance(self._run.location, Path):
+            check_place(self._model.resolve(), (self._run.path / unit.checkpoint).resolve())
         with self._run.store.local_files(unit.artifacts) as artifacts:
             outputs = self._run.store.publish(unit.checkpoint, write, last=INDEX)
         [report] = reports
@@ -61,7 +60,7 @@ class AssemblyWorker:
             peak_memory_bytes(self._device),
         )
 
-    def _write(self, folder: Path, unit: AssemblyUnit, artifacts: list[Path], check: Callable[[Path], None]) -> None:
+    def _write(self, folder: Path, unit: AssemblyUnit, artifacts: list[Path]) -> None:
         write_checkpoint(
             self._model,
             folder,
@@ -74,5 +73,4 @@ class AssemblyWorker:
             step_protection=unit.method.inference.protection,
             velocity_correction=unit.velocity_correction,
             max_shard_bytes=self._settings.max_shard_bytes,
-            check=check,
         )

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reelquant.checkpoint.atomic_path import atomic_path
 from reelquant.checkpoint.safetensors_file import StoredTensor, open_file, write_file
 from reelquant.checkpoint.schema import FORMAT_VERSION, check_format_version, layers_from_dict
 from reelquant.ops.fake_quantization.reference import LARGEST_INT8
@@ -106,7 +105,7 @@ def pack_layer(
 
 
 def write_block_artifact(path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerSpec]) -> None:
-    """Writes the tensors of a block's layers, atomically and with the same bytes for the same content.
+    """Writes the tensors of a block's layers, with the same bytes for the same content.
 
     Raises:
         ValueError: names every tensor that belongs to no layer and every layer whose digest or group is not right.
@@ -119,8 +118,7 @@ def write_block_artifact(path: Path, tensors: Mapping[str, Tensor], layers: Mapp
         "format_version": FORMAT_VERSION,
         "layers": {name: layers[name].to_dict() for name in sorted(layers)},
     }
-    with atomic_path(path) as written:
-        write_file(written, tensors, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
+    write_file(path, tensors, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
 
 
 def read_block_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerSpec]]:

@@ -111,7 +111,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     """Writes a safetensors file, with the permissions that the process gives new files.
 
     Args:
-        path: is replaced if it exists; flushing it to the disk is the caller's business.
+        path: a new file; it is not there if an error is raised. Flushing it to the disk is the caller's business.
         metadata: at most one entry: the order of several differs from process to process.
 
     Raises:
@@ -127,6 +127,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata=dict(metadata) or None)
     except SafetensorError as error:
+        path.unlink(missing_ok=True)
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, f"{os.strerror(number)}, writing {num_bytes} bytes of tensors", str(path)) from error

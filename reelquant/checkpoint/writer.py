@@ -1,21 +1,20 @@
 """Assembly of a checkpoint: a diffusers pipeline folder whose transformer has quantized layers.
 
-One file of weights is in memory at a time, never the model. The same inputs give the same bytes. The folder appears under
-its name only when it is complete and on the disk.
+One file of weights is in memory at a time, never the model. The same inputs give the same bytes. `model_index.json`, without
+which no loader takes the folder, is written when all other files of the components are there.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
-from reelquant.checkpoint.atomic_path import atomic_path
 from reelquant.checkpoint.file_digests import DIGESTS_NAME, describe_files
 from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
 from reelquant.checkpoint.layer_packing import open_block_artifact
@@ -41,7 +40,6 @@ def write_checkpoint(
     step_protection: StepProtection | None = None,
     velocity_correction: VelocityCorrection | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    check: Callable[[Path], object] | None = None,
 ) -> QuantizationSpec:
     """Writes the pipeline folder `output` from the pipeline folder `source` and the quantized layers of `artifacts`.
 
@@ -50,7 +48,7 @@ def write_checkpoint(
 
     Args:
         source: a diffusers pipeline folder with safetensors weights that are not quantized.
-        output: is replaced if it is a checkpoint of this package.
+        output: a new folder; it is not there if an error is raised.
         artifacts: files of `layer_packing.write_block_artifact`; tensors of the source that none replaces are copied.
         bits: label such as `W4A6`.
         method: name of the calibration method.
@@ -59,7 +57,6 @@ def write_checkpoint(
         sparse_attention, step_protection, velocity_correction: of the generation, None for none.
         max_shard_bytes: size of the weight files, and the memory that writing them takes; a larger tensor has a file of its
             own.
-        check: takes the written folder before it is put in its place; if it raises, nothing has changed at `output`.
 
     Returns:
         the description that was written into `config.json`.
@@ -70,7 +67,11 @@ def write_checkpoint(
         OSError: files cannot be read or written.
     """
     source, output = source.resolve(), output.resolve()
-    _check_folders(source, output, max_shard_bytes)
+    check_place(source, output)
+    if output.exists():
+        raise ValueError(f"{output}: is there already; choose another folder or remove it")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
     config = read_config(source / TRANSFORMER)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source}: its transformer is quantized already; give the full-precision pipeline")
@@ -93,28 +94,32 @@ def write_checkpoint(
     )
     # A layer's weight gives way; its bias stays, unless the artifact has one.
     kept = {name: tensor for name, tensor in weights.items() if name not in {f"{layer}.weight" for layer in layers}}
-    with atomic_path(output) as written:
-        _copy_files(files, written, variant)
-        transformer = written / TRANSFORMER
-        transformer.mkdir()
+    transformer = output / TRANSFORMER
+    transformer.mkdir(parents=True)
+    try:
         _write_json(transformer / "config.json", {**config, "quantization_config": spec.to_dict()})
         _write_shards(transformer, {**kept, **replacements}, max_shard_bytes)
-        _write_json(written / DIGESTS_NAME, describe_files(written))
-        if check is not None:
-            check(written)
+        _copy_files(files, output, variant)
+        _write_json(output / DIGESTS_NAME, describe_files(output))
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
     return spec
 
 
-def _check_folders(source: Path, output: Path, max_shard_bytes: int) -> None:
+def check_place(source: Path, output: Path) -> None:
+    """Refuses a folder that a checkpoint of `source` must not be put at, in place of what is there.
+
+    Raises:
+        ValueError: `source` is no pipeline folder, or `output` is the source, is in it or has it inside, or is something else
+            than a checkpoint of this package.
+    """
     if not (source / MODEL_INDEX).is_file():
         raise ValueError(f"{source}: is no diffusers pipeline folder: it has no {MODEL_INDEX}")
     if output == source or output.is_relative_to(source) or source.is_relative_to(output):
         raise ValueError(f"{output}: the checkpoint cannot be written over or into its source {source}")
     if output.exists() and not is_checkpoint(output):
         raise ValueError(f"{output}: exists and is no checkpoint of reelquant; choose another folder or remove it")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _read_artifacts(
@@ -173,7 +178,7 @@ def _other_files(source: Path, variant: str | None) -> tuple[dict[str, Path], li
 
 def _copy_files(files: Mapping[str, Path], target: Path, variant: str | None) -> None:
     """Copies files to their names inside `target`; indexes of a variant are rewritten for the plain names."""
-    for name, path in files.items():
+    for name, path in sorted(files.items(), key=lambda item: item[0] == MODEL_INDEX):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors.index.json") and path.name != Path(name).name:
             _write_json(target / name, plain_index(path, variant))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage.atomic_files import (
+    atomic_path,
     create_directory,
     partial_path,
     remove_folder,
@@ -24,6 +25,32 @@ def test_bytes_arrive_and_replace(tmp_path: Path) -> None:
     write_bytes_atomic(path, b"\x00new")
     assert path.read_bytes() == b"\x00new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_file_or_folder_is_there_when_its_writer_is_done_and_not_when_it_fails(tmp_path: Path) -> None:
+    folder, file = tmp_path / "a[b]", tmp_path / "video.mp4"
+    for content in ("first", "second"):
+        with atomic_path(folder) as written, atomic_path(file) as single:
+            (written / "deep").mkdir(parents=True)
+            (written / "deep" / "file").write_text(content)
+            single.write_text(content)
+            assert (written.name, single.name) == (folder.name, file.name)
+    for target in (folder, file):
+        with raises(OSError, "full"), atomic_path(target) as written:
+            written.touch()
+            raise OSError("the disk is full")
+    assert (folder / "deep" / "file").read_text() == file.read_text() == "second"
+    assert sorted(os.listdir(tmp_path)) == [folder.name, file.name]
+
+
+def test_what_was_swept_from_under_a_writer_is_not_put_in_place(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with raises(FileNotFoundError, tmp_path), atomic_path(tmp_path / "out") as written:
+        written.mkdir()
+        assert sweep_partial_files(tmp_path) == (written.parent.name,)
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["old"]
 
 
 def test_exclusive_keeps_the_first(tmp_path: Path) -> None:

@@ -42,3 +42,8 @@ def test_an_unsound_checkpoint_is_an_error_that_no_other_attempt_mends_and_repla
     with raises(ValueError, KEPT):
         worker.run(unit, lambda *_: None)
     assert files(run.path) == before
+    config = run.path / "checkpoint" / "transformer" / "config.json"
+    config.write_text("{}")  # somebody's own folder in its place
+    with raises(ValueError, run.path / "checkpoint"):
+        worker.run(unit, lambda *_: None)
+    assert config.read_text() == "{}"

@@ -5,11 +5,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from reelquant.checkpoint.writer import write_checkpoint
+from storage.local_store import LocalStore
 
 
 def write(source: Path, output: Path, artifacts: list[Path]) -> None:
-    """Writes the checkpoint, a file a tensor."""
-    write_checkpoint(source, output, artifacts=artifacts, bits="W4A6", method="test", max_shard_bytes=1)
+    """Puts the checkpoint, a file a tensor, in its place as a run does."""
+
+    def write_folder(folder: Path) -> None:
+        write_checkpoint(source, folder, artifacts=artifacts, bits="W4A6", method="test", max_shard_bytes=1)
+
+    LocalStore(output.parent).publish(output.name, write_folder)
 
 
 def write_on_and_on(connection: Connection, source: Path, output: Path, artifacts: list[Path]) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from reelquant.checkpoint.atomic_path import atomic_path
-from tests.errors import raises
+from storage.atomic_files import sweep_partial_files
 from tests.reelquant.checkpoint.repeated_writer import write, write_on_and_on
 from tests.reelquant.checkpoint.test_writer import files
 
@@ -76,7 +75,7 @@ def expected(tiny_source: Path, tiny_artifacts: list[Path], tmp_path_factory: py
 
 def in_the_middle(folder: Path) -> list[Path]:
     """Weight files of checkpoints that are not finished."""
-    return list(folder.glob(".out.*.partial/new/transformer/*.safetensors"))
+    return list(folder.glob(".out.*.partial/out/transformer/*.safetensors"))
 
 
 def stop_in_the_middle(writer: Writer, folder: Path) -> set[Path]:
@@ -101,8 +100,10 @@ def test_a_killed_writer_leaves_the_checkpoint_whole_or_absent(
         writer.kill()
         assert left <= set(in_the_middle(tmp_path))
         assert not output.exists() or files(output) == expected
+    assert sweep_partial_files(tmp_path)
     write(tiny_source, output, tiny_artifacts)
     assert files(output) == expected
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_writer_that_hangs_and_its_successor_do_not_disturb_each_other(
@@ -134,46 +135,3 @@ def test_writers_at_once_all_succeed(
         writer.kill()
     write(tiny_source, output, tiny_artifacts)
     assert files(output) == expected
-
-
-def fail_half_way(folder: Path) -> None:
-    (folder / "file").write_text("third")
-    raise OSError("the disk is full")
-
-
-def test_it_is_there_when_its_writer_is_done_and_not_when_it_fails(tmp_path: Path) -> None:
-    target = tmp_path / "a[b]"
-    for content in ("first", "second"):
-        with atomic_path(target) as folder:
-            (folder / "deep").mkdir(parents=True)
-            (folder / "deep" / "file").write_text(content)
-        assert (target / "deep" / "file").read_text() == content
-        assert os.listdir(tmp_path) == [target.name]
-    with raises(OSError, "full"), atomic_path(target) as folder:
-        folder.mkdir()
-        fail_half_way(folder)
-    assert (target / "deep" / "file").read_text() == "second"
-    with atomic_path(tmp_path / "file") as path:
-        path.write_text("first")
-    with raises(OSError, "full"), atomic_path(tmp_path / "file") as path:
-        path.write_text("second")
-        raise OSError("the disk is full")
-    assert (tmp_path / "file").read_text() == "first"
-    assert sorted(os.listdir(tmp_path)) == [target.name, "file"]
-
-
-def test_what_a_killed_writer_left_goes_after_a_day_and_nothing_else(tmp_path: Path) -> None:
-    others = [".out.partial", ".out.0123456789ab.partial.txt", ".other.0123456789ab.partial", ".out.precious.partial"]
-    young, left = tmp_path / ".out.ba9876543210.partial", tmp_path / ".out.0123456789ab.partial"
-    for folder in (*(tmp_path / name for name in others), young, left):
-        (folder / "new").mkdir(parents=True)
-        day_before = folder.stat().st_mtime - 86_500
-        os.utime(folder, (day_before, day_before))
-    os.utime(young)
-    with atomic_path(tmp_path / "out") as path:
-        path.touch()
-    assert sorted(os.listdir(tmp_path)) == sorted([*others, young.name, "out"])
-    with raises(FileNotFoundError, tmp_path), atomic_path(tmp_path / "out") as path:
-        path.touch()
-        path.parent.rename(left)  # taken for a killed writer's: what stands there stays
-    assert (tmp_path / "out").is_file()

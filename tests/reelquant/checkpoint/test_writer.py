@@ -103,29 +103,26 @@ def test_two_writes_give_the_same_bytes(tiny_source: Path, tiny_artifacts: list[
     assert files(first) == files(second)
 
 
-def test_replaces_an_older_checkpoint(
-    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    output = write(tiny_source, tmp_path / "out", tiny_artifacts, max_shard_bytes=1)
-    write(tiny_source, output, tiny_artifacts)
-    assert files(output) == files(tiny_checkpoint)
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_failed_write_leaves_the_older_checkpoint(
+def test_failed_write_leaves_nothing(
     tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = write(tiny_source, tmp_path / "out", tiny_artifacts)
-    before = files(output)
-
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("reelquant.checkpoint.writer.write_file", full)
     with raises(OSError, "Errno 28"):
-        write(tiny_source, output, tiny_artifacts)
-    assert files(output) == before
-    assert os.listdir(tmp_path) == ["out"]
+        write(tiny_source, tmp_path / "out", tiny_artifacts)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_write_that_is_killed_leaves_no_pipeline(
+    tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[str] = []
+    monkeypatch.setattr("shutil.copyfile", lambda _source, target: copied.append(target.name))
+    with raises(ValueError, "model_index.json"):
+        write(tiny_source, tmp_path / "out", tiny_artifacts)
+    assert copied[1:] == ["model_index.json"]
 
 
 def test_folders_that_cannot_be_used_are_refused(
@@ -137,6 +134,7 @@ def test_folders_that_cannot_be_used_are_refused(
         (tiny_source, tiny_source, tiny_source, "source"),
         (tiny_source, tiny_source / "transformer" / "new", tiny_source / "transformer" / "new", tiny_source),
         (tiny_source, tmp_path / "precious", tmp_path / "precious"),
+        (tiny_source, tiny_checkpoint, tiny_checkpoint),
         (tiny_checkpoint, tmp_path / "out", tiny_checkpoint, "quantized"),
     ):
         with raises(ValueError, *words):
