@@ -44,8 +44,8 @@ from pipeline.context import recipe_of
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, learn, prepare_targets
 from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.families import hunyuan_video
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import dense_attention
+from reelquant.tokens import TokenLayout
 from workers.messages import Numerics
 from workers.process import deterministic_kernels, prepare_process
 

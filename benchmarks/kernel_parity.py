@@ -40,10 +40,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention_memory import environment
 from benchmarks.dit_step.kernel_table import REST, class_of
 from benchmarks.dit_step.models import make_sparse, quantize_in_place, sparse_spec
-from reelquant.attention.sparse_attention import AttentionPrecision
 from reelquant.metrics import psnr_db
 from reelquant.ops.band_attention.op import Precision
 from reelquant.ops.implementation import reference_only
+from reelquant.runtime.sparse_attention import AttentionPrecision
 from workers.generation import generate
 from workers.messages import Generation
 

@@ -15,12 +15,12 @@ from pipeline.hub_model import FoundModel, find_model, pinned
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.run_units import prompt_names
 from pipeline.setting_checks import setting_problems
-from reelquant.attention.knobs import refresh_problems
 from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold, refresh_thresholds
 from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.checkpoint.inference_specs import StepProtection
 from reelquant.checkpoint.pipeline_files import fingerprint
 from reelquant.noise_schedule import threshold_after
+from reelquant.runtime.knobs import refresh_problems
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest

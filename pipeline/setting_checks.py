@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import RunConfig
-from reelquant.attention.knobs import changed
 from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.runtime.knobs import changed
 from workers.messages import MethodPlan
 
 if TYPE_CHECKING:

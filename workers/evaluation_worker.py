@@ -13,7 +13,7 @@ from imageio.v3 import imwrite
 from torch import Tensor
 
 import reelquant  # noqa: F401  (registers the checkpoint format with diffusers)
-from reelquant.attention.sparse_attention import SparseAttention, Visited
+from reelquant.runtime.sparse_attention import SparseAttention, Visited
 from storage.manifest import OutputFile
 from storage.run_directory import EVALUATION, RunDirectory
 from workers.checkpoint_settings import apply_settings

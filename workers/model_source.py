@@ -14,7 +14,8 @@ from torch import nn
 
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json
 from reelquant.checkpoint.safetensors_file import StoredTensor
-from reelquant.families.family import TokenLayout, family_of
+from reelquant.families.family import family_of
+from reelquant.tokens import TokenLayout
 from workers.component_check import component_problems, pipeline_class_of, structure_problems
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelquant.attention.band_mask import band_width
 from reelquant.attention.head_kind import sampled_rows
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.calibration.residual_drift import ResidualDrift, missed_rows
+from reelquant.tokens import band_width
 
 
 class ResidualWatch:

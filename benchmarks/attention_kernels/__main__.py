@@ -49,8 +49,8 @@ from benchmarks.attention_kernels.cases import (
 from benchmarks.attention_kernels.eight_bit_cases import eight_bit_cases
 from benchmarks.attention_kernels.problem import Case, drawn, loud
 from benchmarks.attention_memory import environment
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.launch import TILES, Tile
+from reelquant.tokens import TokenLayout
 
 GROUPS = ("dense", "band", "corrected", "refresh", "sums", "flex")
 

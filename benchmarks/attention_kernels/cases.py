@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_kernels.problem import Case, Problem, mixed, sampled_error, worse_of_both
-from reelquant.attention.band_mask import band_width
 from reelquant.ops.band_attention.launch import TILES, Load, Tile, band_attention_triton, dense_and_band_triton
 from reelquant.ops.band_attention.reference import Correction, corrected
 from reelquant.ops.column_sums import kernel as sums_kernel
 from reelquant.ops.column_sums.op import column_sums
+from reelquant.tokens import band_width
 
 
 def dense_by(problem: Problem, backend: SDPBackend) -> Callable[[], Tensor]:

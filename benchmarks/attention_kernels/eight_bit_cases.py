@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.attention_kernels.cases import band_case, dense_cases
 from benchmarks.attention_kernels.problem import Case, Problem, mixed, sampled_error, worse_of_both
-from reelquant.attention.band_mask import band_width
 from reelquant.ops.band_attention.reference import Correction
 from reelquant.ops.eight_bit_attention import launch as eight_bit
 from reelquant.ops.eight_bit_attention.op import eight_bit_attention
 from reelquant.ops.eight_bit_attention.reference import KeysValues, Precision
+from reelquant.tokens import band_width
 
 
 def eight_bit_cases(problem: Problem, rows: list[dict[str, Any]]) -> Iterator[Case]:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reelquant.attention.band_mask import place_major_positions, visited_pairs
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.reference import Correction
+from reelquant.ops.token_order import place_major_positions
+from reelquant.tokens import TokenLayout, visited_pairs
 
 SAMPLED_ROWS = 48
 

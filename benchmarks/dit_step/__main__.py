@@ -59,12 +59,11 @@ from benchmarks.dit_step.models import (
 from benchmarks.dit_step.record import CASES, MUST_AGREE, SPARSE, WHOLE, kept_results, table
 from benchmarks.dit_step.schedule import MEASURED, SCHEDULE, by_kind, fewest_steps, mean_step, step_kinds
 from benchmarks.dit_step.timing import Generation
-from reelquant.attention.band_mask import band_width
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.families import hunyuan_video as family
-from reelquant.families.family import TokenLayout
 from reelquant.noise_schedule import shifted_levels
 from reelquant.ops.band_attention.op import Precision
+from reelquant.tokens import TokenLayout, band_width
 
 REPEATS = 3
 INTERVAL = 5

@@ -24,9 +24,8 @@ import torch
 from benchmarks.ceilings import BF16, COPY, FP8, INT8, Ceiling
 from benchmarks.dit_step.models import REAL_TEXT, TEXT
 from benchmarks.random_model import transformer_config
-from reelquant.attention.band_mask import band_width, visited_pairs
 from reelquant.families import hunyuan_video as family
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout, band_width, visited_pairs
 
 REST = "copies and the rest"
 CLASSES = {

@@ -10,7 +10,6 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor, nn
 
 from benchmarks.random_model import fill_randomly, transformer_config
-from reelquant.attention.sparse_attention import AttentionPrecision
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
@@ -22,6 +21,7 @@ from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
 from reelquant.quantization.weight_grid import fit_per_channel
 from reelquant.runtime.attach import attach_runtime
+from reelquant.runtime.sparse_attention import AttentionPrecision
 
 TEXT, REAL_TEXT = 256, 60
 """Text tokens with their padding, as the pipeline gives them, and those that are real."""

@@ -10,9 +10,8 @@ from typing import Any
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
 from pipeline.context import RunContext
-from reelquant.attention.band_mask import band_width
 from reelquant.checkpoint.pipeline_files import read_json
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout, band_width
 from workers.library_messages import quieten_libraries
 
 _CROP = int(DEFAULT_PROMPT_TEMPLATE["crop_start"])

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelquant.attention.band_mask import place_major_positions
-from reelquant.families.family import TokenLayout
+from reelquant.ops.token_order import place_major_positions
+from reelquant.tokens import TokenLayout
 
 NUM_ROWS = 64
 """Sampled query rows, as many as Sparse VideoGen takes; here they are spread over the whole video."""

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from reelquant.attention.band_mask import mask_density
-from reelquant.families.family import TokenLayout
 from reelquant.noise_schedule import threshold_after
 from reelquant.ops.band_attention.op import Precision
+from reelquant.tokens import TokenLayout, mask_density
 
 StepKind = Literal["dense", "refresh", "sparse"]
 EXTRAPOLATIONS = ("constant", "linear", "adjacent")

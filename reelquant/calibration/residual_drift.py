@@ -22,7 +22,7 @@ from torch import Tensor
 
 from reelquant.attention.head_kind import row_masks
 from reelquant.attention.sparse_spec import LARGEST_GAIN, SparseAttentionSpec, refresh_thresholds
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout
 
 MOST_LAGS = 16
 """Lags that get a gain of their own."""

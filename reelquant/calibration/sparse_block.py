@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelquant.attention.band_mask import band_width
 from reelquant.attention.head_kind import band_errors, sampled_rows
 from reelquant.calibration.recipe import SparseCalibration
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import band_attention, dense_attention
+from reelquant.tokens import TokenLayout, band_width
 
 
 class CalibrationCore:

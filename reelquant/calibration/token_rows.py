@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout
 
 
 @dataclass(frozen=True)

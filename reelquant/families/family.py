@@ -38,26 +38,6 @@ class OutputLayer:
     """Module inside the block whose output, a tuple, has the gate `[1, d]` at this place."""
 
 
-@dataclass(frozen=True)
-class TokenLayout:
-    """Grid of the video tokens (frame-major) and the number of text tokens after them."""
-
-    num_frames: int
-    height: int
-    width: int
-    num_text: int
-
-    @property
-    def num_video(self) -> int:
-        """Number of video tokens."""
-        return self.num_frames * self.height * self.width
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of all tokens."""
-        return self.num_video + self.num_text
-
-
 def family_of(transformer_config: Path) -> ModuleType:
     """The family module for a transformer's `config.json`.
 

@@ -25,10 +25,11 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import retrieve_timesteps
 from torch import Tensor, nn
 
-from reelquant.families.family import InputGroup, OutputLayer, TokenLayout
+from reelquant.families.family import InputGroup, OutputLayer
 from reelquant.families.hunyuan_video_attention import prepare_core, set_attention_core, watch_attention
 from reelquant.families.hunyuan_video_fused import fused_forward, fusion_obstacle
 from reelquant.families.hunyuan_video_rows import block_rows
+from reelquant.tokens import TokenLayout
 
 __all__ = [
     "ARCHITECTURE",

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from reelquant.attention.sparse_attention import BlockAttention, SparseAttention
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.diffusers_internals import not_at_end_of_call
 from reelquant.families.family import family_of_architecture
 from reelquant.noise_schedule import Schedule, shifted_levels
 from reelquant.runtime.block_fusion import fuse_blocks, unfuse_blocks
 from reelquant.runtime.generation import GenerationTracker
+from reelquant.runtime.sparse_attention import BlockAttention, SparseAttention
 from reelquant.runtime.step_protection import ProtectedSteps, protect_steps
 from reelquant.runtime.velocity_correction import correct_velocity
 

@@ -21,19 +21,18 @@ from diffusers import HunyuanVideoTransformer3DModel
 import reelquant  # noqa: F401 - teaches diffusers to load the checkpoint
 from pipeline.config.loading import load_config
 from pipeline.hub_model import find_model, pinned
-from reelquant.attention.band_mask import band_width
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout, band_width
 from storage.location import parse_location
 from storage.run_directory import RunDirectory
 from tests.hub_server import hub_server, point_to, use_cache
 from tests.pipeline import test_config, test_study
 from tests.pipeline.small_run import ROOT, call, small_run
-from tests.reelquant.attention import test_sparse_attention
 from tests.reelquant.checkpoint import test_schema
+from tests.reelquant.runtime import test_sparse_attention
 from tests.storage.test_run_store import NO_LOCATIONS
 from tests.workers.test_component_check import CONFIG_MISTAKES, INDEX_MISTAKES, edit_tensors
 from workers.model_source import check_model

@@ -13,7 +13,6 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file
 
-from reelquant.attention.band_mask import band_width
 from reelquant.attention.head_kind import NUM_ROWS
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
 from reelquant.calibration.recipe import LayerBits, Recipe
@@ -26,6 +25,7 @@ from reelquant.families import hunyuan_video as family
 from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.quantization.linear import QuantizedLinear
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
+from reelquant.tokens import band_width
 from storage.run_directory import RunDirectory
 from workers.activation_worker import ActivationWorker
 from workers.distillation_worker import DistillationWorker

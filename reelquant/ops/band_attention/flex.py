@@ -16,9 +16,9 @@ import triton
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import current_stream
 from reelquant.ops.band_attention.reference import dense_attention
+from reelquant.tokens import TokenLayout
 
 BLOCK = 128
 MOST_COMPILATIONS = 64

@@ -12,10 +12,10 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import Architecture, architecture, current_stream, launching
 from reelquant.ops.band_attention.kernel import band_attention_kernel
 from reelquant.ops.band_attention.reference import Correction, heads_of_kind
+from reelquant.tokens import TokenLayout
 
 Load = Literal["tma", "pointers"]
 

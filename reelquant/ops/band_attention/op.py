@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.reference import (
     SCALED_TOKENS,
     Correction,
@@ -35,6 +34,7 @@ from reelquant.ops.eight_bit_attention.op import (
 )
 from reelquant.ops.implementation import Implementation as EightBitImplementation
 from reelquant.ops.implementation import takes_triton
+from reelquant.tokens import TokenLayout
 
 __all__ = ["Correction", "Implementation", "Precision", "band_attention", "dense_and_band_attention", "dense_attention"]
 

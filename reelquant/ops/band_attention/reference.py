@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reelquant.attention.band_mask import place_major_order, place_major_positions
-from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import current_stream
 from reelquant.ops.residual_factorization.reference import head_groups
+from reelquant.ops.token_order import place_major_order, place_major_positions
+from reelquant.tokens import TokenLayout
 
 SCALED_TOKENS = 128
 """Tokens that share a `row_scale`."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import current_stream, launching
 from reelquant.ops.band_attention.launch import Tile, correction_arguments, new_output
 from reelquant.ops.band_attention.reference import Correction
@@ -25,6 +24,7 @@ from reelquant.ops.eight_bit_attention.kernel import (
     quantize_keys_values_kernel,
 )
 from reelquant.ops.eight_bit_attention.reference import GROUP, LARGEST, STRIDE, KeysValues, Precision, padded
+from reelquant.tokens import TokenLayout
 
 
 @dataclass(frozen=True)

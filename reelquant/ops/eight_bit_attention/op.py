@@ -27,7 +27,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import Needs
 from reelquant.ops.band_attention.reference import Correction, corrected
 from reelquant.ops.eight_bit_attention.reference import (
@@ -37,6 +36,7 @@ from reelquant.ops.eight_bit_attention.reference import (
     quantize_keys_values_reference,
 )
 from reelquant.ops.implementation import Implementation, takes_triton
+from reelquant.tokens import TokenLayout
 
 __all__ = [
     "NEEDS",

@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reelquant.attention.band_mask import place_major_order
-from reelquant.families.family import TokenLayout
 from reelquant.ops.architecture import current_stream
+from reelquant.ops.token_order import place_major_order
+from reelquant.tokens import TokenLayout
 
 Precision = Literal["int8_fp8", "int8_16"]
 

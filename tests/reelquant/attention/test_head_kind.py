@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelquant.attention.band_mask import place_major_positions
 from reelquant.attention.head_kind import band_errors, kinds_of, sampled_rows
-from reelquant.families.family import TokenLayout
+from reelquant.ops.token_order import place_major_positions
+from reelquant.tokens import TokenLayout
 
 LAYOUT = TokenLayout(7, 5, 9, 6)
 

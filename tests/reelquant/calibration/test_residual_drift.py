@@ -19,9 +19,9 @@ from reelquant.calibration.residual_drift import (
     missed_rows,
     placed_refreshes,
 )
-from reelquant.families.family import TokenLayout
 from reelquant.noise_schedule import shifted_levels
 from reelquant.ops.band_attention.op import band_attention, dense_attention
+from reelquant.tokens import TokenLayout
 from tests.errors import raises
 
 STEPS = 12

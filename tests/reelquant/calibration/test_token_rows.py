@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reelquant.calibration.token_rows import TokenRows, token_rows
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout
 
 LAYOUT = TokenLayout(3, 5, 7, 4)
 

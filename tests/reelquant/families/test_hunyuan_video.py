@@ -13,7 +13,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from reelquant.families import hunyuan_video as family
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout
 from tests.errors import raises
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -19,7 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention import launch as band
 from reelquant.ops.band_attention.reference import Correction
 from reelquant.ops.column_sums import kernel as column_sums
@@ -28,6 +27,7 @@ from reelquant.ops.eight_bit_attention.reference import KeysValues
 from reelquant.ops.int8_linear import launch as linear
 from reelquant.ops.residual_factorization import kernel as factorization
 from reelquant.ops.residual_factorization.reference import Factors
+from reelquant.tokens import TokenLayout
 
 LAYOUT, HEADS, TOKENS, LENGTH = TokenLayout(16, 15, 16, 256), 16, 4096, 4096
 ON_A_GPU: dict[str, dict[str, Any]] = {

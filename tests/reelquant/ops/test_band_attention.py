@@ -8,16 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.attention.band_mask import (
-    band_width,
-    mask_density,
-    place_major_order,
-    place_major_positions,
-    visited_pairs,
-)
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.ops.band_attention.reference import band_attention_reference
+from reelquant.ops.token_order import place_major_order, place_major_positions
+from reelquant.tokens import TokenLayout, band_width, mask_density, visited_pairs
 from tests.errors import raises
 
 LAYOUTS = [TokenLayout(3, 5, 7, 4), TokenLayout(8, 10, 12, 11), TokenLayout(1, 3, 3, 0), TokenLayout(5, 1, 1, 2)]

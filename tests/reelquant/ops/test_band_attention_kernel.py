@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import Correction, band_attention, dense_and_band_attention
 from reelquant.ops.band_attention.reference import SCALED_TOKENS
+from reelquant.tokens import TokenLayout
 from tests.errors import raises
 from tests.reelquant.ops.test_band_attention import brute_force, qkv
 

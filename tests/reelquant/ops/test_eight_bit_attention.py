@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import band_attention, dense_and_band_attention, dense_attention
 from reelquant.ops.eight_bit_attention.op import (
     Precision,
@@ -17,6 +16,7 @@ from reelquant.ops.eight_bit_attention.op import (
     eight_bit_dense_and_band,
     quantize_keys_values,
 )
+from reelquant.tokens import TokenLayout
 from tests.errors import raises
 from tests.reelquant.ops.test_band_attention import brute_force
 from tests.reelquant.ops.test_band_attention_kernel import drawn_corrections, plus, poisoned, relative_error

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reelquant.ops
-from reelquant.families.family import TokenLayout
+from reelquant.tokens import TokenLayout
 from tests.reelquant.runtime.test_block_fusion import SPARSE, error, outputs, quantized
 
 FOLDER = Path(reelquant.ops.__file__).parent

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from reelquant.attention.configurable_attention import AttentionPrecision
 from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold, refresh_thresholds
 from reelquant.checkpoint.inference_specs import StepProtection
 from reelquant.noise_schedule import shifted_levels
+from reelquant.runtime.configurable_attention import AttentionPrecision
 from tests.errors import raises
 from tests.reelquant.runtime.test_attach import SPARSE, checkpoint_with, load, outputs
 

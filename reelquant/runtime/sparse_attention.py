@@ -17,12 +17,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from reelquant.attention.band_mask import band_width, visited_pairs
-from reelquant.attention.configurable_attention import AttentionPrecision, ConfigurableAttention, Visited
 from reelquant.attention.head_kind import band_errors, kinds_of, sampled_rows
 from reelquant.attention.residual_cache import ResidualCache
 from reelquant.attention.sparse_spec import StepKind
-from reelquant.families.family import TokenLayout
 from reelquant.ops.band_attention.op import (
     Correction,
     band_attention,
@@ -31,7 +28,9 @@ from reelquant.ops.band_attention.op import (
 )
 from reelquant.ops.eight_bit_attention.op import NEEDS as EIGHT_BITS
 from reelquant.ops.implementation import obstacle
+from reelquant.runtime.configurable_attention import AttentionPrecision, ConfigurableAttention, Visited
 from reelquant.runtime.generation import GenerationState, current_pass
+from reelquant.tokens import TokenLayout, band_width, visited_pairs
 
 __all__ = ["AttentionPrecision", "BlockAttention", "SparseAttention", "Visited"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol, Unpack
 
-from reelquant.attention.knobs import AttentionKnobs, changed
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.families.family import family_of_architecture
 from reelquant.noise_schedule import USUAL_STEPS, Schedule, shifted_levels
 from reelquant.ops.band_attention.op import Implementation, Precision
 from reelquant.runtime.generation import GenerationTracker
+from reelquant.runtime.knobs import AttentionKnobs, changed
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Band masks of sparse attention (QuantSparse on Sparse VideoGen's masks, method §6).
+"""The grid of a video's tokens, and band masks over them (QuantSparse on Sparse VideoGen's masks, method §6).
 
 Both head kinds are one mask, `|i - j| < width`, over the video tokens in two orders: frame-major (`spatial`: near frames) and
 place-major (`temporal`: near places in all frames). Text tokens see all and are seen by all.
@@ -6,10 +6,27 @@ place-major (`temporal`: near places in all frames). Text tokens see all and are
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
-from reelquant.families.family import TokenLayout
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Grid of the video tokens (frame-major) and the number of text tokens after them."""
+
+    num_frames: int
+    height: int
+    width: int
+    num_text: int
+
+    @property
+    def num_video(self) -> int:
+        """Number of video tokens."""
+        return self.num_frames * self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of all tokens."""
+        return self.num_video + self.num_text
 
 
 def visited_pairs(layout: TokenLayout, width: int) -> int:
@@ -46,17 +63,3 @@ def band_width(layout: TokenLayout, density: float) -> int:
         else:
             high = middle - 1
     return low
-
-
-def place_major_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
-    """`[num_video]` int64: `x[order]` puts frame-major video tokens into place-major order."""
-    places = layout.height * layout.width
-    order = torch.arange(layout.num_video, device=device).view(layout.num_frames, places)
-    return order.T.reshape(-1)
-
-
-def place_major_positions(layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
-    """`[num_video]` int64: place-major position of every frame-major token; the inverse of `place_major_order`."""
-    places = layout.height * layout.width
-    token = torch.arange(layout.num_video, device=device)
-    return token % places * layout.num_frames + token // places

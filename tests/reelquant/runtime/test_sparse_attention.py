@@ -16,9 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import reelquant  # noqa: F401
-from reelquant.attention import sparse_attention
 from reelquant.attention.residual_cache import ResidualCache
-from reelquant.attention.sparse_attention import AttentionPrecision, SparseAttention, Visited
 from reelquant.attention.sparse_spec import (
     ResidualSpec,
     SparseAttentionSpec,
@@ -28,9 +26,11 @@ from reelquant.attention.sparse_spec import (
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.families import hunyuan_video_attention
+from reelquant.runtime import sparse_attention
 from reelquant.runtime.attach import attach_runtime
 from reelquant.runtime.generation import GenerationTracker
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
+from reelquant.runtime.sparse_attention import AttentionPrecision, SparseAttention, Visited
 from tests.errors import raises
 
 MODEL = Path(__file__).parents[3] / "assets" / "hunyuanvideo-digits"
@@ -154,7 +154,7 @@ def test_the_pairs_that_ran_are_those_of_the_specification(sparse: Any) -> None:
     config = sparse.transformer.config
     tokens = len(sparse.encode_prompt(PROMPTS[0], max_sequence_length=32)[2].nonzero())
     layout = family.token_layout(config, noise(0).shape, tokens)
-    from reelquant.attention.band_mask import band_width
+    from reelquant.tokens import band_width
 
     width = band_width(layout, SPEC.density)
     stated = SPEC.effective_density(layout, width, noise_levels=LEVELS(7), blocks=BLOCKS)
@@ -277,7 +277,7 @@ def test_latents_too_small_for_a_band_run_dense_with_a_warning(
     dense: Any, sparse: Any, expected: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = {"height": 16, "width": 16, "num_frames": 1}
-    with caplog.at_level(logging.WARNING, logger="reelquant.attention.sparse_attention"):
+    with caplog.at_level(logging.WARNING, logger="reelquant.runtime.sparse_attention"):
         found = latents(sparse, PROMPTS[0], shape=small)
     assert any("[1, 8, 1, 4, 4]" in record.message for record in caplog.records)
     assert error(found, latents(dense, PROMPTS[0], shape=small)) < 1e-4

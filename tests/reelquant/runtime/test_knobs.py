@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from reelquant.attention.knobs import KNOBS
-from reelquant.attention.knobs import changed as changed_by
 from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
 from reelquant.noise_schedule import shifted_levels
+from reelquant.runtime.knobs import KNOBS
+from reelquant.runtime.knobs import changed as changed_by
 from tests.errors import raises
 
 LEVELS = shifted_levels(20, 5.0)
