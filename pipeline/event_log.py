@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from storage.location import Location
-from storage.run_store import open_store
+from storage.open_store import open_store
 
 _NAME = "events.jsonl"
 """In a bucket, where nothing is appended to, numbered parts of it (`storage.s3_log`)."""

@@ -11,8 +11,8 @@ from urllib.parse import quote
 from storage.atomic_files import atomic_path, create_directory, sha256_file, write_bytes_atomic
 from storage.location import Location
 from storage.manifest import OutputFile
+from storage.open_store import open_store
 from storage.run_directory import EVALUATION, REPORT, RunDirectory
-from storage.run_store import open_store
 
 _STAGE = "assembly"
 _LINKED_FILM = re.compile(rb'<video src="%s/([A-Za-z0-9._=+-]+\.mp4)"' % EVALUATION.encode())

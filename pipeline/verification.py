@@ -15,7 +15,7 @@ from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
 from storage.location import Location, StoreUrl
-from storage.run_store import open_store
+from storage.open_store import open_store
 from workers.assembly_worker import INDEX
 
 _SHOWN_PROBLEMS = 30

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from storage.array_file import NotFinite, read_rows, write_data_file
 from storage.atomic_files import sweep_partial_files
 from storage.location import StoreUrl, local_path, parse_location
+from storage.open_store import open_store
 from storage.output_file import OutputFile
-from storage.run_store import StoreUnreachable, open_store
+from storage.run_store import StoreUnreachable
 from storage.zarr_layout import GROUP_METADATA, METADATA_FILE, ArrayLayout
 
 _COMPONENT = re.compile(r"(?!__)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,127}")

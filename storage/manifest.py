@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from storage.atomic_files import json_bytes
 from storage.hashed_files import HashedFiles
 from storage.location import Location, StoreUrl, local_path, parse_location
+from storage.open_store import open_store
 from storage.output_file import OutputFile as OutputFile
-from storage.run_store import StoredFile, open_store
+from storage.run_store import StoredFile
 
 FORMAT_VERSION = 1
 """Version of a record file."""

@@ -24,8 +24,9 @@ from storage.calibration_store import CalibrationStore
 from storage.local_store import LOCK_FILE
 from storage.location import Location, StoreUrl, local_path, parse_location
 from storage.manifest import Manifest
+from storage.open_store import open_store
 from storage.run_store import RunLocked as RunLocked
-from storage.run_store import RunStore, open_store
+from storage.run_store import RunStore
 
 FORMAT_VERSION = 1
 """Version of the run directory as a whole."""

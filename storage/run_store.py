@@ -15,14 +15,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.location import Location, StoreUrl, parse_location
+from storage.location import Location
 from storage.output_file import OutputFile
 
 Bytes = NDArray[np.uint8]
@@ -207,32 +206,3 @@ class RunStore(Protocol):
 
     def read_log(self, folder: str, name: str) -> Iterator[str]:
         """Its lines, oldest first; empty if there is none."""
-
-
-def open_store(location: str | Path | StoreUrl) -> RunStore:
-    """The store at a location; nothing is read or written yet. One object a process and bucket prefix, as lease and epoch
-    belong to the process.
-
-    Raises:
-        ValueError: a location of another kind, or s3:// without the package for it.
-    """
-    place = parse_location(location)
-    if isinstance(place, StoreUrl):
-        return _s3_store(place)
-    from storage.local_store import LocalStore
-
-    return LocalStore(place)
-
-
-@cache
-def _s3_store(url: StoreUrl) -> RunStore:
-    try:
-        from storage.s3_store import S3Store
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("obstore"):
-            raise
-        raise ValueError(
-            f"{url} needs the package obstore, which is not installed: pip install -e '.[application,s3]', or give a local "
-            "path or one on a mounted shared file system"
-        ) from error
-    return S3Store(url)

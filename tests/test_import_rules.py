@@ -22,7 +22,7 @@ def test_checkout_keeps_its_import_rules() -> None:
 def test_breaches_are_found_behind_functions_and_behind_other_imports(tmp_path: Path) -> None:
     """That the rules are read, and that those of packages of others are kept: what each says stands in pyproject.toml."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    inside = ("calibration", "checkpoint", "diffusers_plugin", "ops", "quantization", "runtime")
+    inside = ["attention", "calibration", "checkpoint", "diffusers_internals", "diffusers_plugin", "families", "metrics", "noise_schedule", "ops", "quantization", "registration", "runtime", "tokens"]
     for package in (
         "reelquant",
         *(f"reelquant/{name}" for name in inside),
@@ -37,11 +37,13 @@ def test_breaches_are_found_behind_functions_and_behind_other_imports(tmp_path: 
     (tmp_path / "workers" / "job.py").write_text("import storage.remote\n")
     (tmp_path / "reelquant" / "job.py").write_text("def run() -> None:\n    import workers.job\n")
     (tmp_path / "reelquant" / "quantization" / "linear.py").write_text("import reelquant.checkpoint\n")
+    (tmp_path / "reelquant" / "ops" / "linear.py").write_text("import reelquant.quantization\n")
     result = lint_imports(tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
     for breach in (
         "storage.remote -> ray",
         "reelquant.job -> workers.job",
-        "quantization.linear -> reelquant.checkpoint",
+        "reelquant.quantization.linear -> reelquant.checkpoint",
+        "reelquant.ops.linear -> reelquant.quantization",
     ):
         assert breach in result.stdout

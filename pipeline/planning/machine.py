@@ -16,8 +16,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel
 from pipeline.planning.plan_tables import human_bytes
 from storage.location import Location, StoreUrl
+from storage.open_store import open_store
 from storage.run_directory import RunDirectory
-from storage.run_store import open_store
 
 RESERVE_FRAC = 0.01
 """Room for what is not counted: headers, metadata, logs, the report."""

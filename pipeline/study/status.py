@@ -12,8 +12,9 @@ from pipeline.status import details, state_text
 from pipeline.study.expansion import STUDY_FILE
 from pipeline.terminal import new_table, say, say_sentence, say_table
 from storage.location import Location
+from storage.open_store import open_store
 from storage.run_directory import RunDirectory
-from storage.run_store import RunStore, open_store
+from storage.run_store import RunStore
 
 _AT_ONCE = 8
 """Runs that are read at a time: in a bucket that is a matter of waiting."""

@@ -7,40 +7,12 @@ The most negative two's-complement code is not used, so the grid is symmetric. R
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from reelquant.ops.fake_quantization import op
-from reelquant.ops.fake_quantization.reference import in_compute_dtype, shared_scale
+from reelquant.ops.fake_quantization.reference import UNQUANTIZED_BITS, max_code, quantize
 
-UNQUANTIZED_BITS = 16
-
-
-def max_code(bits: int) -> int:
-    """Largest code of a symmetric `bits`-bit integer, `2**(bits - 1) - 1`. ValueError unless `bits` is 2..8."""
-    if bits not in range(2, 9):
-        raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r} ({UNQUANTIZED_BITS} = leave unquantized)")
-    return int(2 ** (bits - 1) - 1)
-
-
-def quantize(x: Tensor, bits: int, dim: int, clip: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Integer codes and the scale that undoes them: `codes * scale` is the quantized `x`.
-
-    Args:
-        x: any floating dtype and shape; computed in float32 at least. NaN and inf come out as a NaN or inf scale.
-        bits: 2..8.
-        dim: the axis whose elements share one scale (`-1`: one scale per token of `[..., L, d]`).
-        clip: factor on `max|x|`, dimensionless; a tensor must broadcast to the scale.
-
-    Returns: codes int8, shape of `x`; scale float32, shape of `x` with 1 at `dim`.
-    Raises: ValueError for `bits` outside 2..8, a `clip` number that is not positive, or an `x` that is not floating.
-    """
-    largest = max_code(bits)
-    with torch.no_grad():
-        x = in_compute_dtype(x)
-        scale = shared_scale(x, clip, largest, dim)
-        codes = (x / scale).round_().clamp_(-largest, largest).to(torch.int8)
-    return codes, scale.float()
+__all__ = ["UNQUANTIZED_BITS", "fake_quantize", "max_code", "quantize"]
 
 
 def fake_quantize(x: Tensor, bits: int, dim: int, clip: float | Tensor = 1.0) -> Tensor:

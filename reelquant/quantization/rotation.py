@@ -12,6 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reelquant.ops.input_quantization.reference import (
+    check_channel_scale,
+    check_square,
+    rotate_blocks,
+    transform_input,
+)
+
+__all__ = ["block_size", "cayley", "hadamard", "rotate_blocks", "transform_input", "transform_weight"]
+
 LARGEST_BLOCK = 128
 
 
@@ -39,36 +48,13 @@ def cayley(a: Tensor) -> Tensor:
 
     The identity for `a = 0`; differentiable; float32, or float64 for a float64 `a`. ValueError unless `a` is square.
     """
-    _check_square("a", a)
+    check_square("a", a)
     a = a.to(torch.promote_types(a.dtype, torch.float32))
     skew = (a - a.T) / 2
     eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
     # Never singular, so nothing is asked back from the device.
     orthogonal: Tensor = torch.linalg.solve_ex(eye + skew, eye - skew).result
     return orthogonal
-
-
-def rotate_blocks(x: Tensor, rotation: Tensor) -> Tensor:
-    """`x @ blockdiag(R, ..., R)` for `x` [..., d] and `rotation` R [b, b], b dividing d; computed in `x`'s dtype."""
-    _check_square("rotation", rotation)
-    b = rotation.shape[0]
-    if x.ndim < 1 or x.shape[-1] % b:
-        raise ValueError(f"a rotation of blocks of {b} needs [..., d] with d a multiple of {b}, got {tuple(x.shape)}")
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // b, b)
-    return (blocks @ rotation.to(x.dtype)).reshape(x.shape)
-
-
-def transform_input(x: Tensor, channel_scale: Tensor | None, rotation: Tensor | None) -> Tensor:
-    """`rotate_blocks(x / channel_scale, rotation)`; either may be None.
-
-    Args: `x` [..., d] floating; `channel_scale` [d], positive; `rotation` [b, b].
-    Returns: [..., d] in `x`'s dtype (pass `x.float()` to keep what the division and the product add in precision).
-    Raises: ValueError where the shapes do not fit.
-    """
-    if channel_scale is not None:
-        _check_channel_scale(channel_scale, x.shape[-1])
-        x = (x / channel_scale).to(x.dtype)
-    return x if rotation is None else rotate_blocks(x, rotation)
 
 
 def transform_weight(weight: Tensor, channel_scale: Tensor | None, rotation: Tensor | None) -> Tensor:
@@ -82,10 +68,10 @@ def transform_weight(weight: Tensor, channel_scale: Tensor | None, rotation: Ten
         raise ValueError(f"weight must be [out, in], got {tuple(weight.shape)}")
     result = weight.double()
     if channel_scale is not None:
-        _check_channel_scale(channel_scale, weight.shape[1])
+        check_channel_scale(channel_scale, weight.shape[1])
         result = result * channel_scale.double()
     if rotation is not None:
-        _check_square("rotation", rotation)
+        check_square("rotation", rotation)
         result = rotate_blocks(result, torch.linalg.inv(rotation.double()).T)
     return result.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -93,13 +79,3 @@ def transform_weight(weight: Tensor, channel_scale: Tensor | None, rotation: Ten
 def _check_power_of_two(name: str, value: int) -> None:
     if value < 1 or value & (value - 1):
         raise ValueError(f"{name} must be a power of two, got {value}")
-
-
-def _check_square(name: str, matrix: Tensor) -> None:
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
-        raise ValueError(f"{name} must be a square matrix, got shape {tuple(matrix.shape)}")
-
-
-def _check_channel_scale(channel_scale: Tensor, d: int) -> None:
-    if channel_scale.shape != (d,):
-        raise ValueError(f"channel_scale must be [{d}], one number per input feature, got {tuple(channel_scale.shape)}")

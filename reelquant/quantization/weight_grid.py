@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reelquant.ops.fake_quantization import op
 from reelquant.ops.fake_quantization.reference import (
+    GROUP_SIZE,
     fit_group_scale,
     in_groups,
     shared_scale,
@@ -24,7 +25,8 @@ from reelquant.ops.fake_quantization.reference import (
 )
 from reelquant.quantization.quantizer import fake_quantize, max_code
 
-GROUP_SIZE = 64
+__all__ = ["GROUP_SIZE", "WEIGHT_LAYOUTS", "WeightGrid", "fake_quantize_weight", "fit_per_channel", "fit_two_level"]
+
 WEIGHT_LAYOUTS = ("per_channel", "two_level")
 
 

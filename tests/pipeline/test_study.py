@@ -27,8 +27,8 @@ from pipeline.study.command import do_study, plan_study
 from pipeline.study.expansion import load_study, slug_of
 from pipeline.study.preparation import prepare_study
 from storage.manifest import Manifest
+from storage.open_store import open_store
 from storage.run_directory import RunDirectory, RunLocked
-from storage.run_store import open_store
 from tests.errors import names, raises
 from tests.pipeline.small_run import ROOT, call, files, small_run
 from tests.s3_server import S3Server, new_prefix

@@ -1,6 +1,6 @@
 """For processes of their own, which need not import what their test imports."""
 
-from storage.run_store import open_store
+from storage.open_store import open_store
 
 
 def put_once(place: str, content: str) -> bool:

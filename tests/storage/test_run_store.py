@@ -14,8 +14,9 @@ import torch
 from storage.calibration_store import CalibrationStore, DamagedArray
 from storage.location import StoreUrl, local_path, parse_location
 from storage.manifest import DamagedRecord, HeldManifest, Manifest, UnitRecord
+from storage.open_store import open_store
 from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
-from storage.run_store import RunStore, open_store
+from storage.run_store import RunStore
 from storage.zarr_layout import ArrayLayout
 from tests.errors import names, raises
 from tests.s3_server import new_prefix

@@ -19,8 +19,9 @@ import zarr
 
 from storage.location import StoreUrl
 from storage.manifest import Manifest, UnitRecord
+from storage.open_store import open_store
 from storage.run_directory import RunDirectory
-from storage.run_store import LeaseLost, RunLocked, StoreUnreachable, open_store
+from storage.run_store import LeaseLost, RunLocked, StoreUnreachable
 from tests.errors import names, raises
 from tests.s3_server import SECRET, S3Server, new_prefix, with_settings
 
@@ -274,7 +275,7 @@ def test_a_bucket_that_is_not_there(s3: S3Server) -> None:
 
 def test_without_the_package_the_message_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "obstore.py").write_text("raise ModuleNotFoundError(\"No module named 'obstore'\", name='obstore')\n")
-    program = "from storage.run_store import open_store; open_store('s3://bucket/run')"
+    program = "from storage.open_store import open_store; open_store('s3://bucket/run')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60, check=False,

@@ -29,8 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelquant.ops.architecture import launching
-from reelquant.ops.fake_quantization.op import ROW_GROUP, gradients, results
-from reelquant.ops.fake_quantization.reference import LARGEST_INT8, SMALLEST_SCALE
+from reelquant.ops.fake_quantization.reference import LARGEST_INT8, ROW_GROUP, SMALLEST_SCALE, gradients, results
 
 MOST_WARPS = 16
 MOST_VALUES = 32
@@ -180,7 +179,7 @@ def _fake_quantize_backward(
 
 
 def launch_fake_quantize(x: Tensor, clip: Tensor, largest: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `op.results`; arguments as checked by `op`, `clip` float32 of one element or one per row, `group_size` 0: none."""
+    """See `reference.results`; arguments as checked by `op`: `clip` float32, one or one a row; `group_size` 0 for none."""
     out, amax, group_scale = results(x, group_size)
     with launching(x):
         _fake_quantize[(len(amax),)](
@@ -199,7 +198,7 @@ def launch_fake_quantize_backward(
     group_size: int,
     of_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `op.gradients`; `grad` contiguous, the others as given to and returned by `launch_fake_quantize`."""
+    """See `reference.gradients`; `grad` contiguous, the others as given to and returned by `launch_fake_quantize`."""
     grad_x, grad_clip = gradients(x, of_x)
     tiles = _tiles(x, clip, largest, group_size)
     # Two programs of 16 warps share a multiprocessor where 64 registers are enough: one loads while the other waits.

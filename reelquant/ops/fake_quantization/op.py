@@ -22,6 +22,8 @@ from reelquant.ops.fake_quantization.reference import (
     check_clip,
     fake_quantize_reference,
     fake_quantize_two_level_reference,
+    gradients,
+    results,
 )
 from reelquant.ops.implementation import Implementation, takes_triton
 
@@ -29,8 +31,6 @@ __all__ = ["Implementation", "fake_quantize", "fake_quantize_two_level"]
 
 LARGEST_WIDTH = 16384
 """Values of a row: 32 for each of a program's 512 threads."""
-ROW_GROUP = 64
-"""Width of the kernel's tiles where rows have no groups."""
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -129,19 +129,6 @@ def _backward_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     from reelquant.ops.fake_quantization.kernel import launch_fake_quantize_backward
 
     return launch_fake_quantize_backward(*arguments)
-
-
-def results(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for `out` as `x`, `amax` float32 [rows], and `group_scale` uint8 [rows, groups], or [rows, 0] without groups."""
-    rows = x.numel() // x.shape[-1]
-    num_groups = -(-x.shape[-1] // group_size) if group_size else 0
-    amax = x.new_empty(rows, dtype=torch.float32)
-    return torch.empty_like(x), amax, x.new_empty((rows, num_groups), dtype=torch.uint8)
-
-
-def gradients(x: Tensor, of_x: bool) -> tuple[Tensor, Tensor]:
-    """Memory for the gradient of `x`, [0] where there is none, and a float32 [rows] for that of the clip."""
-    return torch.empty_like(x) if of_x else x.new_empty(0), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 _LIBRARY = torch.library.Library("reelquant", "FRAGMENT")

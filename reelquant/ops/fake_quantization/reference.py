@@ -15,6 +15,38 @@ from torch.nn.functional import pad
 SMALLEST_SCALE = 1e-30
 """Scale of an all-zero row: its codes are 0 whatever the scale, which must stay a normal float32 (also as bfloat16)."""
 LARGEST_INT8 = 127
+UNQUANTIZED_BITS = 16
+GROUP_SIZE = 64
+"""Inputs of a weight that share a group scale."""
+ROW_GROUP = 64
+"""Width of the kernel's tiles where rows have no groups."""
+
+
+def max_code(bits: int) -> int:
+    """Largest code of a symmetric `bits`-bit integer, `2**(bits - 1) - 1`. ValueError unless `bits` is 2..8."""
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r} ({UNQUANTIZED_BITS} = leave unquantized)")
+    return int(2 ** (bits - 1) - 1)
+
+
+def quantize(x: Tensor, bits: int, dim: int, clip: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Integer codes and the scale that undoes them: `codes * scale` is the quantized `x`.
+
+    Args:
+        x: any floating dtype and shape; computed in float32 at least. NaN and inf come out as a NaN or inf scale.
+        bits: 2..8.
+        dim: the axis whose elements share one scale (`-1`: one scale per token of `[..., L, d]`).
+        clip: factor on `max|x|`, dimensionless; a tensor must broadcast to the scale.
+
+    Returns: codes int8, shape of `x`; scale float32, shape of `x` with 1 at `dim`.
+    Raises: ValueError for `bits` outside 2..8, a `clip` number that is not positive, or an `x` that is not floating.
+    """
+    largest = max_code(bits)
+    with torch.no_grad():
+        x = in_compute_dtype(x)
+        scale = shared_scale(x, clip, largest, dim)
+        codes = (x / scale).round_().clamp_(-largest, largest).to(torch.int8)
+    return codes, scale.float()
 
 
 def fake_quantize_reference(x: Tensor, clip: float | Tensor, largest: int, dim: int) -> Tensor:
@@ -79,6 +111,19 @@ def check_clip(clip: float | Tensor) -> None:
     """ValueError for a number that is not positive."""
     if not isinstance(clip, Tensor) and not clip > 0:
         raise ValueError(f"clip must be positive, got {clip!r} (1.0 = the whole range)")
+
+
+def results(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for `out` as `x`, `amax` float32 [rows], and `group_scale` uint8 [rows, groups], or [rows, 0] without groups."""
+    rows = x.numel() // x.shape[-1]
+    num_groups = -(-x.shape[-1] // group_size) if group_size else 0
+    amax = x.new_empty(rows, dtype=torch.float32)
+    return torch.empty_like(x), amax, x.new_empty((rows, num_groups), dtype=torch.uint8)
+
+
+def gradients(x: Tensor, of_x: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the gradient of `x`, [0] where there is none, and a float32 [rows] for that of the clip."""
+    return torch.empty_like(x) if of_x else x.new_empty(0), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -25,9 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from reelquant.ops.architecture import architecture, launching
-from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE
+from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE, max_code
 from reelquant.ops.input_quantization.reference import Norm
-from reelquant.quantization.quantizer import max_code
 
 PLAIN_BLOCK = 128
 """Width of a block where there is no rotation, if it divides d."""

@@ -22,9 +22,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from reelquant.ops.fake_quantization.reference import max_code
 from reelquant.ops.implementation import Implementation, takes_triton
 from reelquant.ops.input_quantization.reference import Norm, quantize_input_reference
-from reelquant.quantization.quantizer import max_code
 
 __all__ = ["Implementation", "Norm", "quantize_input"]
 

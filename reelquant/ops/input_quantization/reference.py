@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from reelquant.quantization.quantizer import quantize
-from reelquant.quantization.rotation import transform_input
+from reelquant.ops.fake_quantization.reference import quantize
 
 TILE_ROWS = 4096
 """Tokens at a time: bounds the float32 intermediates."""
@@ -48,3 +47,38 @@ def quantize_input_reference(
         codes[rows], of_tokens = quantize(values, bits, -1, 1.0 if clip is None else clip)
         scale[rows] = of_tokens.squeeze(-1)
     return codes, scale
+
+
+def rotate_blocks(x: Tensor, rotation: Tensor) -> Tensor:
+    """`x @ blockdiag(R, ..., R)` for `x` [..., d] and `rotation` R [b, b], b dividing d; computed in `x`'s dtype."""
+    check_square("rotation", rotation)
+    b = rotation.shape[0]
+    if x.ndim < 1 or x.shape[-1] % b:
+        raise ValueError(f"a rotation of blocks of {b} needs [..., d] with d a multiple of {b}, got {tuple(x.shape)}")
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // b, b)
+    return (blocks @ rotation.to(x.dtype)).reshape(x.shape)
+
+
+def transform_input(x: Tensor, channel_scale: Tensor | None, rotation: Tensor | None) -> Tensor:
+    """`rotate_blocks(x / channel_scale, rotation)`; either may be None.
+
+    Args: `x` [..., d] floating; `channel_scale` [d], positive; `rotation` [b, b].
+    Returns: [..., d] in `x`'s dtype (pass `x.float()` to keep what the division and the product add in precision).
+    Raises: ValueError where the shapes do not fit.
+    """
+    if channel_scale is not None:
+        check_channel_scale(channel_scale, x.shape[-1])
+        x = (x / channel_scale).to(x.dtype)
+    return x if rotation is None else rotate_blocks(x, rotation)
+
+
+def check_square(name: str, matrix: Tensor) -> None:
+    """ValueError naming `name` unless `matrix` is square."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+        raise ValueError(f"{name} must be a square matrix, got shape {tuple(matrix.shape)}")
+
+
+def check_channel_scale(channel_scale: Tensor, d: int) -> None:
+    """ValueError unless there is one number for each of `d` features."""
+    if channel_scale.shape != (d,):
+        raise ValueError(f"channel_scale must be [{d}], one number per input feature, got {tuple(channel_scale.shape)}")

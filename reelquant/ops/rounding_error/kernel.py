@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelquant.ops.architecture import launching
-from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE
-from reelquant.quantization.quantizer import max_code
+from reelquant.ops.fake_quantization.reference import SMALLEST_SCALE, max_code
 
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 _ROUNDING = tl.constexpr(12582912.0)

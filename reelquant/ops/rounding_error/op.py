@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reelquant.ops.fake_quantization.reference import max_code
 from reelquant.ops.implementation import Implementation, takes_triton
 from reelquant.ops.rounding_error.reference import rounding_error_reference
-from reelquant.quantization.quantizer import max_code
 
 __all__ = ["Implementation", "rounding_error"]
 

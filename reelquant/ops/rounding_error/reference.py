@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reelquant.quantization.quantizer import fake_quantize
+from reelquant.ops.fake_quantization.op import fake_quantize
+from reelquant.ops.fake_quantization.reference import max_code
 
 TILE_VALUES = 2**22
 """Values at a time: bounds the float32 intermediates."""
@@ -15,5 +16,5 @@ def rounding_error_reference(weight: Tensor, *, bits: int, out: Tensor) -> Tenso
     tile_rows = max(1, TILE_VALUES // weight.shape[1])
     for part, target in zip(weight.split(tile_rows), out.split(tile_rows), strict=True):
         exact = part.float()
-        target.copy_(fake_quantize(exact, bits, 1) - exact)
+        target.copy_(fake_quantize(exact, 1.0, max_code(bits), 1) - exact)
     return out

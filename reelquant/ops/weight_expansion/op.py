@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reelquant.ops.fake_quantization.reference import GROUP_SIZE, max_code
 from reelquant.ops.implementation import Implementation, takes_triton
+from reelquant.ops.weight_expansion.bit_stream import CODES_PER_WORD
 from reelquant.ops.weight_expansion.reference import expand_weight_reference
-from reelquant.quantization.packing import CODES_PER_WORD
-from reelquant.quantization.quantizer import max_code
-from reelquant.quantization.weight_grid import GROUP_SIZE
 
 __all__ = ["Implementation", "expand_weight"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelquant.quantization.packing import unpack_bits
-from reelquant.quantization.weight_grid import WeightGrid
+from reelquant.ops.fake_quantization.reference import GROUP_SIZE
+from reelquant.ops.weight_expansion.bit_stream import unpack_bits
 
 TILE_ROWS = 1024
 """Rows at a time: unpacking takes an int64 a code, 16 times the expanded weight."""
@@ -18,6 +18,7 @@ def expand_weight_reference(packed: Tensor, *, bits: int, group_scale: Tensor | 
     for start in range(0, len(packed), TILE_ROWS):
         rows = slice(start, start + TILE_ROWS)
         codes = unpack_bits(packed[rows], bits, num_inputs)
-        scale = torch.ones(len(codes), 1, device=codes.device)
-        out[rows] = WeightGrid(scale, None if group_scale is None else group_scale[rows], bits).expand(codes)
+        if group_scale is not None:
+            codes = codes * group_scale[rows].repeat_interleave(GROUP_SIZE, dim=1)[:, :num_inputs].to(torch.int8)
+        out[rows] = codes
     return out
