@@ -10,8 +10,8 @@ optimization (forward and backward of the quantized block, loss terms, optimizer
 The projection is for the whole model: its blocks x (samples x targets + epochs x samples x steps), with rounding, reading and
 loading left out; its last column is the change to all tokens without terms.
 
-Predicted for 57,856 tokens on an H100, without terms, before fake quantization had kernels. Operations are counted
-(`pipeline.planning.meta_run`); attention at the 496 TFLOP/s and products at the 600 that a step of all tokens reaches. What was
+Predicted for 57,856 tokens on an H100, without terms, before fake quantization had kernels. Operations were counted
+on the meta device; attention at the 496 TFLOP/s and products at the 600 that a step of all tokens reaches. What was
 left of 0.546 and 0.493 s was 0.188 and 0.135: of that 0.059 goes with the tokens, and the rest stays: fake quantization of all
 weights (0.027 a 100 million of them, from the difference of both kinds), copies of the streams (0.014), norm, transform and
 rotary embedding of what keys and values read (0.025). The kernels were predicted to take 0.006 of 0.12 s of a double block, and

@@ -165,7 +165,7 @@ def plan(
     ] = False,
     update: Annotated[bool, typer.Option("--update", help="Plan what `run --update` would do.")] = False,
 ) -> None:
-    """Estimate disk, memory and GPU hours, and check the run. No GPU needed."""
+    """Count units, disk and memory, and check that the run can succeed. No GPU needed."""
     console = Console()
     with _errors(console):
         with phase(console, "Checking configuration and model", logged=False):

@@ -31,7 +31,7 @@ from pipeline.planning.machine import (
 )
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_tables import show_plan
-from pipeline.planning.stage_cost import PROCESS_BYTES, CostModel, StageCost
+from pipeline.planning.stage_memory import StageMemory
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
 from pipeline.run_units import unit_names
@@ -51,8 +51,6 @@ class StagePlan:
     """What it writes: the data of arrays and tensors to the byte; headers of files and logs are not in it."""
     peak_memory_bytes: int | None
     """Of one worker: of its GPU, or of its process on a CPU. None where it is small."""
-    gpu_hours: float | None
-    """Of an H100 for the whole stage, a rough estimate; None where it is not estimated."""
 
 
 @dataclass
@@ -179,8 +177,8 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     if not counts.problems:
         counts.problems += band_problems(context, counts)
     # Shapes that cannot run cannot be counted either.
-    costs = {} if counts.problems else CostModel(context, counts, dtype).stages()
-    stages = _stages(context, counts, dtype, checkpoints=checkpoints, costs=costs)
+    peaks = {} if counts.problems else StageMemory(context, counts, dtype).peaks()
+    stages = _stages(context, counts, dtype, checkpoints=checkpoints, peaks=peaks)
     disk = disk_of(config.run)
     no_run = _run_problems(config, model.folder, update=update)
     machine = [
@@ -215,9 +213,8 @@ def _stages(
     dtype: torch.dtype,
     *,
     checkpoints: tuple[CheckpointSize, ...],
-    costs: Mapping[str, StageCost],
+    peaks: Mapping[str, int],
 ) -> tuple[StagePlan, ...]:
-    on_gpu = context.config.workers.num_gpus > 0
     units = unit_names(context.config, samples=None, num_segments=len(context.segments))
     disk_bytes = {
         "trajectories": trajectory_bytes(context, counts, dtype),
@@ -229,10 +226,7 @@ def _stages(
     }
 
     def stage(name: str, num: int) -> StagePlan:
-        cost = costs.get(name) if num else None
-        peak = None if cost is None else cost.peak_bytes + (0 if on_gpu else PROCESS_BYTES)
-        hours = cost.operations.gpu_hours if cost is not None and on_gpu else None
-        return StagePlan(name, name.capitalize(), num, disk_bytes.get(name, 0), peak, hours)
+        return StagePlan(name, name.capitalize(), num, disk_bytes.get(name, 0), peaks.get(name) if num else None)
 
     return tuple(stage(name, found.num or 0) for name, found in units.items())
 

@@ -21,14 +21,14 @@ Without `warm` a machine's first distillation is measured, as a user has it once
 `alone` comes last, as it takes longest, or with `--beside` at the same time as `distillation`. With `--budget-s` it is stopped
 when the time is up, and the speed-up follows from what one worker has done by then. The record is written after every part, and
 a part that fails leaves the others' figures. Figures are those of the run directory (records, event log), beside those of the
-plan. The bars: bytes within 1 % of the plan, memory and time within 25 %.
+plan. The bars: bytes within 1 % of the plan, memory within 25 %.
 
 `--output` may hold runs of other settings: one of the same `--label` is replaced, others stay. On a CPU (`--heads 1 --double 1
 --single 2 --text-width 128 --vae-width 32 --video 48x64x5`) figures only show that it works.
 
 Predicted for two H100 at 480 x 848 x 61, FSDP: 16 GiB at the peak of trajectories; 0.5 GB/s of activations a GPU, and a store
-that takes more; a distillation that takes half as long on two; GPTQ's solves, which the plan leaves out, more than half of its
-time at 4 samples and one epoch.
+that takes more; a distillation that takes half as long on two; GPTQ's solves more than half of its time at 4 samples and one
+epoch.
 """
 
 from __future__ import annotations

@@ -26,12 +26,10 @@ def run_figures(run: Path, plan: Plan) -> dict[str, Any]:
             continue
         figures = _stage(records, [bar for bar in timeline.bars if bar.stage == name], timeline)
         expected = planned[name]
-        hours = expected.gpu_hours
         figures |= {
             "planned_units": expected.units,
             "planned_bytes": expected.disk_bytes,
             "planned_peak_bytes": expected.peak_memory_bytes,
-            "planned_s": None if hours is None else 3600 * hours,
         }
         found[name] = figures
     if "assembly" in found:

@@ -29,8 +29,8 @@ def _sizes(runs: dict[str, Any]) -> Iterator[str]:
 
 
 def _stages(runs: dict[str, Any]) -> Iterator[str]:
-    yield "| run | stage | units | loaded, s | wall, s | sum, s | to plan | peak, GiB | to plan | written, GiB | to plan |"
-    yield "|" + "---|" * 11
+    yield "| run | stage | units | loaded, s | wall, s | sum, s | peak, GiB | to plan | written, GiB | to plan |"
+    yield "|" + "---|" * 10
     for label, run in runs.items():
         for name, stage in run.get("stages", {}).items():
             if name == "selection":  # some numbers, on a CPU
@@ -38,7 +38,7 @@ def _stages(runs: dict[str, Any]) -> Iterator[str]:
             units = f"{stage['units']}" if stage["units"] == stage["planned_units"] else _part(stage)
             yield (
                 f"| {label} | {name} | {units} | {stage['load_s']:.1f} | {stage['wall_s']:.1f} | {stage['sum_s']:.1f} | "
-                f"{_ratio(stage['sum_s'], stage['planned_s'])} | {_gib(stage['peak_bytes'])} | "
+                f"{_gib(stage['peak_bytes'])} | "
                 f"{_ratio(stage['peak_bytes'], stage['planned_peak_bytes'])} | {_gib(stage['output_bytes'])} | "
                 f"{_ratio(stage['output_bytes'], stage['planned_bytes'], digits=4)} |"
             )

@@ -40,14 +40,8 @@ def show_plan(plan: Plan, console: Console) -> None:
         say_table(console, table)
     console.line()
     _show_disk(plan, console)
-    if any(stage.gpu_hours is not None for stage in plan.stages):
-        said = (
-            "GPU-hours are an estimate: counted operations and bytes at 80 % of an H100's measured rates,\n"
-            "without text encoding, loading and the solves of GPTQ."
-        )
-    else:
-        said = "Times on a CPU are not estimated; workspaces of convolutions take more memory."
-    say(console, (said, "dim"))
+    say(console, ("Peak memory is that of one worker, without the workspaces of libraries.", "dim"))
+    say(console, ("How long each stage takes, a run says after its first units.", "dim"))
     for note in plan.notes:
         say_sentence(console, ("note:", "yellow"), f" {note}")
     for problem in plan.problems:
@@ -87,23 +81,20 @@ def _workers(plan: Plan) -> str:
 
 
 def _stage_table(plan: Plan) -> PlainTable:
-    table = new_table("Stage", "Units", "Disk", "Peak memory", "GPU-hours")
+    table = new_table("Stage", "Units", "Disk", "Peak memory")
     for stage in plan.stages:
         table.add_row(
             stage.title,
             f"{stage.units:,}",
             human_bytes(stage.disk_bytes) if stage.disk_bytes else "-",
             "-" if stage.peak_memory_bytes is None else human_bytes(stage.peak_memory_bytes),
-            "-" if stage.gpu_hours is None else f"{stage.gpu_hours:.1f}",
             end_section=stage is plan.stages[-1],
         )
-    hours = [stage.gpu_hours for stage in plan.stages if stage.gpu_hours is not None]
     table.add_row(
         "All",
         f"{sum(stage.units for stage in plan.stages):,}",
         human_bytes(plan.disk_bytes),
         "",
-        f"{sum(hours):.1f}" if hours else "-",
         style="bold",
     )
     return table

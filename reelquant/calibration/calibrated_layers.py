@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.ops.implementation import turns
 from reelquant.quantization.quantizer import fake_quantize
 from reelquant.quantization.rotation import block_size, cayley, hadamard, rotate_blocks, transform_weight
 from reelquant.quantization.weight_grid import WeightGrid, fake_quantize_weight, fit_per_channel, fit_two_level
@@ -158,7 +159,7 @@ def best_clip(weight: Tensor, bits: int, layout: str) -> Tensor:
     """Per output channel the clip `[n, 1]` with the least squared rounding error, from 0.5 to 1 in steps of 0.025."""
     best = torch.full((weight.shape[0], 1), torch.inf, device=weight.device)
     clip = torch.ones_like(best)
-    for candidate in _CLIP_CANDIDATES:
+    for candidate in turns(_CLIP_CANDIDATES, weight):
         rounded = fake_quantize_weight(weight, bits, torch.full_like(best, candidate), layout)
         error = (rounded - weight).square().sum(dim=1, keepdim=True)
         clip = torch.where(error < best, candidate, clip)

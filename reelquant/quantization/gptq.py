@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reelquant.ops.implementation import turns
 from reelquant.quantization.quantizer import max_code
 from reelquant.quantization.weight_grid import WeightGrid
 
@@ -60,7 +61,7 @@ def gptq_round(
         rest = weight.T[order].to(factor.dtype)
         scale = grid.column_scale(in_features).T[order]
         codes = torch.empty(scale.shape, dtype=torch.int8, device=weight.device)
-        for start in range(0, in_features, block_columns):
+        for start in turns(range(0, in_features, block_columns), weight):
             stop = min(start + block_columns, in_features)
             block = slice(start, stop)
             codes[block], error = _round_block(rest[block], factor[block, block], scale[block], max_code(grid.bits))
@@ -76,7 +77,7 @@ def _round_block(rest: Tensor, factor: Tensor, scale: Tensor, largest: int) -> t
     codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
     error = torch.empty_like(rest)
     lower = factor.T.contiguous()
-    for i, pivot in enumerate(factor.diagonal().tolist()):
+    for i, pivot in turns(list(enumerate(factor.diagonal().tolist())), factor):
         column = torch.addmv(rest[i], error[:i].T, lower[i, :i], alpha=-1) if i else rest[i]
         # The division of WeightGrid.round, in its float32: without a correction the codes are the nearest ones exactly.
         code = (column.float() / scale[i]).round_().clamp_(-largest, largest)

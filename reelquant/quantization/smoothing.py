@@ -28,8 +28,9 @@ def smoothing_scale(activation_amax: Tensor, weight_amax: Tensor, alpha: float =
             f"got {tuple(activation_amax.shape)} and {tuple(weight_amax.shape)}"
         )
     for name, amax in (("activation_amax", activation_amax), ("weight_amax", weight_amax)):
-        bad = ~(amax.isfinite() & (amax >= 0))
-        if bool(bad.any()):
+        sound = amax.isfinite() & (amax >= 0)
+        if not bool(sound.all()):
+            bad = ~sound
             channel = int(bad.nonzero()[0])
             raise ValueError(
                 f"{name} must be finite and not negative, got {float(amax[channel])} in channel {channel} "

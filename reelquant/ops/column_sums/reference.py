@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reelquant.ops.implementation import turns
+
 LARGEST_TILE_ROWS = 1024
 """Bounds a tile for short sequences, which would otherwise fit whole."""
 
@@ -22,10 +24,10 @@ def column_sums_reference(q: Tensor, k: Tensor, *, tile_bytes: int) -> Tensor:
     tile_heads = max(1, min(num_heads, tile_bytes // (row_bytes * tile_rows)))
     tile = torch.empty(tile_heads * tile_rows * length, dtype=dtype, device=q.device)
     sums = torch.zeros(length, dtype=torch.float64, device=q.device)
-    for q_heads, k_heads in zip(q.split(tile_heads), k.split(tile_heads), strict=True):
+    for q_heads, k_heads in turns(list(zip(q.split(tile_heads), k.split(tile_heads), strict=True)), q):
         keys = k_heads.to(dtype).transpose(1, 2)
         queries = q_heads.to(dtype) * head_dim**-0.5
-        for rows in queries.split(tile_rows, dim=1):
+        for rows in turns(queries.split(tile_rows, dim=1), q):
             sums += _tile_column_sums(rows, keys, tile)
     return sums
 

@@ -6,8 +6,7 @@
 | `triton` | CUDA from compute capability 8.0; bf16, fp16 and fp32, contiguous, one scale per row of at most 16,384 |
 
 The kernels are operators of torch, `torch.ops.reelquant.fake_quantize` and `fake_quantize_backward`. On the meta device, where
-costs are counted, they stand for those of a GPU: one operation that reads what it is given and writes what it returns.
-`reference_only` counts the reference there.
+memory is counted, they stand for those of a GPU: what they return, and nothing else. `reference_only` counts the reference.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def rounding_error(weight: Tensor, *, bits: int, implementation: Implementation 
         )
     with torch.no_grad():
         out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        if takes_triton(implementation, weight.device, unsuited=_unsuited(weight)):
+        if takes_triton(implementation, weight.device, unsuited=_unsuited(weight), on_meta=True):
+            if weight.is_meta:
+                return out
             from reelquant.ops.rounding_error.kernel import launch_rounding_error
 
             return launch_rounding_error(weight, bits=bits, out=out)
