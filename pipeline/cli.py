@@ -163,6 +163,13 @@ def plan(
         bool,
         typer.Option("--shapes-only", help="Plan from the model's config files only; weights are not needed."),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Do one unit of each kind in a scratch folder, with the run's workers, and say the hours of all of them.",
+        ),
+    ] = False,
     update: Annotated[bool, typer.Option("--update", help="Plan what `run --update` would do.")] = False,
 ) -> None:
     """Count units, disk and memory, and check that the run can succeed. No GPU needed."""
@@ -170,12 +177,19 @@ def plan(
     with _errors(console):
         with phase(console, "Checking configuration and model", logged=False):
             from pipeline.config.loading import load_config
-            from pipeline.plan import plan_config
+            from pipeline.measurement import measure as measure_run
+            from pipeline.measurement import require_measurable
+            from pipeline.plan import fetched, plan_config
 
-            planned = plan_config(load_config(config, overrides or ()), shapes_only=shapes_only, update=update)
+            loaded = load_config(config, overrides or ())
+            if measure:
+                require_measurable(loaded, shapes_only=shapes_only)
+            planned = plan_config(loaded, shapes_only=shapes_only, update=update)
         planned.show(console)
         if planned.problems:
             raise typer.Exit(1)
+        if measure:
+            measure_run(fetched(planned, console, update=update).context, console).show(console)
 
 
 @command()

@@ -12,6 +12,7 @@ from torch import Tensor
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.block_rounding import RoundedLayer
 from reelquant.calibration.calibrated_layers import best_clip
+from reelquant.calibration.recipe import LayerBits
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.reader import source_weights
@@ -94,7 +95,7 @@ class DistillationWorker:
             name: load_block(self._model, self._weights, name, device=self._device, dtype=self._dtype)
             for name in unit.blocks
         }
-        bits = {name: _bits_inside(method, name) for name in blocks}
+        bits = {name: bits_inside(method, name) for name in blocks}
         samples = [
             self._sample(sample, entry)
             for sample, entry in zip(self._settings.samples, self._entry_names(unit), strict=False)
@@ -199,7 +200,8 @@ def block_summary(distilled: DistilledBlock) -> dict[str, Any]:
     }
 
 
-def _bits_inside(method: MethodPlan, block: str) -> dict[str, Any]:
+def bits_inside(method: MethodPlan, block: str) -> dict[str, LayerBits]:
+    """Bits of the layers of `block`, by name inside it."""
     prefix = f"{block}."
     return {name.removeprefix(prefix): bits for name, bits in method.bits.items() if name.startswith(prefix)}
 

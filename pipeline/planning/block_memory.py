@@ -7,7 +7,7 @@ their reference, which takes more than the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.context import RunContext
+from pipeline.context import ModelFacts, RunContext
 from pipeline.planning.meta_run import META, bytes_of, peak_on_meta, tensors_of, to_dtype
 from pipeline.planning.model_size import planned_layers
 from pipeline.planning.store_size import hidden_size
@@ -25,7 +25,22 @@ from reelquant.calibration.drift_repair import RepairSample, repair_block
 from reelquant.calibration.recipe import Recipe
 from reelquant.calibration.segment_distillation import distill_segment
 from reelquant.quantization.linear import replace_linear_layers, share_group_tensors
+from workers.distillation_worker import bits_inside
 from workers.messages import MethodPlan
+
+
+def block_kinds(model: ModelFacts, method: MethodPlan) -> dict[str, Hashable]:
+    """Kind by name of the block: calibrating blocks of one kind takes as much, as they have layers of the same shapes and bits,
+    and the same attention."""
+    sparse = method.recipe.sparse
+    return {
+        name: (
+            model.family.group_levels(name),
+            tuple(bits_inside(method, name).items()),
+            sparse is None or name in sparse.dense_blocks,
+        )
+        for name in model.blocks
+    }
 
 
 class BlockMemory:
@@ -37,9 +52,9 @@ class BlockMemory:
 
     def __init__(self, context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> None:
         self._context, self._counts, self._dtype = context, counts, dtype
-        self._family, self._names = context.model.family, context.model.blocks
+        self._family = context.model.family
         self._on_gpu = context.config.workers.num_gpus > 0
-        self._weights = {name: bytes_of(self._block(name)) for name in self._names}
+        self._weights = {name: bytes_of(self._block(name)) for name in context.model.blocks}
 
     @property
     def largest_block(self) -> int:
@@ -51,9 +66,12 @@ class BlockMemory:
         Of every kind of block one is calibrated for one epoch, behind another of its kind where segments have several."""
         longest = max(len(segment) for segment in self._context.segments)
         extra: dict[Any, int] = {}
-        for kind, names in self._kinds(method).items():
-            extra[kind] = self._distill(method, names[: min(2, longest)])
-        beside = {name: extra[kind] for kind, names in self._kinds(method).items() for name in names}
+        kinds = block_kinds(self._context.model, method)
+        for kind in kinds.values():
+            alike = [name for name in kinds if kinds[name] == kind]
+            if kind not in extra:
+                extra[kind] = self._distill(method, alike[: min(2, longest)])
+        beside = {name: extra[kind] for name, kind in kinds.items()}
         return max(
             sum(self._weights[name] for name in segment) + max(beside[name] for name in segment)
             for segment in self._context.segments
@@ -61,17 +79,8 @@ class BlockMemory:
 
     def drift_repair(self, method: MethodPlan) -> int:
         """Peak of repairing any block: of both models, at the highest."""
-        return max(self._repair(method, names[0]) for names in self._kinds(method).values())
-
-    def _kinds(self, method: MethodPlan) -> dict[Any, list[str]]:
-        """Names of the blocks, those together whose calibration takes as much."""
-        kinds: dict[Any, list[str]] = {}
-        sparse = method.recipe.sparse
-        for name in self._names:
-            dense = sparse is None or name in sparse.dense_blocks
-            bits = tuple(self._bits(method, name).items())
-            kinds.setdefault((self._family.group_levels(name), bits, dense), []).append(name)
-        return kinds
+        kinds = block_kinds(self._context.model, method)
+        return max(self._repair(method, name) for name in {kind: name for name, kind in kinds.items()}.values())
 
     def _distill(self, method: MethodPlan, names: list[str]) -> int:
         """Most bytes beside the weights of the blocks `names`, calibrated one after the other."""
@@ -88,7 +97,7 @@ class BlockMemory:
 
         def distill() -> None:
             for _distilled in distill_segment(
-                self._family, blocks, samples, bits={name: self._bits(method, name) for name in names}, recipe=recipe,
+                self._family, blocks, samples, bits={name: bits_inside(method, name) for name in names}, recipe=recipe,
                 conditioning_rows=rows, seed_of=lambda _: 0, fall_back=False, progress=look,
             ):  # fmt: skip
                 pass
@@ -125,10 +134,6 @@ class BlockMemory:
         if not self._on_gpu or recipe.sparse is None:
             return recipe
         return replace(recipe, sparse=replace(recipe.sparse, attention="dense"))
-
-    def _bits(self, method: MethodPlan, block: str) -> dict[str, Any]:
-        prefix = f"{block}."
-        return {name.removeprefix(prefix): bits for name, bits in method.bits.items() if name.startswith(prefix)}
 
     def _block(self, name: str) -> nn.Module:
         """Full precision's, on the meta device."""

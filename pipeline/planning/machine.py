@@ -38,10 +38,12 @@ def disk_of(run: Location) -> Disk:
     if isinstance(run, StoreUrl):
         return Disk(open_store(run).num_bytes(), None)
     existing = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.is_dir() else 0
-    there = run.absolute()
-    while not there.exists():
-        there = there.parent
-    return Disk(existing, shutil.disk_usage(there).free)
+    return Disk(existing, shutil.disk_usage(existing_parent(run / "config.json")).free)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def run_problems(run: Location, model: Path) -> list[str]:
@@ -99,10 +101,7 @@ def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:
 def cache_problems(model: FoundModel) -> list[str]:
     """Too little room in the Hub's cache for what has to be fetched."""
     cache = Path(constants.HF_HUB_CACHE).absolute()
-    there = cache
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing_parent(cache / "models")).free
     if model.missing_bytes <= free:
         return []
     return [

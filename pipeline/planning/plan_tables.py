@@ -41,7 +41,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.line()
     _show_disk(plan, console)
     say(console, ("Peak memory is that of one worker, without the workspaces of libraries.", "dim"))
-    say(console, ("How long each stage takes, a run says after its first units.", "dim"))
+    say(console, ("How long it takes: plan --measure, or a run after its first units.", "dim"))
     for note in plan.notes:
         say_sentence(console, ("note:", "yellow"), f" {note}")
     for problem in plan.problems:
