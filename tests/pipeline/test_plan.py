@@ -431,7 +431,7 @@ def test_a_recognizer_is_known_by_its_content(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("plain_machine")
 def test_a_run_that_cannot_be_written_is_not_said_to_lack_disk(tmp_path: Path) -> None:
-    [problem] = plan_config(small(tmp_path, "run=/proc/foo")).problems
+    [problem] = plan_config(small(tmp_path, "run=/proc/foo", method="rtn")).problems
     assert "not writable" in problem
 
 
@@ -446,7 +446,7 @@ def test_model_without_index(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("plain_machine")
 def test_missing_weights_are_a_problem_only_with_weights(tmp_path: Path) -> None:
-    config = small(tmp_path, "workers.num_gpus=1", model=str(copy_of_model(tmp_path, weights=False)))
+    config = small(tmp_path, "workers.num_gpus=1", model=str(copy_of_model(tmp_path, weights=False)), method="rtn")
     assert [p for p in plan_config(config).problems if "has neither" in p]
     plan = plan_config(config, shapes_only=True)
     assert plan.problems == []
@@ -456,7 +456,7 @@ def test_missing_weights_are_a_problem_only_with_weights(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("plain_machine")
 def test_cluster_is_not_judged_by_this_machine(tmp_path: Path) -> None:
-    config = small(tmp_path, "workers.num_gpus=8", "cluster.address=auto", "numerics.threads=64")
+    config = small(tmp_path, "workers.num_gpus=8", "cluster.address=auto", "numerics.threads=64", method="rtn")
     assert plan_config(config, shapes_only=True).notes == []
     assert make_plan(plan_config(config, shapes_only=True).context).problems == []
 
@@ -464,14 +464,14 @@ def test_cluster_is_not_judged_by_this_machine(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("plain_machine")
 def test_what_replicas_need_and_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded = {"sharding": "fsdp", "gpus_per_replica": 4, "num_gpus": 1}
-    [problem] = plan_config(small(tmp_path, workers=sharded)).problems
+    [problem] = plan_config(small(tmp_path, method="rtn", workers=sharded)).problems
     assert names(problem, "workers.num_gpus", 1)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    [problem] = plan_config(small(tmp_path, workers=sharded)).problems
+    [problem] = plan_config(small(tmp_path, method="rtn", workers=sharded)).problems
     assert names(problem, "workers.gpus_per_replica", 4, 2)
-    [problem] = plan_config(small(tmp_path, workers={"sharding": "fsdp", "gpus_per_replica": 5})).problems
+    [problem] = plan_config(small(tmp_path, method="rtn", workers={"sharding": "fsdp", "gpus_per_replica": 5})).problems
     assert names(problem, "workers.gpus_per_replica", 5, 4)
-    plan = plan_config(small(tmp_path, workers={"sharding": "fsdp", "gpus_per_replica": 4}))
+    plan = plan_config(small(tmp_path, method="rtn", workers={"sharding": "fsdp", "gpus_per_replica": 4}))
     assert plan.problems == []
     assert "model over 4 by fsdp" in shown(plan)
 
@@ -479,13 +479,15 @@ def test_what_replicas_need_and_this_machine_lacks(tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("plain_machine")
 def test_deepspeed_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.planning.machine.find_spec", lambda _: None)
-    [problem] = plan_config(small(tmp_path, workers={"sharding": "deepspeed", "gpus_per_replica": 2})).problems
+    [problem] = plan_config(
+        small(tmp_path, method="rtn", workers={"sharding": "deepspeed", "gpus_per_replica": 2})
+    ).problems
     assert "pip install -e '.[application,deepspeed]'" in problem
 
 
 @pytest.mark.usefixtures("plain_machine")
 def test_cut_prompts_and_too_many_workers_are_notes(tmp_path: Path) -> None:
-    config = small(tmp_path, "generation.max_sequence_length=4", "workers.num_workers=9")
+    config = small(tmp_path, "generation.max_sequence_length=4", "workers.num_workers=9", method="rtn")
     plan = plan_config(config)
     assert plan.problems == []
     assert [note.split(" prompts ha")[0] for note in plan.notes[:2]] == [
