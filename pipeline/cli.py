@@ -180,12 +180,13 @@ def plan(
             from pipeline.measurement import measure as measure_run
             from pipeline.measurement import require_measurable
             from pipeline.plan import fetched, plan_config
+            from pipeline.planning.plan_tables import show_plan
 
             loaded = load_config(config, overrides or ())
             if measure:
                 require_measurable(loaded, shapes_only=shapes_only)
             planned = plan_config(loaded, shapes_only=shapes_only, update=update)
-        planned.show(console)
+        show_plan(planned, console)
         if planned.problems:
             raise typer.Exit(1)
         if measure:

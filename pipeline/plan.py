@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,7 +16,6 @@ from pipeline.context import RunContext, build_context, prompt_notes
 from pipeline.hub_model import fetch_model, pinned
 from pipeline.phase import phase
 from pipeline.planning.machine import (
-    Disk,
     cache_notes,
     cache_problems,
     disk_of,
@@ -30,69 +28,12 @@ from pipeline.planning.machine import (
     worker_problems,
 )
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
-from pipeline.planning.plan_tables import show_plan
+from pipeline.planning.plan_result import Plan, StagePlan
 from pipeline.planning.stage_memory import StageMemory
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
 from pipeline.run_units import unit_names
 from pipeline.terminal import say
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What one stage takes."""
-
-    name: str
-    title: str
-    """For people."""
-    units: int
-    """Units of work in all, done ones too."""
-    disk_bytes: int
-    """What it writes: the data of arrays and tensors to the byte; headers of files and logs are not in it."""
-    peak_memory_bytes: int | None
-    """Of one worker: of its GPU, or of its process on a CPU. None where it is small."""
-
-
-@dataclass
-class Plan:
-    """What a run takes and what is in its way."""
-
-    context: RunContext
-    counts: TokenCounts
-    dtype: torch.dtype
-    stages: tuple[StagePlan, ...]
-    checkpoints: tuple[CheckpointSize, ...]
-    """In the order of the methods."""
-    disk: Disk
-    problems: list[str]
-    """Every reason known beforehand why the run would fail; empty if none is."""
-    notes: list[str]
-    """What does not stop it."""
-    lacking: list[str]
-    """What only this machine lacks, where the plan is for another one."""
-
-    @property
-    def disk_bytes(self) -> int:
-        """What all stages write."""
-        return sum(stage.disk_bytes for stage in self.stages)
-
-    @property
-    def worker_bytes(self) -> dict[str, int]:
-        """Peak memory of one worker, by stage."""
-        return {s.name: s.peak_memory_bytes for s in self.stages if s.peak_memory_bytes is not None}
-
-    def require_feasible(self) -> None:
-        """Stops a run that would fail.
-
-        Raises:
-            ConfigError: lists all problems.
-        """
-        if self.problems:
-            raise ConfigError(self.problems)
-
-    def show(self, console: Console) -> None:
-        """Prints tables, notes and problems; fits 80 columns."""
-        show_plan(self, console)
 
 
 def plan_config(config: RunConfig, *, shapes_only: bool = False, update: bool = False) -> Plan:

@@ -53,3 +53,13 @@ def new_table(*columns: str, left: int = 1) -> PlainTable:
 def counted(num: float, noun: str) -> str:
     """`1 unit`, `3 units`, `0.5 GPUs`."""
     return f"{num:,g} {noun}" if num == 1 else f"{num:,g} {noun}s"
+
+
+def human_bytes(num: float) -> str:
+    """`6.11 GiB`: binary units, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num < 1000 or unit == "TiB":
+            break
+        num /= 1024
+    digits = 0 if unit == "B" else max(0, 2 - (num >= 10) - (num >= 100))
+    return f"{num:.{digits}f} {unit}"

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.planning.plan_tables import human_bytes
-from pipeline.terminal import PlainTable, new_table, say, say_sentence, say_table
+from pipeline.terminal import PlainTable, human_bytes, new_table, say, say_sentence, say_table
 from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint

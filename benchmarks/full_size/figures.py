@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.plan import Plan
+from pipeline.planning.plan_result import Plan
 from pipeline.report.run_data import RunData, read_run
 from pipeline.report.timeline import Bar, Timeline, read_timeline
 from storage.manifest import UnitRecord

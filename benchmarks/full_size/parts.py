@@ -23,7 +23,9 @@ from benchmarks.full_size.setting import Setting
 from benchmarks.random_checkpoint import write_pipeline
 from benchmarks.visible_gpus import visible_gpus
 from pipeline.config.loading import load_config
-from pipeline.plan import Plan, plan_config
+from pipeline.plan import plan_config
+from pipeline.planning.plan_result import Plan
+from pipeline.planning.plan_tables import show_plan
 from storage.atomic_files import sync_file
 
 PARTS = ("model", "plan", "activations", "warm", "distillation", "load", "alone")
@@ -203,7 +205,7 @@ class FullSize:
         if self._plan is None:
             # The command reads all weights; what it says of bytes, memory and time comes from their shapes.
             self._plan = plan_config(load_config(self._configured()), shapes_only=True)
-            self._plan.show(Console(width=100))
+            show_plan(self._plan, Console(width=100))
         if not (self._run / "config.json").is_file():
             return
         found = figures.run_figures(self._run, self._plan)

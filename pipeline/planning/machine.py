@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel
-from pipeline.planning.plan_tables import human_bytes
+from pipeline.terminal import human_bytes
 from storage.location import Location, StoreUrl
 from storage.open_store import open_store
 from storage.run_directory import RunDirectory

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 
+from pipeline.config.schema import RunConfig
 from pipeline.hub_model import could_be_hub_id
-from pipeline.terminal import PlainTable, counted, new_table, say, say_sentence, say_table
-
-if TYPE_CHECKING:
-    from pipeline.config.schema import RunConfig
-    from pipeline.plan import Plan
+from pipeline.planning.plan_result import Plan
+from pipeline.terminal import PlainTable, counted, human_bytes, new_table, say, say_sentence, say_table
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -48,16 +44,6 @@ def show_plan(plan: Plan, console: Console) -> None:
         say_sentence(console, ("problem:", "bold red"), f" {problem}")
     if not plan.problems:
         say(console, ("Ready to run elsewhere." if plan.lacking else "Ready to run.", "green"))
-
-
-def human_bytes(num: float) -> str:
-    """`6.11 GiB`: binary units, three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if num < 1000 or unit == "TiB":
-            break
-        num /= 1024
-    digits = 0 if unit == "B" else max(0, 2 - (num >= 10) - (num >= 100))
-    return f"{num:.{digits}f} {unit}"
 
 
 def _origin(config: RunConfig) -> str:

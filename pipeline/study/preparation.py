@@ -27,7 +27,6 @@ from pipeline.planning.machine import (
     worker_problems,
 )
 from pipeline.planning.model_size import checkpoint_size, copied_bytes, source_tensors
-from pipeline.planning.plan_tables import human_bytes
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, count_tokens
 from pipeline.run_units import evaluation_names
@@ -35,7 +34,7 @@ from pipeline.runner import STAGES
 from pipeline.stages.stage import Stage, StageUnit
 from pipeline.study.expansion import STUDY_FILE, Study, StudyRun
 from pipeline.study.models import fingerprints_of, model_key, pinned_study
-from pipeline.terminal import counted, new_table, say, say_sentence, say_table
+from pipeline.terminal import counted, human_bytes, new_table, say, say_sentence, say_table
 from storage.local_store import LOCK_FILE
 from storage.location import Location, StoreUrl
 from storage.manifest import DamagedRecord, Manifest, UnitRecord

@@ -9,6 +9,7 @@ import pickle
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.context import Run, RunContext, build_context
 from pipeline.hub_model import FoundModel, find_model, pinned
-from pipeline.plan import Plan, fetched, plan_config
+from pipeline.plan import fetched, plan_config
 from pipeline.planning.machine import cache_problems
+from pipeline.planning.plan_result import Plan
+from pipeline.planning.plan_tables import show_plan
 from pipeline.report.page import render
 from pipeline.report.run_data import read_run
 from pipeline.runner import open_run
@@ -108,7 +111,7 @@ def test_a_plan_fetches_what_is_small_and_a_run_the_weights(
     assert set(hub.downloads(MODEL)) == read - weights
     [note] = [note for note in planned.notes if note.startswith("model: ")]
     assert names(note, MODEL, constants.HF_HUB_CACHE)
-    assert f"Hub, {digits.branches['main']}" in text_of(planned.show)
+    assert f"Hub, {digits.branches['main']}" in text_of(partial(show_plan, planned))
     hub.requests.clear()
     ready = fetched(planned, Console(quiet=True), update=False)
     assert set(hub.downloads(MODEL)) == weights
@@ -271,7 +274,7 @@ def test_a_folder_comes_before_an_id(
     Path("maker").mkdir()
     Path(MODEL).symlink_to(digits_model)
     planned = plan_config(config_of(tmp_path))
-    assert "local folder" in text_of(planned.show)
+    assert "local folder" in text_of(partial(show_plan, planned))
     assert planned.context.source.model == digits_model
     assert hub.requests == []
     with raises(ConfigError, "model_revision", MODEL):

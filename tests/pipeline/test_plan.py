@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.context import build_context, recognizer_fingerprint, recognizer_problems
-from pipeline.plan import Plan, StagePlan, _memory_notes, make_plan, plan_config
+from pipeline.plan import _memory_notes, make_plan, plan_config
 from pipeline.planning.machine import disk_of, run_problems
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, planned_layers, source_tensors
+from pipeline.planning.plan_result import Plan, StagePlan
+from pipeline.planning.plan_tables import show_plan
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from storage.manifest import Manifest, OutputFile
@@ -73,7 +75,7 @@ def large_size(*overrides: str) -> CheckpointSize:
 def shown(plan: Plan, width: int = 80) -> str:
     console = Console(width=width, record=True, file=None, quiet=False, force_terminal=False)
     with console.capture() as capture:
-        plan.show(console)
+        show_plan(plan, console)
     return capture.get()
 
 
