@@ -29,7 +29,7 @@ from pipeline.planning.machine import (
 )
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_result import Plan, StagePlan
-from pipeline.planning.stage_memory import StageMemory
+from pipeline.planning.stage_memory import stage_peaks
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
 from pipeline.run_units import unit_names
@@ -118,7 +118,7 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     if not counts.problems:
         counts.problems += band_problems(context, counts)
     # Shapes that cannot run cannot be counted either.
-    peaks = {} if counts.problems else StageMemory(context, counts, dtype).peaks()
+    peaks = {} if counts.problems else stage_peaks(context, counts, dtype)
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, peaks=peaks)
     disk = disk_of(config.run)
     no_run = _run_problems(config, model.folder, update=update)

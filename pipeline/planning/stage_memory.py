@@ -45,6 +45,26 @@ PROCESS_BYTES = 460 * 2**20
 """Resident memory of a worker process that has opened a pipeline of no size (measured)."""
 
 
+_NOTHING_TO_MEMORY = frozenset({"run", "model", "model_revision", "model_commit", "model_variant", "seed", "prompts"})
+"""Of a configuration, beside what `stage_peaks` looks at itself."""
+_counted: dict[tuple[object, ...], dict[str, int]] = {}
+
+
+def stage_peaks(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> dict[str, int]:
+    """`StageMemory.peaks`, counted once a process for runs that differ in nothing of it, as a study's seeds."""
+    folder = context.model.folder
+    configs = [folder / "model_index.json", *sorted(folder.glob("*/config.json"))]
+    key = (
+        context.config.model_dump_json(exclude=set(_NOTHING_TO_MEMORY)),
+        *(path.read_bytes() for path in configs),
+        *(counts.latent_shape, counts.video_shape, counts.layout, counts.longest_stream),
+        *(len(context.calibration_prompts), dtype),
+    )
+    if key not in _counted:
+        _counted[key] = StageMemory(context, counts, dtype).peaks()
+    return _counted[key]
+
+
 class StageMemory:
     """Counts the peaks of a run's stages.
 

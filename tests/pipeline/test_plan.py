@@ -16,10 +16,12 @@ from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.context import build_context, recognizer_fingerprint, recognizer_problems
 from pipeline.plan import _memory_notes, make_plan, plan_config
+from pipeline.planning import stage_memory
 from pipeline.planning.machine import disk_of, run_problems
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, planned_layers, source_tensors
 from pipeline.planning.plan_result import Plan, StagePlan
 from pipeline.planning.plan_tables import show_plan
+from pipeline.planning.stage_memory import StageMemory
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from storage.manifest import Manifest, OutputFile
@@ -513,6 +515,22 @@ def test_methods_without_calibration_read_no_activations(tmp_path: Path) -> None
     assert (stages["activations"].units, stages["activations"].disk_bytes) == (0, 0)
     assert stages["activations"].peak_memory_bytes is None
     assert stages["distillation"].units == 2 * (3 + 1)
+
+
+def test_memory_is_counted_once_for_seeds_of_a_study_and_anew_for_what_changes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    peaks = StageMemory.peaks
+    monkeypatch.setattr(StageMemory, "peaks", lambda self: counted.append(1) or peaks(self))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(stage_memory, "_counted", {})
+    plans = [
+        plan_config(small(tmp_path, *changes))
+        for changes in ((), ("seed=5", f"run={tmp_path / 'other'}"), ("selection.num_samples=2",))
+    ]
+    assert len(counted) == 2
+    assert plans[0].worker_bytes == plans[1].worker_bytes
+    assert plans[0].worker_bytes["distillation"] > plans[2].worker_bytes["distillation"]
 
 
 def test_plan_fits_eighty_columns(tmp_path: Path) -> None:
