@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from pipeline.terminal import counted, new_table, say_sentence, say_table
 from pipeline.unit_sampler import MeasuredKind, UnitSampler
 from storage.location import StoreUrl
 from storage.run_directory import RunDirectory
+from storage.scratch import locked_folder
 from workers.messages import UnitOutput
 from workers.shared_worker import SharedWorker
 
@@ -86,7 +86,7 @@ def require_measurable(config: RunConfig, *, shapes_only: bool) -> None:
 
 def measure(context: RunContext, console: Console) -> Measurement:
     """Does one unit of each kind of a feasible run, whose weights are on this machine, in a scratch folder beside the run's
-    directory; the folder is removed.
+    directory; the folder is removed, and what a killed one has left is at the next start.
 
     Raises:
         UnitsFailed, WorkersFailed: as `run_stages`.
@@ -94,8 +94,8 @@ def measure(context: RunContext, console: Console) -> Measurement:
     config = context.config
     assert isinstance(config.run, Path), "require_measurable comes first"
     run = config.run.absolute()
-    with TemporaryDirectory(prefix=f".{run.name}-measure-", dir=existing_parent(run)) as folder:
-        scratch = replace(context, config=config.model_copy(update={"run": Path(folder) / "run"}))
+    with locked_folder(existing_parent(run), f".{run.name}-measure-") as folder:
+        scratch = replace(context, config=config.model_copy(update={"run": folder / "run"}))
         directory = RunDirectory.open_or_create(scratch.config.run, scratch.config.identity(), provenance())
         sampler = UnitSampler(Run(scratch, directory, directory.manifest))
         _do(sampler, console)

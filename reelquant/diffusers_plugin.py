@@ -84,6 +84,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: ReelquantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stored: dict[str, TensorInfo] = {}
+        self._unlisted: list[str] = []
         self._layers: dict[str, QuantizedLinear] = {}
         self._folder: Path | None = None
         self._value_problems: list[str] = []
@@ -110,11 +111,14 @@ class ReelquantQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: a file is damaged or no safetensors file.
         """
-        self._stored = {}
+        self._stored, self._unlisted, loaded = {}, [], set(loaded_keys)
         self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         for file in checkpoint_files:
             tensors, _ = open_file(Path(file))
             self._stored.update({name: tensor.info for name, tensor in tensors.items()})
+            unlisted = sorted(set(tensors) - loaded)
+            where = f"lies in {Path(file).name}, but the index does not say so"
+            self._unlisted += [f"tensor {name}: {where}" for name in unlisted]
         return loaded_keys
 
     def check_if_quantized_param(
@@ -152,7 +156,7 @@ class ReelquantQuantizer(DiffusersQuantizer):
         self._value_problems = []
         replace_linear_layers(model, self.quantization_config.spec.layers)
         self._layers = quantized_layers(model)
-        _refuse(disagreements(model, self._stored, ignored=ignored_keys(model)))
+        _refuse([*self._unlisted, *disagreements(model, self._stored, ignored=ignored_keys(model))])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         problems = self._value_problems

@@ -7,6 +7,7 @@ that needs room: a folder whose lock nobody holds belongs to nobody.
 import atexit
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -33,19 +34,35 @@ def scratch_root() -> Path:
     return _root_of(os.getpid())
 
 
+@contextlib.contextmanager
+def locked_folder(base: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `base` for the body's time; those of the prefix that killed processes have left are removed."""
+    folder, descriptor = _new_locked(base, prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
 @lru_cache(maxsize=1)
 def _root_of(process: int) -> Path:
-    base = Path(tempfile.gettempdir())
-    for left in base.glob(f"{_PREFIX}*"):
+    folder, _ = _new_locked(Path(tempfile.gettempdir()), _PREFIX)
+    atexit.register(_remove_own, folder, process)
+    return folder
+
+
+def _new_locked(base: Path, prefix: str) -> tuple[Path, int]:
+    """The folder, and the descriptor that holds its lock until it is closed or the process ends."""
+    for left in base.glob(f"{glob.escape(prefix)}*"):
         _remove_if_dead(left)
     # Under its final name only once it is locked: nobody can take it for a dead one.
     new = Path(tempfile.mkdtemp(prefix=".reelquant-", dir=base))
     descriptor = os.open(new / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    folder = base / f"{_PREFIX}{new.name.removeprefix('.reelquant-')}"
+    folder = base / f"{prefix}{new.name.removeprefix('.reelquant-')}"
     new.rename(folder)
-    atexit.register(_remove_own, folder, process)
-    return folder
+    return folder, descriptor
 
 
 def _remove_own(folder: Path, process: int) -> None:

@@ -174,15 +174,13 @@ def _refined_text(found: Refined) -> list[str]:
         )
     residual = found.residual
     if residual is not None:
+        found_steps = residual["refresh_steps"] or []
         gain = f"gain {', '.join(f'{g:.2f}' for g in residual['gain'][:4])} ... by lag; " if residual["gain"] else ""
-        steps = (
-            f"refreshes at steps {', '.join(map(str, residual['refresh_steps']))}; "
-            if residual["refresh_steps"]
-            else ""
-        )
+        where = f"step{'s' * (len(found_steps) > 1)} {', '.join(map(str, found_steps))}"
+        steps = f"refreshes at {where}; " if found_steps else ""
         said.append(
-            f"Residual: {gain}{steps}relative squared error of the sparse steps' attention {residual['error_before']:.3g} "
-            f"by the interval without gain, {residual['error_after']:.3g} with it."
+            f"Residual: {gain}{steps}relative squared error of the sparse steps' attention {residual['error_after']:.3g}; "
+            f"{residual['error_before']:.3g} with refreshes by the interval and no gain."
         )
     velocity = found.velocity
     if velocity is not None and "note" in velocity:

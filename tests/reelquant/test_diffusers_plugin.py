@@ -214,6 +214,21 @@ def test_pickled_weights_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> N
         model.save_pretrained(tmp_path, safe_serialization=False)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("name", ["norm_out.linear.weight", "transformer_blocks.0.attn.to_q.weight_packed"])
+def test_a_tensor_that_the_index_forgets_is_not_made_up(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    model = load(tiny_checkpoint)
+    shutil.rmtree(folder / "transformer")
+    model.save_pretrained(folder / "transformer", max_shard_size="20KB")  # type: ignore[operator]
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = index["weight_map"].pop(name)
+    path.write_text(json.dumps(index))
+    with raises(ValueError, name, file, "index"):
+        load(folder)
+
+
 def test_sharded_checkpoint_loads_the_same(
     tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

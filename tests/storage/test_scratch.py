@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 HOLDER = """
@@ -17,23 +19,35 @@ with scratch_folder() as folder:
 """
 
 
-def start(base: Path) -> tuple[subprocess.Popen[str], Path]:
+BESIDE = """
+import sys
+from pathlib import Path
+from storage.scratch import locked_folder
+with locked_folder(Path(sys.argv[1]), ".[run]-measure-") as folder:
+    (folder / "file").write_text("content")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def start(base: Path, program: str = HOLDER) -> tuple[subprocess.Popen[str], Path]:
     """A process with a file in its room, until its input is closed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER], cwd=ROOT, env={**os.environ, "TMPDIR": str(base)},
+        [sys.executable, "-c", program, str(base)], cwd=ROOT, env={**os.environ, "TMPDIR": str(base)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
 
 
-def test_room_goes_with_its_process_and_a_killed_ones_with_the_next(tmp_path: Path) -> None:
-    killed, left = start(tmp_path)
-    alive, kept = start(tmp_path)
+@pytest.mark.parametrize("program", [HOLDER, BESIDE])
+def test_room_goes_with_its_process_and_a_killed_ones_with_the_next(tmp_path: Path, program: str) -> None:
+    killed, left = start(tmp_path, program)
+    alive, kept = start(tmp_path, program)
     killed.kill()
     killed.communicate()
     assert left.is_dir()
-    last, _ = start(tmp_path)
+    last, _ = start(tmp_path, program)
     assert not left.exists()
     assert kept.is_dir()
     for process in (alive, last):
