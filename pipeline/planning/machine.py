@@ -92,8 +92,8 @@ def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:
     if missing <= disk.free_bytes:
         return []
     return [
-        f"run: {run} still needs {missing / 2**30:.1f} GiB of disk, {disk.free_bytes / 2**30:.1f} GiB are free: free some, "
-        "put the run directory elsewhere, or lower selection.num_samples, raise distillation.segment_length, or compare "
+        f"run: {run} still needs {human_bytes(int(missing))} of disk, {human_bytes(disk.free_bytes)} are free: free some, put "
+        "the run directory elsewhere, or lower selection.num_samples, raise distillation.segment_length, or compare "
         "fewer methods"
     ]
 

@@ -52,6 +52,8 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         ValueError: the file is cut off, longer than its tensors, no safetensors file, or has dtypes that are not read.
         OSError: the file cannot be opened.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a safetensors file")
     try:
         # Not mapped: a file that shrinks, or a disk that fails, is an error then, not the end of the process.
         file = safe_open(path, framework="pt", backend="pread")

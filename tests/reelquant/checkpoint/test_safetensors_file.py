@@ -96,6 +96,11 @@ def test_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
         open_file(path)
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with raises(ValueError, tmp_path, "folder"):
+        open_file(tmp_path)
+
+
 def test_trailing_bytes_and_garbage_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes() + b"0")
