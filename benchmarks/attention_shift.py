@@ -35,8 +35,8 @@ from reelquant.families.family import family_of_architecture
 from reelquant.families.hunyuan_video_attention import CoreAttentionProcessor
 from reelquant.ops.band_attention.op import dense_attention
 from reelquant.runtime.attach import attach_runtime
+from reelquant.settings.generation import Generation, Numerics
 from workers.generation import generate
-from workers.messages import Generation, Numerics
 from workers.model_source import open_pipeline
 from workers.process import device_name, prepare_process, unit_seed
 

@@ -39,14 +39,12 @@ import torch
 
 from benchmarks.attention_memory import environment
 from benchmarks.random_model import fill_randomly, random_stream, transformer_config
-from pipeline.config.method import MethodConfig
-from pipeline.context import recipe_of
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, learn, prepare_targets
-from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.families import hunyuan_video
 from reelquant.ops.band_attention.op import dense_attention
+from reelquant.settings.generation import LayerBits, Numerics
+from reelquant.settings.recipe import PRESETS, Recipe
 from reelquant.tokens import TokenLayout
-from workers.messages import Numerics
 from workers.process import deterministic_kernels, prepare_process
 
 TERMS = ("none", "global", "local", "both")
@@ -183,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         prepare_process(Numerics("auto", torch.get_num_threads(), deterministic=True))
     config = transformer_config() | {"num_attention_heads": options.heads}
     layout = TokenLayout(options.frames, options.height, options.width, options.text)
-    base = recipe_of(MethodConfig(preset="s2q_quantsparse", epochs=options.epochs), ())
+    base = replace(PRESETS["s2q_quantsparse"], epochs=options.epochs)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     projected: dict[str, dict[str, float]] = {}
     for terms, fraction in itertools.product(options.terms, options.tokens_per_step):

@@ -44,8 +44,8 @@ from reelquant.metrics import psnr_db
 from reelquant.ops.band_attention.op import Precision
 from reelquant.ops.implementation import reference_only
 from reelquant.runtime.sparse_attention import AttentionPrecision
+from reelquant.settings.generation import Generation
 from workers.generation import generate
-from workers.messages import Generation
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "hunyuanvideo-digits"

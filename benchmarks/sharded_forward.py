@@ -39,7 +39,8 @@ from benchmarks.attention_memory import environment
 from benchmarks.random_checkpoint import write_transformer
 from benchmarks.random_model import transformer_config
 from benchmarks.visible_gpus import visible_gpus
-from workers.messages import Numerics, Sharding
+from reelquant.settings.generation import Numerics
+from workers.messages import Sharding
 from workers.process import peak_memory_bytes, prepare_process
 from workers.process_group import join_process_group
 from workers.salience_hooks import SalienceHooks

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.dit_step.schedule import SCHEDULE, step_kinds
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold
 from reelquant.noise_schedule import shifted_levels
+from reelquant.settings.attention import Residual
 
 Attention = dict[str, Any]
 """A method's section `attention`, or of it what a setting of one checkpoint changes; None leaves as it is."""
@@ -71,7 +72,7 @@ def _counts(attention: Attention) -> Counter[str]:
         density=attention["density"],
         dense_above=dense_threshold(attention["dense_steps"], levels, refreshes=True),
         interval=attention["interval"],
-        residual=ResidualSpec(order=residual["order"], rank=residual["rank"], extrapolation=residual["extrapolation"]),
+        residual=Residual(order=residual["order"], rank=residual["rank"], extrapolation=residual["extrapolation"]),
     )
     return Counter(step_kinds(spec, SCHEDULE))
 

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pipeline.config.loading import ConfigError, comparable, read_prompts, repeated_prompts
-from pipeline.config.method import MethodConfig, ResidualConfig
 from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel, find_model, pinned
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.run_units import prompt_names
 from pipeline.setting_checks import setting_problems
-from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold, refresh_thresholds
-from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
-from reelquant.checkpoint.inference_specs import StepProtection
 from reelquant.checkpoint.pipeline_files import fingerprint
-from reelquant.noise_schedule import threshold_after
 from reelquant.runtime.knobs import refresh_problems
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
+from reelquant.settings.recipe import Recipe
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from workers.candidates import shortage
-from workers.messages import Generation, InferencePlan, MethodPlan, Numerics, PromptUnit, RunSource, Sharding
+from workers.messages import MethodPlan, PromptUnit, RunSource, Sharding
 from workers.model_source import ModelCheck, check_model, family_of_model, linear_shapes, transformer_config
 from workers.recognition import DigitRecognizer
 
@@ -96,7 +92,7 @@ class RunContext:
             config.run.resolve(),
             self.model.found.snapshot or config.model.resolve(),
             config.seed,
-            Numerics(**config.numerics.model_dump()),
+            config.numerics,
             config.model_variant,
         )
 
@@ -113,11 +109,6 @@ class RunContext:
         return Sharding(workers.sharding, workers.offload, None if path is None else path.absolute())
 
     @property
-    def generation(self) -> Generation:
-        """For the workers."""
-        return Generation(**self.config.generation.model_dump())
-
-    @property
     def segments(self) -> tuple[tuple[str, ...], ...]:
         """The block list, cut."""
         blocks, length = self.model.blocks, self.config.distillation.segment_length
@@ -126,7 +117,7 @@ class RunContext:
 
     def base_fingerprint(self) -> dict[str, Any]:
         """What every unit that runs the model depends on. Not on `deterministic`: what is done is right either way."""
-        numerics = asdict(self.source.numerics)
+        numerics = self.config.numerics.to_dict()
         del numerics["deterministic"]
         return {"model": self.model_fingerprint, "seed": self.config.seed, "numerics": numerics}
 
@@ -192,11 +183,12 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         model = model_facts(found, variant=config.model_variant)
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
-        problems += [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
-        problems += _feature_problems(model, config)
-        levels = model.noise_levels(config.generation.num_inference_steps)
-        methods = tuple(method_plan(method, model, bits, noise_levels=levels) for method in config.methods)
-        problems += setting_problems(config, methods[0], model)
+        impossible = [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
+        problems += [*impossible, *_feature_problems(model, config)]
+        if not impossible:
+            levels = model.noise_levels(config.generation.num_inference_steps)
+            methods = tuple(MethodPlan.of(recipe, bits, levels, model.blocks) for recipe in config.methods)
+            problems += setting_problems(config, methods[0], model)
     except (ConfigError, ValueError) as error:
         problems += error.problems if isinstance(error, ConfigError) else [str(error)]
     if problems:
@@ -220,59 +212,6 @@ def check_found(found: FoundModel, *, variant: str | None, weights: bool) -> Mod
     if complete:
         return checked
     return replace(checked, problems=(*found.named(checked.problems), *(found.problems if weights else ())))
-
-
-def method_plan(
-    method: MethodConfig, model: ModelFacts, bits: Mapping[str, LayerBits], *, noise_levels: Sequence[float]
-) -> MethodPlan:
-    """A configured method as the workers get it; its first steps are those of a generation with these noise levels."""
-    attention = method.attention
-    protected = method.num_protected_steps(len(noise_levels))
-    protection = (
-        StepProtection(threshold_after(protected, noise_levels), method.protected_activation_bits)
-        if protected
-        else None
-    )
-    inference = InferencePlan(
-        online_head_kinds=attention.head_kinds == "online",
-        dense_above=dense_threshold(attention.dense_steps, noise_levels, refreshes=attention.residual.order > 0),
-        interval=attention.interval,
-        refresh_at=refresh_thresholds(attention.refresh_steps, noise_levels)
-        if isinstance(attention.refresh_steps, tuple)
-        else (),
-        residual=residual_spec(attention.residual),
-        precision=attention.precision,
-        protection=protection,
-    )
-    return MethodPlan(
-        method.name,
-        recipe_of(method, model.blocks),
-        bits,
-        inference,
-        drift_repair=method.drift_repair,
-        velocity_correction=method.velocity_correction,
-        calibrated_gain=attention.measures_residual and attention.residual.gain == "calibrated",
-        placed_refreshes=attention.measures_residual and attention.refresh_steps == "placed",
-    )
-
-
-def residual_spec(residual: ResidualConfig) -> ResidualSpec:
-    """The library's residual for a configured one; a gain that is to be calibrated is not there yet."""
-    values = residual.model_dump()
-    gain = values.pop("gain", None)
-    return ResidualSpec(**values, gain=None if gain == "calibrated" else gain)
-
-
-def recipe_of(method: MethodConfig, blocks: tuple[str, ...]) -> Recipe:
-    """The library's recipe for a configured method on a model with these blocks."""
-    attention = method.attention
-    sparse = (
-        SparseCalibration(attention.density, blocks[: attention.dense_layers], attention.calibrate)
-        if attention.density < 1
-        else None
-    )
-    names = {f.name for f in fields(Recipe)} - {"sparse"}
-    return Recipe(**method.model_dump(include=names), sparse=sparse)
 
 
 def recognizer_problems(folder: Path | None) -> list[str]:
@@ -306,7 +245,7 @@ def _prompt_units(prompts: list[str]) -> tuple[PromptUnit, ...]:
     return tuple(map(PromptUnit, prompt_names(len(prompts)), prompts))
 
 
-def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig) -> list[str]:
+def _sparse_problems(method: Recipe, model: ModelFacts, config: RunConfig) -> list[str]:
     """Settings of the generation that the model or its schedule cannot have."""
     attention, steps = method.attention, config.generation.num_inference_steps
     problems = []
@@ -324,7 +263,7 @@ def _sparse_problems(method: MethodConfig, model: ModelFacts, config: RunConfig)
                 "sparse attention here (its family module has no token layout for it); set attention.density: 1"
             ]
         _, head_dim = model.family.num_heads(model.config)
-        problems += residual_spec(attention.residual).problems(head_dim)
+        problems += attention.residual.problems(head_dim)
         if isinstance(attention.refresh_steps, tuple):
             found = refresh_problems(attention.refresh_steps, steps)
             problems += [f"attention.{problem}; a generation has {steps} steps" for problem in found]

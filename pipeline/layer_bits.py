@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import BitsConfig
-from reelquant.calibration.recipe import LayerBits
+from reelquant.settings.generation import LayerBits
 
 
 def layer_kinds(family: ModuleType, config: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, str]:
@@ -33,9 +33,9 @@ def resolve_bits(bits: BitsConfig, kinds: Mapping[str, str]) -> dict[str, LayerB
     """
     defaults = {
         "block": LayerBits(bits.weight, bits.activation),
-        "modulation": LayerBits(int(bits.modulation.weight), bits.modulation.activation),
-        "refiner": LayerBits(int(bits.refiner.weight), bits.refiner.activation),
-        "embedder": LayerBits(int(bits.embedder.weight), bits.embedder.activation),
+        "modulation": bits.modulation,
+        "refiner": bits.refiner,
+        "embedder": bits.embedder,
     }
     resolved = {name: defaults[kind] for name, kind in kinds.items()}
     problems = []
@@ -46,7 +46,7 @@ def resolve_bits(bits: BitsConfig, kinds: Mapping[str, str]) -> dict[str, LayerB
                 f"bits.exceptions: pattern {exception.pattern!r} matches no layer; layers are named like "
                 f"{', '.join(list(kinds)[:3])} … {list(kinds)[-1]}"
             )
-        resolved.update(dict.fromkeys(matched, LayerBits(int(exception.weight), exception.activation)))
+        resolved.update(dict.fromkeys(matched, LayerBits(exception.weight, exception.activation)))
     if problems:
         raise ConfigError(problems)
     return {name: layer for name, layer in resolved.items() if layer.weight < 16}

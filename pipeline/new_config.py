@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from pipeline.config.loading import ConfigError, load_yaml, parse_config, parse_override, set_value
-from pipeline.config.schema import BitsConfig, GenerationConfig
+from pipeline.config.schema import BitsConfig
 from pipeline.context import build_context
 from pipeline.hub_model import FoundModel, find_model, pinned
 from reelquant.checkpoint.pipeline_files import list_files
+from reelquant.settings.generation import Generation
 from storage.location import expand_home
 from workers.component_check import pipeline_class_of
-from workers.messages import Generation
 
 _ROOT = Path(__file__).resolve().parents[1]
 _WIDTH = 120
@@ -108,7 +108,7 @@ def _family_defaults(model: FoundModel) -> dict[str, Any]:
     pipeline_class = pipeline_class_of(model.folder)
     if pipeline_class is None:
         return {}
-    parameters, most = inspect.signature(pipeline_class.__call__).parameters, GenerationConfig().num_frames
+    parameters, most = inspect.signature(pipeline_class.__call__).parameters, Generation().num_frames
     found = {
         field.name: parameters[field.name].default
         for field in fields(Generation)

@@ -161,7 +161,7 @@ def _stages(
         "trajectories": trajectory_bytes(context, counts, dtype),
         "activations": activation_bytes(context, counts),
         "distillation": sum(size.artifact_bytes for size in checkpoints),
-        "refinement": sum(repaired_bytes(context.model, m) for m in context.methods if m.drift_repair),
+        "refinement": sum(repaired_bytes(context.model, m) for m in context.methods if m.recipe.drift_repair),
         "assembly": sum(size.folder_bytes for size in checkpoints),
         "evaluation": evaluation_bytes(context, counts),
     }

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import RunConfig
-from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.runtime.knobs import changed
 from workers.messages import MethodPlan
 
@@ -17,34 +16,29 @@ if TYPE_CHECKING:
 
 def setting_problems(config: RunConfig, plan: MethodPlan, model: ModelFacts) -> list[str]:
     """Settings of the evaluation that the checkpoint of the run's method cannot have."""
-    problems, sparse, inference = [], plan.recipe.sparse, plan.inference
+    problems, sparse = [], plan.recipe.sparse
     taken = {method.name for method in config.methods} & set(config.evaluation.settings)
     problems += [f"evaluation.settings.{name}: a method has that name; take another one" for name in sorted(taken)]
     for name, setting in config.evaluation.settings.items():
         knobs, found = setting.knobs(), []
-        if knobs.pop("step_protection", None) is not None and inference.protection is None:
+        if knobs.pop("step_protection", None) is not None and plan.protection is None:
             found.append(f"step_protection is given, but method {plan.name} has protected_steps 0")
         if sparse is not None:
             knobs.pop("enabled", None)
         if knobs and sparse is None:
             found.append(f"{', '.join(knobs)}: method {plan.name} has dense attention (attention.density 1)")
         elif sparse is not None:
-            found += _knob_problems(knobs, plan, sparse.density, model, config.generation.num_inference_steps)
+            found += _knob_problems(knobs, plan, model, config.generation.num_inference_steps)
         problems += [f"evaluation.settings.{name}: {problem}" for problem in found]
     return problems
 
 
-def _knob_problems(
-    knobs: Mapping[str, Any], plan: MethodPlan, density: float, model: ModelFacts, num_steps: int
-) -> list[str]:
-    inference = plan.inference
+def _knob_problems(knobs: Mapping[str, Any], plan: MethodPlan, model: ModelFacts, num_steps: int) -> list[str]:
+    spec = plan.attention
     # What the calibration measures is not known yet, but that it will be there.
-    residual = replace(inference.residual, gain=(1.0,)) if plan.calibrated_gain else inference.residual
+    if plan.recipe.attention.calibrates_gain:
+        spec = replace(spec, residual=replace(spec.residual, gain=(1.0,)))
     try:
-        spec = SparseAttentionSpec(
-            density, online=True, dense_above=inference.dense_above, interval=inference.interval,
-            refresh_at=inference.refresh_at, residual=residual, precision=inference.precision,
-        )  # fmt: skip
         found = changed(spec, knobs, schedule=model.noise_levels, num_steps=num_steps)
     except ValueError as error:
         return [str(error).removeprefix("sparse_attention: ")]

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from benchmarks.speed_table import main
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import parse_method
 from pipeline.study.rows import NOISE_FLOOR
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.noise_schedule import shifted_levels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,13 +107,8 @@ def test_a_nominal_density_alone_is_found() -> None:
 def test_the_sparse_example_says_its_effective_density() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
     [example] = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "density:" in block]
-    attention = MethodConfig.model_validate(yaml.safe_load(example)["method"]).attention
-    spec = SparseAttentionSpec(
-        density=attention.density,
-        dense_above=dense_threshold(attention.dense_steps, LEVELS, refreshes=attention.residual.order > 0),
-        interval=attention.interval,
-        residual=ResidualSpec(**attention.residual.model_dump(exclude={"gain"})),
-    )
+    attention = parse_method(yaml.safe_load(example)["method"]).attention
+    spec = SparseAttentionSpec.of(attention, noise_levels=LEVELS, blocks=())
     num_sparse = spec.schedule(LEVELS).count("sparse")
     effective = 1 - num_sparse / len(LEVELS) * (1 - attention.density)
     assert f"effective density here: {100 * effective:.0f} % of 50 steps" in example

@@ -70,7 +70,7 @@ class AssemblyWorker:
             variant=self._settings.source.variant,
             calibration=dict(self._settings.calibration),
             sparse_attention=unit.sparse_attention,
-            step_protection=unit.method.inference.protection,
+            step_protection=unit.method.protection,
             velocity_correction=unit.velocity_correction,
             max_shard_bytes=self._settings.max_shard_bytes,
         )

@@ -12,12 +12,12 @@ from torch import Tensor
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.block_rounding import RoundedLayer
 from reelquant.calibration.calibrated_layers import best_clip
-from reelquant.calibration.recipe import LayerBits
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.reader import source_weights
 from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
+from reelquant.settings.generation import LayerBits
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.hub_snapshot import model_folder
@@ -108,6 +108,7 @@ class DistillationWorker:
             samples,
             bits=bits,
             recipe=method.recipe,
+            dense_blocks=method.attention.dense_blocks,
             conditioning_rows=torch.cat(rows).to(self._device, self._dtype),
             seed_of=lambda block: unit_seed(source.seed, "distillation", block),
             fall_back=self._settings.fall_back,

@@ -21,14 +21,7 @@ from workers.fidelity import fidelity
 from workers.generation import generate
 from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision, let_go
-from workers.messages import (
-    EvaluationSettings,
-    EvaluationUnit,
-    Progress,
-    StepWeightsUnit,
-    UnitOutput,
-    VelocityUnit,
-)
+from workers.messages import EvaluationSettings, EvaluationUnit, Progress, StepWeightsUnit, UnitOutput, VelocityUnit
 from workers.model_source import family_of_model, open_pipeline
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.perceptual import PerceptualDistance

@@ -11,7 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from reelquant.diffusers_internals import execution_device
-from workers.messages import Generation, Progress
+from reelquant.settings.generation import Generation
+from workers.messages import Progress
 
 CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type", "callback_on_step_end")
 """Names of the arguments with which `generate` calls a pipeline."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
-from reelquant.calibration.recipe import LayerBits, Recipe
-from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
-from reelquant.ops.band_attention.op import Precision
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.inference_specs import VelocityCorrection
+from reelquant.noise_schedule import threshold_after
+from reelquant.settings.generation import Generation, LayerBits, Numerics, StepProtection
+from reelquant.settings.recipe import Recipe
 from storage.location import Location
 from storage.manifest import OutputFile
 from workers.candidates import FEATURES
@@ -35,30 +36,6 @@ class UnitOutput:
     """What the unit took, by who ran it."""
     lean: bool = False
     """Whether it was done with less memory than usual, by who ran it; the outputs are the same."""
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """What decides the bytes of a result besides its inputs."""
-
-    dtype: str
-    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    threads: int
-    """CPU threads of one worker. The number of workers changes no result; this one may."""
-    deterministic: bool = False
-    """On a GPU: gradients by deterministic kernels."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Arguments of the diffusers pipeline's call."""
-
-    height: int
-    width: int
-    num_frames: int
-    num_inference_steps: int
-    guidance_scale: float
-    max_sequence_length: int
 
 
 @dataclass(frozen=True)
@@ -155,50 +132,40 @@ class SampleUnit:
 
 
 @dataclass(frozen=True)
-class InferencePlan:
-    """What a method decides of the generation, besides what its blocks are calibrated for."""
-
-    online_head_kinds: bool = False
-    dense_above: float = 1.0
-    interval: int = 5
-    refresh_at: tuple[float, ...] = ()
-    residual: ResidualSpec = field(default_factory=ResidualSpec)
-    precision: Precision = "full"
-    protection: StepProtection | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What it decides, for fingerprints: settings that are not used are left out, as from before there were any."""
-        values = {**asdict(self), "residual": self.residual.to_dict()}
-        if not self.refresh_at:
-            del values["refresh_at"]
-        return values
-
-
-@dataclass(frozen=True)
 class MethodPlan:
     """One calibration method and the bits of all its layers."""
 
-    name: str
     recipe: Recipe
     bits: Mapping[str, LayerBits]
     """By full layer name; a linear without an entry stays in 16 bits."""
-    inference: InferencePlan = InferencePlan()
-    drift_repair: bool = False
-    velocity_correction: bool = False
-    calibrated_gain: bool = False
-    """Whether the gain of its residual is measured."""
-    placed_refreshes: bool = False
-    """Whether its refreshes lie where the measured residual drifts most."""
+    attention: SparseAttentionSpec = field(default_factory=SparseAttentionSpec)
+    """Of the recipe, on the run's model and schedule; without what the calibration finds out."""
+    protection: StepProtection | None = None
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, bits: Mapping[str, LayerBits], noise_levels: Sequence[float], blocks: tuple[str, ...]
+    ) -> MethodPlan:
+        """A recipe on a model with these blocks, in model order; its first steps are those of a generation with these noise
+        levels."""
+        protected = recipe.num_protected_steps(len(noise_levels))
+        protection = StepProtection(threshold_after(protected, noise_levels), recipe.protected_activation_bits)
+        attention = SparseAttentionSpec.of(recipe.attention, noise_levels=noise_levels, blocks=blocks)
+        return cls(recipe, bits, attention, protection if protected else None)
 
     @property
-    def measures_residual(self) -> bool:
-        """Whether the drift of its residual is measured."""
-        return self.calibrated_gain or self.placed_refreshes
+    def name(self) -> str:
+        """Of folders and tables."""
+        return self.recipe.name
 
-    @property
-    def is_refined(self) -> bool:
-        """Whether it has a unit in the stage refinement."""
-        return self.drift_repair or self.velocity_correction or self.measures_residual
+    def generation_values(self) -> dict[str, Any]:
+        """JSON values that decide the generation, besides the blocks' calibration, for fingerprints."""
+        values = self.attention.to_dict()
+        online = values.pop("online")
+        for calibrated in ("density", "head_kinds", "dense_blocks"):
+            del values[calibrated]
+        protection = None if self.protection is None else self.protection.to_dict()
+        return {**values, "online_head_kinds": online, "protection": protection}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from reelquant.settings.generation import Numerics
 from workers.library_messages import quieten_libraries
-from workers.messages import Numerics
 
 _STATUS = Path("/proc/self/status")
 

@@ -16,12 +16,13 @@ from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import BlockRepair, RepairSample, repair_block
 from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift, measured_residual
 from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, fit_velocity
-from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
 from reelquant.checkpoint.reader import source_weights
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, TORCH_DTYPES, layer_digest
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
+from reelquant.settings.generation import StepProtection
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.hub_snapshot import model_folder
@@ -53,9 +54,9 @@ class RefinementWorker:
 
     def run(self, unit: RefinementUnit, progress: Progress) -> UnitOutput:
         """Repairs first: the residual is that of the repaired model, the velocity that of both."""
-        names = self._family.block_names(self._config) if unit.method.drift_repair else ()
-        steps = self._num_steps() if unit.method.velocity_correction else 0
-        measured = self._settings.prompts[:MEASURED_PROMPTS] if unit.method.measures_residual else ()
+        names = self._family.block_names(self._config) if unit.method.recipe.drift_repair else ()
+        steps = self._num_steps() if unit.method.recipe.velocity_correction else 0
+        measured = self._settings.prompts[:MEASURED_PROMPTS] if unit.method.recipe.attention.measures_residual else ()
         total, done = len(names) + steps + sum(len(self._timesteps(prompt)) for prompt in measured), 0
 
         def advance() -> None:
@@ -84,10 +85,10 @@ class RefinementWorker:
                     outputs.append(self._write(unit, artifacts[name], name, repair))
                     [artifacts[name]] = copies.enter_context(self._run.store.local_files([outputs[-1].path]))
                 advance()
-            if unit.method.measures_residual:
+            if unit.method.recipe.attention.measures_residual:
                 residual, unit = self._residual(unit, list(artifacts.values()), advance)
                 result["residual"] = residual.to_dict()
-            if unit.method.velocity_correction:
+            if unit.method.recipe.velocity_correction:
                 result.update(self._velocity(unit, list(artifacts.values()), advance))
         return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
 
@@ -95,7 +96,7 @@ class RefinementWorker:
         self, unit: RefinementUnit, artifacts: Mapping[str, Path], names: tuple[str, ...]
     ) -> Iterator[tuple[str, BlockRepair]]:
         """Block by block; one block of each model is on the device at a time."""
-        protection = unit.method.inference.protection
+        protection = unit.method.protection
         samples = [self._sample(sample, names[0], protection) for sample in self._settings.samples] if names else []
         for name in names:
             reference = load_block(self._model, self._weights, name, device=self._device, dtype=self._dtype)
@@ -144,7 +145,7 @@ class RefinementWorker:
         """The drift of the quantized model's residual on stored trajectories, its attention dense; and the unit with it."""
         spec, method = unit.sparse_attention, unit.method
         assert spec is not None
-        protected = QuantizationSpec(bits="", method="", layers={}, step_protection=method.inference.protection)
+        protected = QuantizationSpec(bits="", method="", layers={}, step_protection=method.protection)
         model = quantized_transformer(
             self._model, self._weights, artifacts, device=self._device, dtype=self._dtype, spec=protected
         )
@@ -160,7 +161,8 @@ class RefinementWorker:
                     pass
             watch.add_to(drift)
         levels = PipelineSchedule(self._model, self._family)(num_steps)
-        found = measured_residual(drift, spec, levels, gain=method.calibrated_gain, placed=method.placed_refreshes)
+        asked = method.recipe.attention
+        found = measured_residual(drift, spec, levels, gain=asked.calibrates_gain, placed=asked.places_refreshes)
         return found, replace(unit, sparse_attention=found.applied(spec))
 
     def _velocity(self, unit: RefinementUnit, artifacts: list[Path], advance: Callable[[], None]) -> dict[str, Any]:
@@ -181,7 +183,7 @@ class RefinementWorker:
             method=method.name,
             layers={},
             sparse_attention=unit.sparse_attention,
-            step_protection=method.inference.protection,
+            step_protection=method.protection,
         )
         quantized = quantized_transformer(
             self._model, self._weights, artifacts, device=self._device, dtype=self._dtype, spec=spec

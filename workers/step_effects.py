@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from reelquant.metrics import relative_error
-from workers.messages import Generation, Progress
+from reelquant.settings.generation import Generation
+from workers.messages import Progress
 from workers.rounded_outputs import rounded_blocks
 from workers.velocity_watch import changed_velocities, passes_left_out, run_latents, teacher_forced, transformers
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from reelquant.metrics import relative_error
+from reelquant.settings.generation import Generation
 from storage.calibration_store import CalibrationStore
 from storage.output_file import OutputFile
 from workers.denoised import denoised_changes, denoised_coefficients
-from workers.messages import Generation, Progress, PromptUnit
+from workers.messages import Progress, PromptUnit
 from workers.velocity_watch import teacher_forced, watched_velocities
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.diffusers_internals import execution_device
-from workers.messages import Generation, Progress
+from reelquant.settings.generation import Generation
+from workers.messages import Progress
 
 Change = Callable[[int, Tensor], Tensor]
 """Called with the step (from 0) and the velocity `[B, C, F, H, W]`; returns the velocity that the scheduler takes."""

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor, nn
 
 from benchmarks.random_model import fill_randomly, transformer_config
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.noise_schedule import USUAL_STEPS, shifted_levels
@@ -22,6 +22,7 @@ from reelquant.quantization.rotation import block_size, hadamard, transform_weig
 from reelquant.quantization.weight_grid import fit_per_channel
 from reelquant.runtime.attach import attach_runtime
 from reelquant.runtime.sparse_attention import AttentionPrecision
+from reelquant.settings.attention import Residual
 
 TEXT, REAL_TEXT = 256, 60
 """Text tokens with their padding, as the pipeline gives them, and those that are real."""
@@ -167,5 +168,5 @@ def sparse_spec(
         head_kinds=dict.fromkeys(family.block_names(config), ("st" * heads)[:heads]),
         dense_above=dense_threshold(dense_steps, shifted_levels(USUAL_STEPS), refreshes=True),
         interval=interval,
-        residual=ResidualSpec(order=2, rank=rank, extrapolation="linear", storage="low_rank_int8"),
+        residual=Residual(order=2, rank=rank, extrapolation="linear", storage="low_rank_int8"),
     )

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import platform
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ class Benchmark:
         recognizer = context.config.evaluation.recognizer
         self._config: dict[str, Any] = {
             "model": context.model_fingerprint,
-            "generation": asdict(context.generation),
-            "numerics": asdict(context.source.numerics),
+            "generation": context.config.generation.to_dict(),
+            "numerics": context.source.numerics.to_dict(),
             "recognizer": None if recognizer is None else str(recognizer),
             "held_out": [unit.prompt for unit in context.held_out_prompts],
             "calibration": [unit.prompt for unit in context.calibration_prompts],
@@ -96,7 +95,7 @@ class Benchmark:
             peer=peer.name,
             seed=seed,
             model=str(context.source.model),
-            generation=asdict(context.generation),
+            generation=context.config.generation.to_dict(),
             held_out=self._config["held_out"],
             calibration=self._config["calibration"],
             recognizer=None if recognizer is None else str(recognizer.resolve()),

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ class Peer:
     """The tool's distribution; None needs torch only."""
     value_bits: float | None = None
     """Of a weight, where the tool stores it wider or simulates it; with scales that it keeps in no tensor."""
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
     """Of the model, where it is not the reference's."""
 
 

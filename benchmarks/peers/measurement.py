@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.peers.adapters import Opened, Peer, block_linears
 from benchmarks.peers.roster import PEERS, REFERENCE
@@ -38,7 +38,7 @@ class Task:
     held_out: Sequence[str]
     calibration: Sequence[str]
     recognizer: str | None
-    dtype: str
+    dtype: Literal["auto", "float32", "bfloat16"]
     threads: int
     reference: str
     """safetensors file of the reference's videos, by prompt: the peer `full_precision` writes it, all others read it."""
@@ -100,8 +100,8 @@ def measure(task: Task) -> dict[str, Any]:
         )
     from safetensors.torch import load_file, save_file
 
+    from reelquant.settings.generation import Numerics
     from workers.fidelity import fidelity
-    from workers.messages import Numerics
     from workers.perceptual import PerceptualDistance
     from workers.process import device_name, prepare_process
     from workers.recognition import DigitRecognizer
@@ -138,8 +138,8 @@ def _named(prompts: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _generate(pipeline: Any, task: Task, prompt: str, *, stage: str, name: str) -> Any:
+    from reelquant.settings.generation import Generation
     from workers.generation import generate
-    from workers.messages import Generation
     from workers.process import unit_seed
 
     seed = unit_seed(task.seed, stage, name)

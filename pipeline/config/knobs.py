@@ -1,47 +1,44 @@
-"""Settings of a finished checkpoint that an evaluation changes: one calibration serves them all. Imports no torch."""
+"""Settings of a finished checkpoint that an evaluation changes: one calibration serves them all. Imports no torch.
+
+They are fields of the declarations in `reelquant.settings.attention`, each of which may be left out.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, TypeAdapter, create_model
 
 from pipeline.config.section import Section
+from reelquant.settings.attention import Residual, SparseAttention
+from reelquant.settings.declaration import Settings
 
 SettingName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 """Lower-case letters, digits, - and _ only: it names a folder."""
 
 
-class ResidualKnobs(Section):
-    """Fields of `method.attention.residual` to change; those left out stay."""
-
-    order: Literal[0, 1, 2] | None = None
-    """0 for none. Give `dense_steps` too, as they count the first refresh."""
-    rank: int | None = Field(default=None, ge=1)
-    """null for no projection, if it is given."""
-    extrapolation: Literal["constant", "linear", "adjacent"] | None = None
-    """Of the change, with order 2."""
-    storage: Literal["full", "low_rank", "low_rank_int8"] | None = None
-    """How residuals are kept."""
-    gain: tuple[Annotated[float, Field(ge=0, le=2)], ...] | None = None
-    """Factors by lag, of order 1; null for none, if it is given."""
+def _changes(declaration: type[Settings], *names: str) -> dict[str, Any]:
+    """Fields of `declaration`, null where they are left out, for `create_model`."""
+    kinds = get_type_hints(declaration, include_extras=True)
+    said = TypeAdapter(declaration).json_schema()["properties"]
+    return {name: (kinds[name] | None, Field(default=None, description=said[name]["description"])) for name in names}
 
 
-class KnobsConfig(Section):
+_Residual: Any = create_model(
+    "_Residual", __base__=Section, **_changes(Residual, "order", "rank", "extrapolation", "storage", "gain")
+)
+_Attention: Any = create_model(
+    "_Attention",
+    __base__=Section,
+    **_changes(SparseAttention, "density", "dense_steps", "interval", "refresh_steps", "precision"),
+)
+
+
+class KnobsConfig(_Attention):
     """Settings of the checkpoint to change; those left out stay as the method says."""
 
-    density: float | None = Field(default=None, gt=0, le=1)
-    """Share of the attention map that a sparse step visits."""
-    dense_steps: int | None = Field(default=None, ge=0)
-    """First steps that run dense."""
-    interval: int | None = Field(default=None, ge=1)
-    """Steps from one refresh to the next, in place of refreshes given or placed."""
-    refresh_steps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Steps that refresh, ascending, in place of the interval."""
-    residual: ResidualKnobs | None = None
-    """Of the residual cache."""
-    precision: Literal["full", "int8_16", "int8_fp8"] | None = None
-    """Of attention's products."""
+    residual: _Residual | None = None
+    """Of the residual cache: fields to change; those left out stay."""
     step_protection: bool | None = None
     """Whether the method's protected steps are protected."""
     enabled: bool | None = None

@@ -187,6 +187,7 @@ def repeated_prompts(prompts: Iterable[str]) -> list[str]:
 _WORDS = {
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping of keys",
+    "dataclass_type": "must be a mapping of keys",
     "model_type": "must be a mapping of keys",
     "model_attributes_type": "must be a mapping of keys",
 }
@@ -196,7 +197,7 @@ _WORDS = {
 def describe(item: Any) -> str:
     """One of pydantic's errors (`ValidationError.errors()`) in one line: where, what, and the value."""
     location = ".".join(str(part) for part in item["loc"]) or "configuration"
-    if item["type"] == "extra_forbidden":
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{location}: unknown key"
     message = _WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     shown = "" if isinstance(item["input"], dict) else f" (it is {without_credentials(repr(item['input']))})"

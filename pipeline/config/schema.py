@@ -7,6 +7,7 @@ how much a run is done; everything else says what comes out, and belongs to the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +23,10 @@ from pydantic import (
 )
 
 from pipeline.config.knobs import KnobsConfig, SettingName
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import Method
 from pipeline.config.section import Section
+from reelquant.settings.generation import Generation, LayerBits, Numerics, check_activation_bits
+from reelquant.settings.recipe import PRESETS, Recipe
 from storage.location import Location, StoreUrl, expand_home, parse_location
 from workers.candidates import FEATURES, RANKED, DiffusionFeature, Feature, Strategy
 
@@ -47,31 +50,12 @@ LocalPath = Annotated[Path, BeforeValidator(_named), AfterValidator(expand_home)
 RunLocation = Annotated[Path | StoreUrl, PlainValidator(_location), PlainSerializer(str)]
 
 
-def _activation_bits(value: int) -> int:
-    if not (4 <= value <= 8 or value == 16):
-        raise ValueError(f"activation bits are {value}; 4 to 8, or 16 for activations that stay as they are")
-    return value
-
-
 METRIC_FRAC = 0.15
 """Share of the evaluation's forward passes that teacher-forced passes take by default."""
 
 
-class BitsOf(Section):
-    """Bits of one kind of layer."""
-
-    weight: WeightBits | Literal[16] = 4
-    """2-8, or 16 to leave the layer as it is."""
-    activation: int = 16
-    """4-8, or 16."""
-
-    @model_validator(mode="after")
-    def _check(self) -> BitsOf:
-        _activation_bits(self.activation)
-        return self
-
-
-class BitsException(BitsOf):
+@dataclass(frozen=True, kw_only=True)
+class BitsException(LayerBits):
     """Bits of the layers whose full name matches a pattern; the last matching exception counts."""
 
     pattern: str
@@ -89,11 +73,11 @@ class BitsConfig(Section):
     """Of the linears inside the blocks."""
     activation: int = 8
     """Of the linears inside the blocks that read tokens. Fewer than 8 run in INT8 containers, and save no time or memory."""
-    modulation: BitsOf = Field(default={}, validate_default=True)
+    modulation: LayerBits = Field(default={}, validate_default=True)
     """AdaLN layers, by default `weight` bits, 4 at least. One row a forward: quantized activations would save nothing."""
-    refiner: BitsOf = Field(default={}, validate_default=True)
+    refiner: LayerBits = Field(default={}, validate_default=True)
     """Text refiner blocks, rounded to nearest; by default `weight` bits, 6 at least."""
-    embedder: BitsOf = Field(default={}, validate_default=True)
+    embedder: LayerBits = Field(default={}, validate_default=True)
     """Linears of time, guidance and text embedders and of the last AdaLN, rounded to nearest; by default 8 bits."""
     exceptions: tuple[BitsException, ...] = ()
     """Applied in order after the above."""
@@ -109,33 +93,7 @@ class BitsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BitsConfig:
-        _activation_bits(self.activation)
-        return self
-
-
-class GenerationConfig(Section):
-    """Arguments of the diffusers pipeline's call."""
-
-    height: int = Field(default=720, ge=16)
-    """Pixels; divisible by 16."""
-    width: int = Field(default=1280, ge=16)
-    """Pixels; divisible by 16."""
-    num_frames: int = Field(default=61, ge=1)
-    """`4 k + 1`, as the VAE compresses time four times."""
-    num_inference_steps: int = Field(default=50, ge=2)
-    """Denoising steps: the candidates of one prompt."""
-    guidance_scale: float = 6.0
-    """Embedded guidance."""
-    max_sequence_length: int = Field(default=256, ge=1)
-    """Text tokens; padding costs time and changes nothing."""
-
-    @model_validator(mode="after")
-    def _check(self) -> GenerationConfig:
-        for name, multiple in (("height", 16), ("width", 16)):
-            if (value := getattr(self, name)) % multiple:
-                raise ValueError(f"generation.{name} is {value}; it must be divisible by {multiple}")
-        if self.num_frames % 4 != 1:
-            raise ValueError(f"generation.num_frames is {self.num_frames}; it must be 4 k + 1, such as 29 or 61")
+        check_activation_bits(self.activation)
         return self
 
 
@@ -278,19 +236,6 @@ class EvaluationConfig(Section):
         return value
 
 
-class NumericsConfig(Section):
-    """What decides a result's bytes besides its inputs."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the model: `auto` is bfloat16 on GPUs, float32 on CPUs."""
-    threads: int = Field(default=1, ge=1)
-    """CPU threads of one worker. The number of workers changes no byte, this may."""
-    deterministic: bool = False
-    """On GPUs: a segment distilled twice has the same bytes. Otherwise its gradients, and so what it learns, differ in their
-    last digits from time to time, as the attention's backward pass adds up in any order. A learning step takes 1.25 to 1.45
-    times as long (HunyuanVideo-13B at 480 and 720 lines). On CPUs it is always so; without learning, on GPUs too."""
-
-
 class WorkersConfig(Section):
     """How much runs at once, and on how many GPUs the full-precision model lies. Changes no result."""
 
@@ -370,17 +315,17 @@ class RunConfig(Section):
     such; the checkpoint's have plain names. null: the plain files."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Every unit's seed comes from this, the stage and the unit."""
-    generation: GenerationConfig = GenerationConfig()
+    generation: Generation = Generation()
     prompts: PromptsConfig
     selection: SelectionConfig = SelectionConfig()
-    method: MethodConfig = MethodConfig()
-    compare: tuple[MethodConfig, ...] = ()
+    method: Method = PRESETS["reelquant"]
+    compare: tuple[Method, ...] = ()
     """More methods, calibrated on the same samples and evaluated on the same prompts beside `method`."""
     bits: BitsConfig = BitsConfig()
     distillation: DistillationConfig = DistillationConfig()
     assembly: AssemblyConfig = AssemblyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    numerics: NumericsConfig = NumericsConfig()
+    numerics: Numerics = Numerics()
     workers: WorkersConfig = WorkersConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -449,7 +394,7 @@ class RunConfig(Section):
         return min(steps, max(2, int(generations / each)))
 
     @property
-    def methods(self) -> tuple[MethodConfig, ...]:
+    def methods(self) -> tuple[Recipe, ...]:
         """The method, then those it is compared with."""
         return (self.method, *self.compare)
 

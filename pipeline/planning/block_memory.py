@@ -22,9 +22,9 @@ from pipeline.planning.store_size import hidden_size
 from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import RepairSample, repair_block
-from reelquant.calibration.recipe import Recipe
 from reelquant.calibration.segment_distillation import distill_segment
 from reelquant.quantization.linear import replace_linear_layers, share_group_tensors
+from reelquant.settings.recipe import Recipe
 from workers.distillation_worker import bits_inside
 from workers.messages import MethodPlan
 
@@ -32,12 +32,12 @@ from workers.messages import MethodPlan
 def block_kinds(model: ModelFacts, method: MethodPlan) -> dict[str, Hashable]:
     """Kind by name of the block: calibrating blocks of one kind takes as much, as they have layers of the same shapes and bits,
     and the same attention."""
-    sparse = method.recipe.sparse
+    dense = method.recipe.sparse is None
     return {
         name: (
             model.family.group_levels(name),
             tuple(bits_inside(method, name).items()),
-            sparse is None or name in sparse.dense_blocks,
+            dense or name in method.attention.dense_blocks,
         )
         for name in model.blocks
     }
@@ -98,14 +98,15 @@ class BlockMemory:
         def distill() -> None:
             for _distilled in distill_segment(
                 self._family, blocks, samples, bits={name: bits_inside(method, name) for name in names}, recipe=recipe,
-                conditioning_rows=rows, seed_of=lambda _: 0, fall_back=False, progress=look,
+                dense_blocks=method.attention.dense_blocks, conditioning_rows=rows, seed_of=lambda _: 0,
+                fall_back=False, progress=look,
             ):  # fmt: skip
                 pass
 
         weights = [tensor for block in blocks.values() for tensor in tensors_of(block)]
         inputs = [tensor for sample in samples for tensor in (sample.reference, *sample.conditioning.rotary)]
         peak = peak_on_meta(distill, holding=[*weights, *inputs, rows], on_gpu=self._on_gpu)
-        corrected = method.recipe.sparse is not None and method.recipe.sparse.attention == "corrected"
+        corrected = method.recipe.sparse is not None and method.recipe.sparse.calibrate == "corrected"
         if self._on_gpu and corrected and samples:
             peak += samples[0].reference.nbytes  # what the band misses of the attention
         return peak - _bytes(weights) + self._waiting(len(samples)) * kept
@@ -133,7 +134,7 @@ class BlockMemory:
         recipe = replace(recipe, epochs=min(1, recipe.epochs))
         if not self._on_gpu or recipe.sparse is None:
             return recipe
-        return replace(recipe, sparse=replace(recipe.sparse, attention="dense"))
+        return replace(recipe, attention=replace(recipe.sparse, calibrate="dense"))
 
     def _block(self, name: str) -> nn.Module:
         """Full precision's, on the meta device."""

@@ -145,11 +145,11 @@ class StageMemory:
         trajectory in host memory."""
         context, peaks = self._context, [0]
         for method in context.methods:
-            if method.drift_repair:
+            if method.recipe.drift_repair:
                 peaks.append(self._blocks.drift_repair(method))
-            if method.velocity_correction or method.measures_residual:
+            if method.recipe.velocity_correction or method.recipe.attention.measures_residual:
                 peaks.append(self._weights["transformer"] + forward)
-            if method.measures_residual and not self._on_gpu:
+            if method.recipe.attention.measures_residual and not self._on_gpu:
                 heads, size = context.model.family.num_heads(context.model.config)
                 blocks, steps = len(context.model.blocks), context.config.generation.num_inference_steps
                 peaks[-1] += 4 * steps * blocks * heads * NUM_ROWS * size

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.loading import parse_config
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import parse_method
 from pipeline.event_log import read_events
 from pipeline.run_units import STAGES, recorded_unit_names
 from storage.calibration_store import CalibrationStore
@@ -98,7 +98,7 @@ def methods_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 def reads_activations(method: Mapping[str, Any]) -> bool:
     """Whether the distillation of a configured method reads calibration data."""
-    return MethodConfig.model_validate(method).needs_activations
+    return parse_method(method).needs_activations
 
 
 def _records(manifest: Manifest, stage: str, problems: list[str]) -> Iterable[UnitRecord]:

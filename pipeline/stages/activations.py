@@ -22,7 +22,7 @@ class Activations:
         """Of every worker."""
         context = run.context
         boundaries = tuple(segment[0] for segment in context.segments)
-        return ActivationSettings(context.source, context.generation, boundaries, context.sharding)
+        return ActivationSettings(context.source, context.config.generation, boundaries, context.sharding)
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """Each depends on its prompt's trajectory; which there are, on the selection."""

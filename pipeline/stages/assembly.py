@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -36,7 +37,7 @@ class Assembly:
             "selection": selection.strategy,
             "num_samples": selection.num_samples,
             "num_prompts": config.prompts.num_calibration,
-            "generation": config.generation.model_dump(mode="json"),
+            "generation": config.generation.to_dict(),
         }
         return AssemblySettings(run.context.source, config.assembly.max_shard_bytes, provenance)
 
@@ -49,10 +50,10 @@ class Assembly:
         label = run.context.bits_label
         artifacts = tuple(output.path for record in records for output in record.outputs)
         sparse, velocity, refined = sparse_attention(method, records), None, None
-        if method.is_refined:
+        if method.recipe.is_refined:
             refined = require(run, "refinement", method.name)
             artifacts = with_repaired(artifacts, refined)
-            if sparse is not None and method.measures_residual:
+            if sparse is not None and method.recipe.attention.measures_residual:
                 sparse = MeasuredResidual.from_dict(refined.result["residual"]).applied(sparse)
             values = refined.result["velocity_correction"]
             velocity = None if values is None else VelocityCorrection.from_dict(values)
@@ -66,7 +67,7 @@ class Assembly:
             "max_shard_bytes": run.context.config.assembly.max_shard_bytes,
             "checkpoint": payload.checkpoint,
             "calibration": dict(self.settings(run).calibration),
-            "inference": method.inference.to_dict(),
+            "inference": method.generation_values(),
             "refinement": None if refined is None else refined.fingerprint,
         }
         return unit(self.name, method.name, payload, depends)
@@ -80,22 +81,14 @@ def with_repaired(artifacts: tuple[str, ...], refined: UnitRecord) -> tuple[str,
 
 def sparse_attention(method: MethodPlan, distilled: Sequence[UnitRecord]) -> SparseAttentionSpec | None:
     """What the checkpoint says of its attention, with the head kinds that the distillation found; None for dense."""
-    sparse, inference = method.recipe.sparse, method.inference
-    if sparse is None:
+    spec = method.attention
+    if method.recipe.sparse is None:
         return None
+    if spec.online:
+        return spec
     blocks = {name: block for record in distilled for name, block in record.result["blocks"].items()}
-    kinds = {name: block["head_kinds"] for name, block in blocks.items() if name not in sparse.dense_blocks}
-    return SparseAttentionSpec(
-        density=sparse.density,
-        head_kinds={} if inference.online_head_kinds else kinds,
-        online=inference.online_head_kinds,
-        dense_above=inference.dense_above,
-        dense_blocks=sparse.dense_blocks,
-        interval=inference.interval,
-        refresh_at=inference.refresh_at,
-        residual=inference.residual,
-        precision=inference.precision,
-    )
+    kinds = {name: block["head_kinds"] for name, block in blocks.items() if name not in spec.dense_blocks}
+    return replace(spec, head_kinds=kinds)
 
 
 def checkpoint_path(run: Run, method: str) -> str:

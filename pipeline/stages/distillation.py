@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -45,8 +44,8 @@ class Distillation:
         prompts = [p.name for p in context.calibration_prompts] if blocks else []
         depends: dict[str, Any] = {
             **context.base_fingerprint(),
-            "method": asdict(method.recipe),
-            "bits": {name: asdict(bits) for name, bits in method.bits.items() if _belongs(context, name, blocks)},
+            "method": method.recipe.calibration_values(context.model.blocks),
+            "bits": {name: bits.to_dict() for name, bits in method.bits.items() if _belongs(context, name, blocks)},
             "blocks": blocks,
             "on_failure": context.config.distillation.on_failure,
             "activations": [record.fingerprint for record in require_all(run, "activations", samples)],

@@ -52,7 +52,7 @@ class Evaluation:
         recognizer = context.config.evaluation.recognizer
         return EvaluationSettings(
             context.source,
-            context.generation,
+            context.config.generation,
             None if recognizer is None else recognizer.resolve(),
             context.config.evaluation.films,
             context.sharding,

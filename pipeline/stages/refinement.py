@@ -25,7 +25,7 @@ class Refinement:
         """Of every worker."""
         context = run.context
         return RefinementSettings(
-            context.source, context.generation, selected_samples(run), context.calibration_prompts
+            context.source, context.config.generation, selected_samples(run), context.calibration_prompts
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:
@@ -41,23 +41,23 @@ class Refinement:
         depends: dict[str, Any] = {
             **run.context.base_fingerprint(),
             "blocks": [record.fingerprint for record in records],
-            "inference": method.inference.to_dict(),
+            "inference": method.generation_values(),
             "drift": [
                 record.fingerprint for record in require_all(run, "activations", [s.name for s in settings.samples])
             ]
-            if method.drift_repair
+            if method.recipe.drift_repair
             else None,
             "velocity": [
                 record.fingerprint for record in require_all(run, "trajectories", [p.name for p in settings.prompts])
             ]
-            if method.velocity_correction
+            if method.recipe.velocity_correction
             else None,
         }
-        if method.measures_residual:
+        if method.recipe.attention.measures_residual:
             prompts = settings.prompts[:MEASURED_PROMPTS]
             depends["residual"] = {
-                "gain": method.calibrated_gain,
-                "placed": method.placed_refreshes,
+                "gain": method.recipe.attention.calibrates_gain,
+                "placed": method.recipe.attention.places_refreshes,
                 "density": None if sparse is None else sparse.density,
                 "trajectories": [r.fingerprint for r in require_all(run, "trajectories", [p.name for p in prompts])],
             }

@@ -22,7 +22,7 @@ class Trajectories:
         context, selection = run.context, run.context.config.selection
         return TrajectorySettings(
             context.source,
-            context.generation,
+            context.config.generation,
             selection.weight_error_bits or context.config.bits.weight,
             selection.weight_error_tokens,
             context.sharding,

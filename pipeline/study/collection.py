@@ -114,7 +114,7 @@ def _block_errors(run: Run, segments: Sequence[UnitRecord]) -> BlockErrors | Non
     basis = {
         "activations": [record.fingerprint for record in records],
         "lambda_min": recipe.lambda_min if recipe.token_weights else None,
-        "attention": recipe.sparse.attention if recipe.sparse is not None else None,
+        "attention": recipe.sparse.calibrate if recipe.sparse is not None else None,
     }
     return BlockErrors(losses, fingerprint(basis))
 

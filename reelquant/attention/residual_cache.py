@@ -26,15 +26,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from reelquant.attention.sparse_spec import ResidualSpec
 from reelquant.ops.band_attention.reference import SCALED_TOKENS, Correction, decoded
 from reelquant.ops.residual_factorization.op import Factors, factorize, factorize_refresh
 from reelquant.ops.residual_factorization.reference import head_groups
+from reelquant.settings.attention import Residual
 
 _LARGEST_CODE = 127
 _TINY = 1e-30
@@ -103,8 +104,8 @@ class ResidualCache:
         storage: str = "full",
         gain: Sequence[float] | None = None,
     ) -> None:
-        factors = None if gain is None else tuple(gain)
-        self._spec = ResidualSpec(order=order, rank=rank, extrapolation=extrapolation, storage=storage, gain=factors)
+        given: dict[str, Any] = {"order": order, "extrapolation": extrapolation, "storage": storage}
+        self._spec = Residual(**given, rank=rank, gain=None if gain is None else tuple(gain))
         _raise_problems(self._spec.problems())
         self._kept: _Kept | None = None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.calibration.attention_distillation import AttentionTargets, global_loss, local_loss
-from reelquant.calibration.recipe import Recipe
+from reelquant.settings.recipe import Recipe
 
 
 class AttentionTerms:

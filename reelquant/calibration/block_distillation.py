@@ -25,12 +25,13 @@ from reelquant.calibration.attention_distillation import AttentionTargets, atten
 from reelquant.calibration.attention_terms import AttentionTerms
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear, GroupTransform
 from reelquant.calibration.host_memory import moved, page_locked
-from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.calibration.saved_tensors import saved_tensors
 from reelquant.calibration.sparse_block import sample_band_errors
 from reelquant.calibration.token_rows import TokenRows, token_rows
 from reelquant.calibration.token_weights import token_weights
 from reelquant.quantization.smoothing import smoothing_scale
+from reelquant.settings.generation import LayerBits
+from reelquant.settings.recipe import Recipe
 
 
 class BlockDiverged(RuntimeError):
@@ -307,6 +308,8 @@ def without_learning(recipe: Recipe) -> Recipe:
         channel_scale="none",
         rotation="none" if recipe.rotation == "none" else "hadamard",
         clip="none",
+        attention_distillation="none",
+        tokens_per_step=1.0,
     )
 
 

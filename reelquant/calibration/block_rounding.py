@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from reelquant.calibration.block_distillation import Sample, SampleView
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear
-from reelquant.calibration.recipe import Recipe
 from reelquant.metrics import sqnr_db
 from reelquant.quantization.gptq import asymmetric_target, gptq_round
 from reelquant.quantization.weight_grid import WeightGrid
+from reelquant.settings.recipe import Recipe
 
 EXACT_DB = 100.0
 """Stands for everything at or above it, an exact copy included: a finite number for tables and JSON."""

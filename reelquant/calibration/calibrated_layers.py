@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.ops.implementation import turns
 from reelquant.quantization.quantizer import fake_quantize
 from reelquant.quantization.rotation import block_size, cayley, hadamard, rotate_blocks, transform_weight
 from reelquant.quantization.weight_grid import WeightGrid, fake_quantize_weight, fit_per_channel, fit_two_level
+from reelquant.settings.generation import LayerBits
+from reelquant.settings.recipe import Recipe
 
 _CLIP_CANDIDATES = tuple(1.0 - 0.025 * i for i in range(21))
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from reelquant.attention.head_kind import row_masks
-from reelquant.attention.sparse_spec import LARGEST_GAIN, SparseAttentionSpec, refresh_thresholds
+from reelquant.attention.sparse_spec import SparseAttentionSpec, refresh_thresholds
+from reelquant.settings.attention import LARGEST_GAIN
 from reelquant.tokens import TokenLayout
 
 MOST_LAGS = 16

@@ -22,9 +22,10 @@ from reelquant.calibration.block_distillation import (
 )
 from reelquant.calibration.block_rounding import RoundedLayer, group_inputs, layer_sqnr, round_block
 from reelquant.calibration.host_memory import moved
-from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.calibration.sparse_block import CalibrationCore, drop_missed_attention, keep_missed_attention
 from reelquant.ops.band_attention.op import dense_attention
+from reelquant.settings.generation import LayerBits
+from reelquant.settings.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def distill_segment(
     *,
     bits: Mapping[str, Mapping[str, LayerBits]],
     recipe: Recipe,
+    dense_blocks: tuple[str, ...] = (),
     conditioning_rows: Tensor,
     seed_of: Callable[[str], int],
     fall_back: bool,
@@ -56,6 +58,7 @@ def distill_segment(
         samples: the segment's entry: `reference` and `quantized` both hold the stored stream. Consumed: both streams are
             advanced block by block. They stay on the device on which they are given: host memory holds more.
         bits: by block, then by layer inside the block.
+        dense_blocks: names of blocks whose attention stays dense.
         conditioning_rows: `[M, d]`, the timestep embeddings of all candidates.
         fall_back: round a block that diverges without learning instead of raising.
         progress: called with steps done and steps in all.
@@ -75,7 +78,9 @@ def distill_segment(
 
         reference.requires_grad_(False)
         errors = prepare_targets(family, reference, samples, recipe)
-        core = _calibration_core(family, name, reference, samples, recipe=recipe, errors=errors)
+        core = None
+        if errors is not None and name not in dense_blocks:
+            core = _calibration_core(family, reference, samples, recipe=recipe, errors=errors)
         quantized, distilled = _distill_block(
             family, name, reference, samples, bits=bits[name], recipe=recipe, rows=rows, seed=seed_of(name),
             fall_back=fall_back, progress=advance, core=core, lean=lean,
@@ -147,21 +152,15 @@ def _distill_block(
 
 
 def _calibration_core(
-    family: ModuleType,
-    name: str,
-    reference: nn.Module,
-    samples: Sequence[Sample],
-    *,
-    recipe: Recipe,
-    errors: Tensor | None,
+    family: ModuleType, reference: nn.Module, samples: Sequence[Sample], *, recipe: Recipe, errors: Tensor
 ) -> CalibrationCore | None:
     """Attention of the block under calibration, None where it is the model's own; the samples get what it needs."""
     sparse = recipe.sparse
-    if sparse is None or errors is None or sparse.attention == "dense" or name in sparse.dense_blocks:
+    if sparse is None or sparse.calibrate == "dense":
         return None
     kinds = kinds_of(errors)
-    if sparse.attention == "corrected":
-        keep_missed_attention(family, reference, samples, kinds=kinds, sparse=sparse)
+    if sparse.calibrate == "corrected":
+        keep_missed_attention(family, reference, samples, kinds=kinds, density=sparse.density)
     return CalibrationCore(kinds, sparse.density)
 
 

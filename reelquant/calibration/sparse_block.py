@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.attention.head_kind import band_errors, sampled_rows
-from reelquant.calibration.recipe import SparseCalibration
 from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.tokens import TokenLayout, band_width
 
@@ -44,13 +43,13 @@ def sample_band_errors(layout: TokenLayout, density: float, qkv: tuple[Tensor, T
 
 
 def keep_missed_attention(
-    family: ModuleType, block: nn.Module, samples: Sequence[Any], *, kinds: str, sparse: SparseCalibration
+    family: ModuleType, block: nn.Module, samples: Sequence[Any], *, kinds: str, density: float
 ) -> None:
     """Gives every sample what the band misses of the full-precision block's attention `[H, L, D]`, where its samples lie."""
     for sample in samples:
         here = sample.at(block)
         layout: TokenLayout = here.conditioning.layout
-        width = band_width(layout, sparse.density)
+        width = band_width(layout, density)
         found: list[Tensor] = []
 
         def observe(

@@ -1,4 +1,4 @@
-"""What a checkpoint may say besides its layers and its attention: protected steps and the velocity correction."""
+"""Correction of a checkpoint's velocity."""
 
 from __future__ import annotations
 
@@ -8,41 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class StepProtection:
-    """`step_protection` of a checkpoint."""
-
-    noise_above: float
-    """Steps whose noise level lies above it are protected: in [0, 1], where 0 are all steps and 1 none."""
-    activation_bits: int = 8
-    """Of layers that otherwise have fewer, 4-8, or 16 for none; at those steps only."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.noise_above <= 1:
-            raise ValueError(f"step_protection: noise_above is {self.noise_above}; a noise level from 0 to 1")
-        if not (4 <= self.activation_bits <= 8 or self.activation_bits == 16):
-            raise ValueError(f"step_protection: activation_bits is {self.activation_bits}; 4 to 8, or 16 for none")
-
-    def bits_at(self, noise_level: float) -> int | None:
-        """Fewest activation bits at a noise level; None where the step is not protected."""
-        return self.activation_bits if noise_level > self.noise_above else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StepProtection:
-        """From the JSON values of `to_dict`.
-
-        Raises:
-            ValueError: a key is unknown or missing, or a value is not possible.
-        """
-        if set(values) - {f.name for f in fields(cls)} or "noise_above" not in values:
-            raise ValueError(f"step_protection: must have noise_above and activation_bits, got {dict(values)}")
-        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
-from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.older_versions import calibration_steps, translated
 from reelquant.noise_schedule import Schedule, shifted_levels
 from reelquant.quantization.layer_spec import LayerSpec, check_keys, group_problems
+from reelquant.settings.generation import StepProtection
 
 FORMAT_VERSION = 3
 QUANT_METHOD = "reelquant"

@@ -16,13 +16,14 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.file_digests import DIGESTS_NAME, describe_files
-from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.layer_packing import open_block_artifact
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files, plain_index
 from reelquant.checkpoint.reader import TRANSFORMER, is_checkpoint, read_config, read_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor, write_file
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec, group_problems, layer_tensors
+from reelquant.settings.generation import StepProtection
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 

@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any, TypedDict
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold, refresh_thresholds
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold, refresh_thresholds
 from reelquant.noise_schedule import Schedule
 from reelquant.ops.band_attention.op import Precision
+from reelquant.settings.attention import Residual
 
 
 class AttentionKnobs(TypedDict, total=False):
@@ -28,7 +29,7 @@ class AttentionKnobs(TypedDict, total=False):
     refresh_at: Sequence[float] | None
     """The same as noise levels."""
     residual: Mapping[str, Any] | None
-    """Fields of `ResidualSpec` to change: order, rank, extrapolation, storage, gain."""
+    """Fields of `Residual` to change: order, rank, extrapolation, storage, gain."""
     precision: Precision | None
     """Of all attention products."""
 
@@ -56,7 +57,7 @@ def changed(
     plain = ("density", "dense_above", "interval", "precision")
     values: dict[str, Any] = {name: given[name] for name in plain if name in given}
     if "residual" in given:
-        values["residual"] = ResidualSpec.from_dict({**spec.residual.to_dict(), **given["residual"]})
+        values["residual"] = Residual.from_dict({**spec.residual.to_dict(), **given["residual"]})
     residual = values.get("residual", spec.residual)
     if "dense_steps" in given:
         levels = schedule(num_steps)
@@ -67,10 +68,7 @@ def changed(
         values["refresh_at"] = tuple(given["refresh_at"])
     elif "interval" in given or not residual.order:
         values["refresh_at"] = ()
-    try:
-        return replace(spec, **values)
-    except TypeError as error:
-        raise ValueError(f"sparse_attention: {error}, in {given}") from None
+    return replace(spec, **values)
 
 
 def _problems(given: Mapping[str, Any], num_steps: int) -> list[str]:
@@ -82,13 +80,9 @@ def _problems(given: Mapping[str, Any], num_steps: int) -> list[str]:
     if not isinstance(residual, Mapping):
         problems.append(f"residual is {residual!r}; an object such as {{order: 1}}")
     else:
-        names = [f.name for f in fields(ResidualSpec)]
+        names = [f.name for f in fields(Residual)]
         unknown = sorted(set(residual) - set(names))
         problems += [f"there is no residual.{name}: one of {', '.join(names)}" for name in unknown]
-    numbers = ("density", "dense_above", "interval")
-    problems += [
-        f"{name} is {given[name]!r}; a number" for name in numbers if not isinstance(given.get(name, 0), int | float)
-    ]
     steps = given.get("dense_steps", 0)
     if type(steps) is not int or not 0 <= steps < num_steps:
         problems.append(

@@ -149,10 +149,7 @@ class SparseAttention(ConfigurableAttention):
     def _cache(self, state: GenerationState, block: str, item: int) -> ResidualCache:
         caches: dict[tuple[str, int], ResidualCache] = state.memory.setdefault("residuals", {})
         if (block, item) not in caches:
-            residual = self.spec.residual
-            caches[block, item] = ResidualCache(
-                residual.order, residual.rank, residual.extrapolation, storage=residual.storage, gain=residual.gain
-            )
+            caches[block, item] = ResidualCache(**vars(self.spec.residual))
         return caches[block, item]
 
     def _width(self, state: GenerationState, layout: TokenLayout) -> int | None:

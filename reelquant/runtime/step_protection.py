@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from reelquant.checkpoint.inference_specs import StepProtection
 from reelquant.quantization.input_transform import set_least_activation_bits
 from reelquant.runtime.generation import current_pass, not_traced
+from reelquant.settings.generation import StepProtection
 
 
 class ProtectedSteps:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from benchmarks.dit_step.schedule import step_kinds
 from benchmarks.step_times import attention_of, step_time
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold
 from reelquant.noise_schedule import shifted_levels
+from reelquant.settings.attention import Residual
 
 RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks/results/dit_step.json").read_text())["results"]
 RESIDUAL = {"order": 2, "rank": 16, "extrapolation": "linear"}
@@ -47,8 +48,8 @@ def test_what_was_not_timed_has_no_time() -> None:
 def test_a_step_is_of_the_kind_that_it_computes() -> None:
     levels = shifted_levels(50)
 
-    def kinds(extrapolation: str, order: int) -> list[str]:
-        residual = ResidualSpec(order=order, rank=16 if order else None, extrapolation=extrapolation)
+    def kinds(extrapolation: Literal["linear", "adjacent"], order: Literal[0, 1, 2]) -> list[str]:
+        residual = Residual(order=order, rank=16 if order else None, extrapolation=extrapolation)
         threshold = dense_threshold(3, levels, refreshes=order > 0)
         return step_kinds(SparseAttentionSpec(0.2, dense_above=threshold, interval=3, residual=residual), 8)
 

@@ -14,7 +14,7 @@ import torch
 from imageio.v3 import imwrite
 from torch import Tensor
 
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import parse_method
 from pipeline.config.schema import RunConfig
 from storage.atomic_files import create_directory, write_bytes_atomic
 from storage.manifest import OutputFile, UnitRecord
@@ -57,7 +57,7 @@ class RunMaker:
 
     def __init__(self, path: Path, shape: RunShape) -> None:
         self.shape = shape
-        methods = [MethodConfig.model_validate({"preset": m, **self._learning(m)}) for m in shape.methods]
+        methods = [parse_method({"preset": m, **self._learning(m)}) for m in shape.methods]
         self.config = RunConfig.model_validate(
             {
                 "run": path,
@@ -70,8 +70,8 @@ class RunMaker:
                     "num_held_out": len(shape.held_out),
                 },
                 "selection": {"num_samples": shape.num_samples},
-                "method": methods[0].model_dump(),
-                "compare": [method.model_dump() for method in methods[1:]],
+                "method": methods[0].to_dict(),
+                "compare": [method.to_dict() for method in methods[1:]],
                 "distillation": {"segment_length": shape.segment_length},
                 "evaluation": {"recognizer": "assets/recognizer" if shape.recognizer else None},
             }

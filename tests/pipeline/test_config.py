@@ -5,19 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts, repeated_prompts
-from pipeline.config.method import PRESETS, MethodConfig
+from pipeline.config.method import parse_method
+from pipeline.config.reference import keys
 from pipeline.config.schema import RunConfig
-from pipeline.context import RunContext, build_context, prompt_notes, recipe_of
+from pipeline.context import RunContext, build_context, prompt_notes
 from pipeline.study.expansion import load_study
+from reelquant.settings.recipe import PRESETS, Recipe
 from storage.location import parse_location
 from tests.errors import names, raises
 
@@ -79,22 +80,15 @@ def test_configuration_survives_its_json(tmp_path: Path) -> None:
     assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster", *about_the_model}
 
 
-def float_fields(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Dotted places of all numbers with a fraction in a configuration, those of its sections too."""
-    for name, field in model.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        if float in kinds:
-            yield (*path, name)
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from float_fields(kind, (*path, name))
+def float_fields() -> list[list[str]]:
+    """Places of all numbers with a fraction in a configuration, those of its sections too."""
+    return [key.name.split(".") for key in keys() if "number" in key.type.replace("whole number", "")]
 
 
 def test_every_number_must_be_finite(tmp_path: Path) -> None:
-    fields = list(float_fields(RunConfig))
-    assert ("generation", "guidance_scale") in fields
-    assert ("method", "lambda_global") in fields
-    assert ("method", "attention", "density") in fields
+    fields = float_fields()
+    for known in ("generation.guidance_scale", "method.lambda_global", "method.attention.density"):
+        assert known.split(".") in fields
     for place in fields:
         for value in (float("nan"), float("inf"), -float("inf")):
             changes: Any = value
@@ -155,18 +149,16 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_fills_what_is_left_out(preset: str) -> None:
-    method = MethodConfig.model_validate(preset)
+    method = parse_method(preset)
     assert method.name == preset
-    start = {key: value for key, value in PRESETS[preset].items() if key != "attention"}
-    assert {key: getattr(method, key) for key in start} == start
-    assert method.attention.density == PRESETS[preset].get("attention", {"density": 1.0})["density"]
-    changed = MethodConfig.model_validate({"preset": preset, "damping": 0.5, "name": "mine"})
+    assert method == PRESETS[preset]
+    changed = parse_method({"preset": preset, "damping": 0.5, "name": "mine"})
     assert (changed.damping, changed.name, changed.rotation) == (0.5, "mine", method.rotation)
 
 
 def test_protected_steps_are_a_number_or_a_share_of_all() -> None:
     def protected(value: float) -> list[int]:
-        method = MethodConfig.model_validate({"preset": "rtn", "protected_steps": value})
+        method = parse_method({"preset": "rtn", "protected_steps": value})
         return [method.num_protected_steps(steps) for steps in (2, 16, 50)]
 
     assert protected(0) == [0, 0, 0]
@@ -274,30 +266,26 @@ def test_configuration_needs_no_torch() -> None:
 
 
 def test_sparse_attention_brings_both_papers_unless_a_preset_is_named() -> None:
-    assert MethodConfig.model_validate({}).preset == "reelquant"
-    assert MethodConfig.model_validate({"attention": {"density": 1.0}}).preset == "reelquant"
-    sparse = MethodConfig.model_validate({"attention": {"density": 0.15}})
+    assert parse_method({}).preset == "reelquant"
+    assert parse_method({"attention": {"density": 1.0}}).preset == "reelquant"
+    sparse = parse_method({"attention": {"density": 0.15}})
     assert (sparse.preset, sparse.name, sparse.attention.density) == ("s2q_quantsparse", "s2q_quantsparse", 0.15)
-    assert (
-        MethodConfig.model_validate({"preset": "gptq", "attention": {"density": 0.15}}).attention_distillation == "none"
-    )
+    assert parse_method({"preset": "gptq", "attention": {"density": 0.15}}).attention_distillation == "none"
     # A section that says one thing keeps the preset's others, also one level down.
-    ranked = MethodConfig.model_validate({"preset": "s2q_quantsparse", "attention": {"residual": {"rank": 8}}})
+    ranked = parse_method({"preset": "s2q_quantsparse", "attention": {"residual": {"rank": 8}}})
     assert (ranked.attention.residual.rank, ranked.attention.residual.extrapolation) == (8, "linear")
     assert (ranked.attention.dense_steps, ranked.attention.calibrate) == (5, "dense")
-    assert (
-        MethodConfig.model_validate({"preset": "quantsparse", "attention": {"interval": 3}}).attention.density == 0.25
-    )
+    assert parse_method({"preset": "quantsparse", "attention": {"interval": 3}}).attention.density == 0.25
 
 
 def test_a_part_of_the_tokens_reaches_the_recipe() -> None:
-    assert recipe_of(MethodConfig.model_validate("s2q"), ()).tokens_per_step == 1.0
+    assert parse_method("s2q").tokens_per_step == 1.0
     for changes in (
         {"preset": "s2q"},
         {"preset": "s2q_quantsparse"},
         {"preset": "s2q", "attention_distillation": "both"},
     ):
-        assert recipe_of(MethodConfig.model_validate({**changes, "tokens_per_step": 0.5}), ()).tokens_per_step == 0.5
+        assert parse_method({**changes, "tokens_per_step": 0.5}).tokens_per_step == 0.5
 
 
 @pytest.mark.parametrize(
@@ -328,7 +316,7 @@ def test_a_part_of_the_tokens_reaches_the_recipe() -> None:
 )
 def test_impossible_sparse_settings_are_refused(method: dict[str, Any], words: tuple[object, ...]) -> None:
     with raises(ValidationError, *words):
-        MethodConfig.model_validate(method)
+        parse_method(method)
 
 
 SEPARATORS = ["first line\u2028same prompt", "next\u2029still\x85and\x0cmore\x0b\x1c."]
@@ -477,7 +465,7 @@ def test_residuals_that_cannot_be_are_refused(
 
 
 def test_residuals_of_all_kinds_are_configured(tmp_path: Path) -> None:
-    def configured(**attention: Any) -> MethodConfig:
+    def configured(**attention: Any) -> Recipe:
         return load_config(write(tmp_path, method={"preset": "s2q_quantsparse", "attention": attention})).method
 
     preset = configured().attention
@@ -486,13 +474,13 @@ def test_residuals_of_all_kinds_are_configured(tmp_path: Path) -> None:
     # What is measured for the preset's residual goes with it.
     for other in ({"residual": {"order": 2}}, {"residual": {"order": 0}}, {"head_kinds": "online"}):
         plain = configured(**other)
-        dumped = plain.model_dump()["attention"]
+        dumped = plain.to_dict()["attention"]
         assert not {"refresh_steps", "gain"} & {*dumped, *dumped["residual"]}, "runs made before go on"
         assert not plain.is_refined
     assert configured(residual={"order": 2}, refresh_steps="placed").attention.refresh_steps == "placed"
     given = configured(refresh_steps=[0, 3, 7], residual={"order": 1, "gain": [0.9, 0.8], "extrapolation": "adjacent"})
     assert (given.attention.refresh_steps, given.attention.residual.gain) == ((0, 3, 7), (0.9, 0.8))
-    assert given.model_dump(mode="json")["attention"]["refresh_steps"] == [0, 3, 7]
+    assert given.to_dict()["attention"]["refresh_steps"] == [0, 3, 7]
     assert not given.is_refined
     for measured in ({"refresh_steps": "placed"}, {"residual": {"order": 1, "gain": "calibrated"}}):
         assert configured(**measured).is_refined

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from pipeline.config.loading import load_config
-from pipeline.config.schema import BitsConfig, GenerationConfig, RunConfig
+from pipeline.config.schema import BitsConfig, RunConfig
 from pipeline.new_config import COMMENTS, write_config
+from reelquant.settings.generation import Generation
 from tests.errors import names, raises
 from tests.hub_server import HubServer
 from tests.pipeline.small_run import ROOT, call
@@ -46,7 +47,7 @@ def test_size_and_steps_are_those_of_the_family_and_the_preset_is_the_default(
     monkeypatch.chdir(tmp_path)  # the prompts that ship are found from anywhere
     write_config(Path("run.yaml"), str(THIRTEEN_B))
     config = load_config(Path("run.yaml"))
-    assert config.generation == GenerationConfig()
+    assert config.generation == Generation()
     assert config.bits == BitsConfig()
     assert config.method.preset == RunConfig.model_fields["method"].default.preset
     assert config.prompts.calibration.is_file()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from pipeline.config.loading import parse_config
-from pipeline.config.method import Preset
-from pipeline.context import Run, build_context, recipe_of
+from pipeline.context import Run, build_context
 from pipeline.event_log import EventLog
 from pipeline.plan import make_plan
 from pipeline.report.run_data import read_run
@@ -20,6 +19,7 @@ from pipeline.runner import STAGES as DRIVEN
 from pipeline.stages.selection import Selection
 from pipeline.stages.trajectories import Trajectories
 from pipeline.study.preparation import PlannedManifest
+from reelquant.settings.recipe import PRESETS
 from storage.manifest import Manifest, UnitRecord
 from storage.run_directory import RunDirectory
 
@@ -111,7 +111,7 @@ def record(run: Run, stage: str, unit: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("preset", get_args(Preset))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_all_agree_on_the_units_of_a_run(preset: str, options: str, tmp_path: Path) -> None:
     run = run_of(tmp_path, {"preset": preset}, OPTIONS[options])
     place = run.directory.location
@@ -144,15 +144,6 @@ def test_plan_counts_the_units_that_the_driver_does(options: str, tmp_path: Path
     run = run_of(tmp_path, {"preset": "rtn"}, OPTIONS[options])
     planned = {stage.name: stage.units for stage in make_plan(run.context).stages}
     assert planned == {stage: len(names) for stage, names in driven_units(run, selected=True).items()}
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("preset", get_args(Preset))
-def test_the_configuration_and_the_recipe_agree_on_who_reads_activations(preset: str, options: str) -> None:
-    values = {"run": "r", "model": "m", "prompts": {"calibration": "c", "held_out": "h"}, **OPTIONS[options]}
-    values["method"] = {"preset": preset, "name": "main", **OPTIONS[options].get("method", {})}
-    for method in parse_config(values, "test").methods:
-        assert method.needs_activations == recipe_of(method, ()).needs_activations
 
 
 def test_the_selection_gets_the_sigmas_of_the_feature_that_it_reads(tmp_path: Path) -> None:

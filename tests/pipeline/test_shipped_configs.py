@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.config.loading import load_config
-from pipeline.config.method import PRESETS, MethodConfig
+from pipeline.config.method import parse_method
 from pipeline.study.expansion import load_study
+from reelquant.settings.recipe import PRESETS, Recipe
 from tests.pipeline.small_run import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -49,10 +50,10 @@ def test_configurations_calibrate_dense_and_extrapolate(path: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("changes", [{}, {"attention": {"density": 0.15}}])
 def test_presets_take_no_row_that_measured_worse(preset: str, changes: dict[str, Any]) -> None:
-    assert_not_worse(MethodConfig.model_validate({"preset": preset, **changes}))
+    assert_not_worse(parse_method({"preset": preset, **changes}))
 
 
-def assert_not_worse(method: MethodConfig) -> None:
+def assert_not_worse(method: Recipe) -> None:
     """Against the docs: calibration under the mask, and the residual's whole change added at once, are worse."""
     assert method.attention.calibrate == "dense"
     residual = method.attention.residual

@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from pipeline.config.method import MethodConfig
-from pipeline.context import recipe_of
-from reelquant.calibration.recipe import LayerBits
+from reelquant.settings.generation import LayerBits, Numerics
+from reelquant.settings.recipe import PRESETS
 from storage.run_directory import RunDirectory
 from tests.workers.memory_limit import LIMITS, limit_memory
 from workers.distillation_worker import DistillationWorker
@@ -18,7 +18,6 @@ from workers.hub_snapshot import model_folder
 from workers.messages import (
     DistillationSettings,
     MethodPlan,
-    Numerics,
     Progress,
     PromptUnit,
     RunSource,
@@ -85,11 +84,11 @@ def shared_unit(settings: DistillationSettings, name: str, block: str) -> Shared
     """One block as a segment of its own."""
     model = model_folder(settings.source.model)
     family, config = family_of_model(model), transformer_config(model)
-    recipe = recipe_of(MethodConfig(preset="s2q", rotation_block=64, epochs=2), BLOCKS)
+    recipe = replace(PRESETS["s2q"], rotation_block=64, epochs=2)
     bits = {
         name: LayerBits(4, 16 if name.rpartition(".")[2] == "linear" else 6)
         for name in linear_shapes(config, family)
         if name.startswith(BLOCKS)
     }
-    segment = SegmentUnit(name, MethodPlan(name, recipe, bits), (block,))
+    segment = SegmentUnit(name, MethodPlan(recipe, bits), (block,))
     return SharedUnit(LimitedDistillation, settings, segment, name=f"distillation/{name}", planned_bytes=700 * 2**20)

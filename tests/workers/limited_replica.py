@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from reelquant.settings.generation import Numerics
 from tests.workers.memory_limit import LIMITS, limit_memory
-from workers.messages import Numerics, Progress, UnitOutput
+from workers.messages import Progress, UnitOutput
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import prepare_process
 from workers.process_group import join_process_group

@@ -10,14 +10,13 @@ import os
 import sys
 from pathlib import Path
 
+from reelquant.settings.generation import Generation, Numerics
 from workers.activation_worker import ActivationWorker
 from workers.evaluation_worker import EvaluationWorker
 from workers.messages import (
     ActivationSettings,
     EvaluationSettings,
     EvaluationUnit,
-    Generation,
-    Numerics,
     PromptUnit,
     RunSource,
     SampleUnit,

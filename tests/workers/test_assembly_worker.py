@@ -8,20 +8,17 @@ from pathlib import Path
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from reelquant.calibration.recipe import Recipe
+from reelquant.settings.generation import Numerics
+from reelquant.settings.recipe import PRESETS
 from storage.run_directory import RunDirectory
 from tests.errors import raises
 from tests.pipeline.small_run import files
 from tests.reelquant.conftest import write_artifacts
 from tests.workers.test_component_check import edit_tensors
 from workers.assembly_worker import INDEX, AssemblyWorker
-from workers.messages import AssemblySettings, AssemblyUnit, MethodPlan, Numerics, RunSource
+from workers.messages import AssemblySettings, AssemblyUnit, MethodPlan, RunSource
 
-RTN = Recipe(
-    channel_scale="none", rotation="none", clip="none", rounding="nearest", solve="plain", token_weights=False,
-    weight_layout="per_channel", epochs=0, learning_rate_transform=5e-3, learning_rate_clip=5e-2, lambda_min=0.5,
-    smoothing_alpha=0.5, rotation_block=128, damping=0.01,
-)  # fmt: skip
+RTN = PRESETS["rtn"]
 BLOCK, LAYER, KEPT = "single_transformer_blocks.1", "proj_mlp", "x_embedder.proj.bias"
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
@@ -34,7 +31,7 @@ def test_an_unsound_checkpoint_is_an_error_that_no_other_attempt_mends_and_repla
     transformer = HunyuanVideoTransformer3DModel.from_pretrained(model / "transformer", torch_dtype=torch.bfloat16)
     [artifact] = write_artifacts(transformer, {BLOCK: [((LAYER,), 4, 6, "per_channel", False)]}, run.path)
     worker = AssemblyWorker(AssemblySettings(RunSource(run.path, model, 0, Numerics("float32", 1)), 2**30))
-    unit = AssemblyUnit("rtn", MethodPlan("rtn", RTN, {}), "W4A6", (artifact.name,), "checkpoint")
+    unit = AssemblyUnit("rtn", MethodPlan(RTN, {}), "W4A6", (artifact.name,), "checkpoint")
     assert worker.run(unit, lambda *_: None).result["bits"] == "W4A6"
     before = files(run.path)
     assert f"checkpoint/{INDEX}" in before

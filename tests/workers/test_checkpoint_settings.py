@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
-from reelquant.checkpoint.inference_specs import StepProtection
+from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.writer import write_checkpoint
+from reelquant.settings.attention import Residual
+from reelquant.settings.generation import StepProtection
 from tests.errors import raises
 from tests.reelquant.conftest import tiny_artifacts, tiny_source  # noqa: F401
 from workers.checkpoint_settings import apply_settings
 
-SPARSE = SparseAttentionSpec(density=0.5, online=True, interval=3, residual=ResidualSpec(order=1, rank=4))
+SPARSE = SparseAttentionSpec(density=0.5, online=True, interval=3, residual=Residual(order=1, rank=4))
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "thicker": {"density": 0.8, "interval": 4},

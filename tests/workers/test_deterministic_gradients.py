@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from reelquant.calibration.block_distillation import Sample
-from reelquant.calibration.recipe import Recipe
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.families import hunyuan_video as family
+from reelquant.settings.recipe import Recipe
 from tests.reelquant.calibration.test_saved_tensors import LEARNING
 from tests.reelquant.calibration.test_segment_distillation import BLOCKS, bits_of
 from workers.process import deterministic_kernels

@@ -14,10 +14,9 @@ from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file
 
 from reelquant.attention.head_kind import NUM_ROWS
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
-from reelquant.calibration.recipe import LayerBits, Recipe
+from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift, measured_residual
-from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.reader import source_weights
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
@@ -25,6 +24,9 @@ from reelquant.families import hunyuan_video as family
 from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.quantization.linear import QuantizedLinear
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
+from reelquant.settings.attention import Residual, SparseAttention
+from reelquant.settings.generation import Generation, LayerBits, Numerics, StepProtection
+from reelquant.settings.recipe import PRESETS
 from reelquant.tokens import band_width
 from storage.run_directory import RunDirectory
 from workers.activation_worker import ActivationWorker
@@ -32,10 +34,7 @@ from workers.distillation_worker import DistillationWorker
 from workers.messages import (
     ActivationSettings,
     DistillationSettings,
-    Generation,
-    InferencePlan,
     MethodPlan,
-    Numerics,
     PromptUnit,
     RefinementSettings,
     RefinementUnit,
@@ -50,11 +49,7 @@ from workers.quantized_model import full_precision_transformer, quantized_block,
 from workers.refinement_worker import MEASURED_PROMPTS, RefinementWorker
 from workers.trajectory_worker import TrajectoryWorker
 
-RTN = Recipe(
-    channel_scale="none", rotation="none", clip="none", rounding="nearest", solve="plain", token_weights=False,
-    weight_layout="per_channel", epochs=0, learning_rate_transform=5e-3, learning_rate_clip=5e-2, lambda_min=0.5,
-    smoothing_alpha=0.5, rotation_block=128, damping=0.01,
-)  # fmt: skip
+RTN = PRESETS["rtn"]
 GENERATION = Generation(
     height=32, width=48, num_frames=5, num_inference_steps=4, guidance_scale=6.0, max_sequence_length=16
 )
@@ -87,7 +82,7 @@ class Prepared:
             for name in linears
             if name.startswith(self.blocks)
         }
-        self.method = MethodPlan("rtn", RTN, bits)
+        self.method = MethodPlan(RTN, bits)
         self.artifacts = tuple(self._calibrate())
 
     def _calibrate(self) -> list[str]:
@@ -102,11 +97,17 @@ class Prepared:
         return [output.path for unit in units for output in worker.run(unit, lambda *_: None).outputs]
 
     def refine(
-        self, *, prompts: tuple[PromptUnit, ...] = PROMPTS, sparse: SparseAttentionSpec | None = None, **method: Any
+        self,
+        *,
+        prompts: tuple[PromptUnit, ...] = PROMPTS,
+        sparse: SparseAttentionSpec | None = None,
+        protection: StepProtection | None = None,
+        **recipe: Any,
     ) -> UnitOutput:
         worker = RefinementWorker(RefinementSettings(self.source, GENERATION, SAMPLES, prompts))
         seen: list[tuple[int, int]] = []
-        unit = RefinementUnit("rtn", replace(self.method, **method), self.artifacts, sparse)
+        method = replace(self.method, recipe=replace(RTN, **recipe), protection=protection)
+        unit = RefinementUnit("rtn", method, self.artifacts, sparse)
         output = worker.run(unit, lambda done, total: seen.append((done, total)))
         assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
         return output
@@ -182,12 +183,12 @@ def test_two_prompts_fit_no_velocity_and_say_so(prepared: Prepared) -> None:
 
 def test_protected_steps_and_sparse_attention_are_what_the_velocity_is_fitted_on(prepared: Prepared) -> None:
     plain = prepared.refine(velocity_correction=True).result["velocity"]
-    finer = InferencePlan(protection=StepProtection(0.75, 16))
-    protected = prepared.refine(velocity_correction=True, inference=finer).result["velocity"]
+    finer = StepProtection(0.75, 16)
+    protected = prepared.refine(velocity_correction=True, protection=finer).result["velocity"]
     assert protected["error_before"] < plain["error_before"]
     kinds = dict.fromkeys(prepared.blocks, "st")
     sparse = SparseAttentionSpec(
-        0.6, head_kinds=kinds, interval=2, residual=ResidualSpec(order=0, rank=None, storage="full")
+        0.6, head_kinds=kinds, interval=2, residual=Residual(order=0, rank=None, storage="full")
     )
     assert prepared.refine(velocity_correction=True, sparse=sparse).result["velocity"] != plain
 
@@ -195,8 +196,9 @@ def test_protected_steps_and_sparse_attention_are_what_the_velocity_is_fitted_on
 def test_gains_and_refreshes_are_measured_on_the_quantized_model(prepared: Prepared) -> None:
     """Every block's residual, whole, by its definition: the model's own attention dense and with the band."""
     kinds, steps = dict(zip(prepared.blocks, ("st", "ts", "ss", "tt"), strict=True)), GENERATION.num_inference_steps
-    spec = SparseAttentionSpec(0.6, head_kinds=kinds, interval=2, residual=ResidualSpec(order=1, rank=4))
-    result = prepared.refine(sparse=spec, calibrated_gain=True, placed_refreshes=True).result
+    spec = SparseAttentionSpec(0.6, head_kinds=kinds, interval=2, residual=Residual(order=1, rank=4))
+    asked = SparseAttention(density=0.6, refresh_steps="placed", residual=Residual(order=1, gain="calibrated"))
+    result = prepared.refine(sparse=spec, attention=asked).result
     found = MeasuredResidual.from_dict(result["residual"])
     assert result["velocity"] is None
     assert found.refresh_steps is not None
@@ -240,10 +242,11 @@ def test_gains_and_refreshes_are_measured_on_the_quantized_model(prepared: Prepa
 
 def test_the_velocity_is_fitted_on_the_measured_residual(prepared: Prepared) -> None:
     spec = SparseAttentionSpec(
-        0.6, head_kinds=dict.fromkeys(prepared.blocks, "st"), interval=3, residual=ResidualSpec(order=1, rank=4)
+        0.6, head_kinds=dict.fromkeys(prepared.blocks, "st"), interval=3, residual=Residual(order=1, rank=4)
     )
     plain = prepared.refine(sparse=spec, velocity_correction=True).result
-    measured = prepared.refine(sparse=spec, velocity_correction=True, calibrated_gain=True).result
+    asked = SparseAttention(density=0.6, residual=Residual(order=1, gain="calibrated"))
+    measured = prepared.refine(sparse=spec, velocity_correction=True, attention=asked).result
     assert "residual" not in plain
     assert measured["velocity"] != plain["velocity"]
     given = MeasuredResidual.from_dict(measured["residual"]).applied(spec)
@@ -252,8 +255,8 @@ def test_the_velocity_is_fitted_on_the_measured_residual(prepared: Prepared) -> 
 
 def test_protected_steps_are_repaired_with_their_own_bits(prepared: Prepared) -> None:
     plain = prepared.refine(drift_repair=True).result["drift"]
-    finer = InferencePlan(protection=StepProtection(0.0, 16))
-    drift = prepared.refine(drift_repair=True, inference=finer).result["drift"]
+    finer = StepProtection(0.0, 16)
+    drift = prepared.refine(drift_repair=True, protection=finer).result["drift"]
     assert all(drift[name]["without"] < plain[name]["without"] for name in prepared.blocks)
 
 

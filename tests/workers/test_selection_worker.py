@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reelquant.settings.generation import Numerics
 from storage.run_directory import RunDirectory
 from tests.errors import raises
 from workers.candidates import STRATEGIES
-from workers.messages import Numerics, PromptUnit, RunSource, SelectionSettings, SelectionUnit
+from workers.messages import PromptUnit, RunSource, SelectionSettings, SelectionUnit
 from workers.selection_worker import SelectionWorker, choose, pooled
 
 PROMPTS, STEPS = 7, 6

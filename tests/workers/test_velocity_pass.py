@@ -13,24 +13,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
+from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.metrics import velocity_sqnr_db
 from reelquant.quantization.weight_grid import fit_per_channel
+from reelquant.settings.attention import Residual
+from reelquant.settings.generation import Generation, Numerics
 from storage.calibration_store import CalibrationStore
 from storage.run_directory import RunDirectory
 from workers.evaluation_worker import EvaluationWorker
-from workers.messages import (
-    EvaluationSettings,
-    EvaluationUnit,
-    Generation,
-    Numerics,
-    PromptUnit,
-    RunSource,
-    StepWeightsUnit,
-    VelocityUnit,
-)
+from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit, RunSource, StepWeightsUnit, VelocityUnit
 from workers.model_source import family_of_model, open_pipeline
 from workers.rounded_outputs import rounded_blocks
 from workers.step_effects import Trajectory, rounding_errors, step_effects
@@ -45,9 +38,7 @@ PROMPTS = tuple(
     )
 )
 CPU = torch.device("cpu")
-SPARSE = SparseAttentionSpec(
-    density=0.6, online=True, interval=3, dense_above=0.9, residual=ResidualSpec(order=1, rank=8)
-)
+SPARSE = SparseAttentionSpec(density=0.6, online=True, interval=3, dense_above=0.9, residual=Residual(order=1, rank=8))
 
 
 def ignore(done: int, total: int) -> None:

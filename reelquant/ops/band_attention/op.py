@@ -34,13 +34,12 @@ from reelquant.ops.eight_bit_attention.op import (
 )
 from reelquant.ops.implementation import Implementation as EightBitImplementation
 from reelquant.ops.implementation import takes_triton
+from reelquant.settings.attention import Precision
 from reelquant.tokens import TokenLayout
 
 __all__ = ["Correction", "Implementation", "Precision", "band_attention", "dense_and_band_attention", "dense_attention"]
 
 Implementation = Literal["auto", "reference", "flex", "triton"]
-Precision = Literal["full", "int8_fp8", "int8_16"]
-"""`full` is that of the inputs; for the others see `ops/eight_bit_attention/op.py`."""
 
 FLEX_TOKENS = 4096
 """From here on `auto` takes FlexAttention on CUDA: below, its compilation costs more than it saves."""

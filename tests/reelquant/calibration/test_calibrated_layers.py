@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.calibration.calibrated_layers import CalibratedLinear, GroupTransform
-from reelquant.calibration.recipe import LayerBits
 from reelquant.quantization.quantizer import fake_quantize
+from reelquant.settings.generation import LayerBits
 from tests.reelquant.families.test_hunyuan_video_rows import LEARNED
 
 RECIPE = replace(LEARNED, channel_scale="none", rotation="none", weight_layout="per_channel")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold
 from reelquant.calibration.residual_drift import (
     MOST_LAGS,
     MeasuredResidual,
@@ -21,6 +21,7 @@ from reelquant.calibration.residual_drift import (
 )
 from reelquant.noise_schedule import shifted_levels
 from reelquant.ops.band_attention.op import band_attention, dense_attention
+from reelquant.settings.attention import Residual
 from reelquant.tokens import TokenLayout
 from tests.errors import raises
 
@@ -31,7 +32,7 @@ SPEC = SparseAttentionSpec(
     head_kinds={"a": "st"},
     dense_above=dense_threshold(2, LEVELS, refreshes=True),
     interval=4,
-    residual=ResidualSpec(order=1, rank=8),
+    residual=Residual(order=1, rank=8),
 )
 
 
@@ -132,7 +133,7 @@ def test_what_is_measured_makes_the_error_smaller_at_the_same_density() -> None:
 
 
 def test_an_adjacent_residual_keeps_its_dense_first_steps() -> None:
-    adjacent = replace(SPEC, residual=ResidualSpec(order=2, rank=8, extrapolation="adjacent"))
+    adjacent = replace(SPEC, residual=Residual(order=2, rank=8, extrapolation="adjacent"))
     drift = drift_of(wandering(2))
     found = measured_residual(drift, adjacent, LEVELS, gain=False, placed=True).applied(adjacent)
     assert found.schedule(LEVELS).count("sparse") == adjacent.schedule(LEVELS).count("sparse")

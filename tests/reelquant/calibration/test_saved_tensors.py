@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.calibration.recipe import Recipe, SparseCalibration
 from reelquant.calibration.saved_tensors import _Shelf
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.families import hunyuan_video as family
+from reelquant.settings.attention import SparseAttention
+from reelquant.settings.recipe import Recipe
 from tests.errors import raises
 from tests.reelquant.calibration.test_segment_distillation import RECIPES, bits_of, make_samples, outlier_blocks
 
@@ -59,9 +60,7 @@ def distilled(recipe: Recipe, *, lean: bool) -> list[DistilledBlock]:
 
 
 LEARNING = {name: replace(recipe, epochs=2) for name, recipe in RECIPES.items() if recipe.learns}
-LEARNING["sparse"] = replace(
-    LEARNING["s2q"], sparse=SparseCalibration(density=0.5, dense_blocks=(), attention="corrected")
-)
+LEARNING["sparse"] = replace(LEARNING["s2q"], attention=SparseAttention(density=0.5, calibrate="corrected"))
 
 
 @pytest.mark.parametrize("recipe", LEARNING.values(), ids=LEARNING)

@@ -22,18 +22,16 @@ from reelquant.calibration.block_distillation import (
     step_error,
     weighted_error,
 )
-from reelquant.calibration.recipe import LayerBits, Recipe, SparseCalibration
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer
 from reelquant.families import hunyuan_video as family
 from reelquant.quantization.linear import replace_linear_layers
+from reelquant.settings.attention import SparseAttention
+from reelquant.settings.generation import LayerBits
+from reelquant.settings.recipe import Recipe
 from tests.errors import raises
 
-NOTHING = Recipe(
-    channel_scale="none", rotation="none", clip="none", rounding="nearest", solve="plain", token_weights=False,
-    weight_layout="per_channel", epochs=0, learning_rate_transform=5e-3, learning_rate_clip=5e-2, lambda_min=0.5,
-    smoothing_alpha=0.5, rotation_block=128, damping=0.01,
-)  # fmt: skip
+NOTHING = Recipe()
 S2Q = replace(
     NOTHING, channel_scale="learned", rotation="learned", clip="learned", rounding="gptq", token_weights=True, epochs=6
 )
@@ -48,7 +46,7 @@ RECIPES = {
     "s2q, half of the tokens": replace(S2Q, tokens_per_step=0.5),
     "s2q with attention terms": replace(S2Q, attention_distillation="both", pool_size=8, num_salient_tokens=6),
 }
-SPARSE = SparseCalibration(density=0.5, dense_blocks=(), attention="sparse")
+SPARSE = SparseAttention(density=0.5, calibrate="sparse")
 CONFIG = {
     "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0,
     "qk_norm": "rms_norm", "rope_axes_dim": (4, 6, 6), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
@@ -92,13 +90,20 @@ def bits_of(name: str, weight: int = 4, activation: int = 6) -> dict[str, LayerB
     }
 
 
-def run(recipe: Recipe, *, fall_back: bool = False, blocks: dict[str, nn.Module] | None = None) -> list[DistilledBlock]:
+def run(
+    recipe: Recipe,
+    *,
+    fall_back: bool = False,
+    blocks: dict[str, nn.Module] | None = None,
+    dense_blocks: tuple[str, ...] = (),
+) -> list[DistilledBlock]:
     samples, rows = make_samples()
     blocks = blocks or outlier_blocks()
     return list(
         distill_segment(
             family, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
-            conditioning_rows=rows, seed_of=lambda name: len(name), fall_back=fall_back, progress=lambda *_: None,
+            dense_blocks=dense_blocks, conditioning_rows=rows, seed_of=lambda name: len(name), fall_back=fall_back,
+            progress=lambda *_: None,
         )
     )  # fmt: skip
 
@@ -286,7 +291,7 @@ def test_auto_weights_can_be_replaced_by_fixed_ones() -> None:
 
 @pytest.mark.parametrize("attention", ["sparse", "corrected", "dense"])
 def test_a_block_is_calibrated_with_the_attention_it_will_run_with(attention: str) -> None:
-    recipe = replace(S2Q, sparse=replace(SPARSE, attention=attention), epochs=2)  # type: ignore[arg-type]
+    recipe = replace(S2Q, attention=replace(SPARSE, calibrate=attention), epochs=2)  # type: ignore[arg-type]
     references = outlier_blocks()
     for block in run(recipe, blocks=copy.deepcopy(references)):
         assert block.result.head_kinds is not None
@@ -298,14 +303,13 @@ def test_a_block_is_calibrated_with_the_attention_it_will_run_with(attention: st
     # The loss before learning is that of the attention under test: dense, missing what the band misses, or corrected.
     before = {}
     for kind in ("sparse", "corrected", "dense"):
-        one = replace(RECIPES["gptq"], sparse=replace(SPARSE, attention=kind))
+        one = replace(RECIPES["gptq"], attention=replace(SPARSE, calibrate=kind))
         before[kind] = run(one, blocks={BLOCKS[0]: references[BLOCKS[0]]})[0].result.loss_before or math.nan
     assert before["dense"] < before["corrected"] < before["sparse"], before
 
 
 def test_dense_blocks_of_a_sparse_method_are_calibrated_dense() -> None:
-    some = replace(RECIPES["gptq"], sparse=replace(SPARSE, dense_blocks=(BLOCKS[0],)))
-    first, second = run(some)
+    first, second = run(replace(RECIPES["gptq"], attention=SPARSE), dense_blocks=BLOCKS[:1])
     assert first.result.loss_before == known(RECIPES["gptq"])[0].result.loss_before
     assert second.result.loss_before != known(RECIPES["gptq"])[1].result.loss_before
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from reelquant.attention.column_sums import attention_column_sums
 from reelquant.calibration.block_distillation import calibrated_copy
 from reelquant.calibration.calibrated_layers import CalibratedGroup
-from reelquant.calibration.recipe import LayerBits, Recipe
 from reelquant.calibration.token_rows import token_rows
 from reelquant.families import hunyuan_video as family
 from reelquant.ops.band_attention.op import dense_attention
+from reelquant.settings.generation import LayerBits
+from reelquant.settings.recipe import Recipe
 
 BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
 WIDTH = 48
@@ -22,9 +23,8 @@ CONFIG = {
     "qk_norm": "rms_norm", "rope_axes_dim": (4, 6, 6), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
 }  # fmt: skip
 LEARNED = Recipe(
-    channel_scale="learned", rotation="learned", clip="learned", rounding="gptq", solve="plain", token_weights=False,
-    weight_layout="two_level", epochs=1, learning_rate_transform=5e-3, learning_rate_clip=5e-2, lambda_min=0.5,
-    smoothing_alpha=0.5, rotation_block=16, damping=0.01,
+    channel_scale="learned", rotation="learned", clip="learned", rounding="gptq", weight_layout="two_level", epochs=1,
+    rotation_block=16,
 )  # fmt: skip
 
 

@@ -9,16 +9,18 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
-from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.quantization.input_transform import least_activation_bits
+from reelquant.settings.attention import Residual
+from reelquant.settings.generation import StepProtection
 from tests.errors import raises
 
 BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
 SPARSE = SparseAttentionSpec(
-    density=0.5, head_kinds={BLOCKS[0]: "st", BLOCKS[1]: "ts"}, interval=3, residual=ResidualSpec(rank=4)
+    density=0.5, head_kinds={BLOCKS[0]: "st", BLOCKS[1]: "ts"}, interval=3, residual=Residual(rank=4)
 )
 CORRECTION = VelocityCorrection((900.0, 500.0), ((1.0, 2.0, 1.0, 0.5), (2.0, 1.0, 1.0, 1.0)), ((0.0,) * 4, (1.0,) * 4))
 TIMES = (900.0, 700.0, 500.0, 100.0)
@@ -110,7 +112,7 @@ def test_the_output_is_corrected_per_channel_and_between_steps(
 def test_parts_that_do_not_fit_the_model_are_refused_while_loading(
     tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path
 ) -> None:
-    other = SparseAttentionSpec(density=0.5, head_kinds={BLOCKS[0]: "stt"}, residual=ResidualSpec(rank=13))
+    other = SparseAttentionSpec(density=0.5, head_kinds={BLOCKS[0]: "stt"}, residual=Residual(rank=13))
     checkpoint = checkpoint_with(tiny_source, tiny_artifacts, tmp_path, sparse_attention=other)
     with raises(ValueError, "residual.rank", 13, 12, "single_transformer_blocks.0", "transformer_blocks.0", 3, 2):
         load(checkpoint)

@@ -13,8 +13,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
-from reelquant.checkpoint.inference_specs import StepProtection
+from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.quantization.layer_spec import LayerSpec
@@ -23,10 +22,12 @@ from reelquant.quantization.packing import pack_bits
 from reelquant.quantization.rotation import block_size, hadamard, transform_weight
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 from reelquant.runtime.attach import attach_runtime
+from reelquant.settings.attention import Residual
+from reelquant.settings.generation import StepProtection
 from tests.errors import names, raises
 
 LENGTHS = [5, 3]
-SPARSE = SparseAttentionSpec(density=0.6, online=True, interval=3, residual=ResidualSpec(order=1, rank=16))
+SPARSE = SparseAttentionSpec(density=0.6, online=True, interval=3, residual=Residual(order=1, rank=16))
 
 
 def quantized(*, head_dim: int = 16, layout: str = "two_level", bits: tuple[int, int] = (4, 8), **parts: Any) -> Any:

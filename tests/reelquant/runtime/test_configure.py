@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from reelquant.attention.sparse_spec import ResidualSpec, dense_threshold, refresh_thresholds
-from reelquant.checkpoint.inference_specs import StepProtection
+from reelquant.attention.sparse_spec import dense_threshold, refresh_thresholds
 from reelquant.noise_schedule import shifted_levels
 from reelquant.runtime.configurable_attention import AttentionPrecision
+from reelquant.settings.attention import Residual
+from reelquant.settings.generation import StepProtection
 from tests.errors import raises
 from tests.reelquant.runtime.test_attach import SPARSE, checkpoint_with, load, outputs
 
@@ -42,13 +43,13 @@ KNOBS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"density": 0.7}, {"density": 0.7}),
     ({"dense_steps": 3}, {"dense_above": dense_threshold(3, levels(), refreshes=True)}),
     ({"dense_steps": 3, "num_steps": 20}, {"dense_above": dense_threshold(3, levels(20), refreshes=True)}),
-    ({"interval": 2, "residual": {"order": 1}}, {"interval": 2, "residual": ResidualSpec(order=1, rank=4)}),
+    ({"interval": 2, "residual": {"order": 1}}, {"interval": 2, "residual": Residual(order=1, rank=4)}),
     ({"refresh_steps": [1, 5]}, {"refresh_at": refresh_thresholds([1, 5], levels())}),
     (
         {"residual": {"extrapolation": "adjacent", "rank": 2, "storage": "full"}, "dense_above": 0.95},
-        {"residual": ResidualSpec(rank=2, extrapolation="adjacent", storage="full"), "dense_above": 0.95},
+        {"residual": Residual(rank=2, extrapolation="adjacent", storage="full"), "dense_above": 0.95},
     ),
-    ({"residual": {"order": 1, "gain": [0.8]}}, {"residual": ResidualSpec(order=1, rank=4, gain=(0.8,))}),
+    ({"residual": {"order": 1, "gain": [0.8]}}, {"residual": Residual(order=1, rank=4, gain=(0.8,))}),
     ({"precision": "int8_16"}, {"precision": "int8_16"}),
 ]
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec, dense_threshold
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold
 from reelquant.noise_schedule import shifted_levels
 from reelquant.runtime.knobs import KNOBS
 from reelquant.runtime.knobs import changed as changed_by
+from reelquant.settings.attention import Residual
 from tests.errors import raises
 
 LEVELS = shifted_levels(20, 5.0)
@@ -18,7 +19,7 @@ SPEC = SparseAttentionSpec(
     head_kinds={"a": "st"},
     dense_above=dense_threshold(2, LEVELS, refreshes=True),
     interval=4,
-    residual=ResidualSpec(order=1, rank=8, gain=(0.9, 0.8)),
+    residual=Residual(order=1, rank=8, gain=(0.9, 0.8)),
 )
 
 
@@ -51,9 +52,9 @@ def test_steps_are_those_of_the_schedule() -> None:
 
 def test_fields_of_the_residual_are_changed_one_by_one() -> None:
     found = changed(SPEC, {"residual": {"storage": "low_rank_int8", "gain": [0.5]}}).residual
-    assert found == ResidualSpec(order=1, rank=8, storage="low_rank_int8", gain=(0.5,))
+    assert found == Residual(order=1, rank=8, storage="low_rank_int8", gain=(0.5,))
     found = changed(SPEC, {"residual": {"order": 2, "extrapolation": "adjacent", "gain": None}}).residual
-    assert found == ResidualSpec(order=2, rank=8, extrapolation="adjacent")
+    assert found == Residual(order=2, rank=8, extrapolation="adjacent")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,13 @@ from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
 from torch import Tensor
 
-from reelquant.attention.sparse_spec import ResidualSpec, SparseAttentionSpec
-from reelquant.checkpoint.inference_specs import StepProtection, VelocityCorrection
+from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.runtime.attach import attach_runtime
+from reelquant.settings.attention import Residual
+from reelquant.settings.generation import StepProtection
 
 CPU = torch.device("cpu")
 SPARSE = SparseAttentionSpec(
@@ -30,7 +32,7 @@ SPARSE = SparseAttentionSpec(
     online=True,
     interval=3,
     dense_above=0.9,
-    residual=ResidualSpec(order=2, rank=8, extrapolation="linear"),
+    residual=Residual(order=2, rank=8, extrapolation="linear"),
 )
 CORRECTION = VelocityCorrection((900.0, 500.0), ((1.0, 2.0, 1.0, 0.5), (2.0, 1.0, 1.0, 1.0)), ((0.0,) * 4, (1.0,) * 4))
 KINDS: dict[str, dict[str, Any]] = {

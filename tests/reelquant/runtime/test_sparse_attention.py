@@ -17,12 +17,7 @@ from torch import Tensor
 
 import reelquant  # noqa: F401
 from reelquant.attention.residual_cache import ResidualCache
-from reelquant.attention.sparse_spec import (
-    ResidualSpec,
-    SparseAttentionSpec,
-    dense_threshold,
-    refresh_thresholds,
-)
+from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold, refresh_thresholds
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.families import hunyuan_video_attention
@@ -31,6 +26,7 @@ from reelquant.runtime.attach import attach_runtime
 from reelquant.runtime.generation import GenerationTracker
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from reelquant.runtime.sparse_attention import AttentionPrecision, SparseAttention, Visited
+from reelquant.settings.attention import Residual
 from tests.errors import raises
 
 MODEL = Path(__file__).parents[3] / "assets" / "hunyuanvideo-digits"
@@ -39,7 +35,7 @@ PROMPTS = ["the digit 3 moving left and the digit 7 moving down", "the digit 5 m
 BLOCKS = tuple([f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_blocks.{i}" for i in range(6)])
 LEVELS = PipelineSchedule(MODEL, family)
 SPEC = SparseAttentionSpec(
-    density=0.3, head_kinds=dict.fromkeys(BLOCKS, "sts"), interval=3, residual=ResidualSpec(order=2, rank=8)
+    density=0.3, head_kinds=dict.fromkeys(BLOCKS, "sts"), interval=3, residual=Residual(order=2, rank=8)
 )
 
 
@@ -108,7 +104,7 @@ def expected(sparse: Any) -> Tensor:
 
 def test_dense_from_end_to_end_is_the_model_itself(plain: Tensor) -> None:
     always = open_pipeline(replace(SPEC, interval=1))
-    whole = open_pipeline(replace(SPEC, density=1.0, residual=ResidualSpec(order=0)))
+    whole = open_pipeline(replace(SPEC, density=1.0, residual=Residual(order=0)))
     assert error(latents(always, PROMPTS[0]), plain) < 1e-4
     assert error(latents(whole, PROMPTS[0]), plain) < 1e-4
 
@@ -123,7 +119,7 @@ def test_one_line_turns_it_dense_and_back(plain: Tensor, sparse: Any, expected: 
 
 
 def test_it_is_sparse_and_near(plain: Tensor, expected: Tensor) -> None:
-    naive = latents(open_pipeline(replace(SPEC, residual=ResidualSpec(order=0))), PROMPTS[0])
+    naive = latents(open_pipeline(replace(SPEC, residual=Residual(order=0))), PROMPTS[0])
     assert 1e-3 < error(expected, plain) < error(naive, plain)
 
 
@@ -267,9 +263,9 @@ def test_head_kinds_found_while_generating(sparse: Any) -> None:
 
 def test_dense_steps_and_blocks_are_dense(dense: Any) -> None:
     plain = latents(dense, PROMPTS[0])
-    most = replace(SPEC, residual=ResidualSpec(order=0), dense_blocks=BLOCKS)
+    most = replace(SPEC, residual=Residual(order=0), dense_blocks=BLOCKS)
     assert error(latents(open_pipeline(most), PROMPTS[0]), plain) < 1e-4
-    steps = replace(SPEC, residual=ResidualSpec(order=0), dense_above=0.0)
+    steps = replace(SPEC, residual=Residual(order=0), dense_above=0.0)
     assert error(latents(open_pipeline(steps), PROMPTS[0]), plain) < 1e-4
 
 
@@ -292,7 +288,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with raises(ValueError, "transformer_blocks.7"):
         open_pipeline(replace(SPEC, dense_blocks=("transformer_blocks.7",)))
     with raises(ValueError, "residual.rank", 65, 64):
-        open_pipeline(replace(SPEC, residual=ResidualSpec(rank=65)))
+        open_pipeline(replace(SPEC, residual=Residual(rank=65)))
 
 
 def test_specification_is_json_and_back() -> None:
@@ -301,7 +297,7 @@ def test_specification_is_json_and_back() -> None:
     spec = replace(SPEC, dense_blocks=(BLOCKS[0],), dense_above=0.9)
     assert SparseAttentionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert not {"refresh_at", "gain"} & ({*spec.to_dict()} | {*spec.to_dict()["residual"]}), "as before there were any"
-    damped = replace(spec, refresh_at=(0.8, 0.25), residual=ResidualSpec(order=1, gain=(0.9, 0.5)))
+    damped = replace(spec, refresh_at=(0.8, 0.25), residual=Residual(order=1, gain=(0.9, 0.5)))
     assert SparseAttentionSpec.from_dict(json.loads(json.dumps(damped.to_dict()))) == damped
 
 
@@ -337,7 +333,7 @@ def test_refreshes_are_an_interval_apart_and_end_the_dense_steps() -> None:
     late = replace(spec, dense_above=dense_threshold(3, levels, refreshes=True))
     assert steps(late, "refresh") == [2, 6, 10]
     assert steps(late, "dense") == [0, 1]
-    plain = ResidualSpec(order=0)
+    plain = Residual(order=0)
     naive = replace(spec, dense_above=dense_threshold(3, levels, refreshes=False), residual=plain)
     assert steps(naive, "dense") == [0, 1, 2]
     assert steps(naive, "refresh") == []
@@ -375,7 +371,7 @@ def test_refreshes_at_steps_given(num_steps: int) -> None:
 
 def test_adjacent_keeps_the_residual_of_dense_steps_too() -> None:
     levels = LEVELS(12)
-    residual = ResidualSpec(order=2, extrapolation="adjacent")
+    residual = Residual(order=2, extrapolation="adjacent")
     spec = replace(SPEC, residual=residual, interval=4, dense_above=dense_threshold(3, levels, refreshes=True))
     assert spec.schedule(levels)[:5] == ["refresh", "refresh", "refresh", "sparse", "sparse"]
     plain = replace(spec, residual=replace(residual, extrapolation="linear"))
@@ -387,7 +383,7 @@ def test_adjacent_keeps_the_residual_of_dense_steps_too() -> None:
 def test_every_way_to_correct_is_a_generation_of_its_own(dense: Any) -> None:
     """What the specification says reaches the attention that runs: refreshes given, adjacent changes, gains."""
     levels, plain = LEVELS(5), latents(dense, PROMPTS[0])
-    first = ResidualSpec(order=1, rank=8)
+    first = Residual(order=1, rank=8)
     specs = {
         "order 1": replace(SPEC, residual=first, interval=4),
         "damped": replace(SPEC, residual=replace(first, gain=(0.5,)), interval=4),
@@ -395,7 +391,7 @@ def test_every_way_to_correct_is_a_generation_of_its_own(dense: Any) -> None:
         "warm": replace(SPEC, residual=first, interval=5, dense_above=dense_threshold(2, levels, refreshes=True)),
         "adjacent": replace(
             SPEC,
-            residual=ResidualSpec(order=2, rank=8, extrapolation="adjacent"),
+            residual=Residual(order=2, rank=8, extrapolation="adjacent"),
             interval=5,
             dense_above=dense_threshold(2, levels, refreshes=True),
         ),
