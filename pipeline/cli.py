@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from pipeline.phase import phase
 from pipeline.provenance import provenance
-from pipeline.terminal import counted, say
+from pipeline.terminal import counted, say, say_sentence
 
 app = typer.Typer(
     add_completion=False,
@@ -298,6 +298,21 @@ def verify(
 
         if not show_verification(parse_location(checkpoint), console):
             raise typer.Exit(1)
+
+
+@command()
+def schema(
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="Only this key and those inside it, such as method.attention.")
+    ] = "",
+) -> None:
+    """List the keys of a configuration with their values, defaults and meanings."""
+    console = Console()
+    with _errors(console):
+        from pipeline.config.reference import keys
+
+        for found in keys(key):
+            say_sentence(console, str(found))
 
 
 @command()
