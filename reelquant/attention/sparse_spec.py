@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from reelquant.noise_schedule import threshold_after
-from reelquant.settings.attention import BandAttention, Residual, SparseAttention
+from reelquant.settings.attention import BandAttention, SparseAttention
 from reelquant.settings.declaration import Bounds
 from reelquant.tokens import TokenLayout, mask_density
 
@@ -30,6 +30,8 @@ class SparseAttentionSpec(BandAttention):
     """Sparse attention of one transformer."""
 
     ADDED = frozenset({"refresh_at"})
+    NEEDED = frozenset({"density"})
+    SECTION = "sparse_attention"
 
     head_kinds: dict[str, str] = field(default_factory=dict)
     """By block: one letter a head, `s` spatial or `t` temporal. Empty where they are found while generating (`online`)."""
@@ -45,8 +47,8 @@ class SparseAttentionSpec(BandAttention):
     one that is not above `dense_above`. Empty for refreshes by the interval."""
 
     def __post_init__(self) -> None:
-        if problems := [*self.impossible_values(), *self.residual.problems()] or self._contradictions():
-            raise ValueError("sparse_attention: " + "; ".join(problems))
+        if problems := self.impossible_values() or [*self.residual.problems(), *self._contradictions()]:
+            raise ValueError(f"{self.SECTION}: " + "; ".join(problems))
 
     def _contradictions(self) -> list[str]:
         problems, levels = [], self.refresh_at
@@ -115,28 +117,3 @@ class SparseAttentionSpec(BandAttention):
         kinds = self.schedule(noise_levels)
         num_sparse = kinds.count("sparse") * sum(block not in self.dense_blocks for block in blocks)
         return 1 - num_sparse / (len(kinds) * len(blocks)) * (1 - mask_density(layout, width))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionSpec:
-        """From the JSON values of `to_dict`.
-
-        Raises:
-            ValueError: a key is unknown or missing, or a value is not possible.
-        """
-        known, residual_known = {f.name for f in fields(cls)}, {f.name for f in fields(Residual)}
-        residual = values.get("residual", {})
-        if not isinstance(residual, Mapping) or not isinstance(values.get("head_kinds", {}), Mapping):
-            raise ValueError(f"sparse_attention: residual and head_kinds must be objects, got {values!r}")
-        unknown = sorted(set(values) - known) + sorted(f"residual.{key}" for key in set(residual) - residual_known)
-        problems = [f"unknown keys {', '.join(unknown)}"] if unknown else []
-        if problems := problems + ["density is missing"] * ("density" not in values):
-            raise ValueError(f"sparse_attention: {'; '.join(problems)}")
-        return cls(
-            **{
-                **values,
-                "dense_blocks": tuple(values.get("dense_blocks", ())),
-                "refresh_at": tuple(values.get("refresh_at", ())),
-                "head_kinds": dict(values.get("head_kinds", {})),
-                "residual": Residual.from_dict(residual),
-            }
-        )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from reelquant.settings.declaration import Bounds, Settings
 
@@ -17,6 +16,7 @@ class Residual(Settings):
     """Residual cache of sparse attention (SSAR, QuantSparse §3.3)."""
 
     ADDED = frozenset({"gain"})
+    SECTION = "sparse_attention.residual"
 
     order: Literal[0, 1, 2] = 2
     """0 for none; 1 adds what the band missed at the last refresh, 2 also how that changed since the refresh before."""
@@ -60,22 +60,6 @@ class Residual(Settings):
                 f"residual.gain damps a residual of order 1, but residual.order is {self.order}; set order: 1, or gain: null"
             )
         return found
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Residual:
-        """From the JSON values of a checkpoint's section.
-
-        Raises:
-            ValueError: a key is unknown, or `gain` is no list.
-        """
-        gain = values.get("gain")
-        problems = [f"unknown key residual.{key}" for key in sorted(set(values) - {f.name for f in fields(cls)})]
-        if not (gain is None or isinstance(gain, list | tuple)):
-            problems.append(f"residual.gain is {gain!r}; a list of factors, one a lag, or null")
-        if problems:
-            raise ValueError("sparse_attention: " + "; ".join(problems))
-        # Before there were others, a checkpoint did not name its extrapolation.
-        return cls(**{"extrapolation": "constant", **values, "gain": None if gain is None else tuple(gain)})
 
 
 @dataclass(frozen=True)
@@ -130,8 +114,11 @@ class SparseAttention(BandAttention):
         return self.calibrates_gain or self.places_refreshes
 
     def __post_init__(self) -> None:
-        problems = [*self.impossible_values("attention."), *self.residual.problems()]
-        steps = self.refresh_steps
+        if problems := self.impossible_values("attention.") or [*self.residual.problems(), *self._contradictions()]:
+            raise ValueError("; ".join(problems))
+
+    def _contradictions(self) -> list[str]:
+        problems, steps = [], self.refresh_steps
         if steps is not None and self.residual.order == 0:
             problems.append(
                 f"attention.refresh_steps is {steps!r}, but residual.order is 0: there is nothing to refresh; set it to 1 or "
@@ -144,5 +131,4 @@ class SparseAttention(BandAttention):
                 f"attention.head_kinds is online, but residual.gain is {self.residual.gain!r} and refresh_steps {steps!r}: the "
                 "residual is measured with each head's kind; set head_kinds: offline, or give gain and refresh_steps"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
+        return problems

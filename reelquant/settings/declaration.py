@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Settings:
     ADDED: ClassVar[frozenset[str]] = frozenset()
     """Fields that older versions did not have: they are not stored where they have their defaults, so that runs and checkpoints
     made before are the same as ever."""
+    NEEDED: ClassVar[frozenset[str]] = frozenset()
+    """Fields that stored values must have."""
+    SECTION: ClassVar[str] = "settings"
+    """Name of stored values in messages."""
     __pydantic_config__: ClassVar[dict[str, Any]] = {
         "extra": "forbid",
         "use_attribute_docstrings": True,
@@ -67,12 +72,41 @@ class Settings:
 
     def impossible_values(self, prefix: str = "") -> list[str]:
         """Fields whose values are not of their declared kind, one sentence each; `prefix` stands before their names."""
-        values = {name: (getattr(self, name), kind) for name, kind in self._kinds().items()}
-        return [
-            f"{prefix}{name} is {_plain(value)!r}; {said(kind)}"
-            for name, (value, kind) in values.items()
-            if not fits(value, kind)
-        ]
+        found = []
+        for name, kind in self._kinds().items():
+            value = getattr(self, name)
+            if isinstance(value, Settings):
+                found += value.impossible_values(f"{prefix}{name}.")
+            elif not fits(value, kind):
+                found.append(f"{prefix}{name} is {_plain(value)!r}; {said(kind)}")
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From the JSON values of `to_dict`; a field left out has its default.
+
+        Raises:
+            ValueError: unknown or missing keys, or impossible values; all of them.
+        """
+        keys = {"unknown": list(cls._unknown(values)), "missing": sorted(cls.NEEDED - set(values))}
+        problems = [f"{what} keys {', '.join(names)}" for what, names in keys.items() if names]
+        found = None if problems else cls._from_known(values)
+        if found is None or (problems := found.impossible_values()):
+            raise ValueError(f"{cls.SECTION}: {'; '.join(problems)}")
+        return found
+
+    @classmethod
+    def _from_known(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{name: _parsed(value, cls._kinds()[name]) for name, value in values.items()})
+
+    @classmethod
+    def _unknown(cls, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            kind = cls._kinds().get(name)
+            if kind is None:
+                yield f"{prefix}{name}"
+            elif _is_section(kind) and isinstance(value, Mapping):
+                yield from kind._unknown(value, f"{prefix}{name}.")
 
     @classmethod
     @cache
@@ -104,6 +138,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Settings):
         return value.to_dict()
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Settings)
+
+
+def _parsed(value: Any, kind: Any) -> Any:
+    if _is_section(kind) and isinstance(value, Mapping):
+        return kind._from_known(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from reelquant.settings.declaration import Bounds, Settings
 
@@ -32,6 +31,9 @@ def check_activation_bits(value: int) -> None:
 class StepProtection(Settings):
     """Steps with finer activations (method §9.3); `step_protection` of a checkpoint."""
 
+    NEEDED = frozenset({"noise_above"})
+    SECTION = "step_protection"
+
     noise_above: Annotated[float, Bounds(ge=0, le=1)]
     """Steps whose noise level lies above it are protected: in [0, 1], where 0 are all steps and 1 none."""
     activation_bits: int = 8
@@ -46,17 +48,6 @@ class StepProtection(Settings):
     def bits_at(self, noise_level: float) -> int | None:
         """Fewest activation bits at a noise level; None where the step is not protected."""
         return self.activation_bits if noise_level > self.noise_above else None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StepProtection:
-        """From the JSON values of `to_dict`.
-
-        Raises:
-            ValueError: a key is unknown or missing, or a value is not possible.
-        """
-        if set(values) - {f.name for f in fields(cls)} or "noise_above" not in values:
-            raise ValueError(f"step_protection: must have noise_above and activation_bits, got {dict(values)}")
-        return cls(**values)
 
 
 @dataclass(frozen=True)

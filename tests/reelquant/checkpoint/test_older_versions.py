@@ -48,5 +48,5 @@ def test_it_is_written_as_the_present_version() -> None:
 
 
 def test_the_present_version_counts_no_steps() -> None:
-    with raises(ValueError, "step_protection", "noise_above", {"num_steps": 4}):
+    with raises(ValueError, "step_protection", "noise_above", "num_steps"):
         QuantizationSpec.from_dict({**version_2(step_protection={"num_steps": 4}), "format_version": FORMAT_VERSION})
