@@ -5,9 +5,10 @@ They are fields of the declarations in `reelquant.settings.attention`, each of w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import Field, StringConstraints, TypeAdapter, create_model
+from pydantic import Field, StringConstraints, create_model
 
 from pipeline.config.section import Section
 from reelquant.settings.attention import Residual, SparseAttention
@@ -20,8 +21,11 @@ SettingName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")
 def _changes(declaration: type[Settings], *names: str) -> dict[str, Any]:
     """Fields of `declaration`, null where they are left out, for `create_model`."""
     kinds = get_type_hints(declaration, include_extras=True)
-    said = TypeAdapter(declaration).json_schema()["properties"]
-    return {name: (kinds[name] | None, Field(default=None, description=said[name]["description"])) for name in names}
+
+    def said(name: str) -> Callable[[dict[str, Any]], None]:
+        return lambda schema: schema.update(description=declaration.meanings()[name])
+
+    return {name: (kinds[name] | None, Field(default=None, json_schema_extra=said(name))) for name in names}
 
 
 _Residual: Any = create_model(

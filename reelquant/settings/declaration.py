@@ -65,10 +65,16 @@ class Settings:
         """With the meaning of inherited fields too: pydantic reads the strings of the class itself."""
         found = handler(schema)
         fields_of = handler.resolve_ref_schema(found)["properties"]
-        for base in cls.__mro__[1:-2]:
-            for name, meaning in _meanings(base).items():
-                fields_of[name].setdefault("description", meaning)
+        for name, meaning in cls.meanings().items():
+            fields_of[name].setdefault("description", meaning)
         return found
+
+    @classmethod
+    @cache
+    def meanings(cls) -> dict[str, str]:
+        """The strings under the fields, inherited ones too, by name."""
+        bases = [base for base in cls.__mro__ if base is not Settings and issubclass(base, Settings)]
+        return {name: meaning for base in reversed(bases) for name, meaning in _meanings(base).items()}
 
     def impossible_values(self, prefix: str = "") -> list[str]:
         """Fields whose values are not of their declared kind, one sentence each; `prefix` stands before their names."""
