@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pipeline.config.loading import ConfigError, comparable, read_prompts, repeated_prompts
 from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel, find_model, pinned
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
+from pipeline.model_facts import ModelFacts
 from pipeline.run_units import prompt_names
 from pipeline.setting_checks import setting_problems
 from reelquant.checkpoint.pipeline_files import fingerprint
 from reelquant.runtime.knobs import refresh_problems
-from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from reelquant.settings.recipe import Recipe
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
@@ -25,48 +23,6 @@ from workers.candidates import shortage
 from workers.messages import MethodPlan, PromptUnit, RunSource, Sharding
 from workers.model_source import ModelCheck, check_model, family_of_model, linear_shapes, transformer_config
 from workers.recognition import DigitRecognizer
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The source model, as far as the driver needs it."""
-
-    found: FoundModel
-    family: ModuleType
-    config: Mapping[str, Any]
-    linears: Mapping[str, tuple[int, int]]
-    """`(outputs, inputs)` by full layer name."""
-    kinds: Mapping[str, str]
-    """`block`, `modulation`, `refiner` or `embedder`, by full layer name."""
-    variant: str | None = None
-    """Of the weight files."""
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are read on this machine."""
-        return self.found.folder
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks in model order."""
-        names: tuple[str, ...] = self.family.block_names(self.config)
-        return names
-
-    def noise_levels(self, num_steps: int) -> list[float]:
-        """Noise levels of a generation with `num_steps` steps under the model's scheduler.
-
-        Raises:
-            ValueError: the scheduler is unknown or cannot do what the pipeline asks of it.
-        """
-        return PipelineSchedule(self.folder, self.family)(num_steps)
-
-    def sigmas(self, num_steps: int) -> list[float]:
-        """Sigmas of the latents of such a generation, noise to video, `[num_steps + 1]`.
-
-        Raises:
-            ValueError: the network's outputs do not follow from the latents of the model's scheduler.
-        """
-        return PipelineSchedule(self.folder, self.family).sigmas(num_steps)
 
 
 @dataclass(frozen=True)
@@ -270,6 +226,10 @@ def _sparse_problems(method: Recipe, model: ModelFacts, config: RunConfig) -> li
         if attention.dense_steps >= steps:
             problems.append(
                 f"attention.dense_steps is {attention.dense_steps}: all {steps} steps would be dense; set fewer"
+            )
+        if attention.interval == 1 and attention.residual.order and not isinstance(attention.refresh_steps, tuple):
+            problems.append(
+                "attention.interval is 1: every step would be a refresh, which is dense; set 2 or more, or attention.density: 1"
             )
         if attention.dense_layers >= len(model.blocks):
             problems.append(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config.schema import RunConfig
+from pipeline.model_facts import ModelFacts
 from reelquant.runtime.knobs import changed
+from reelquant.settings.recipe import RESERVED_NAMES
 from workers.messages import MethodPlan
-
-if TYPE_CHECKING:
-    from pipeline.context import ModelFacts
 
 
 def setting_problems(config: RunConfig, plan: MethodPlan, model: ModelFacts) -> list[str]:
@@ -19,6 +18,11 @@ def setting_problems(config: RunConfig, plan: MethodPlan, model: ModelFacts) -> 
     problems, sparse = [], plan.recipe.sparse
     taken = {method.name for method in config.methods} & set(config.evaluation.settings)
     problems += [f"evaluation.settings.{name}: a method has that name; take another one" for name in sorted(taken)]
+    kept = RESERVED_NAMES & set(config.evaluation.settings)
+    problems += [
+        f"evaluation.settings.{name}: the evaluation has a model of that name; take another one"
+        for name in sorted(kept)
+    ]
     for name, setting in config.evaluation.settings.items():
         knobs, found = setting.knobs(), []
         if knobs.pop("step_protection", None) is not None and plan.protection is None:

@@ -4,7 +4,10 @@ import shutil
 import subprocess
 import sysconfig
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import grimp
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +21,12 @@ def test_checkout_keeps_its_import_rules() -> None:
     result = lint_imports(ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 broken" in result.stdout
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Behind functions too, and for types alone."""
+    graph = grimp.build_graph("reelquant", "storage", "cluster", "workers", "pipeline", cache_dir=None)
+    TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()
 
 
 def test_breaches_are_found_behind_functions_and_behind_other_imports(tmp_path: Path) -> None:

@@ -42,7 +42,20 @@ def _fill_from_preset(values: Any) -> Any:
     return {**start, **values, "attention": merged}
 
 
-Method = Annotated[Recipe, BeforeValidator(_fill_from_preset), PlainSerializer(Recipe.to_dict)]
+def _to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Values that `_fill_from_preset` makes the recipe of again: null where the preset has something and the recipe nothing."""
+    values, start = recipe.to_dict(), PRESETS[recipe.preset].to_dict()["attention"]
+    merged = {**start, **values["attention"], "residual": {**start["residual"], **values["attention"]["residual"]}}
+    _drop_measured(merged, values["attention"])
+    attention = recipe.attention
+    if merged.get("refresh_steps") is not None and attention.refresh_steps is None:
+        values["attention"]["refresh_steps"] = None
+    if merged["residual"].get("gain") is not None and attention.residual.gain is None:
+        values["attention"]["residual"]["gain"] = None
+    return values
+
+
+Method = Annotated[Recipe, BeforeValidator(_fill_from_preset), PlainSerializer(_to_dict)]
 """A recipe as a configuration has it."""
 _METHOD: TypeAdapter[Recipe] = TypeAdapter(Method)
 

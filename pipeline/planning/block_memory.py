@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.context import ModelFacts, RunContext
+from pipeline.context import RunContext
+from pipeline.model_facts import ModelFacts
 from pipeline.planning.meta_run import META, bytes_of, peak_on_meta, tensors_of, to_dtype
 from pipeline.planning.model_size import planned_layers
 from pipeline.planning.store_size import hidden_size

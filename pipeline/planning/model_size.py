@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.config.loading import ConfigError
-from pipeline.context import ModelFacts
+from pipeline.model_facts import ModelFacts
 from reelquant.checkpoint.pipeline_files import list_files, read_components, read_json
 from reelquant.checkpoint.reader import TRANSFORMER, read_weights
 from reelquant.quantization.layer_spec import LayerSpec, TensorInfo, layer_tensors

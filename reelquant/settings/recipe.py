@@ -13,7 +13,8 @@ WeightLayout = Literal["per_channel", "two_level"]
 AttentionTerms = Literal["none", "global", "local", "both"]
 Preset = Literal["rtn", "smoothquant", "quarot", "gptq", "s2q", "quantsparse", "reelquant", "s2q_quantsparse"]
 
-_RESERVED = ("full_precision", "noise_floor")
+RESERVED_NAMES = frozenset({"full_precision", "noise_floor"})
+"""Models of the evaluation that are no method's."""
 _CALIBRATION_IGNORES = {
     "preset", "name", "attention", "protected_steps", "protected_activation_bits", "drift_repair", "velocity_correction",
 }  # fmt: skip
@@ -132,7 +133,7 @@ class Recipe(Settings):
         object.__setattr__(self, "name", self.name or self.preset)
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(f"method name {self.name!r}: lower-case letters, digits, - and _ only (it names a folder)")
-        if self.name in _RESERVED:
+        if self.name in RESERVED_NAMES:
             raise ValueError(f"method name {self.name!r} is taken: the evaluation calls the 16-bit model so")
         if problems := self.impossible_values() or self._contradictions():
             raise ValueError(f"method {self.name}: {'; '.join(problems)}")

@@ -487,6 +487,22 @@ def test_residuals_of_all_kinds_are_configured(tmp_path: Path) -> None:
         assert not configured(**measured, density=1.0).is_refined, "dense attention has no residual"
 
 
+def test_a_stored_method_is_the_same_method(tmp_path: Path) -> None:
+    """Also where it has nothing of what its preset has."""
+    none = {"refresh_steps": None, "residual": {"gain": None}}
+    for attention in (
+        {},
+        none,
+        {"refresh_steps": None},
+        {"residual": {"gain": None}},
+        {"residual": {"order": 2}},
+        {"density": 1.0},
+    ):
+        config = load_config(write(tmp_path, method={"preset": "s2q_quantsparse", "attention": attention}))
+        stored = json.loads(config.model_dump_json())
+        assert RunConfig.model_validate(stored).method == config.method, attention
+
+
 SPARSE_METHOD = {
     "preset": "s2q_quantsparse",
     "attention": {"density": 0.25, "residual": {"order": 1, "gain": "calibrated"}},
@@ -507,6 +523,17 @@ def context_with(folder: Path, settings: dict[str, Any], method: Any = SPARSE_ME
         "evaluation": {"settings": settings},
     }
     return build_context(parse_config(values, "test"), weights=False)
+
+
+@pytest.mark.parametrize("name", ["full_precision", "noise_floor", "s2q_quantsparse"])
+def test_a_setting_of_the_evaluation_has_a_name_of_its_own(tmp_path: Path, name: str) -> None:
+    with raises(ConfigError, f"evaluation.settings.{name}", "take another"):
+        context_with(tmp_path, {name: {"density": 0.3}})
+
+
+def test_a_method_without_a_sparse_step_is_refused(tmp_path: Path) -> None:
+    with raises(ConfigError, "attention.interval is 1", "attention.density"):
+        context_with(tmp_path, {}, {"preset": "s2q_quantsparse", "attention": {"interval": 1}})
 
 
 def test_settings_of_the_checkpoint_are_checked_before_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""What a run knows of its source model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.hub_model import FoundModel
+from reelquant.runtime.pipeline_schedule import PipelineSchedule
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The source model, as far as the driver needs it."""
+
+    found: FoundModel
+    family: ModuleType
+    config: Mapping[str, Any]
+    linears: Mapping[str, tuple[int, int]]
+    """`(outputs, inputs)` by full layer name."""
+    kinds: Mapping[str, str]
+    """`block`, `modulation`, `refiner` or `embedder`, by full layer name."""
+    variant: str | None = None
+    """Of the weight files."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are read on this machine."""
+        return self.found.folder
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks in model order."""
+        names: tuple[str, ...] = self.family.block_names(self.config)
+        return names
+
+    def noise_levels(self, num_steps: int) -> list[float]:
+        """Noise levels of a generation with `num_steps` steps under the model's scheduler.
+
+        Raises:
+            ValueError: the scheduler is unknown or cannot do what the pipeline asks of it.
+        """
+        return PipelineSchedule(self.folder, self.family)(num_steps)
+
+    def sigmas(self, num_steps: int) -> list[float]:
+        """Sigmas of the latents of such a generation, noise to video, `[num_steps + 1]`.
+
+        Raises:
+            ValueError: the network's outputs do not follow from the latents of the model's scheduler.
+        """
+        return PipelineSchedule(self.folder, self.family).sigmas(num_steps)
