@@ -179,16 +179,18 @@ def sweep_partial_files(root: Path) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def explain_write_failure(path: Path, num_bytes: int) -> Iterator[None]:
+def explain_write_failure(path: Path, num_bytes: int | None) -> Iterator[None]:
     """Turn an ``OSError`` of the body into one that names ``path``, the bytes to write and the bytes free.
 
-    ``FileExistsError`` passes unchanged: it is an answer, not a failure.
+    ``FileExistsError`` passes unchanged: it is an answer, not a failure. So does every error if nobody knows the bytes (None).
     """
     try:
         yield
     except FileExistsError:
         raise
     except OSError as error:
+        if num_bytes is None:
+            raise
         reason = error.strerror or str(error)
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -1,31 +1,36 @@
 """The calibration store: tensors by name, one Zarr v3 array each, whole or absent.
 
-Any Zarr reader opens the arrays; ``storage.zarr_layout`` says what lies where. The bytes are written and read here
-directly rather than through zarr-python: the same bytes at about twice the rate, with no copy of the tensor in memory,
-synced to disk, and with a missing data file as an error (every Zarr reader takes it for zeros).
+Any Zarr reader opens the arrays; ``storage.zarr_array`` says what lies where. What zarr does not give is added here: files
+that are synced and in place together, a missing file as an error, and neither NaN nor infinity.
 
 An array is written once by one writer: in a folder into a hidden directory, synced, and renamed; in a bucket as whole
-objects, the metadata last. When two write one name, the last one stands, whole. A kill leaves the old array, the new one or
-none; and at most a partial directory (:meth:`CalibrationStore.sweep_partial_files`). Equal tensors give equal bytes.
+objects, the metadata last. A kill leaves the old array, the new one or none; and at most a partial directory
+(:meth:`CalibrationStore.sweep_partial_files`). When two write one name in a folder, the last one stands, whole. Equal tensors
+give equal bytes.
 """
 
-import hashlib
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from storage.array_file import NotFinite, read_rows, write_data_file
 from storage.atomic_files import sweep_partial_files
 from storage.location import StoreUrl, local_path, parse_location
 from storage.open_store import open_store
 from storage.output_file import OutputFile
 from storage.run_store import StoreUnreachable
-from storage.zarr_layout import GROUP_METADATA, METADATA_FILE, ArrayLayout
+
+if TYPE_CHECKING:  # zarr is imported where an array is touched: it takes 0.2 s of CPU
+    import zarr
+
+METADATA_FILE = "zarr.json"
+GROUP_METADATA = b'{\n  "attributes": {},\n  "zarr_format": 3,\n  "node_type": "group"\n}'
+"""``zarr.json`` of a group, byte for byte what zarr writes."""
 
 _COMPONENT = re.compile(r"(?!__)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,127}")
 
@@ -64,30 +69,31 @@ class CalibrationStore:
     def write(self, name: str, tensor: torch.Tensor) -> tuple[OutputFile, ...]:
         """Write ``tensor`` durably as the array ``name``; replaces an older one.
 
-        Memory beyond the tensor: none for a contiguous CPU tensor, else one CPU copy.
+        Memory beyond the tensor: a few chunks of 16 MiB; one CPU copy of a tensor that is not contiguous or not on the CPU.
 
         Returns:
-            The files, relative to the parent of ``root`` (the run directory), for the unit's record.
+            The files, relative to the parent of ``root`` (the run directory), for the unit's record; the metadata last.
 
         Raises:
             ValueError: NaN or infinity (how many, where the first), a dtype that cannot be stored, or a bad name.
             OSError: disk full and the like; names path and bytes, and nothing half-written stays.
         """
+        from storage.zarr_array import check_storable, write_array
+
         key = self._locate(name)
-        layout = ArrayLayout.of(tuple(tensor.shape), tensor.dtype)
+        try:
+            check_storable(tensor)
+        except ValueError as error:
+            raise ValueError(f"calibration array {name!r} is not written: {error}") from error
         if self._store.subfolders(key):
             raise ValueError(f"name {name!r} is a group of arrays in {self.location}: choose another name")
         self._create_groups([key])
-        checksums: dict[str, str] = {}
 
         def write_files(folder: Path) -> None:
-            checksums.update(_write_files(folder, layout, tensor))
+            folder.mkdir()
+            write_array(folder, tensor)
 
-        try:
-            files = self._store.publish_array(key, write_files, num_bytes=layout.data_bytes)
-        except NotFinite as error:
-            raise ValueError(f"calibration array {name!r} is not written: {error}") from error
-        return tuple(OutputFile(f"{key}/{file}", size, checksums[file], e_tag) for file, (size, e_tag) in files.items())
+        return self._store.publish(key, write_files, last=METADATA_FILE, num_bytes=tensor.nbytes)
 
     def read(self, name: str, *, rows: slice | None = None) -> torch.Tensor:
         """Read the array ``name``, or the given rows of dimension 0, with every checksum on the way verified.
@@ -95,7 +101,7 @@ class CalibrationStore:
         Args:
             name: as given to :meth:`write`.
             rows: ``slice(start, stop)`` with the bounds of Python's slices, but inside the array; reads and verifies
-                only the inner chunks (about 6 MiB) that it touches.
+                only the files (chunks of up to 16 MiB) that it touches.
 
         Returns:
             A CPU tensor of the written dtype that owns its memory.
@@ -104,23 +110,16 @@ class CalibrationStore:
             DamagedArray: missing, short, corrupt, NaN or infinite; says which file and what.
             ValueError: bad name; rows with a step or outside the array.
         """
-        key = self._locate(name)
-        layout, directory = self._layout(name, key), self.location / name
-        start, stop = _row_bounds(name, layout, rows)
-        shape = (stop - start, *layout.shape[1:]) if layout.shape else ()
-        out = np.empty((stop - start) * layout.row_bytes, np.uint8)
-        if not out.nbytes:
-            return torch.empty(shape, dtype=layout.dtype)
+        from storage.zarr_array import read_rows
+
+        array = self._open(name)
+        start, stop = _row_bounds(name, array.shape, rows)
         try:
-            with self._store.open_ranges(f"{key}/{layout.data_file}") as reader:
-                read_rows(reader, layout, out, start=start, stop=stop)
+            return read_rows(array, start, stop)
         except StoreUnreachable:  # says nothing about the array
             raise
-        except FileNotFoundError as error:
-            raise DamagedArray(name, f"{layout.data_file} is missing in {directory}") from error
         except (ValueError, OSError) as error:
-            raise DamagedArray(name, f"{error} (in {directory})") from error
-        return torch.from_numpy(out).view(layout.dtype).reshape(shape)
+            raise DamagedArray(name, f"{error} (in {self.location / name})") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the array ``name``, from its metadata alone.
@@ -129,7 +128,7 @@ class CalibrationStore:
             DamagedArray: missing, or metadata that was not written by this class.
             ValueError: bad name.
         """
-        return self._layout(name, self._locate(name)).shape
+        return self._open(name).shape
 
     def adopted(self, outputs: Iterable[OutputFile]) -> None:
         """After files were taken over from another run (:meth:`storage.run_store.RunStore.adopt`): makes the groups above the
@@ -166,39 +165,29 @@ class CalibrationStore:
                 name = below[group].removeprefix(f"{self.location.name}/")
                 raise ValueError(f"name {name!r} would lie inside {where}, which is not a group: choose another name")
 
-    def _layout(self, name: str, key: str) -> ArrayLayout:
-        directory = self.location / name
+    def _open(self, name: str) -> zarr.Array[Any]:
+        from storage.zarr_array import open_array
+
+        key, directory = self._locate(name), self.location / name
+
+        def read(file: str) -> bytes:
+            self._store.check_key(self.location.name, f"{name}/{file}")
+            return self._store.read(f"{key}/{file}")
+
         try:
-            raw = self._store.read(f"{key}/{METADATA_FILE}")
+            return open_array(read(METADATA_FILE), read)
         except FileNotFoundError as error:
             raise DamagedArray(name, f"{METADATA_FILE} is missing in {directory}") from error
-        try:
-            return ArrayLayout.from_metadata(raw)
         except ValueError as error:
-            raise DamagedArray(name, f"{error} ({len(raw)} bytes in {directory})") from error
+            raise DamagedArray(name, f"{error} (in {directory})") from error
 
 
-def _write_files(folder: Path, layout: ArrayLayout, tensor: torch.Tensor) -> dict[str, str]:
-    """Write both files in the new directory: SHA-256 of each."""
-    metadata, checksums = layout.metadata(), {}
-    (folder / METADATA_FILE).write_bytes(metadata)
-    if layout.num_chunks:
-        checksums[layout.data_file] = write_data_file(folder / layout.data_file, layout, _stored_bytes(tensor))
-    return {**checksums, METADATA_FILE: hashlib.sha256(metadata).hexdigest()}
-
-
-def _stored_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    """The tensor's bytes in C order; a view where the tensor is contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()
-
-
-def _row_bounds(name: str, layout: ArrayLayout, rows: slice | None) -> tuple[int, int]:
+def _row_bounds(name: str, shape: tuple[int, ...], rows: slice | None) -> tuple[int, int]:
+    num_rows = shape[0] if shape else 1
     if rows is None:
-        return 0, layout.num_rows
-    if not layout.shape or rows.step not in (None, 1):
+        return 0, num_rows
+    if not shape or rows.step not in (None, 1):
         raise ValueError(f"rows of {name!r} must be slice(start, stop) of an array with dimensions, got {rows}")
-    num_rows = layout.num_rows
     for bound in (rows.start, rows.stop):
         if bound is not None and not -num_rows <= bound <= num_rows:
             raise ValueError(f"rows {rows.start}:{rows.stop} of {name!r} are outside its {num_rows} rows")

@@ -25,7 +25,7 @@ from storage.atomic_files import (
 )
 from storage.local_lock import lock_holder, locked
 from storage.output_file import OutputFile
-from storage.run_store import Bytes, Driver, LineLog, RangeReader, RunStore, StoredFile, WriteLocally
+from storage.run_store import Driver, LineLog, RunStore, StoredFile, WriteLocally
 
 LOCK_FILE = "run.lock"
 
@@ -76,24 +76,18 @@ class LocalStore:
     def put_record(self, key: str, data: bytes, *, is_newer: Callable[[bytes], bool]) -> None:
         self.put(key, data)
 
-    def publish(self, key: str, write: WriteLocally, *, last: str | None = None) -> tuple[OutputFile, ...]:
+    def publish(
+        self, key: str, write: WriteLocally, *, last: str | None = None, num_bytes: int | None = None
+    ) -> tuple[OutputFile, ...]:
         path = self._root / key
-        create_directory(path.parent)
-        with atomic_path(path) as written:
-            write(written)
-            files = sorted(f for f in written.rglob("*") if f.is_file()) if written.is_dir() else [written]
-            # Before it is in place, where the next writer may replace it at once.
-            found = [OutputFile.describe(file, run=written.parent) for file in files]
-        return tuple(replace(output, path=str(PurePosixPath(key).parent / output.path)) for output in found)
-
-    def publish_array(self, key: str, write: WriteLocally, *, num_bytes: int) -> dict[str, tuple[int, str | None]]:
-        target = self._root / key
-        with explain_write_failure(target, num_bytes):
-            create_directory(target.parent)
-            with atomic_path(target) as written:
-                written.mkdir()
+        with explain_write_failure(path, num_bytes):
+            create_directory(path.parent)
+            with atomic_path(path) as written:
                 write(written)
-                return {file.name: (file.stat().st_size, None) for file in sorted(written.iterdir())}
+                files = sorted(f for f in written.rglob("*") if f.is_file()) if written.is_dir() else [written]
+                # Before it is in place, where the next writer may replace it at once.
+                found = [OutputFile.describe(file, run=written.parent) for file in files]
+        return tuple(replace(output, path=str(PurePosixPath(key).parent / output.path)) for output in found)
 
     def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
         assert isinstance(source, LocalStore)
@@ -119,14 +113,6 @@ class LocalStore:
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def open_ranges(self, key: str) -> Iterator[RangeReader]:
-        descriptor = os.open(self._root / key, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            yield _FileRanges(descriptor)
-        finally:
-            os.close(descriptor)
 
     @contextlib.contextmanager
     def local_files(self, keys: Sequence[str]) -> Iterator[list[Path]]:
@@ -196,24 +182,6 @@ def _link(original: Path, target: Path) -> bool:
             raise
         return False
     return True
-
-
-class _FileRanges:
-    num_threads = 1
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.num_bytes = os.fstat(descriptor).st_size
-
-    def read_into(self, buffers: Sequence[Bytes], offset: int) -> None:
-        position = offset
-        for buffer in buffers:
-            view = buffer.data
-            while view:
-                count = os.preadv(self._descriptor, [view], position)
-                if not count:
-                    raise ValueError("the file shrank while it was read")
-                view, position = view[count:], position + count
 
 
 class _FileLog:

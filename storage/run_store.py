@@ -18,13 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from storage.location import Location
 from storage.output_file import OutputFile
-
-Bytes = NDArray[np.uint8]
 
 WriteLocally = Callable[[Path], object]
 """Writes one file, or one folder of files, at the local path that it is given, which does not exist."""
@@ -63,17 +58,6 @@ class Driver:
     """Names the driver that holds the run."""
     died: str | None
     """Names a driver that ended without giving the run back."""
-
-
-class RangeReader(Protocol):
-    """An open file that is read in pieces, by several threads."""
-
-    num_bytes: int
-    num_threads: int
-    """Pieces that are worth asking for at a time."""
-
-    def read_into(self, buffers: Sequence[Bytes], offset: int) -> None:
-        """Fill the buffers with consecutive bytes from ``offset`` on; ValueError if the file ends before."""
 
 
 class LineLog(Protocol):
@@ -125,25 +109,16 @@ class RunStore(Protocol):
             LeaseLost: there is one.
         """
 
-    def publish(self, key: str, write: WriteLocally, *, last: str | None = None) -> tuple[OutputFile, ...]:
+    def publish(
+        self, key: str, write: WriteLocally, *, last: str | None = None, num_bytes: int | None = None
+    ) -> tuple[OutputFile, ...]:
         """Have ``write`` make a file or a folder locally, and put it at ``key``.
 
         Args:
             key: of the file, or of the folder.
             write: see :data:`WriteLocally`; what stood at ``key`` before is there until it is done.
             last: the file of a folder without which the folder means nothing: absent until all others are there.
-        """
-
-    def publish_array(self, key: str, write: WriteLocally, *, num_bytes: int) -> dict[str, tuple[int, str | None]]:
-        """Have ``write`` fill a new, empty local folder with an array's files, synced, and put it at ``key``.
-
-        Args:
-            key: of the array's folder.
-            write: need not be atomic; its errors pass.
-            num_bytes: about to be written, for the message if there is no room.
-
-        Returns:
-            By file name, data before metadata: size in bytes and e_tag.
+            num_bytes: about to be written. An OSError of writing locally then names them, the place and the bytes free.
         """
 
     def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
@@ -160,9 +135,6 @@ class RunStore(Protocol):
         Raises:
             ValueError: the source's file is not the one described (any more); says which. Nothing may be built on the others.
         """
-
-    def open_ranges(self, key: str) -> contextlib.AbstractContextManager[RangeReader]:
-        """Raises FileNotFoundError."""
 
     def local_files(self, keys: Sequence[str]) -> contextlib.AbstractContextManager[list[Path]]:
         """Local paths with the content of files, to be read only, for the body's time; in a folder, the files themselves.

@@ -18,13 +18,11 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 
-import numpy as np
-
 from storage.atomic_files import explain_write_failure, sha256_file
 from storage.local_store import LOCK_FILE
 from storage.location import StoreUrl
 from storage.output_file import OutputFile
-from storage.run_store import Bytes, Driver, LeaseLost, LineLog, RangeReader, RunStore, StoredFile, WriteLocally
+from storage.run_store import Driver, LeaseLost, LineLog, RunStore, StoredFile, WriteLocally
 from storage.s3_lease import S3Lease
 from storage.s3_log import S3Log, read_s3_log
 from storage.s3_requests import PART_BYTES, Requests, StoredObject
@@ -32,6 +30,8 @@ from storage.scratch import scratch_folder, scratch_root
 
 _DOWNLOADS = 4
 """Ranges of a file that are asked for at a time."""
+_UPLOADS = 4
+"""Files of a folder that are sent at a time."""
 LARGEST_COPY_BYTES = 5 * 2**30
 """Of an object that S3 copies in one request."""
 
@@ -102,10 +102,13 @@ class S3Store:
                 self._requests.replace(key, data, e_tag=e_tag)
                 return
 
-    def publish(self, key: str, write: WriteLocally, *, last: str | None = None) -> tuple[OutputFile, ...]:
+    def publish(
+        self, key: str, write: WriteLocally, *, last: str | None = None, num_bytes: int | None = None
+    ) -> tuple[OutputFile, ...]:
         with scratch_folder() as scratch:
             path = scratch / PurePosixPath(key).name
-            write(path)
+            with explain_write_failure(path, num_bytes):
+                write(path)
             if not path.is_dir():
                 return (self._upload(key, path),)
             names = sorted(found.relative_to(path).as_posix() for found in path.rglob("*") if found.is_file())
@@ -113,18 +116,11 @@ class S3Store:
             if last is not None:
                 self._requests.delete([f"{key}/{last}"] if f"{key}/{last}" in older else [])
             self._requests.delete([name for name in older if name.removeprefix(f"{key}/") not in names])
-            uploaded = [
-                self._upload(f"{key}/{name}", path / name) for name in sorted(names, key=lambda n: (n == last, n))
-            ]
+            others, end = [n for n in names if n != last], [n for n in names if n == last]
+            with ThreadPoolExecutor(_UPLOADS, thread_name_prefix="upload") as pool:
+                uploaded = list(pool.map(lambda name: self._upload(f"{key}/{name}", path / name), others))
+            uploaded += [self._upload(f"{key}/{name}", path / name) for name in end]
             return tuple(sorted(uploaded, key=lambda output: output.path))
-
-    def publish_array(self, key: str, write: WriteLocally, *, num_bytes: int) -> dict[str, tuple[int, str | None]]:
-        with scratch_folder() as scratch:
-            with explain_write_failure(scratch / PurePosixPath(key).name, num_bytes):
-                write(scratch)
-            # The data's name sorts before the metadata's, and without metadata there is no array.
-            files = sorted(scratch.iterdir())
-            return {file.name: (file.stat().st_size, self._requests.put(f"{key}/{file.name}", file)) for file in files}
 
     def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
         assert isinstance(source, S3Store)
@@ -146,10 +142,6 @@ class S3Store:
         if copied.num_bytes != output.num_bytes:
             raise ValueError(f"{output.path}: {copied.num_bytes} bytes arrived, {output.num_bytes} expected")
         return replace(output, e_tag=copied.e_tag)
-
-    @contextlib.contextmanager
-    def open_ranges(self, key: str) -> Iterator[RangeReader]:
-        yield _ObjectRanges(self._requests, self._requests.head(key))
 
     @contextlib.contextmanager
     def local_files(self, keys: Sequence[str]) -> Iterator[list[Path]]:
@@ -217,23 +209,3 @@ class S3Store:
             for first in range(0, len(ranges), _DOWNLOADS):
                 batch = ranges[first : first + _DOWNLOADS]
                 yield from pool.map(lambda piece: self._requests.get_range(file.key, *piece), batch)
-
-
-class _ObjectRanges:
-    num_threads = _DOWNLOADS
-
-    def __init__(self, requests: Requests, file: StoredObject) -> None:
-        self._requests, self._file = requests, file
-        self.num_bytes = file.num_bytes
-
-    def read_into(self, buffers: Sequence[Bytes], offset: int) -> None:
-        wanted = sum(buffer.nbytes for buffer in buffers)
-        if not wanted:
-            return
-        found = np.frombuffer(self._requests.get_range(self._file.key, offset, wanted), np.uint8)
-        if found.nbytes != wanted:
-            raise ValueError("the object shrank while it was read")
-        position = 0
-        for buffer in buffers:
-            buffer[:] = found[position : position + buffer.nbytes]
-            position += buffer.nbytes

@@ -7,13 +7,7 @@ import torch
 from pipeline.context import RunContext
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, reads_activations
-from storage.zarr_layout import ArrayLayout
-
-
-def array_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of one array's data file and metadata."""
-    layout = ArrayLayout.of(shape, dtype)
-    return layout.data_bytes + len(layout.metadata())
+from storage.zarr_array import array_bytes
 
 
 def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> int:

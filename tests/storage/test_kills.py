@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from storage import zarr_array
 from storage.atomic_files import sweep_partial_files
 from storage.calibration_store import CalibrationStore
 from storage.local_store import LocalStore
@@ -25,9 +26,9 @@ from tests.errors import raises
 NUM_KILLS = 12
 NUM_FILES = 300
 
-# Each process is forked from a server that has torch loaded: some milliseconds instead of two seconds.
+# Each process is forked from a server that has torch and zarr loaded: some milliseconds instead of two seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["storage.run_directory", "torch"])
+_CONTEXT.set_forkserver_preload(["storage.run_directory", "storage.zarr_array"])
 
 
 class Victim:
@@ -53,6 +54,7 @@ class Victim:
 
 def write_arrays(connection: Connection, root: Path, first: int) -> None:
     store = CalibrationStore(root)
+    zarr_array.CHUNK_BYTES = 2**18
     for number in itertools.count(first):
         store.write("x/a", torch.full((1000 + number % 5, 700), float(number % 256), dtype=torch.bfloat16))
         connection.send(number)
@@ -85,13 +87,14 @@ def put_folders_in_place(connection: Connection, root: Path) -> None:
     """Again and again, and goes on when somebody takes them away."""
 
     def write(folder: Path) -> None:
+        folder.mkdir()
         for index in range(NUM_FILES):
             (folder / str(index)).touch()
 
     store = LocalStore(root)
     while True:
         with contextlib.suppress(OSError):
-            store.publish_array("array", write, num_bytes=0)
+            store.publish("array", write)
             connection.send("in place")
 
 

@@ -17,7 +17,7 @@ from storage.manifest import DamagedRecord, HeldManifest, Manifest, UnitRecord
 from storage.open_store import open_store
 from storage.run_directory import RunConfigMismatch, RunDirectory, RunLocked
 from storage.run_store import RunStore
-from storage.zarr_layout import ArrayLayout
+from storage.zarr_array import array_bytes
 from tests.errors import names, raises
 from tests.s3_server import new_prefix
 from tests.storage.exclusive_writer import put_once
@@ -237,17 +237,16 @@ class TestRunStore:
 
     def test_arrays_come_back_with_every_checksum_verified(self, store: RunStore, place: str) -> None:
         arrays = CalibrationStore(parse_location(place) / "calibration.zarr")
-        tensor = torch.randn(3000, 2000).to(torch.bfloat16)
-        layout = ArrayLayout.of((3000, 2000), torch.bfloat16)
-        assert layout.num_chunks > 1
+        tensor = torch.randn(9000, 2000).to(torch.bfloat16)
         outputs = arrays.write("a/b", tensor)
         arrays.write("scalar", torch.tensor(2.5))
         arrays.write("empty", torch.zeros(0, 4))
-        assert [output.num_bytes for output in outputs] == [layout.data_bytes, len(layout.metadata())]
+        assert [Path(output.path).name for output in outputs] == ["c.0.0", "c.1.0", "c.2.0", "zarr.json"]
+        assert sum(output.num_bytes for output in outputs) == array_bytes((9000, 2000), torch.bfloat16)
         assert all(store.checksum(output.path) == output.checksum for output in outputs)
-        assert arrays.shape("a/b") == (3000, 2000)
+        assert arrays.shape("a/b") == (9000, 2000)
         assert torch.equal(arrays.read("a/b"), tensor)
-        assert torch.equal(arrays.read("a/b", rows=slice(1400, 1600)), tensor[1400:1600])
+        assert torch.equal(arrays.read("a/b", rows=slice(2900, 3100)), tensor[2900:3100])
         assert arrays.read("scalar") == 2.5
         assert arrays.read("empty").shape == (0, 4)
         with raises(ValueError, "'a'", "group"):
@@ -257,12 +256,15 @@ class TestRunStore:
         content = bytearray(store.read(outputs[0].path))
         content[5_000_000] ^= 4
         store.put(outputs[0].path, bytes(content))
-        with raises(DamagedArray, "'a/b'", "chunk 0 of 2"):
+        with raises(DamagedArray, "'a/b'", "c.0.0"):
             arrays.read("a/b")
-        assert torch.equal(arrays.read("a/b", rows=slice(2000, 2100)), tensor[2000:2100])
+        assert torch.equal(arrays.read("a/b", rows=slice(3000, 9000)), tensor[3000:])
         store.remove(outputs[0].path)
         with raises(DamagedArray, "'a/b'", "c.0.0"):
             arrays.read("a/b")
+        arrays.write("a/b", tensor[:100])
+        assert torch.equal(arrays.read("a/b"), tensor[:100])
+        assert store.names("calibration.zarr/a/b") == ["c.0.0", "zarr.json"]
 
     def test_the_same_objects_as_in_a_folder(self, store: RunStore, place: str, tmp_path: Path) -> None:
         folder = CalibrationStore(tmp_path / "other" / "calibration.zarr")
