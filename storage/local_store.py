@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +29,9 @@ from storage.output_file import OutputFile
 from storage.run_store import Driver, LineLog, RunStore, StoredFile, WriteLocally
 
 LOCK_FILE = "run.lock"
+
+_HASHED = 4
+"""Files of a folder that are hashed at a time, from the page cache: a core each."""
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 
@@ -86,7 +90,8 @@ class LocalStore:
                 write(written)
                 files = sorted(f for f in written.rglob("*") if f.is_file()) if written.is_dir() else [written]
                 # Before it is in place, where the next writer may replace it at once.
-                found = [OutputFile.describe(file, run=written.parent) for file in files]
+                with ThreadPoolExecutor(_HASHED, thread_name_prefix="sha256") as pool:
+                    found = list(pool.map(lambda file: OutputFile.describe(file, run=written.parent), files))
         return tuple(replace(output, path=str(PurePosixPath(key).parent / output.path)) for output in found)
 
     def adopt(self, outputs: Sequence[OutputFile], source: RunStore) -> tuple[OutputFile, ...]:
