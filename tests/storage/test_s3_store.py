@@ -17,11 +17,14 @@ import pytest
 import torch
 import zarr
 
-from storage.location import StoreUrl
+from storage import zarr_array
+from storage.calibration_store import CalibrationStore, DamagedArray
+from storage.location import StoreUrl, parse_location
 from storage.manifest import Manifest, UnitRecord
 from storage.open_store import open_store
 from storage.run_directory import RunDirectory
 from storage.run_store import LeaseLost, RunLocked, StoreUnreachable
+from storage.zarr_array import write_array
 from tests.errors import names, raises
 from tests.s3_server import SECRET, S3Server, new_prefix, with_settings
 
@@ -235,6 +238,33 @@ def test_an_upload_that_is_cut_off_leaves_no_checkpoint(s3: S3Server, monkeypatc
     assert "model_index.json" not in store.names("checkpoint")
     store.publish("checkpoint", writer("c"), last="model_index.json")
     assert store.names("checkpoint") == ["c", "model_index.json"]
+
+
+def test_an_upload_that_is_cut_off_leaves_no_array(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of the old array and of the new one, each with a checksum that holds, are no array."""
+    monkeypatch.setenv("REELQUANT_STORE_PATIENCE_S", "0.3")
+    monkeypatch.setattr(zarr_array, "CHUNK_BYTES", 1024)
+    store = CalibrationStore(parse_location(new_prefix("run")) / "calibration.zarr")
+    store.write("x/a", torch.zeros(3000, 3))
+
+    def silent_after(folder: Path, tensor: torch.Tensor) -> None:
+        write_array(folder, tensor)
+        s3.lose_answers(10**6, after=4)  # the listing, the removal of the metadata, two chunks
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(zarr_array, "write_array", silent_after)
+            with pytest.raises(StoreUnreachable):
+                store.write("x/a", torch.ones(3000, 3))
+    finally:
+        s3.lose_answers(0)
+    run = open_store(store.location.parent)
+    chunks = [run.read(f"calibration.zarr/x/a/{name}") for name in run.names("calibration.zarr/x/a")]
+    assert (len(chunks), len(set(chunks))) == (36, 2)
+    with raises(DamagedArray, "x/a", "zarr.json"):
+        store.read("x/a")
+    store.write("x/a", torch.ones(100, 3))
+    assert torch.equal(store.read("x/a"), torch.ones(100, 3))
 
 
 def test_a_store_that_ignores_conditions_is_refused(s3: S3Server) -> None:
