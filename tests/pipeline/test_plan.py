@@ -363,7 +363,7 @@ def test_everything_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("workers.num_gpus", 1.5),
         ("workers.num_gpus", 1.5, "cluster.address"),
         ("numerics.threads", 64, 4),
-        ("run", config.run, "GiB"),
+        ("run", config.run, "MiB"),
     ]
     for words, problem in zip(expected, plan.problems, strict=True):
         assert names(problem, *words)
