@@ -141,7 +141,7 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([f"{where}: {describe(item)}" for item in error.errors()]) from error
+        raise ConfigError([f"{where}: {problem}" for problem in described(error)]) from error
 
 
 def read_prompts(path: Path, num: int, key: str) -> list[str]:
@@ -192,13 +192,37 @@ _WORDS = {
     "model_attributes_type": "must be a mapping of keys",
 }
 """Messages of pydantic, by type, that speak of Python's types."""
+_KIND = re.compile(r"constrained-[a-z]+|[a-z]+\[.*\]")
+"""What pydantic adds to the place of a mistake, for a kind of value."""
 
 
-def describe(item: Any) -> str:
-    """One of pydantic's errors (`ValidationError.errors()`) in one line: where, what, and the value."""
+def described(error: ValidationError) -> list[str]:
+    """Every mistake in one line: where, what, and the value.
+
+    Of a key that may have several kinds of values pydantic has an error for each kind. They are one mistake: what is inside,
+    where a kind fits but for that.
+    """
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for item in error.errors():
+        location = item["loc"]
+        kind = next((at for at, part in enumerate(location) if _KIND.fullmatch(str(part))), None)
+        if kind is None:
+            found[(len(found), *location)] = [item]
+        else:
+            found.setdefault(location[:kind], []).append({**item, "loc": (*location[:kind], *location[kind + 1 :])})
+    lines = []
+    for items in found.values():
+        deepest = max(len(item["loc"]) for item in items)
+        first, *others = [item for item in items if len(item["loc"]) == deepest]
+        also = "".join(f" or {item['msg'].removeprefix('Input should be ')}" for item in others)
+        lines.append(_described(first, also))
+    return lines
+
+
+def _described(item: Any, also: str = "") -> str:
     location = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{location}: unknown key"
     message = _WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     shown = "" if isinstance(item["input"], dict) else f" (it is {without_credentials(repr(item['input']))})"
-    return f"{location}: {message}{shown}"
+    return f"{location}: {message}{also}{shown}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config.loading import ConfigError, describe, parse_config, parse_override, read_values, set_value
+from pipeline.config.loading import ConfigError, described, parse_config, parse_override, read_values, set_value
 from pipeline.config.schema import LocalPath, RunConfig, RunLocation
 from pipeline.config.section import Section
 from storage.location import Location
@@ -172,7 +172,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     try:
         written = StudyConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([f"{path}: {describe(item)}" for item in error.errors()]) from error
+        raise ConfigError([f"{path}: {problem}" for problem in described(error)]) from error
     base = written.base()
     last = dict(parse_override(override) for override in overrides)
     settings, problems = _expand(written, last)

@@ -142,8 +142,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, bits={"weight": 1, "refiner": {"weight": 99}}, seed="many", unknown=1)
     problems = problems_of(path, "workers.max_attempts=0")
     assert [problem.split(": ")[1] for problem in problems] == [
-        "seed", "bits.weight", "bits.refiner.weight.constrained-int", "bits.refiner.weight.literal[16]",
-        "workers.max_attempts", "unknown",
+        "seed", "bits.weight", "bits.refiner.weight", "workers.max_attempts", "unknown",
     ]  # fmt: skip
 
 
@@ -485,6 +484,19 @@ def test_residuals_of_all_kinds_are_configured(tmp_path: Path) -> None:
     for measured in ({"refresh_steps": "placed"}, {"residual": {"order": 1, "gain": "calibrated"}}):
         assert configured(**measured).is_refined
         assert not configured(**measured, density=1.0).is_refined, "dense attention has no residual"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("refresh_steps=foo", "method.attention.refresh_steps: must be a list or 'placed' (it is 'foo')"),
+        ("residual.gain=0.5", "method.attention.residual.gain: must be a list or 'calibrated' (it is 0.5)"),
+        ("residual.gain=[3]", "method.attention.residual.gain.0: Input should be less than or equal to 2 (it is 3)"),
+    ],
+)
+def test_a_value_of_none_of_several_kinds_is_one_mistake(tmp_path: Path, change: str, said: str) -> None:
+    path = write(tmp_path, method="s2q_quantsparse")
+    assert problems_of(path, f"method.attention.{change}") == (f"{path}: {said}",)
 
 
 def test_a_stored_method_is_the_same_method(tmp_path: Path) -> None:
