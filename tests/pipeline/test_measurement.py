@@ -15,7 +15,7 @@ from tests.pipeline.small_run import call, small_run
 from workers.messages import UnitOutput
 from workers.usage import Usage
 
-SPARSE = {"preset": "quantsparse", "epochs": 1, "attention": {"density": 0.5, "dense_steps": 1, "dense_layers": 1}}
+SPARSE = {"preset": "rtn", "name": "quantsparse", "attention": {"density": 0.5, "dense_steps": 1, "dense_layers": 1}}
 
 
 def shown(measurement: Measurement) -> str:
