@@ -213,9 +213,13 @@ def described(error: ValidationError) -> list[str]:
     lines = []
     for items in found.values():
         deepest = max(len(item["loc"]) for item in items)
-        first, *others = [item for item in items if len(item["loc"]) == deepest]
-        also = "".join(f" or {item['msg'].removeprefix('Input should be ')}" for item in others)
-        lines.append(_described(first, also))
+        places: dict[tuple[Any, ...], list[Any]] = {}
+        for item in items:
+            if len(item["loc"]) == deepest:
+                places.setdefault(item["loc"], []).append(item)
+        for first, *others in places.values():
+            also = "".join(f" or {item['msg'].removeprefix('Input should be ')}" for item in others)
+            lines.append(_described(first, also))
     return lines
 
 

@@ -499,6 +499,14 @@ def test_a_value_of_none_of_several_kinds_is_one_mistake(tmp_path: Path, change:
     assert problems_of(path, f"method.attention.{change}") == (f"{path}: {said}",)
 
 
+def test_every_mistake_inside_a_list_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, method="s2q_quantsparse")
+    found = problems_of(path, "method.attention.residual.gain=[3, 1, -1]")
+    assert len(found) == 2
+    assert names(found[0], "residual.gain.0", 3)
+    assert names(found[1], "residual.gain.2", -1)
+
+
 def test_a_stored_method_is_the_same_method(tmp_path: Path) -> None:
     """Also where it has nothing of what its preset has."""
     none = {"refresh_steps": None, "residual": {"gain": None}}
