@@ -40,11 +40,11 @@ from benchmarks.random_checkpoint import write_transformer
 from benchmarks.random_model import transformer_config
 from benchmarks.visible_gpus import visible_gpus
 from reelquant.settings.generation import Numerics
-from workers.messages import Sharding
 from workers.process import peak_memory_bytes, prepare_process
 from workers.process_group import join_process_group
 from workers.salience_hooks import SalienceHooks
 from workers.sharded_model import open_sharded_transformer
+from workers.sharding import Sharding
 
 TEXT_TOKENS = 256
 
@@ -75,7 +75,7 @@ def measure_rank(options: argparse.Namespace) -> None:
     rank, sharding = int(os.environ["RANK"]), Sharding(options.sharding, options.offload, options.offload_path)
     config = json.loads((options.folder / "config.json").read_text())
     start = time.perf_counter()
-    if sharding.kind == "none":
+    if sharding.sharding == "none":
         from diffusers import HunyuanVideoTransformer3DModel
 
         opened = HunyuanVideoTransformer3DModel.from_pretrained(options.folder, torch_dtype=torch.bfloat16)

@@ -20,9 +20,10 @@ from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from workers.candidates import shortage
-from workers.messages import MethodPlan, PromptUnit, RunSource, Sharding
+from workers.messages import MethodPlan, PromptUnit, RunSource
 from workers.model_source import ModelCheck, check_model, family_of_model, linear_shapes, transformer_config
 from workers.recognition import DigitRecognizer
+from workers.sharding import Sharding
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class EvaluationWorker:
         pipeline = self._pipeline(self._model, self._dtype)
         family, generation = family_of_model(self._model), self._settings.generation
         # ZeRO-3 follows the order in which modules run: a pass without its blocks would mislead it.
-        leave_out = self._settings.sharding.kind != "deepspeed"
+        leave_out = self._settings.sharding.sharding != "deepspeed"
         total, found = len(unit.prompts), []
         for index, (prompt, name) in enumerate(zip(unit.prompts, unit.trajectories, strict=True)):
 

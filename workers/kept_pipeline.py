@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from workers.messages import Sharding
 from workers.process import release_memory
 from workers.sharded_model import open_full_precision
+from workers.sharding import Sharding
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from storage.location import Location
 from storage.manifest import OutputFile
 from workers.candidates import FEATURES
 from workers.hub_snapshot import HubSnapshot
+from workers.sharding import Sharding
 from workers.usage import Usage
 
 Progress = Callable[[int, int], None]
@@ -36,18 +37,6 @@ class UnitOutput:
     """What the unit took, by who ran it."""
     lean: bool = False
     """Whether it was done with less memory than usual, by who ran it; the outputs are the same."""
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How the workers of a replica hold the full-precision transformer. Changes no result."""
-
-    kind: str = "none"
-    """`none`: every worker has all of it; `fsdp` or `deepspeed`: the workers of a replica share it."""
-    offload: str = "none"
-    """Where the shards are while they are not used: `none` (on the device), `cpu`, or `nvme` (DeepSpeed only)."""
-    offload_path: Path | None = None
-    """Folder for `nvme`."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Opens the full-precision pipeline, whole on one device or with its transformers sharded over the ranks of a replica.
 
-| `Sharding.kind` | the transformers, one or two | its other components |
+| `Sharding.sharding` | the transformers, one or two | its other components |
 |---|---|---|
 | `none` | whole, on the device | on the device |
 | `fsdp` | `workers.fsdp_model`: PyTorch's FSDP2, as accelerate's plugin says | whole on every rank |
@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
-from workers.messages import Sharding
 from workers.model_source import open_pipeline, read_pipeline
 from workers.process_group import join_process_group
+from workers.sharding import Sharding
 
 
 def open_full_precision(
@@ -35,7 +35,7 @@ def open_full_precision(
     Raises:
         ValueError: a transformer's files lack a tensor or hold one of another shape.
     """
-    if sharding.kind == "none":
+    if sharding.sharding == "none":
         return open_pipeline(folder, device=device, dtype=dtype, variant=variant)
     device = join_process_group(device)
     transformers = {
@@ -52,7 +52,7 @@ def open_sharded_transformer(
     folder: Path, *, device: torch.device, dtype: torch.dtype, sharding: Sharding, variant: str | None = None
 ) -> nn.Module:
     """The transformer in `folder`, its weights read by every rank or, with DeepSpeed, tensor by tensor by rank 0."""
-    if sharding.kind == "deepspeed":
+    if sharding.sharding == "deepspeed":
         from workers.zero3_model import open_zero3
 
         return open_zero3(folder, device=device, dtype=dtype, sharding=sharding, variant=variant)
@@ -63,7 +63,7 @@ def open_sharded_transformer(
 
 def release_blocks(transformer: nn.Module, sharding: Sharding) -> None:
     """Frees what a forward pass that was left early has gathered; the next pass would too, but may be long in coming."""
-    if sharding.kind == "fsdp":
+    if sharding.sharding == "fsdp":
         from workers.fsdp_model import reshard
 
         reshard(transformer)

@@ -19,7 +19,7 @@ from torch import nn
 from reelquant.checkpoint.reader import source_weights
 from reelquant.diffusers_internals import no_initial_weights
 from workers.fsdp_model import build_without_weights, check_tensors
-from workers.messages import Sharding
+from workers.sharding import Sharding
 
 # Where it finds no GPU, DeepSpeed compiles an operator for sums over the ranks of one CPU first, half a minute of every rank.
 # ZeRO-3 without training never sums.

@@ -18,9 +18,11 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from pipeline.config.knobs import KnobsConfig, SettingName
 from pipeline.config.method import Method
@@ -29,6 +31,7 @@ from reelquant.settings.generation import Generation, LayerBits, Numerics, check
 from reelquant.settings.recipe import PRESETS, Recipe
 from storage.location import Location, StoreUrl, expand_home, parse_location
 from workers.candidates import FEATURES, RANKED, DiffusionFeature, Feature, Strategy
+from workers.sharding import Sharding
 
 WeightBits = Annotated[int, Field(ge=2, le=8)]
 
@@ -236,30 +239,29 @@ class EvaluationConfig(Section):
         return value
 
 
-class WorkersConfig(Section):
+@pydantic_dataclass(frozen=True)
+class WorkersConfig(Sharding):
     """How much runs at once, and on how many GPUs the full-precision model lies. Changes no result."""
 
+    gpus_per_replica: int = Field(default=1, ge=1)
+    """Workers that share one model: its GPUs, or its processes on a CPU."""
     num_workers: int | Literal["auto"] = "auto"
     """Worker processes per stage; `auto`: one per GPU, or one per `numerics.threads` CPU cores; on a cluster as many as there
     are units and room, which an autoscaler makes up to its `max_workers`."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one worker; 0 runs on the CPU, 1 is usual on a GPU machine."""
-    sharding: Literal["none", "fsdp", "deepspeed"] = "none"
-    """How a full-precision model too large for one GPU is shared where it runs as a whole (trajectories, activations, the
-    evaluation's references): by PyTorch's FSDP2, or by DeepSpeed's ZeRO-3. All else takes what one GPU holds."""
-    gpus_per_replica: int = Field(default=1, ge=1)
-    """Workers that share one model: its GPUs, or its processes on a CPU."""
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the shared model waits while it is not used, if the GPUs cannot hold it together: in host memory, or (`deepspeed`
-    only) in files. Slow: every denoising step brings it to the GPUs."""
-    offload_path: LocalPath | None = None
-    """Folder on a fast local disk, for `offload: nvme`."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries of a unit whose worker dies or runs out of memory, before it is set aside."""
     stall_timeout_s: float = Field(default=900.0, gt=0)
     """Silence of a worker that counts as death."""
     placement_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for a cluster's first node with room for a worker: an autoscaler's node has to boot and to install."""
+
+    @field_validator("offload_path", mode="wrap")
+    @classmethod
+    def _local(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Path | None:
+        path = validate(_named(value))
+        return None if path is None else expand_home(path)
 
     @model_validator(mode="after")
     def _check(self) -> WorkersConfig:

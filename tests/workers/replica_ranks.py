@@ -20,11 +20,11 @@ from workers.messages import (
     PromptUnit,
     RunSource,
     SampleUnit,
-    Sharding,
     StepWeightsUnit,
     TrajectorySettings,
     VelocityUnit,
 )
+from workers.sharding import Sharding
 from workers.trajectory_worker import TrajectoryWorker
 
 MODEL = Path(__file__).resolve().parents[2] / "assets" / "hunyuanvideo-digits"

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.errors import raises
-from workers.messages import Sharding
 from workers.process_group import join_process_group
 from workers.sharded_model import (
     offload_components,
@@ -26,6 +25,7 @@ from workers.sharded_model import (
     open_sharded_transformer,
     release_blocks,
 )
+from workers.sharding import Sharding
 
 FSDP = Sharding("fsdp")
 CPU = torch.device("cpu")

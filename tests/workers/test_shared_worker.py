@@ -14,7 +14,8 @@ import torch
 from tests.errors import raises
 from workers import hub_snapshot, shared_worker
 from workers.kept_pipeline import full_precision, let_go
-from workers.messages import Progress, Sharding, UnitOutput
+from workers.messages import Progress, UnitOutput
+from workers.sharding import Sharding
 from workers.shared_worker import SharedUnit, SharedWorker
 
 
