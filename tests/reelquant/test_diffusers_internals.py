@@ -1,18 +1,32 @@
 """Canaries: each fails when diffusers changes a private interface that this project uses, and says which."""
 
+import ast
 import re
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    CacheMixin,
+    DiffusionPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    ModelMixin,
+    WanTransformer3DModel,
+)
+from diffusers.models import modeling_utils
 from diffusers.quantizers import auto
+from packaging.requirements import Requirement
 from torch import nn
 
 from reelquant import diffusers_internals
 from reelquant.diffusers_internals import (
+    TESTED_DIFFUSERS,
+    MovedInterfaceError,
     at_end_of_call,
     execution_device,
     float32_modules,
@@ -23,6 +37,7 @@ from reelquant.diffusers_internals import (
     remove_from_config,
     unsplit_classes,
 )
+from tests.errors import raises
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("reelquant", "workers", "pipeline", "cluster", "storage", "benchmarks", "tools")
@@ -142,6 +157,76 @@ def test_components_that_may_be_absent() -> None:
     assert "transformer_2" in optional_components(diffusers.WanPipeline), changed(interface)
 
 
+class Moved:
+    """A model's class of a diffusers without any of the interfaces."""
+
+    config = {"key": 1}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "use"),
+    [
+        (auto, "AUTO_QUANTIZER_MAPPING", lambda: register_quantizer("canary", Moved, Moved)),
+        (auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", lambda: register_quantizer("canary", Moved, Moved)),
+        (None, "_internal_dict", lambda: remove_from_config(Moved(), "key")),  # type: ignore[arg-type]
+        (ModelMixin, "_keys_to_ignore_on_load_unexpected", lambda: ignored_keys(nn.Linear(1, 1))),
+        (ModelMixin, "_keep_in_fp32_modules", lambda: float32_modules(nn.Linear)),
+        (ModelMixin, "_no_split_modules", lambda: unsplit_classes(nn.Linear(1, 1))),
+        (modeling_utils, "no_init_weights", no_initial_weights),
+        (CacheMixin, "_reset_stateful_cache", lambda: at_end_of_call(nn.Linear(1, 1), lambda: None)),
+        (None, "_execution_device", lambda: execution_device(Moved())),
+        (None, "_optional_components", lambda: optional_components(Moved)),
+    ],
+)
+def test_an_interface_that_has_moved_is_named(
+    owner: Any, name: str, use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "AUTO_QUANTIZATION_CONFIG_MAPPING":
+        monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", {})
+    if owner is not None:
+        monkeypatch.delattr(owner, name)
+    with raises(MovedInterfaceError, name, diffusers.__version__, TESTED_DIFFUSERS):
+        use()
+
+
+def test_the_tested_release() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [needed] = [Requirement(one) for one in project["dependencies"] if one.startswith("diffusers")]
+    assert [(one.operator, one.version) for one in needed.specifier] == [(">=", TESTED_DIFFUSERS)]
+    assert f"diffusers=={TESTED_DIFFUSERS}.*" in project["optional-dependencies"]["dev"]
+    assert f"diffusers {TESTED_DIFFUSERS}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert diffusers.__version__ in Requirement(f"diffusers=={TESTED_DIFFUSERS}.*").specifier
+
+
+def private_imports(path: Path) -> set[str]:
+    """Imports of a module or a name of diffusers or accelerate that begins with an underscore, and of accelerate all that lies
+    below its first floor, which alone it promises to keep."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *parts = name.split(".")
+            deep = package == "accelerate" and len(parts) > 1
+            if package in ("diffusers", "accelerate") and (deep or any(part.startswith("_") for part in parts)):
+                found.add(f"{path.relative_to(ROOT)}: {name}")
+    return found
+
+
+def test_no_other_file_imports_what_is_private() -> None:
+    assert set().union(*(private_imports(path) for path in sources())) == set()
+
+
+def sources() -> list[Path]:
+    """All files but the one whose purpose it is."""
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return [path for path in paths if path != Path(diffusers_internals.__file__)]
+
+
 def test_no_other_file_uses_them() -> None:
     text = Path(diffusers_internals.__file__).read_text(encoding="utf-8")
     table = "\n".join(re.findall(r"^\| (.*) \|.*\|$", text, re.M))
@@ -149,9 +234,7 @@ def test_no_other_file_uses_them() -> None:
     assert {"_internal_dict", "AUTO_QUANTIZER_MAPPING", "no_init_weights"} <= names
     used = {
         f"{path.relative_to(ROOT)}: {name}"
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-        if path != Path(diffusers_internals.__file__)
+        for path in sources()
         for name in names & set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
     }
     assert used == set()

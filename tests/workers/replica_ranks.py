@@ -77,4 +77,5 @@ def main(run: Path, sharding: Sharding) -> None:
 
 if __name__ == "__main__":
     offload = sys.argv[3] if len(sys.argv) > 3 else "none"
-    main(Path(sys.argv[1]), Sharding(sys.argv[2], offload, Path(sys.argv[1]) / "nvme"))
+    given = {"sharding": sys.argv[2], "offload": offload, "offload_path": Path(sys.argv[1]) / "nvme"}
+    main(Path(sys.argv[1]), Sharding.from_dict(given))
