@@ -19,44 +19,21 @@ Predicted for the size above: column sums below 0.2 GiB (a tile of 64 MiB, one h
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.provenance import commit
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def import_without_diffusers() -> None:
-    """Where diffusers is missing, makes the library's modules importable without what `import reelquant` does for diffusers."""
-    try:
-        import reelquant  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "diffusers":
-            raise
-        package = ModuleType("reelquant")
-        package.__path__ = [str(ROOT / "reelquant")]
-        sys.modules["reelquant"] = package
+from benchmarks.harness import gib, markdown, parser, repeated, settings_of, write_record
+from reelquant.attention.column_sums import attention_column_sums
+from reelquant.calibration.attention_distillation import attention_targets, global_loss, local_loss, salient_tokens
 
 
 def cases(q: Tensor, k: Tensor, *, stride: int, num_salient: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and call of everything that is measured; what a call needs beside q and k is made here, before it is measured."""
-    from reelquant.attention.column_sums import attention_column_sums
-    from reelquant.calibration.attention_distillation import attention_targets, global_loss, local_loss, salient_tokens
-
     yield "column sums", lambda: attention_column_sums(q, k)
     # Which tokens are salient changes neither time nor memory: spread ones.
     indices = salient_tokens(torch.rand(q.shape[1], device=q.device), num_salient)
@@ -75,92 +52,47 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
 
 
-def measure(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Seconds of every run, and the peak of all in bytes above what was allocated before (None without CUDA)."""
-    cuda = device.type == "cuda"
-    call()
-    seconds, peaks = [], []
-    for _ in range(repeats):
-        if cuda:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        begin = time.perf_counter()
-        result = call()
-        if cuda:
-            torch.cuda.synchronize(device)
-            peaks.append(torch.cuda.max_memory_allocated(device) - before)
-        seconds.append(time.perf_counter() - begin)
-        del result
-    return {
-        "peak_bytes": max(peaks) if cuda else None,
-        "median_s": statistics.median(seconds),
-        "min_s": min(seconds),
-        "max_s": max(seconds),
-        "all_s": seconds,
-    }
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, as measured."""
-    lines = ["| computation | peak above its inputs, GiB | seconds |", "|---|---|---|"]
-    for name, row in results.items():
-        peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
-        lines.append(f"| {name} | {peak} | {row['median_s']:.4f} ({row['min_s']:.4f}-{row['max_s']:.4f}) |")
-    return "\n".join(lines)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    cuda = device.type == "cuda"
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else f"cpu {platform.machine()}, threads: {torch.get_num_threads()}",
-        "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
+    rows = [
+        [
+            name,
+            gib(row["peak_bytes"], 2, nothing="not measured"),
+            f"{row['median_s']:.4f} ({row['min_s']:.4f}-{row['max_s']:.4f})",
+        ]
+        for name, row in results.items()
+    ]
+    return markdown(("computation", "peak above its inputs, GiB", "seconds"), rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=57_856)
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--stride", type=int, default=128)
-    parser.add_argument("--salient", type=int, default=256, help="salient tokens")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    options = parser.parse_args(arguments)
+    given = parser(__doc__, device=True)
+    given.add_argument("--tokens", type=int, default=57_856)
+    given.add_argument("--heads", type=int, default=24)
+    given.add_argument("--head-dim", type=int, default=128)
+    given.add_argument("--stride", type=int, default=128)
+    given.add_argument("--salient", type=int, default=256, help="salient tokens")
+    given.add_argument("--repeats", type=int, default=3)
+    options = given.parse_args(arguments)
     sizes = {
         f"--{name.replace('_', '-')}": getattr(options, name) for name in ("tokens", "heads", "head_dim", "repeats")
     }
     if too_small := [f"{name} {value}" for name, value in sizes.items() if value < 1]:
-        parser.error(f"{', '.join(too_small)}: at least 1")
+        given.error(f"{', '.join(too_small)}: at least 1")
 
-    import_without_diffusers()
     device = torch.device(options.device)
     generator = torch.Generator(device).manual_seed(0)
     shape = (options.heads, options.tokens, options.head_dim)
     q, k = (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
     results = {}
     for name, call in cases(q, k, stride=options.stride, num_salient=options.salient):
-        results[name] = measure(call, device, options.repeats)
+        results[name] = repeated(call, device, options.repeats)
         print(f"{name}: {results[name]['median_s']:.4f} s", file=sys.stderr)
     print(table(results))
     if device.type != "cuda":
         print("memory is measured on CUDA alone")
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "device")}
-    document = {"environment": environment(device), "settings": settings | {"dtype": "bfloat16"}, "results": results}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_record(options.output, device, settings_of(options) | {"dtype": "bfloat16"}, results=results)
 
 
 if __name__ == "__main__":

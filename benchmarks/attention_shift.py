@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import markdown, parser, write_json
 from pipeline.provenance import provenance
 from reelquant.checkpoint.reader import read_config
 from reelquant.checkpoint.schema import QuantizationSpec
@@ -149,8 +150,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(document: dict[str, Any]) -> str:
     """Markdown: means over blocks, steps and prompts."""
-    lines = ["| attention under | relative shift | mean squared error | first half of the steps | second half |"]
-    lines.append("|---|---|---|---|---|")
+    head = ("attention under", "relative shift", "mean squared error", "first half of the steps", "second half")
+    lines = []
     for name, prompts in document["rows"].items():
         steps = [step for prompt in prompts for step in prompt]
         relative = statistics.fmean(block[0] for step in steps for block in step)
@@ -158,23 +159,21 @@ def table(document: dict[str, Any]) -> str:
         halves = []
         for part in (slice(None, len(prompts[0]) // 2), slice(len(prompts[0]) // 2, None)):
             halves.append(statistics.fmean(b[0] for prompt in prompts for step in prompt[part] for b in step))
-        lines.append(f"| {name} | {relative:.4f} | {squared:.5f} | {halves[0]:.4f} | {halves[1]:.4f} |")
-    return "\n".join(lines)
+        lines.append([name, f"{relative:.4f}", f"{squared:.5f}", f"{halves[0]:.4f}", f"{halves[1]:.4f}"])
+    return markdown(head, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="holds finished runs, such as one seed of a study")
-    parser.add_argument("--naive", default="naive", help="run quantized without knowing of its sparse attention")
-    parser.add_argument("--runs", nargs="*", default=[], help="other runs of the folder; all if none is named")
-    parser.add_argument("--prompts", type=int, default=8, help="held-out prompts, from the top")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    options = parser.parse_args(arguments)
+    given = parser(__doc__)
+    given.add_argument("folder", type=Path, help="holds finished runs, such as one seed of a study")
+    given.add_argument("--naive", default="naive", help="run quantized without knowing of its sparse attention")
+    given.add_argument("--runs", nargs="*", default=[], help="other runs of the folder; all if none is named")
+    given.add_argument("--prompts", type=int, default=8, help="held-out prompts, from the top")
+    given.add_argument("--threads", type=int, default=1)
+    options = given.parse_args(arguments)
     document = measure(options)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    write_json(options.output, document, indent=None)
     print(table(document))
 
 

@@ -28,16 +28,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.attention_memory import environment
+from benchmarks.harness import free_memory, gib, markdown, parser, peak_bytes, settings_of, synchronize, write_record
 from benchmarks.random_model import fill_randomly, random_stream, transformer_config
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, learn, prepare_targets
 from reelquant.families import hunyuan_video
@@ -76,14 +74,12 @@ def measure(
     samples = samples_of(config, layout, options.samples, device)
     for sample in samples:
         sample.lock_pages()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    free_memory(device)
     targets = []
     for sample in samples:
         begin = time.perf_counter()
         prepare_targets(hunyuan_video, block, [sample], recipe)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         targets.append(time.perf_counter() - begin)
     levels = hunyuan_video.group_levels(KINDS[kind])
     linears = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -104,7 +100,7 @@ def measure(
         "step_s": statistics.median(steps[1:] or steps),
         "all_targets_s": targets,
         "all_steps_s": steps,
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_bytes": peak_bytes(device),
     }
 
 
@@ -117,38 +113,34 @@ def projection(rows: dict[str, dict[str, Any]], config: dict[str, Any], *, sampl
 
 def table(document: dict[str, Any]) -> str:
     """Markdown, as measured."""
-    lines = [
-        "| terms | tokens a step | block | targets, s a sample | step, s | peak, GiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for terms, fractions in document["results"].items():
         for fraction, rows in fractions.items():
             for kind, row in rows.items():
-                peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
-                times = f"{row['targets_s']:.3f} | {row['step_s']:.3f}"
-                lines.append(f"| {terms} | {_share(fraction)} | {kind} | {times} | {peak} |")
-    lines += ["", "| terms | tokens a step | whole model, GPU-hours | to none, all |", "|---|---|---|---|"]
+                peak = gib(row["peak_bytes"], nothing="not measured")
+                times = [f"{row['targets_s']:.3f}", f"{row['step_s']:.3f}"]
+                lines.append([terms, _share(fraction), kind, *times, peak])
+    measured = markdown(("terms", "tokens a step", "block", "targets, s a sample", "step, s", "peak, GiB"), lines)
+    projected = []
     first = document["projected_s"].get("none", {}).get("1.0")
     for terms, fractions in document["projected_s"].items():
         for fraction, seconds in fractions.items():
             more = "-" if first in (None, seconds) else f"{100 * (seconds / first - 1):+.1f} %"
-            lines.append(f"| {terms} | {_share(fraction)} | {seconds / 3600:.2f} | {more} |")
-    return "\n".join(lines)
+            projected.append([terms, _share(fraction), f"{seconds / 3600:.2f}", more])
+    head = ("terms", "tokens a step", "whole model, GPU-hours", "to none, all")
+    return f"{measured}\n\n{markdown(head, projected)}"
 
 
 def comparison(document: dict[str, Any]) -> str:
     """Markdown of several runs beside each other, each under its label."""
     runs = document["runs"]
-    lines = [
-        "| run | tokens a step | double block, step, s | single block, step, s | peak, GiB |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for label, run in runs.items():
         for fraction, rows in next(iter(run["results"].values())).items():
             double, single = rows["double"], rows["single"]
-            peak = "-" if double["peak_bytes"] is None else f"{double['peak_bytes'] / 2**30:.1f}"
-            lines.append(f"| {label} | {_share(fraction)} | {double['step_s']:.3f} | {single['step_s']:.3f} | {peak} |")
-    return "\n".join(lines)
+            times = [f"{double['step_s']:.3f}", f"{single['step_s']:.3f}"]
+            lines.append([label, _share(fraction), *times, gib(double["peak_bytes"])])
+    return markdown(("run", "tokens a step", "double block, step, s", "single block, step, s", "peak, GiB"), lines)
 
 
 def _share(fraction: str) -> str:
@@ -157,26 +149,24 @@ def _share(fraction: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=16, help="of the latents; 16 for 61 frames")
-    parser.add_argument("--height", type=int, default=45, help="rows of tokens; 45 for 720 pixels")
-    parser.add_argument("--width", type=int, default=80, help="columns of tokens; 80 for 1280 pixels")
-    parser.add_argument("--text", type=int, default=256, help="text tokens")
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--terms", nargs="+", choices=TERMS, default=list(TERMS))
-    parser.add_argument(
+    given = parser(__doc__, device=True)
+    given.add_argument("--frames", type=int, default=16, help="of the latents; 16 for 61 frames")
+    given.add_argument("--height", type=int, default=45, help="rows of tokens; 45 for 720 pixels")
+    given.add_argument("--width", type=int, default=80, help="columns of tokens; 80 for 1280 pixels")
+    given.add_argument("--text", type=int, default=256, help="text tokens")
+    given.add_argument("--heads", type=int, default=24)
+    given.add_argument("--samples", type=int, default=2)
+    given.add_argument("--epochs", type=int, default=2)
+    given.add_argument("--terms", nargs="+", choices=TERMS, default=list(TERMS))
+    given.add_argument(
         "--tokens-per-step", nargs="+", type=float, default=[1.0, 0.5, 0.25], help="shares of the video's"
     )
-    parser.add_argument("--project-samples", type=int, default=20)
-    parser.add_argument("--project-epochs", type=int, default=15)
-    parser.add_argument(
+    given.add_argument("--project-samples", type=int, default=20)
+    given.add_argument("--project-epochs", type=int, default=15)
+    given.add_argument(
         "--deterministic", action="store_true", help="as numerics.deterministic: the same bits every time"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    options = parser.parse_args(arguments)
+    options = given.parse_args(arguments)
     if options.deterministic:
         prepare_process(Numerics("auto", torch.get_num_threads(), deterministic=True))
     config = transformer_config() | {"num_attention_heads": options.heads}
@@ -191,16 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = projection(rows, config, samples=options.project_samples, epochs=options.project_epochs)
         results.setdefault(terms, {})[str(fraction)] = rows
         projected.setdefault(terms, {})[str(fraction)] = seconds
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "device")}
-    document = {
-        "environment": environment(torch.device(options.device)),
-        "settings": settings,
-        "results": results,
-        "projected_s": projected,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(table(document))
+    device, settings = torch.device(options.device), settings_of(options)
+    print(table(write_record(options.output, device, settings, results=results, projected_s=projected)))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ start of Ray and of the workers is not in it.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -23,13 +21,12 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks.attention_memory import environment
+from benchmarks.harness import ROOT, environment, parser, write_record
 from cluster.actor_pool import PoolEvents, Unit, run_units
 from cluster.session import SessionSettings, ray_session
 from pipeline.config.loading import load_config
@@ -40,8 +37,6 @@ from pipeline.runner import driven_runs, open_run
 from pipeline.stages.stage import StageUnit, UnitPlan, require_all
 from storage.manifest import fingerprint
 from workers.messages import UnitOutput
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class IdleWorker:
@@ -134,14 +129,13 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--units", type=int, default=1000)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    options = parser.parse_args(arguments)
+    given = parser(__doc__)
+    given.add_argument("--units", type=int, default=1000)
+    given.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    given.add_argument("--repeats", type=int, default=3)
+    options = given.parse_args(arguments)
     if options.units < 2 or min(options.workers) < 1 or options.repeats < 1:
-        parser.error("--units must be at least 2, --workers and --repeats at least 1")
+        given.error("--units must be at least 2, --workers and --repeats at least 1")
     rows, load = [], os.getloadavg()[0]
     for num_workers in options.workers:
         for kind, measure in (("pool", measure_pool), ("run", measure_run)):
@@ -149,13 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
             median = statistics.median(row["ms_per_unit"] for row in found)
             rows.append({"kind": kind, "num_workers": num_workers, "median_ms_per_unit": median, "all": found})
             print(f"{kind}, {num_workers} workers: {median:.2f} ms a unit")
-    document = {
-        "environment": environment(torch.device("cpu")) | {"cpus": os.cpu_count(), "load_before": load},
-        "settings": {"units": options.units, "repeats": options.repeats},
-        "results": rows,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    where = environment(torch.device("cpu")) | {"cpus": os.cpu_count(), "load_before": load}
+    write_record(options.output, where, {"units": options.units, "repeats": options.repeats}, results=rows)
 
 
 if __name__ == "__main__":

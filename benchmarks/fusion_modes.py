@@ -21,14 +21,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.harness import parser, settings_of, write_record
+
 REPEATS = 5
 INTERVAL = 5
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every timed step by case, in this process, with the packages that its PYTHONPATH names."""
-    import torch
-
     from benchmarks.dit_step.models import bf16_transformer, inputs_of, make_sparse, quantize_in_place, sparse_spec
     from benchmarks.dit_step.timing import Generation
 
@@ -86,32 +88,21 @@ def _in_process(folder: str, options: argparse.Namespace) -> dict[str, list[floa
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkouts", nargs="+", default=["here=."], metavar="NAME=FOLDER")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--layout", type=int, nargs=3, default=[16, 45, 80], help="tokens: frames, rows, columns")
-    parser.add_argument("--double", type=int, default=4)
-    parser.add_argument("--single", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--device", default="cuda", help="cpu, with a small model, shows that the script works")
-    parser.add_argument("--measure", action="store_true", help="measure in this process (used by itself)")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(arguments)
+    given = parser(__doc__)
+    given.add_argument("--checkouts", nargs="+", default=["here=."], metavar="NAME=FOLDER")
+    given.add_argument("--rounds", type=int, default=2)
+    given.add_argument("--layout", type=int, nargs=3, default=[16, 45, 80], help="tokens: frames, rows, columns")
+    given.add_argument("--double", type=int, default=4)
+    given.add_argument("--single", type=int, default=8)
+    given.add_argument("--heads", type=int, default=24)
+    given.add_argument("--device", default="cuda", help="cpu, with a small model, shows that the script works")
+    given.add_argument("--measure", action="store_true", help="measure in this process (used by itself)")
+    options = given.parse_args(arguments)
     if options.measure:
         options.output.write_text(json.dumps(measure(options)), encoding="utf-8")
         return
-    import torch
-
-    from benchmarks.attention_memory import environment
-
-    names = ("rounds", "layout", "double", "single", "heads")
-    document = {
-        "environment": environment(torch.device(options.device)),
-        "settings": {name: getattr(options, name) for name in names},
-        "results": compare(options),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    settings = settings_of(options, "checkouts", "measure")
+    document = write_record(options.output, torch.device(options.device), settings, results=compare(options))
     print(json.dumps(document["results"]["best_s"], indent=1))
 
 

@@ -19,19 +19,16 @@ ours by the kinds of steps, see `benchmarks.dit_step.schedule`. `how` says which
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 
-from benchmarks.attention_memory import environment
 from benchmarks.dit_step.models import (
     REAL_TEXT,
     TEXT,
@@ -41,10 +38,20 @@ from benchmarks.dit_step.models import (
     sparse_spec,
 )
 from benchmarks.dit_step.schedule import COMPUTED, MEASURED, SCHEDULE, mean_step
-from benchmarks.dit_step.timing import synchronize
+from benchmarks.harness import (
+    ROOT,
+    free_memory,
+    gib,
+    markdown,
+    parser,
+    peak_bytes,
+    settings_of,
+    synchronize,
+    write_record,
+)
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 
-MODEL = Path(__file__).resolve().parent.parent / "configs" / "models" / "hunyuanvideo-13b"
+MODEL = ROOT / "configs" / "models" / "hunyuanvideo-13b"
 BASELINE, OURS = "diffusers bf16", "ours 15 %"
 DENSITY, INTERVAL, RANK = 0.15, 5, 16
 SMALL_TRANSFORMER = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2}
@@ -146,14 +153,12 @@ def measure(pipeline: Any, case: str, video: tuple[int, int, int], steps: int) -
             dict(pipeline.transformer.config), density=DENSITY, dense_steps=0, interval=INTERVAL, rank=RANK
         )
     gc.collect()
-    on_gpu = pipeline.transformer.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
+    device = pipeline.transformer.device
+    free_memory(device)
     warm_up(pipeline, video, spec)
     if spec is not None:
         make_sparse(pipeline.transformer, spec)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    free_memory(device)
     found = generated(pipeline, video, steps)
     mean, how = statistics.fmean(found["steps_s"]), MEASURED if steps == SCHEDULE else COMPUTED
     if spec is not None:
@@ -164,48 +169,41 @@ def measure(pipeline: Any, case: str, video: tuple[int, int, int], steps: int) -
         "denoising_s": denoising,
         "total_s": denoising + found["decode_s"],
         "how": how,
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_bytes": peak_bytes(device),
     }
 
 
 def table(document: dict[str, Any]) -> str:
     """Markdown."""
     results = document["results"]
-    lines = [
-        f"| case | {SCHEDULE} steps, s | decoder, s | whole, s | how | peak, GiB | whole, to {BASELINE} |",
-        "|" + "---|" * 7,
-    ]
+    head = ("case", f"{SCHEDULE} steps, s", "decoder, s", "whole, s", "how", "peak, GiB", f"whole, to {BASELINE}")
+    lines = []
     base = results.get(BASELINE, {}).get("total_s")
     for case, row in results.items():
-        peak = f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-"
         faster = f"{base / row['total_s']:.2f}×" if base else "-"
-        figures = " | ".join(f"{row[name]:.1f}" for name in ("denoising_s", "decode_s", "total_s"))
-        lines.append(f"| {case} | {figures} | {row['how']} | {peak} | {faster} |")
-    return "\n".join(lines)
+        figures = [f"{row[name]:.1f}" for name in ("denoising_s", "decode_s", "total_s")]
+        lines.append([case, *figures, row["how"], gib(row["peak_bytes"]), faster])
+    return markdown(head, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=(BASELINE, OURS), default=[BASELINE, OURS])
-    parser.add_argument("--steps", type=int, default=SCHEDULE, help="of ours; 50, or at least 10")
-    parser.add_argument("--baseline-steps", type=int, default=5, help="of diffusers, all alike")
-    parser.add_argument("--small", action="store_true", help="a tiny model and video")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    options = parser.parse_args(arguments)
+    given = parser(__doc__, device=True)
+    given.add_argument("--cases", nargs="+", choices=(BASELINE, OURS), default=[BASELINE, OURS])
+    given.add_argument("--steps", type=int, default=SCHEDULE, help="of ours; 50, or at least 10")
+    given.add_argument("--baseline-steps", type=int, default=5, help="of diffusers, all alike")
+    given.add_argument("--small", action="store_true", help="a tiny model and video")
+    options = given.parse_args(arguments)
     device = torch.device(options.device)
     if options.steps < 2 * INTERVAL:
-        parser.error(f"--steps is {options.steps}: every kind of step is seen from {2 * INTERVAL} on")
+        given.error(f"--steps is {options.steps}: every kind of step is seen from {2 * INTERVAL} on")
     pipeline = random_pipeline(device, small=options.small)
     video = SMALL_VIDEO if options.small else VIDEO
-    settings = {name: getattr(options, name) for name in ("steps", "baseline_steps", "small")} | {"video": video}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(options, "cases") | {"video": video}
     results: dict[str, Any] = {}
     for case in sorted(options.cases, key=(BASELINE, OURS).index):
         results[case] = measure(pipeline, case, video, options.steps if case == OURS else options.baseline_steps)
-        document = {"environment": environment(device), "settings": settings, "results": results}
-        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        document = write_record(options.output, device, settings, results=results)
     print(table(document))
 
 

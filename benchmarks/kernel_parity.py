@@ -24,8 +24,6 @@ script works.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -37,9 +35,9 @@ from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.attention_memory import environment
 from benchmarks.dit_step.kernel_table import REST, class_of
 from benchmarks.dit_step.models import make_sparse, quantize_in_place, sparse_spec
+from benchmarks.harness import markdown, parser, settings_of, write_record
 from reelquant.metrics import psnr_db
 from reelquant.ops.band_attention.op import Precision
 from reelquant.ops.implementation import reference_only
@@ -154,14 +152,12 @@ def kernels_seen(draw: Callable[[], object], device: torch.device) -> dict[str, 
 
 def table(document: dict[str, Any]) -> str:
     """Markdown, as measured."""
-    lines = [
-        "| attention | prompt | kernels, dB | float32, dB | math attention, dB | passes |",
-        "|" + "---|" * 6,
-    ]
+    rows = []
     for attention, result in document["results"].items():
         for row in result["videos"]:
-            figures = " | ".join(f"{row[name]:.1f}" for name in ("kernels", *YARDSTICKS))
-            lines.append(f"| {attention} | {row['prompt']} | {figures} | {'yes' if row['passes'] else '**no**'} |")
+            figures = [f"{row[name]:.1f}" for name in ("kernels", *YARDSTICKS)]
+            rows.append([attention, row["prompt"], *figures, "yes" if row["passes"] else "**no**"])
+    lines = [markdown(("attention", "prompt", "kernels, dB", "float32, dB", "math attention, dB", "passes"), rows)]
     for attention, result in document["results"].items():
         if result["kernels_seen"]:
             seen = ", ".join(f"{name} {calls}" for name, calls in result["kernels_seen"].items())
@@ -171,14 +167,12 @@ def table(document: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=4, help="the first of the held-out prompts")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--density", type=float, default=0.25)
-    parser.add_argument("--interval", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    options = parser.parse_args(arguments)
+    given = parser(__doc__, device=True)
+    given.add_argument("--prompts", type=int, default=4, help="the first of the held-out prompts")
+    given.add_argument("--steps", type=int, default=16)
+    given.add_argument("--density", type=float, default=0.25)
+    given.add_argument("--interval", type=int, default=5)
+    options = given.parse_args(arguments)
     device = torch.device(options.device)
     generation = Generation(80, 96, 29, options.steps, 6.0, 32)
     spec = {"density": options.density, "dense_steps": 0, "interval": options.interval, "rank": 16}
@@ -193,11 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         few = Generation(80, 96, 29, 2, 6.0, 32)
         seen = kernels_seen(lambda few=few: video_of(models, "kernels", prompts[0], few, 0), device)  # type: ignore[misc]
         results[attention] = {"kernels_seen": seen, "videos": compared(models, prompts, generation)}
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "device")}
-    document = {"environment": environment(device), "settings": settings, "results": results}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(table(document))
+    print(table(write_record(options.output, device, settings_of(options), results=results)))
 
 
 if __name__ == "__main__":

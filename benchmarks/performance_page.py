@@ -9,7 +9,6 @@ written by hand and stays. Without a record the section says `not measured`.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,40 +20,13 @@ from benchmarks import (
     distillation_time,
     generation_time,
     kernel_parity,
-    kernel_timing,
     roofline,
     sharded_forward,
 )
 from benchmarks.dit_step import kernel_table, record
 from benchmarks.full_size import tables as full_size
-from benchmarks.study_table import write_table
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def attention_table(document: dict[str, Any]) -> str:
-    """The fastest variant of each case that ran."""
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in document["results"]:
-        key = (row["case"], row.get("density"), row.get("kinds"), row.get("corrections"))
-        if row["ms"] is not None and (key not in best or row["ms"] < best[key]["ms"]):
-            best[key] = row
-    lines = ["| kernel | density | heads | corrections | tile | ms | TFLOP/s | error |", "|" + "---|" * 8]
-    for row in best.values():
-        tile = "{rows} × {columns}, {warps} warps, {stages} stages".format(**row["tile"]) if row["tile"] else "-"
-        density = f"{100 * row['density']:.0f} %" if row.get("density") else "-"
-        error = "-" if row["error"] is None else f"{row['error']:.1e}"
-        names = f"{row['case']} | {density} | {row.get('kinds') or '-'} | {row.get('corrections') or '-'} | {tile}"
-        lines.append(f"| {names} | {row['ms']:.1f} | {row['tflops']:.0f} | {error} |")
-    return "\n".join(lines)
-
-
-def linear_table(document: dict[str, Any]) -> str:
-    """All that ran, and the means of the products."""
-    means = ", ".join(f"{variant} {rate:.0f}" for variant, rate in document["mean_tops"].items())
-    rows = kernel_timing.table(document["rows"])
-    return f"{rows}\n\nMean of the products, TOPS: {means}." if means else rows
-
+from benchmarks.harness import RESULTS, markdown, read_record, write_table
+from benchmarks.kernels.tables import attention_table, linear_table
 
 KERNEL_CASES = ("diffusers", "strongest bf16", "ours 15 %", "ours 15 %, 8-bit attention")
 """Whose kernels the page shows; the record has those of all."""
@@ -105,9 +77,8 @@ def ceilings_table() -> str:
         "memory": ceilings.COPY,
         "dense attention": ceilings.DENSE_ATTENTION,
     }
-    lines = ["| ceiling | rate | measured |", "|---|---|---|"]
-    lines += [f"| {name} | {one.rate:.0f} {one.unit} | {one.source} |" for name, one in found.items()]
-    return "\n".join(lines)
+    rows = [[name, f"{one.rate:.0f} {one.unit}", one.source] for name, one in found.items()]
+    return markdown(("ceiling", "rate", "measured"), rows)
 
 
 def points(results: Path) -> list[roofline.Point]:
@@ -124,10 +95,7 @@ def points(results: Path) -> list[roofline.Point]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
+    return read_record(path) if path.exists() else None
 
 
 def main(arguments: list[str] | None = None) -> None:

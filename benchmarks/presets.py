@@ -9,8 +9,6 @@ seed is a run of its own (`<run>-seed-<n>`), resumable; means and deviations ove
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 from collections import defaultdict
@@ -19,13 +17,13 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.harness import markdown, parser, read_record, write_json, write_table
 from pipeline.config.loading import load_config
 from pipeline.context import Run, build_context
 from pipeline.provenance import provenance
 from pipeline.run_units import FULL_PRECISION
 from pipeline.runner import open_run, run_stages
 
-MARKERS = ("<!-- presets -->", "<!-- /presets -->")
 METRICS = ("psnr_db", "ssim", "recognized")
 
 
@@ -79,38 +77,27 @@ def summary(seeds: dict[Any, dict[str, dict[str, Any]]]) -> dict[str, dict[str, 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown, best first."""
-    lines = ["| model | PSNR, dB | worst video, dB | SSIM | recognized | `transformer/` |", "|---|---|---|---|---|---|"]
+    lines = []
     for model, row in sorted(rows.items(), key=lambda item: -item[1].get("psnr_db_mean", 1e9)):
         psnr = f"{row['psnr_db_mean']:.2f} ± {row['psnr_db_sd']:.2f}" if "psnr_db_mean" in row else "-"
         worst = f"{row['psnr_db_worst']:.2f}" if "psnr_db_worst" in row else "-"
         ssim = f"{row['ssim_mean']:.4f}" if "ssim_mean" in row else "-"
         read = f"{100 * row['recognized_mean']:.1f} %" if "recognized_mean" in row else "-"
         size = f"{row['compression']:.2f}× smaller" if "compression" in row else "16 bits"
-        lines.append(f"| {model} | {psnr} | {worst} | {ssim} | {read} | {size} |")
-    return "\n".join(lines)
-
-
-def write_table(page: Path, document: dict[str, Any]) -> None:
-    """Puts the table of a recorded result between the page's two markers."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if not end:
-        raise ValueError(f"{page} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
-    text = f"{before}{MARKERS[0]}\n{table(summary(document['seeds']))}\n{MARKERS[1]}{after}"
-    page.write_text(text, encoding="utf-8")
+        lines.append([model, psnr, worst, ssim, read, size])
+    return markdown(("model", "PSNR, dB", "worst video, dB", "SSIM", "recognized", "`transformer/`"), lines)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=Path("configs/presets.yaml"))
-    parser.add_argument("--page", type=Path, help="run nothing: write the recorded table into this page")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+    given = parser(__doc__)
+    given.add_argument("config", type=Path, nargs="?", default=Path("configs/presets.yaml"))
+    given.add_argument("--page", type=Path, help="run nothing: write the recorded table into this page")
+    given.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
+    arguments = given.parse_args()
     if arguments.page is not None:
-        write_table(arguments.page, json.loads(arguments.output.read_text(encoding="utf-8")))
+        write_table(arguments.page, "presets", table(summary(read_record(arguments.output)["seeds"])))
         return
     console = Console()
     seeds: dict[int, dict[str, dict[str, Any]]] = {}
@@ -124,8 +111,7 @@ def main() -> None:
             "seeds": seeds,
             "summary": summary(seeds),
         }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(arguments.output, document)
     console.print(table(summary(seeds)))
 
 

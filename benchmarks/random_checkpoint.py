@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 import reelquant.families.hunyuan_video as family
-from benchmarks.random_model import ROOT, fill_randomly
+from benchmarks.harness import ROOT
+from benchmarks.random_model import fill_randomly
 from workers.model_source import build_on_meta
 
 FILE_BYTES = 4 * 10**9

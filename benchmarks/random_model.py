@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.harness import ROOT
+
 HUNYUAN_VIDEO = ROOT / "configs" / "models" / "hunyuanvideo-13b" / "transformer" / "config.json"
 OUTLIER_EVERY = 97
 """One input channel of so many is an outlier."""

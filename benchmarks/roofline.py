@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.ceilings import BF16, COPY, FP8
 from benchmarks.dit_step.kernel_table import profiles
-from benchmarks.linear_kernels import JOINT, LINEAR
+from benchmarks.kernels.bench import FULL
+from benchmarks.kernels.int8_linear import shapes
+from benchmarks.kernels.tables import attention_rows
 
 INPUT_OPS, ROTATION_OPS, QK_OPS, EXPANSION_OPS = 12.0, 256.0, 7.0, 3.0
 STYLES = {
@@ -65,12 +67,10 @@ class Point:
 
 def attention_points(document: Mapping[str, Any]) -> Iterator[Point]:
     """The fastest variant of each case; bytes are those of q, k, v and the result."""
-    settings = document["settings"]
-    frames, rows, columns = settings["grid"]
-    num_bytes = 8.0 * (frames * rows * columns + settings["text"]) * settings["heads"] * settings["head_dim"]
+    num_bytes = 8.0 * FULL.joint * FULL.width
     best: dict[str, tuple[float, float]] = {}
-    for row in document["results"]:
-        if not row.get("ms") or row["case"].startswith("sums"):
+    for row in attention_rows(document):
+        if row["case"].startswith("sums"):
             continue
         name = row["case"] if row.get("density") is None else f"{row['case']} {100 * row['density']:.0f} %"
         flop = row["tflops"] * row["ms"] * 1e9
@@ -101,7 +101,7 @@ def linear_points(document: Mapping[str, Any]) -> Iterator[Point]:
 
 
 def _product_intensity(case: str, *, in_bytes: int, epilogue: bool) -> float:
-    num_tokens, d, launches = LINEAR[case]
+    num_tokens, d, launches = shapes(FULL)[case]
     n = sum(outputs for outputs, _ in launches)
     residual = 2 * num_tokens * n if epilogue and launches[0][1] == "residual" else 0
     return 2.0 * num_tokens * d * n / (in_bytes * (num_tokens + n) * d + 2 * num_tokens * n + residual)
@@ -140,7 +140,7 @@ def step_points(document: Mapping[str, Any]) -> Iterator[Point]:
                 intensity = intensities[row.name]
                 yield Point(name, "memory", intensity, rate * intensity, in_step=True)
             elif row.name.endswith("attention"):
-                intensity = row.work.amount / (8.0 * JOINT * width * blocks)
+                intensity = row.work.amount / (8.0 * FULL.joint * width * blocks)
                 yield Point(name, kinds[row.name], intensity, rate, in_step=True)
             else:
                 yield Point(

@@ -35,10 +35,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import reelquant.families.hunyuan_video as family
-from benchmarks.attention_memory import environment
+from benchmarks.harness import (
+    environment,
+    free_memory,
+    markdown,
+    parser,
+    settings_of,
+    synchronize,
+    visible_gpus,
+    write_record,
+)
 from benchmarks.random_checkpoint import write_transformer
 from benchmarks.random_model import transformer_config
-from benchmarks.visible_gpus import visible_gpus
 from reelquant.settings.generation import Numerics
 from workers.process import peak_memory_bytes, prepare_process
 from workers.process_group import join_process_group
@@ -102,8 +110,7 @@ def measure_rank(options: argparse.Namespace) -> None:
 
 def passes(forward: Any, device: torch.device, repeats: int) -> tuple[Tensor, dict[str, Any]]:
     """The last output; peak memory of all passes and seconds of each but the first."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    free_memory(device)
     seconds = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -122,16 +129,20 @@ def held_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory_bytes(device)
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def run_ranks(options: argparse.Namespace, *, sharding: str, num_ranks: int, results: Path) -> list[dict[str, Any]]:
     """Starts a process a rank, each with a GPU of its own where there are GPUs, and reads what they found."""
     results.mkdir()
-    shared = ["--rank", "--folder", options.folder, "--results", results, "--sharding", sharding]
+    shared = [
+        "--rank",
+        "--output",
+        options.output,
+        "--folder",
+        options.folder,
+        "--results",
+        results,
+        "--sharding",
+        sharding,
+    ]
     shared += ["--offload", options.offload if sharding != "none" else "none", "--repeats", options.repeats]
     shared += ["--threads", options.threads, "--layout", *options.layout]
     if options.offload_path is not None:
@@ -182,28 +193,25 @@ def compare(sharded: Path, whole: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sharding", choices=["fsdp", "deepspeed", "none"], default="fsdp")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--offload", choices=["none", "cpu", "nvme"], default="none")
-    parser.add_argument("--offload-path", type=Path)
-    parser.add_argument("--layout", type=int, nargs=3, default=[16, 30, 53], metavar=("FRAMES", "HEIGHT", "WIDTH"))
-    parser.add_argument("--double", type=int, default=20, help="double-stream blocks")
-    parser.add_argument("--single", type=int, default=40, help="single-stream blocks")
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
-    parser.add_argument("--compare", action="store_true", help="with the whole model on one device")
-    parser.add_argument("--folder", type=Path, help="checkpoint: used if it is there, written and kept if not")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    given = parser(__doc__)
+    given.add_argument("--sharding", choices=["fsdp", "deepspeed", "none"], default="fsdp")
+    given.add_argument("--ranks", type=int, default=2)
+    given.add_argument("--offload", choices=["none", "cpu", "nvme"], default="none")
+    given.add_argument("--offload-path", type=Path)
+    given.add_argument("--layout", type=int, nargs=3, default=[16, 30, 53], metavar=("FRAMES", "HEIGHT", "WIDTH"))
+    given.add_argument("--double", type=int, default=20, help="double-stream blocks")
+    given.add_argument("--single", type=int, default=40, help="single-stream blocks")
+    given.add_argument("--heads", type=int, default=24)
+    given.add_argument("--repeats", type=int, default=3)
+    given.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
+    given.add_argument("--compare", action="store_true", help="with the whole model on one device")
+    given.add_argument("--folder", type=Path, help="checkpoint: used if it is there, written and kept if not")
+    given.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    given.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    options = given.parse_args(arguments)
     if options.rank:
         measure_rank(options)
         return
-    if options.output is None:
-        parser.error("--output is needed")
     with tempfile.TemporaryDirectory() as temporary:
         measure(options, Path(temporary))
 
@@ -220,36 +228,31 @@ def measure(options: argparse.Namespace, temporary: Path) -> None:
     elif json.loads((options.folder / "config.json").read_text()) != config:
         raise SystemExit(f"{options.folder} holds a model of other sizes: give another folder, or none")
     written_s = time.perf_counter() - start
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
     ranks = run_ranks(options, sharding=options.sharding, num_ranks=options.ranks, results=temporary / "ranks")
     whole, differences = None, None
     if options.compare:
         [whole] = run_ranks(options, sharding="none", num_ranks=1, results=temporary / "whole")
         differences = compare(temporary / "ranks" / "rank-0.safetensors", temporary / "whole" / "rank-0.safetensors")
     files = sum(path.stat().st_size for path in options.folder.glob("*.safetensors"))
-    ignored = ("folder", "output", "rank", "results", "offload_path")
-    document = {
-        "environment": environment(device),
-        "settings": {name: value for name, value in vars(options).items() if name not in ignored},
-        "checkpoint_bytes": files,
-        "written_s": written_s,
-        "ranks": ranks,
-        "whole": whole,
-        "relative_differences": differences,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = write_record(
+        options.output,
+        device,
+        settings_of(options, "folder", "rank", "results", "offload_path"),
+        checkpoint_bytes=files,
+        written_s=written_s,
+        ranks=ranks,
+        whole=whole,
+        relative_differences=differences,
+    )
     print(table(document))
 
 
 def table(document: dict[str, Any]) -> str:
     """Markdown: the worst rank beside the whole model."""
     settings = document["settings"]
-    lines = [
-        "| model | loaded, s | held, GiB | peak, GiB | a pass, s | with hooks: peak, GiB | a pass, s |",
-        "|" + "---|" * 7,
-    ]
+    head = ("model", "loaded, s", "held, GiB", "peak, GiB", "a pass, s", "with hooks: peak, GiB", "a pass, s")
+    rows = []
     groups = {f"{settings['sharding']}, {settings['ranks']} ranks": document["ranks"]}
     if document["whole"] is not None:
         groups["whole, one device"] = [document["whole"]]
@@ -258,11 +261,12 @@ def table(document: dict[str, Any]) -> str:
         for passes_of in ("plain", "with_hooks"):
             cells.append(max(rank[passes_of]["peak_bytes"] for rank in ranks) / 2**30)
             cells.append(max(min(rank[passes_of]["seconds"]) for rank in ranks))
-        lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-    if document["relative_differences"] is not None:
-        apart = ", ".join(f"{name} {value:.1g}" for name, value in document["relative_differences"].items())
-        lines.append(f"\nRelative differences of the two, after all blocks: {apart}.")
-    return "\n".join(lines)
+        rows.append([name, *(f"{cell:.2f}" for cell in cells)])
+    found = markdown(head, rows)
+    if document["relative_differences"] is None:
+        return found
+    apart = ", ".join(f"{name} {value:.1g}" for name, value in document["relative_differences"].items())
+    return f"{found}\n\nRelative differences of the two, after all blocks: {apart}."
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ python -m benchmarks.speed_table --page README.md
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
+from benchmarks.harness import RESULTS, gib, markdown, read_record, write_table
 from benchmarks.step_times import StepTime, attention_of, step_time
-from benchmarks.study_table import velocity_rows, write_table
+from benchmarks.study_table import velocity_rows
 from pipeline.report.quantities import NOTHING, interval_text
 
-RESULTS = Path(__file__).parent / "results"
 STUDY = "knobs"
 PLAIN = {"diffusers as it comes, bf16": "diffusers", "bf16, compiled and fused": "strongest bf16"}
 """Cases of dit_step.json that lose nothing."""
@@ -30,17 +28,14 @@ SETTINGS = {
 
 def speed_table() -> str:
     """Markdown."""
-    study, times = _read(f"study_{STUDY}"), _read("dit_step")["results"]
+    study, times = read_record(RESULTS / f"study_{STUDY}.json"), read_record(RESULTS / "dit_step.json")["results"]
     measured = {row.name: row for row in velocity_rows(study, SETTINGS["W4A8, dense attention"])}
     base = times["diffusers"]["mean_s"]
-    lines = [
-        "| setting | pairs | s a step | to diffusers | peak, GiB | velocity SQNR, small model |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
 
-    def line(name: str, density: float, time: StepTime, quality: str) -> str:
+    def line(name: str, density: float, time: StepTime, quality: str) -> list[str]:
         cells = [f"{100 * density:.1f} %", f"{time.seconds:.2f}", f"{base / time.seconds:.2f}×"]
-        return f"| {' | '.join([name, *cells, f'{time.peak_bytes / 2**30:.1f}', quality])} |"
+        return [name, *cells, gib(time.peak_bytes), quality]
 
     for name, case in PLAIN.items():
         lines.append(line(name, 1.0, StepTime(times[case]["mean_s"], times[case]["peak_bytes"]), NOTHING))
@@ -50,12 +45,8 @@ def speed_table() -> str:
         assert time is not None, setting
         assert row.velocity is not None, setting
         lines.append(line(name, row.means["effective_density"], time, f"{interval_text(row.velocity.mean)} dB"))
-    return "\n".join(lines)
-
-
-def _read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
+    head = ("setting", "pairs", "s a step", "to diffusers", "peak, GiB", "velocity SQNR, small model")
+    return markdown(head, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

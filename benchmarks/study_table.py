@@ -15,7 +15,6 @@ A study that measured the teacher-forced velocity is ranked by its SQNR, with th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import markdown, read_record, write_table
 from benchmarks.step_times import attention_of, step_time
 from pipeline.report.quantities import NOTHING, estimate_text, interval_text
 from pipeline.study.block_errors import BlockErrors, block_kind, difference_interval
@@ -166,9 +166,7 @@ def velocity_table(rows: Sequence[Row], reference: str, seconds: Mapping[str, fl
         return {name: text for name, text in found.items() if shown.get(name, True)}
 
     texts = [cells(row) for row in _without_twins(rows)]
-    head = list(texts[0])
-    written = [f"| {' | '.join(line)} |" for line in (head, *(list(text.values()) for text in texts))]
-    return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
+    return markdown(list(texts[0]), [list(text.values()) for text in texts])
 
 
 def table(document: dict[str, Any], reference: str, step_times: Mapping[str, Mapping[str, Any]] | None = None) -> str:
@@ -207,9 +205,7 @@ def table(document: dict[str, Any], reference: str, step_times: Mapping[str, Map
         head += ["effective density", "PSNR, dB", f"to {reference}, dB", "worst 5 %, dB", "SSIM", "recognized"]
     if errors:
         head += [f"block error, to {reference}, dB", *(f"`{kind}`, dB" for kind in shown_kinds)]
-    lines = [head, *(cells(name) for name in sorted(settings, key=quality))]
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
+    return markdown(head, [cells(name) for name in sorted(settings, key=quality)])
 
 
 def _seconds(
@@ -220,20 +216,6 @@ def _seconds(
     return {name: time.seconds for name, time in found.items() if time is not None}
 
 
-def write_table(page: Path, name: str, text: str) -> None:
-    """Puts `text` between `<!-- name -->` and `<!-- /name -->` of the page.
-
-    Raises:
-        ValueError: the page lacks the markers.
-    """
-    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(opening)
-    _, end, after = rest.partition(closing)
-    if not found or not end:
-        raise ValueError(f"{page} lacks the markers {opening} and {closing}")
-    page.write_text(f"{before}{opening}\n{text}\n{closing}{after}", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,8 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, required=True, help="has markers of the results file's name")
     parser.add_argument("--step-times", type=Path, help="dit_step.json: adds the mean step at full size")
     given = parser.parse_args(arguments)
-    times = json.loads(given.step_times.read_text())["results"] if given.step_times else None
-    write_table(given.page, given.results.stem, table(json.loads(given.results.read_text()), given.reference, times))
+    times = read_record(given.step_times)["results"] if given.step_times else None
+    write_table(given.page, given.results.stem, table(read_record(given.results), given.reference, times))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Rates of the calibration store beside plain files, on one disk, in one run.
 
-    python benchmarks/zarr_store.py --output benchmarks/results/zarr_store.json
+    python -m benchmarks.zarr_store --output benchmarks/results/zarr_store.json
 
 Eight samples of [8192, 3072] and one of [57600, 3072], bf16, are written and read through
 
@@ -13,17 +13,14 @@ to its host costs more to touch than a write. Reads are warm (page cache) and co
 warms up, five count; the order within a round rotates. MB are 10^6 bytes.
 """
 
-import argparse
 import os
 import platform
 import resource
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,10 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from pipeline.provenance import commit
-from storage.atomic_files import create_directory, sync_directory, write_json_atomic
+from benchmarks.harness import environment, parser, write_record
+from storage.atomic_files import create_directory, sync_directory
 from storage.calibration_store import CalibrationStore
 
 WORKLOADS = {"8 x [8192, 3072]": (8, (8192, 3072)), "1 x [57600, 3072]": (1, (57600, 3072))}
@@ -159,18 +154,17 @@ def summarize(seconds: dict[str, dict[str, list[float]]], num_bytes: int) -> dic
     return summary
 
 
-def environment() -> dict[str, Any]:
+def machine(disk: str) -> dict[str, Any]:
+    """Hardware, versions and file system."""
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpu_lines if line.startswith("model name")]
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
+    return environment(torch.device("cpu")) | {
         "cpu": cpu[0] if cpu else platform.processor(),
         "num_cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "numpy", "zarr", "google-crc32c")},
+        **{name: version(name) for name in ("numpy", "zarr", "google-crc32c")},
+        "file_system": disk,
     }
 
 
@@ -186,13 +180,13 @@ def file_system(path: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    parser.add_argument("--directory", type=Path, default=Path("runs"), help="where to write, on the disk to measure")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one small workload: shows that it works, no figures")
-    arguments = parser.parse_args()
+def main(given: list[str] | None = None) -> None:
+    """Command line."""
+    options = parser(__doc__)
+    options.add_argument("--directory", type=Path, default=Path("runs"), help="where to write, on the disk to measure")
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--quick", action="store_true", help="one small workload: shows that it works, no figures")
+    arguments = options.parse_args(given)
 
     create_directory(arguments.directory)
     generator = torch.Generator().manual_seed(0)
@@ -201,24 +195,18 @@ def main() -> None:
         disk = file_system(Path(folder))
         for label, (count, shape) in (QUICK_WORKLOADS if arguments.quick else WORKLOADS).items():
             samples = [torch.randn(shape, generator=generator).bfloat16() for _ in range(count)]
-            begin, (busy, own) = time.perf_counter(), cpu_seconds()
+            begin, (busy_before, own) = time.perf_counter(), cpu_seconds()
             seconds = measure(Path(folder), samples, arguments.repeats)
             elapsed, (busy_after, own_after) = time.perf_counter() - begin, cpu_seconds()
             results[label] = summarize(seconds, sum(sample.nbytes for sample in samples))
-            cpus_elsewhere[label] = round((busy_after - busy - own_after + own) / elapsed, 2)
+            cpus_elsewhere[label] = round((busy_after - busy_before - own_after + own) / elapsed, 2)
             for phase, rows in results[label].items():
                 for name, row in rows.items():
                     share = f"{row['share_of_plain']:.0%} of plain (best: {row['share_of_plain_best_rounds']:.0%})"
                     print(f"{label:>18}  {phase:<9}  {name:<5}  {row['median_mb_per_s']:>6} MB/s  {share}")
-    document = {
-        "environment": environment() | {"file_system": disk},
-        "repeats": arguments.repeats,
-        # Kernel threads that write out, and whatever else ran on the machine.
-        "mean_cpus_busy_elsewhere": cpus_elsewhere,
-        "results": results,
-    }
-    create_directory(arguments.output.parent.absolute())
-    write_json_atomic(arguments.output, document)
+    # Kernel threads that write out, and whatever else ran on the machine.
+    busy = {"mean_cpus_busy_elsewhere": cpus_elsewhere}
+    write_record(arguments.output, machine(disk), {"repeats": arguments.repeats}, **busy, results=results)
 
 
 if __name__ == "__main__":

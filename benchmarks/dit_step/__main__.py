@@ -31,19 +31,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.attention_memory import environment
 from benchmarks.dit_step.kernel_table import tables
 from benchmarks.dit_step.models import (
     REAL_TEXT,
@@ -59,6 +56,7 @@ from benchmarks.dit_step.models import (
 from benchmarks.dit_step.record import CASES, MUST_AGREE, SPARSE, WHOLE, kept_results, table
 from benchmarks.dit_step.schedule import MEASURED, SCHEDULE, by_kind, fewest_steps, mean_step, step_kinds
 from benchmarks.dit_step.timing import Generation
+from benchmarks.harness import environment, free_memory, parser, peak_bytes, write_record
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.families import hunyuan_video as family
 from reelquant.noise_schedule import shifted_levels
@@ -85,7 +83,7 @@ class Bench:
         begin = time.perf_counter()
         try:
             found = self._cases()[case]()
-            found["peak_bytes"] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+            found["peak_bytes"] = peak_bytes(self.device)
         except Exception as error:  # noqa: BLE001  (the other cases go on, this one says why it did not)
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -114,7 +112,7 @@ class Bench:
         """All steps alike."""
         generation = Generation(model, self._inputs(model, padded=padded))
         generation.step()
-        self._reset_peak()
+        free_memory(self.device)
         seconds = [generation.step() for _ in range(REPEATS)]
         result: dict[str, Any] = {"steps_s": seconds, "mean_s": statistics.median(seconds), "how": MEASURED}
         return result | ({"kernels": generation.profiled_step()} if self.options.profile else {})
@@ -135,7 +133,7 @@ class Bench:
         inputs = self._inputs(model)
         self._warm_up(model, inputs, spec, precision)
         make_sparse(model, spec, precision)
-        self._reset_peak()
+        free_memory(self.device)
         generation = Generation(model, inputs)
         num = self.options.steps if case in WHOLE else fewest_steps(spec)
         seconds = [generation.step() for _ in range(num)]
@@ -228,12 +226,7 @@ class Bench:
 
     def _collect(self) -> None:
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        free_memory(self.device)
 
 
 def _uncompile(model: Any) -> None:
@@ -244,36 +237,33 @@ def _uncompile(model: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layout", type=int, nargs=3, default=[16, 45, 80], help="tokens: frames, rows, columns")
-    parser.add_argument("--double", type=int, default=20, help="double-stream blocks")
-    parser.add_argument("--single", type=int, default=40, help="single-stream blocks")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument(
+    given = parser(__doc__)
+    given.add_argument("--layout", type=int, nargs=3, default=[16, 45, 80], help="tokens: frames, rows, columns")
+    given.add_argument("--double", type=int, default=20, help="double-stream blocks")
+    given.add_argument("--single", type=int, default=40, help="single-stream blocks")
+    given.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    given.add_argument(
         "--steps",
         type=int,
         default=SCHEDULE,
         help=f"of {' and '.join(WHOLE)}; at least {2 * INTERVAL}".replace("%", "%%"),
     )
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--weight-bits", type=int, default=4)
-    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--merge", action="store_true", help="keep what the output file has of other cases")
-    parser.add_argument("--device", default="cuda", help="cpu, with a small model, shows that the script works")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    options = parser.parse_args(arguments)
+    given.add_argument("--rank", type=int, default=16)
+    given.add_argument("--weight-bits", type=int, default=4)
+    given.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
+    given.add_argument("--merge", action="store_true", help="keep what the output file has of other cases")
+    given.add_argument("--device", default="cuda", help="cpu, with a small model, shows that the script works")
+    options = given.parse_args(arguments)
     if options.steps < 2 * INTERVAL:
-        parser.error(f"--steps is {options.steps}: every kind of step is seen from {2 * INTERVAL} on")
+        given.error(f"--steps is {options.steps}: every kind of step is seen from {2 * INTERVAL} on")
     bench = Bench(options)
     where = environment(bench.device)
     settings = {name: getattr(options, name) for name in (*MUST_AGREE, "profile")}
     if options.merge:
         bench.results = kept_results(options.output, where["device"], settings)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for case in options.cases:
         bench.run(case)
-        document = {"environment": where, "settings": settings, "results": bench.results}
-        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        document = write_record(options.output, where, settings, results=bench.results)
     print(table(document))
     print(tables(document))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.dit_step.schedule import MEASURED, SCHEDULE
+from benchmarks.harness import gib, markdown, read_record
 from reelquant.ops.band_attention.op import Precision
 
 WHOLE = ("ours 15 %", "ours 15 %, 8-bit attention")
@@ -38,26 +38,23 @@ MUST_AGREE = ("layout", "double", "single", "rank", "weight_bits")
 def table(document: dict[str, Any]) -> str:
     """Markdown: every case against the two baselines."""
     results = document["results"]
-    lines = [
-        "| case | mean step, s | how | refresh, s | sparse, s | pairs of the schedule | peak, GiB "
-        "| to diffusers | to strongest bf16 |",
-        "|" + "---|" * 9,
-    ]
+    head = ("case", "mean step, s", "how", "refresh, s", "sparse, s", "pairs of the schedule", "peak, GiB")
+    lines = []
     for name in sorted(results, key=CASES.index):
         row = results[name]
         if "error" in row:
-            lines.append(f"| {name} | {row['error'][:80]} |" + " |" * 7)
+            lines.append([name, row["error"][:80], *[""] * 7])
             continue
         kinds = row.get("by_kind_s", {})
         cells = [f"{row['mean_s']:.3f}", row.get("how", MEASURED)]
         cells += [f"{kinds[kind]:.3f}" if kind in kinds else "-" for kind in ("refresh", "sparse")]
         cells.append(f"{100 * row.get('effective_density', 1.0):.1f} %")
-        cells.append(f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-")
+        cells.append(gib(row["peak_bytes"]))
         for base in ("diffusers", "strongest bf16"):
             mean = results.get(base, {}).get("mean_s")
             cells.append(f"{mean / row['mean_s']:.2f}×" if mean else "-")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown((*head, "to diffusers", "to strongest bf16"), lines)
 
 
 def kept_results(path: Path, device: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +65,7 @@ def kept_results(path: Path, device: str, settings: dict[str, Any]) -> dict[str,
     """
     if not path.exists():
         return {}
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = read_record(path)
     old = document["settings"] | {"device": document["environment"]["device"]}
     new = settings | {"device": device}
     apart = [f"{name} {old[name]!r}, now {new[name]!r}" for name in (*MUST_AGREE, "device") if old[name] != new[name]]

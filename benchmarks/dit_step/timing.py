@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.dit_step.schedule import level_of_step
+from benchmarks.harness import synchronize
 
 LONGEST_NAME = 240
 """Characters of a kernel's name that are kept: the type of a template's last argument lies far behind."""
@@ -49,9 +50,3 @@ class Generation:
             }
             for event in events
         ]
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU; a CPU never lags behind."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -34,7 +34,6 @@ epoch.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -45,6 +44,7 @@ import psutil
 from benchmarks.full_size.parts import PARTS, FullSize
 from benchmarks.full_size.setting import Setting
 from benchmarks.full_size.tables import table
+from benchmarks.harness import parser, read_record, write_json
 from pipeline import cli, runner  # noqa: F401  (what the pipeline needs must be there before 24 GiB are written)
 from pipeline.report import page  # noqa: F401
 
@@ -62,7 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
     def save(record: dict[str, Any]) -> None:
         write_record(options.output, label, record)
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,53 +69,49 @@ def main(arguments: list[str] | None = None) -> None:
         parts = [part for part in PARTS if part in options.parts and not (skipped and part == "alone")]
         model = (options.model_folder or folder / "model").resolve()
         well = FullSize(setting, folder.resolve(), model=model, deadline=deadline, save=save).do(parts)
-    print(table(json.loads(options.output.read_text(encoding="utf-8"))))
+    print(table(read_record(options.output)))
     if not well:
         raise SystemExit(1)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--video", default="480x848x61", metavar="HEIGHTxWIDTHxFRAMES")
-    parser.add_argument("--double", type=int, default=20, help="double-stream blocks")
-    parser.add_argument("--single", type=int, default=40, help="single-stream blocks")
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--text-width", type=int, default=4096, help="of the text encoder's output; a multiple of 128")
-    parser.add_argument("--vae-width", type=int, default=128, help="of the VAE's outer blocks; a multiple of 32")
-    parser.add_argument("--sharding", choices=["fsdp", "deepspeed", "none"], default="fsdp")
-    parser.add_argument("--offload", choices=["none", "cpu", "nvme"], default="none")
-    parser.add_argument("--offload-path", type=Path)
-    parser.add_argument("--workers", type=int, help="GPUs to use, default all; processes on a CPU, default 2")
-    parser.add_argument("--threads", type=int, help="CPU threads of a worker; default: up to 8")
-    parser.add_argument("--steps", type=int, default=3, help="denoising steps of a trajectory")
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--preset", default="reelquant", help="of the method")
-    parser.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq")
-    parser.add_argument("--segment-length", type=int, default=8)
-    parser.add_argument("--deterministic", action="store_true", help="the same bytes with any number of GPUs; slower")
-    parser.add_argument(
+    given = parser(__doc__)
+    given.add_argument("--video", default="480x848x61", metavar="HEIGHTxWIDTHxFRAMES")
+    given.add_argument("--double", type=int, default=20, help="double-stream blocks")
+    given.add_argument("--single", type=int, default=40, help="single-stream blocks")
+    given.add_argument("--heads", type=int, default=24)
+    given.add_argument("--text-width", type=int, default=4096, help="of the text encoder's output; a multiple of 128")
+    given.add_argument("--vae-width", type=int, default=128, help="of the VAE's outer blocks; a multiple of 32")
+    given.add_argument("--sharding", choices=["fsdp", "deepspeed", "none"], default="fsdp")
+    given.add_argument("--offload", choices=["none", "cpu", "nvme"], default="none")
+    given.add_argument("--offload-path", type=Path)
+    given.add_argument("--workers", type=int, help="GPUs to use, default all; processes on a CPU, default 2")
+    given.add_argument("--threads", type=int, help="CPU threads of a worker; default: up to 8")
+    given.add_argument("--steps", type=int, default=3, help="denoising steps of a trajectory")
+    given.add_argument("--samples", type=int, default=4)
+    given.add_argument("--epochs", type=int, default=1)
+    given.add_argument("--preset", default="reelquant", help="of the method")
+    given.add_argument("--rounding", choices=["gptq", "nearest"], default="gptq")
+    given.add_argument("--segment-length", type=int, default=8)
+    given.add_argument("--deterministic", action="store_true", help="the same bytes with any number of GPUs; slower")
+    given.add_argument(
         "--beside", action="store_true", help="`alone` at the same time as `distillation`, on a GPU more than --workers"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--folder", type=Path, help="for model and runs, kept: a later call with it goes on")
-    parser.add_argument("--model-folder", type=Path, help="for the model, kept; default: in --folder")
-    parser.add_argument(
+    given.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    given.add_argument("--folder", type=Path, help="for model and runs, kept: a later call with it goes on")
+    given.add_argument("--model-folder", type=Path, help="for the model, kept; default: in --folder")
+    given.add_argument(
         "--budget-s", type=float, help="seconds from the start on, after which the part at work is stopped"
     )
-    parser.add_argument("--label", help="of the run in the record; default such as '480p fsdp'")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
-    return parser.parse_args(arguments)
+    given.add_argument("--label", help="of the run in the record; default such as '480p fsdp'")
+    return given.parse_args(arguments)
 
 
 def write_record(path: Path, label: str, record: dict[str, Any]) -> None:
     """Puts the run into the file, in place of an older one of its label; the file is whole at every moment."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else {}
-    document = {"environment": record["environment"], "runs": {**runs, label: record}}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    runs = read_record(path)["runs"] if path.is_file() else {}
+    write_json(path, {"environment": record["environment"], "runs": {**runs, label: record}})
 
 
 if __name__ == "__main__":

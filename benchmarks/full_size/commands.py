@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.random_model import ROOT
+from benchmarks.harness import ROOT
 
 STOP_S = 60.0
 """So long a driver may take to end its workers when it is stopped."""

@@ -5,12 +5,12 @@ python -m benchmarks.full_size.loading --checkpoint FOLDER --video 480x848x61 --
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import parser, write_json
 
 PROMPT = "A steam train crosses a stone viaduct in a snow-covered valley, smoke drifting behind it, wide shot."
 
@@ -70,15 +70,14 @@ def load_and_run(checkpoint: Path, video: tuple[int, int, int], steps: int) -> d
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--video", required=True, metavar="HEIGHTxWIDTHxFRAMES")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(arguments)
+    given = parser(__doc__)
+    given.add_argument("--checkpoint", type=Path, required=True)
+    given.add_argument("--video", required=True, metavar="HEIGHTxWIDTHxFRAMES")
+    given.add_argument("--steps", type=int, default=2)
+    options = given.parse_args(arguments)
     height, width, num_frames = (int(part) for part in options.video.split("x"))
     found = load_and_run(options.checkpoint, (height, width, num_frames), options.steps)
-    options.output.write_text(json.dumps(found), encoding="utf-8")
+    write_json(options.output, found)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -16,12 +15,11 @@ import psutil
 import torch
 from rich.console import Console
 
-from benchmarks.attention_memory import environment
 from benchmarks.full_size import figures
 from benchmarks.full_size.commands import OutOfTime, branch_run, call
 from benchmarks.full_size.setting import Setting
+from benchmarks.harness import environment, free_memory, read_record, visible_gpus
 from benchmarks.random_checkpoint import write_pipeline
-from benchmarks.visible_gpus import visible_gpus
 from pipeline.config.loading import load_config
 from pipeline.plan import plan_config
 from pipeline.planning.plan_result import Plan
@@ -101,9 +99,8 @@ class FullSize:
         written = not (self._model / "model_index.json").is_file()
         if written:
             write_pipeline(self._model, wanted, self._device, vae_width=self._setting.vae_width)
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-        elif json.loads(stored.read_text(encoding="utf-8")) != wanted:
+            free_memory(self._device)
+        elif read_record(stored) != wanted:
             raise ValueError(f"{self._model} holds a model of other sizes: give another folder, or none")
         self._sync.start()
         return {"bytes": sum(path.stat().st_size for path in self._model_files()), "written": written}
@@ -170,7 +167,7 @@ class FullSize:
         checkpoint = self._run / "checkpoint"
         given = ("--checkpoint", checkpoint, "--video", video, "--output", self._loaded)
         seconds = call("benchmarks.full_size.loading", *given, deadline=self._deadline)
-        found: dict[str, Any] = json.loads(self._loaded.read_text(encoding="utf-8"))
+        found = read_record(self._loaded)
         self._record["parts"]["load"] |= found
         if not found["latents_finite"]:
             raise ValueError(f"the latents that {checkpoint} makes are not finite")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.random_model import ROOT, transformer_config
+from benchmarks.harness import ROOT
+from benchmarks.random_model import transformer_config
 
 PROMPTS = ROOT / "configs" / "prompts"
 STALL_TIMEOUT_S = 300.0

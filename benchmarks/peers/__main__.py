@@ -19,9 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.harness import parser, read_record, write_json, write_table
 from benchmarks.peers.adapters import Peer
 from benchmarks.peers.measurement import Task, package_version, run_task
-from benchmarks.peers.results import is_done, our_rows, row, table, write_table
+from benchmarks.peers.results import is_done, our_rows, row, table
 from benchmarks.peers.roster import PEERS, REFERENCE
 from pipeline.config.loading import load_config
 from pipeline.context import RunContext, build_context
@@ -48,7 +49,7 @@ class Benchmark:
             "held_out": [unit.prompt for unit in context.held_out_prompts],
             "calibration": [unit.prompt for unit in context.calibration_prompts],
         }
-        recorded = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+        recorded = read_record(output) if output.is_file() else {}
         self.document: dict[str, Any] = {
             "config": self._config,
             "provenance": provenance(),
@@ -107,10 +108,7 @@ class Benchmark:
 
     def _write(self) -> None:
         self.document["summary"] = summary(self.document)
-        self._output.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._output.with_suffix(".partial")
-        partial.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self._output)
+        write_json(self._output, self.document)
 
 
 def summary(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -124,7 +122,7 @@ def summary(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def rows_of(document: dict[str, Any], presets: Path) -> dict[str, dict[str, Any]]:
     """The table's rows: the peers', and ours where they are recorded."""
-    ours = our_rows(json.loads(presets.read_text(encoding="utf-8"))) if presets.is_file() else {}
+    ours = our_rows(read_record(presets)) if presets.is_file() else {}
     return {**summary(document), **ours}
 
 
@@ -134,25 +132,24 @@ def _digest(value: Any) -> str:
 
 def arguments_of() -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=Path("configs/presets.yaml"))
-    parser.add_argument("--page", type=Path, help="run nothing: write the recorded table into this page")
-    parser.add_argument("--presets", type=Path, default=Path("benchmarks/results/presets.json"), help="our own rows")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), metavar="NAME", choices=list(PEERS))
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
-    parser.add_argument("--work", type=Path, default=Path("runs/peers"), help="for the reference's videos")
-    parser.add_argument("--timeout", type=float, default=7200, help="seconds for one row with one seed")
-    parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
+    given = parser(__doc__)
+    given.add_argument("config", type=Path, nargs="?", default=Path("configs/presets.yaml"))
+    given.add_argument("--page", type=Path, help="run nothing: write the recorded table into this page")
+    given.add_argument("--presets", type=Path, default=Path("benchmarks/results/presets.json"), help="our own rows")
+    given.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given.add_argument("--peers", nargs="+", default=list(PEERS), metavar="NAME", choices=list(PEERS))
+    given.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE")
+    given.add_argument("--work", type=Path, default=Path("runs/peers"), help="for the reference's videos")
+    given.add_argument("--timeout", type=float, default=7200, help="seconds for one row with one seed")
+    return given.parse_args()
 
 
 def main() -> None:
     """Command line."""
     arguments = arguments_of()
     if arguments.page is not None:
-        document = json.loads(arguments.output.read_text(encoding="utf-8"))
-        write_table(arguments.page, rows_of(document, arguments.presets))
+        rows = rows_of(read_record(arguments.output), arguments.presets)
+        write_table(arguments.page, "peers", table(rows))
         return
     console = Console()
     context = build_context(load_config(arguments.config, arguments.overrides))

@@ -6,7 +6,6 @@ and what was found are JSON files; what goes wrong is found too, a crash by `run
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import statistics
@@ -19,10 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.harness import ROOT, read_record, write_json
 from benchmarks.peers.adapters import Opened, Peer, block_linears
 from benchmarks.peers.roster import PEERS, REFERENCE
 
-ROOT = Path(__file__).resolve().parents[2]
 ERROR_CHARACTERS = 300
 STDERR_LINES = 3
 
@@ -49,10 +48,9 @@ class Task:
 def run_task(task: Task, *, timeout_s: float, command: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs a task in a process of its own and returns what it found, or `{"error": ...}` in a line."""
     result = Path(task.result)
-    result.parent.mkdir(parents=True, exist_ok=True)
     result.unlink(missing_ok=True)
     given = result.with_suffix(".task.json")
-    given.write_text(json.dumps(asdict(task)), encoding="utf-8")
+    write_json(given, asdict(task))
     command = command or [sys.executable, "-m", "benchmarks.peers.measurement", str(given)]
     try:
         done = subprocess.run(
@@ -68,8 +66,7 @@ def run_task(task: Task, *, timeout_s: float, command: Sequence[str] | None = No
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout_s:.0f} s"}
     if result.is_file():
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        return read_record(result)
     return {"error": shortened(f"{_end_of_process(done.returncode)}: {_last_lines(done.stderr)}")}
 
 
@@ -194,14 +191,12 @@ def _last_lines(text: str) -> str:
 
 def main() -> None:
     """Measures the task in the file named on the command line."""
-    task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    task = Task(**read_record(Path(sys.argv[1])))
     try:
         found = measure(task)
     except Exception as error:  # noqa: BLE001  (whatever a library raises is what the row says)
         found = {"error": shortened(f"{type(error).__name__}: {error}")}
-    partial = Path(task.result).with_suffix(".partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.replace(task.result)
+    write_json(Path(task.result), found)
 
 
 if __name__ == "__main__":

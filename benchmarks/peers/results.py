@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import markdown
 from benchmarks.peers.adapters import Peer
 
-MARKERS = ("<!-- peers -->", "<!-- /peers -->")
-HEADER = (
-    "| model | weights | activations | PSNR, dB | worst video, dB | SSIM | recognized | bits per weight | "
-    "`transformer/` | linears | videos |"
+HEAD = (
+    *("model", "weights", "activations", "PSNR, dB", "worst video, dB", "SSIM", "recognized", "bits per weight"),
+    *("`transformer/`", "linears", "videos"),
 )
 
 
@@ -66,14 +65,12 @@ def our_rows(presets: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: what was measured, best first, then what could not be run and why."""
     measured = {name: values for name, values in rows.items() if "num_videos" in values}
-    lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
-    for name, values in sorted(measured.items(), key=lambda item: -item[1].get("psnr_db_mean", 1e9)):
-        lines.append("| " + " | ".join([name, *_cells(values)]) + " |")
-    failed = {name: values for name, values in rows.items() if "error" in values}
-    if failed:
-        lines += ["", "| not run, or not with every seed | setting | what it said |", "|---|---|---|"]
-        lines += [f"| {name} | `{v['setting']}` | {_escaped(v['error'])} |" for name, v in failed.items()]
-    return "\n".join(lines)
+    ranked = sorted(measured.items(), key=lambda item: -item[1].get("psnr_db_mean", 1e9))
+    found = markdown(HEAD, [[name, *_cells(values)] for name, values in ranked])
+    failed = [[name, f"`{v['setting']}`", _escaped(v["error"])] for name, v in rows.items() if "error" in v]
+    if not failed:
+        return found
+    return f"{found}\n\n{markdown(('not run, or not with every seed', 'setting', 'what it said'), failed)}"
 
 
 def _cells(values: dict[str, Any]) -> list[str]:
@@ -105,16 +102,3 @@ def _cells(values: dict[str, Any]) -> list[str]:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def write_table(page: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Puts the table between the page's two markers.
-
-    Raises:
-        ValueError: the page lacks them.
-    """
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if not end:
-        raise ValueError(f"{page} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
-    page.write_text(f"{before}{MARKERS[0]}\n{table(rows)}\n{MARKERS[1]}{after}", encoding="utf-8")

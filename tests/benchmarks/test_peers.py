@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from benchmarks.peers.__main__ import main, summary
 from benchmarks.peers.adapters import block_linears
 from benchmarks.peers.measurement import ERROR_CHARACTERS, Task, package_version, run_task, shortened
-from benchmarks.peers.results import is_done, our_rows, table, write_table
+from benchmarks.peers.results import is_done, our_rows, table
 from benchmarks.peers.roster import PEERS, REFERENCE
 from benchmarks.peers.sizes import transformer_sizes
 from tests.errors import names, raises
@@ -155,22 +155,6 @@ class TestResults:
         assert len(rows) == len(recorded["summary"]) - 1
         assert all(row["compression"] > 1 and row["num_videos"] > 0 for row in rows.values())
         assert "**reelquant** `s2q`" in table(rows)
-
-    def test_page_is_written_between_its_markers(self, tmp_path: Path) -> None:
-        page = tmp_path / "results.md"
-        page.write_text("# Before\n<!-- peers -->\nold\n<!-- /peers -->\nafter\n")
-        for _ in range(2):
-            write_table(page, summary(DOCUMENT))
-        text = page.read_text()
-        assert text.startswith("# Before\n<!-- peers -->\n| model |")
-        assert text.endswith("ValueError: not here |\n<!-- /peers -->\nafter\n")
-        assert "old" not in text
-
-    def test_page_without_markers_is_refused(self, tmp_path: Path) -> None:
-        page = tmp_path / "results.md"
-        page.write_text("# Results\n")
-        with raises(ValueError, page, "<!-- peers -->", "<!-- /peers -->"):
-            write_table(page, {})
 
 
 def test_every_row_has_a_setting_and_runs_4_bits_first() -> None:

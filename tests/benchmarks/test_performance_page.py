@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.performance_page import RESULTS, SECTIONS, main, points
+from benchmarks.harness import RESULTS
+from benchmarks.performance_page import SECTIONS, main, points
 from benchmarks.roofline import LABELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_benchmark_runs_and_checks_what_it_reads(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    command = [sys.executable, "benchmarks/zarr_store.py", "--quick", "--repeats", "1", "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.zarr_store", "--quick", "--repeats", "1", "--output", str(output)]
     subprocess.run([*command, "--directory", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=120)
     document = json.loads(output.read_bytes())
     (phases,) = document["results"].values()

@@ -32,17 +32,8 @@ class Tile:
     """Shared memory of a program, at most, of all that one kernel does with this tile; a test compiles it."""
 
 
-TILES: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(128, 128, 8, 3, shared_kib=113), Tile(128, 128, 8, 2), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
-    128: (
-        Tile(128, 128, 8, 3, shared_kib=225),
-        Tile(128, 128, 8, 2),
-        Tile(128, 64, 4, 2),
-        Tile(128, 64, 8, 3),
-        Tile(64, 64, 4, 2),
-    ),
-}
-"""Head size -> tiles for Hopper worth measuring, the default first (`benchmarks.attention_kernels` compares them)."""
+TILES = {64: Tile(128, 128, 8, 3, shared_kib=113), 128: Tile(128, 128, 8, 3, shared_kib=225)}
+"""Head size -> tile for Hopper, the fastest of five measured."""
 
 SMALL_TILE = Tile(128, 64, 8, 2, shared_kib=98)
 """For all other GPUs, with `pointers`: less than 99 KiB of shared memory for both head sizes."""
@@ -194,7 +185,7 @@ def descriptor(x: Tensor, axis: int, block: tuple[int, ...]) -> TensorDescriptor
 
 def choose_tile(found: Architecture, head_dim: int) -> Tile:
     """The default of Hopper, and for other GPUs the one that fits all."""
-    return TILES[head_dim][0] if found.has_wgmma else SMALL_TILE
+    return TILES[head_dim] if found.has_wgmma else SMALL_TILE
 
 
 def _load(qkv: tuple[Tensor, Tensor, Tensor], frames: int, cut: Tile) -> Load:

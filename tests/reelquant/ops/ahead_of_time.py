@@ -119,7 +119,7 @@ def cases_of_hopper() -> dict[str, tuple[int, Callable[[], None]]]:
     for name, config in {"small": linear.SMALL, "medium": linear.MEDIUM, "large": linear.LARGE}.items():
         found[f"int8_linear {name}"] = (config.shared_kib, partial(linear_case, config))
     for dim in (64, 128):
-        tile, wide, eight = band.TILES[dim][0], column_sums.TILES[dim][0], eight_bit.TILES[dim][0]
+        tile, wide, eight = band.TILES[dim], column_sums.TILES[dim], eight_bit.TILES[dim]
         found[f"band {dim}"] = (tile.shared_kib, partial(band_case, tile, dim, "tma"))
         found[f"column sums {dim}"] = (wide.shared_kib, partial(column_sums_case, wide, dim, "tma"))
         found[f"int8_fp8 {dim}"] = (eight.shared_kib, partial(eight_bit_case, eight, dim, torch.float8_e4m3fn))

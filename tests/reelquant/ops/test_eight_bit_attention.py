@@ -298,14 +298,16 @@ def test_the_kernels_are_the_reference(layout: TokenLayout, head_dim: int, preci
 
 @pytest.mark.gpu
 def test_every_tile_gives_the_same() -> None:
-    from reelquant.ops.eight_bit_attention.launch import TILES, eight_bit_attention_triton
+    from reelquant.ops.eight_bit_attention.launch import TILES, EightBitTile, eight_bit_attention_triton
 
     layout = TokenLayout(16, 15, 20, 77)
-    for head_dim, tiles in TILES.items():
+    others = [EightBitTile(128, 64, 8, 3), EightBitTile(64, 64, 4, 3, registers=168)]
+    others.append(EightBitTile(64, 64, 4, 3, promote=False))
+    for head_dim, default in TILES.items():
         q, k, v = normed(layout, 2, head_dim, seed=head_dim, dtype=torch.bfloat16, device="cuda")
         kept = quantize_keys_values(k, v, kinds="st", layout=layout)
         expected = eight_bit_attention(q, kept, width=700, implementation="reference").double().cpu()
-        for tile in tiles:
+        for tile in (default, *others):
             out = eight_bit_attention_triton(q, kept, width=700, tile=tile)
             assert relative_error(out, expected) < EXACT["int8_fp8"], tile
             assert torch.equal(out, eight_bit_attention_triton(q, kept, width=700, tile=tile)), tile

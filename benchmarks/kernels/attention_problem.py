@@ -1,14 +1,20 @@
-"""What the cases share: their form, random tensors, and how wrong a result is."""
+"""Tensors of attention's cases, how a case is measured, and how wrong a result is.
+
+TFLOP/s count `4 D` FLOP a pair that the mask leaves (`2 D` for one pass of the column sums). Errors are relative, in the
+Frobenius norm, on sampled query rows against float64.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Row, synchronize
+from benchmarks.kernels.bench import Bench
 from reelquant.ops.band_attention.reference import Correction
 from reelquant.ops.token_order import place_major_positions
 from reelquant.tokens import TokenLayout, visited_pairs
@@ -16,21 +22,8 @@ from reelquant.tokens import TokenLayout, visited_pairs
 SAMPLED_ROWS = 48
 
 
-@dataclass
-class Case:
-    """One measurement: `call` gives a tensor (or tensors) of which `error` says how wrong they are."""
-
-    name: str
-    call: Callable[[], Any]
-    flop: float
-    error: Callable[[Any], float] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    once: bool = False
-    """Slow and only for comparison: its first call counts."""
-
-
 class Problem(NamedTuple):
-    """What all cases share."""
+    """Queries, keys and values of all cases."""
 
     q: Tensor
     k: Tensor
@@ -46,29 +39,48 @@ class Problem(NamedTuple):
         return 4.0 * visited_pairs(self.layout, width) * self.q.shape[0] * self.q.shape[2]
 
 
-def drawn(layout: TokenLayout, heads: int, head_dim: int, device: torch.device) -> Problem:
-    """Random q, k, v `[H, L, D]`, the columns of `[L, 3 H D]`."""
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    shape = (layout.num_tokens, 3, heads, head_dim)
-    q, k, v = torch.randn(shape, generator=generator, device=device).to(dtype).permute(1, 2, 0, 3)
-    return Problem(q, k, v, layout)
+def drawn(bench: Bench, *, loud: bool = False) -> Problem:
+    """Random q, k, v `[H, L, D]`, the columns of `[L, 3 H D]`.
 
-
-def loud(layout: TokenLayout, heads: int, head_dim: int, device: torch.device) -> Problem:
-    """Like `drawn`, but every token of a head of root mean square 1, with four channels eight times as loud.
-
-    In queries and keys they are loud by a mean, as in trained models. Values have none: a mean makes the relative error small.
+    Args:
+        loud: every token of a head of root mean square 1, with four channels eight times as loud: in queries and keys by a
+            mean, as in trained models; values have none, as a mean makes the relative error small.
     """
-    q, k, v, _ = drawn(layout, heads, head_dim, device)
-    generator = torch.Generator(device).manual_seed(2)
-    for x in (q, k, v):
-        gain = torch.ones(head_dim, device=device)
+    layout, heads, head_dim = bench.sizes.layout, bench.sizes.heads, bench.sizes.head_dim
+    generator = torch.Generator(bench.device).manual_seed(0)
+    drawn = torch.randn((layout.num_tokens, 3, heads, head_dim), generator=generator, device=bench.device)
+    q, k, v = drawn.to(bench.dtype).permute(1, 2, 0, 3)
+    for x in (q, k, v) if loud else ():
+        gain = torch.ones(head_dim, device=bench.device)
         gain[:: head_dim // 4] = 8
-        mean = gain * torch.randn(heads, 1, head_dim, generator=generator, device=device)
+        mean = gain * torch.randn(heads, 1, head_dim, generator=generator, device=bench.device)
         wide = x.float() * gain if x is v else x.float() + mean
         x.copy_(wide * wide.square().mean(2, keepdim=True).rsqrt())
     return Problem(q, k, v, layout)
+
+
+def add(bench: Bench, case: str, call: Callable[[], Any], flop: float, **settings: Any) -> None:
+    """Measures one case of attention.
+
+    Args:
+        flop: of the pairs that the mask leaves.
+        settings: `error` says how wrong a result is; `once` takes the first call's time, of a slow one that only serves as a
+            comparison; all others are recorded: `density`, `kinds`, `corrections`.
+    """
+    error, once = settings.pop("error", None), settings.pop("once", False)
+
+    def run() -> Row:
+        begin = time.perf_counter()
+        result = call()
+        synchronize(bench.device)
+        first_s = time.perf_counter() - begin
+        wrong = None if error is None else error(result)
+        del result
+        times: Row = {"ms": 1e3 * first_s} if once else bench.timed(call)
+        return {**times, "tflops": flop / times["ms"] / 1e9, "relative_error": wrong, "first_s": first_s}
+
+    variant = ", ".join(f"{name} {value}" for name, value in settings.items()) or "default"
+    bench.record.add({"group": "attention", "case": case, "variant": variant, **settings}, run)
 
 
 def mixed(heads: int, mix: str) -> str:
