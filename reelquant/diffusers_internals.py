@@ -69,9 +69,10 @@ def register_quantizer(method: str, quantizer: type, config: type) -> None:
 
 def remove_from_config(model: nn.Module, key: str) -> None:
     """Takes `key` out of the model's configuration; other models of the same configuration keep it."""
-    config: Any = model.config
-    model._internal_dict = type(config)({name: value for name, value in config.items() if name != key})
-    if key in model.config:
+    changed: Any = model
+    config = changed.config
+    changed._internal_dict = type(config)({name: value for name, value in config.items() if name != key})
+    if key in changed.config:
         raise MovedInterfaceError("ConfigMixin._internal_dict")
 
 
