@@ -42,4 +42,4 @@ def session(home: Path, strangers: list[psutil.Process]) -> Iterator[Session]:
     assert signal.getsignal(signal.SIGTERM) is handler
     assert opened.directory is not None
     assert not opened.directory.exists()
-    assert [child.name() for child in psutil.wait_procs(children, timeout=10)[1]] == []
+    assert [child.name() for child in psutil.wait_procs(children, timeout=60)[1]] == []

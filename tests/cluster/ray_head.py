@@ -89,7 +89,7 @@ class RayHead:
             self._process = psutil.Popen(
                 command, env=self.environment, cwd=self.directory, stdout=output, stderr=output, start_new_session=True
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         for port in (self.port, self.dashboard_port, self._agent_port):
             while not _listens(port):
                 assert self._process.poll() is None, log.read_text()
@@ -108,7 +108,7 @@ class RayHead:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(processes, timeout=20)
+        psutil.wait_procs(processes, timeout=60)
 
     def call(self, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
         """Run `python -m pipeline` as a user of this cluster."""

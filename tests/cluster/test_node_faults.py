@@ -19,7 +19,8 @@ from tests.cluster.ray_head import QUICK_HEALTH_CHECKS, free_ports
 from tests.cluster.sample_workers import SampleWorker, Settings
 from tests.cluster.test_actor_pool import Recorder, attempts, doubles
 
-STALL_TIMEOUT_S = 6.0
+STALL_TIMEOUT_S = 60.0
+"""Longer than Ray's health checks take: they say which node is gone. A slow start on a busy machine is no stall."""
 
 
 class Nodes:
@@ -44,10 +45,15 @@ class Nodes:
             process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def clear(self) -> None:
+        """End all nodes but the head."""
+        for node in list(self._cluster.worker_nodes):
+            self._cluster.remove_node(node, allow_graceful=False)
+
     def end(self) -> None:
         """End all nodes."""
-        for node in [*self._cluster.worker_nodes, self._cluster.head_node]:
-            self._cluster.remove_node(node, allow_graceful=False)
+        self.clear()
+        self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
 
     def _arguments(self, agent_port: int) -> dict[str, Any]:
         return {
@@ -59,9 +65,9 @@ class Nodes:
         }
 
 
-@pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    """The head of a cluster that knows a token, with a session of this process in it."""
+@pytest.fixture(scope="module")
+def head() -> Iterator[Nodes]:
+    """The head of a cluster that knows a token, for sessions of this process."""
     with session_directory(Path("/tmp")) as directory:
         variables = {
             "HOME": str(directory),
@@ -76,6 +82,13 @@ def nodes() -> Iterator[Nodes]:
                 yield started
             finally:
                 started.end()
+
+
+@pytest.fixture
+def nodes(head: Nodes) -> Iterator[Nodes]:
+    """The cluster without nodes."""
+    yield head
+    head.clear()
 
 
 def processes_of(node: Any) -> list[psutil.Process]:

@@ -73,7 +73,7 @@ def test_a_job_left_alone_then_stopped_then_submitted_again_gives_the_same_bytes
     )  # fmt: skip
     wait_for(run, "unit_finished", "trajectories")
     follower.send_signal(signal.SIGINT)
-    output, _ = follower.communicate(timeout=30)
+    output, _ = follower.communicate(timeout=120)
     assert follower.returncode == 130, output
     job = submission_id(output)
     assert f"python -m pipeline logs {job} --address {head.dashboard}" in output

@@ -1,8 +1,10 @@
 """One rank of a replica without Ray: does units of its own, and is shadowed or shadows. Started by a test as
 
     python -m tests.workers.replica_ranks RUN KIND [OFFLOAD]
+    python -m tests.workers.replica_ranks FOLDER all KIND...
 
-with its place in the environment; a rank without others does the work of both.
+with its place in the environment; a rank without others does the work of both. `all` does the checks of `sharded_checks` in
+FOLDER, and then a run of each kind, in a folder of its name: importing takes longer than all of it.
 """
 
 import json
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 from reelquant.settings.generation import Generation, Numerics
+from tests.workers import sharded_checks
 from workers.activation_worker import ActivationWorker
 from workers.evaluation_worker import EvaluationWorker
 from workers.messages import (
@@ -76,6 +79,11 @@ def main(run: Path, sharding: Sharding) -> None:
 
 
 if __name__ == "__main__":
-    offload = sys.argv[3] if len(sys.argv) > 3 else "none"
-    given = {"sharding": sys.argv[2], "offload": offload, "offload_path": Path(sys.argv[1]) / "nvme"}
-    main(Path(sys.argv[1]), Sharding.from_dict(given))
+    folder, kind, *others = Path(sys.argv[1]), *sys.argv[2:]
+    if kind == "all":
+        sharded_checks.main(folder)
+        for each in others:
+            main(folder / each, Sharding.from_dict({"sharding": each}))
+    else:
+        offload = others[0] if others else "none"
+        main(folder, Sharding.from_dict({"sharding": kind, "offload": offload, "offload_path": folder / "nvme"}))

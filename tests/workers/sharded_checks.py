@@ -137,8 +137,8 @@ def main(folder: Path) -> None:
     with raises(ValueError, folder / "lacking", "proj_out.bias"):
         open_sharded_transformer(folder / "lacking", device=CPU, dtype=torch.float32, sharding=FSDP)
     check_experts(folder / "experts")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    dist.destroy_process_group()

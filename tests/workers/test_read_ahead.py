@@ -1,7 +1,6 @@
 """Arrays are there before they are asked for, within the memory set apart; errors are those of reading."""
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -69,16 +68,20 @@ def test_what_is_not_wanted_any_more_is_forgotten(store: CalibrationStore) -> No
 
 
 def test_a_unit_that_begins_early_stops_the_reading(store: CalibrationStore) -> None:
-    def slow(name: str) -> torch.Tensor:
-        time.sleep(0.2)
+    second = threading.Event()
+
+    def read(name: str) -> torch.Tensor:
+        if name == NAMES[1] and threading.current_thread() is not threading.main_thread():
+            second.set()
+            assert entries._stopped.wait(200)
         return store.read(name)
 
-    entries = ReadAhead(slow)
+    entries = ReadAhead(read)
     entries.begin(NAMES)
-    time.sleep(0.3)
+    assert second.wait(200)
     entries.stop()
     assert taken(entries, NAMES) == [0, 1, 2, 3]
-    assert 1 <= entries.num_ahead < 4
+    assert entries.num_ahead == 2, "the array at hand is the last"
 
 
 def test_a_damaged_array_is_an_error_of_the_unit_that_takes_it(store: CalibrationStore) -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,19 +71,15 @@ def unsharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return store(run)
 
 
-@pytest.mark.parametrize("num_ranks", [NUM_RANKS, pytest.param(1, marks=pytest.mark.slow)])
-def test_fsdp_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path, num_ranks: int) -> None:
-    run_ranks("tests.workers.replica_ranks", str(tmp_path), "fsdp", num_ranks=num_ranks)
-    sharded = store(tmp_path)
-    assert sharded.keys() == unsharded.keys()
-    assert [name for name in sharded if sharded[name] != unsharded[name]] == []
-
-
-def test_values_dtypes_buffers_and_early_exits(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two ranks, in a folder for each kind of sharding, which before found values, dtypes, buffers and early exits
+    of a sharded transformer to be those of a whole one."""
+    folder = tmp_path_factory.mktemp("sharded")
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 16}
     model = WanTransformer3DModel(**sizes, freq_dim=16, ffn_dim=48, num_layers=3, cross_attn_norm=True)
-    whole, lacking = tmp_path / "whole", tmp_path / "lacking"
+    whole, lacking = folder / "whole", folder / "lacking"
     model.save_pretrained(whole, max_shard_size="50KB")
     assert len(list(whole.glob("*.safetensors"))) > 1
     variant = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
@@ -90,8 +87,28 @@ def test_values_dtypes_buffers_and_early_exits(tmp_path: Path) -> None:
     model.save_pretrained(lacking)
     file = lacking / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if name != "proj_out.bias"}, file)
-    save_experts(tmp_path / "experts", model)
-    run_ranks("tests.workers.sharded_checks", str(tmp_path))
+    save_experts(folder / "experts", model)
+    kinds = [kind for kind in ("fsdp", "deepspeed") if kind == "fsdp" or find_spec(kind)]
+    run_ranks("tests.workers.replica_ranks", str(folder), "all", *kinds)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_two_ranks_write_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], sharded: Path, kind: str) -> None:
+    if kind == "deepspeed":
+        need_module("deepspeed", extra="tests")
+    assert_same(store(sharded / kind), unsharded)
+
+
+@pytest.mark.slow
+def test_one_rank_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path) -> None:
+    run_ranks("tests.workers.replica_ranks", str(tmp_path), "fsdp", num_ranks=1)
+    assert_same(store(tmp_path), unsharded)
+
+
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
 
 
 def save_experts(folder: Path, first: WanTransformer3DModel) -> None:
@@ -110,14 +127,6 @@ def save_experts(folder: Path, first: WanTransformer3DModel) -> None:
         transformer_2=WanTransformer3DModel(**dict(first.config)),
         boundary_ratio=0.5,
     ).save_pretrained(folder)
-
-
-def test_zero3_writes_the_bytes_of_the_whole_model(unsharded: dict[str, bytes], tmp_path: Path) -> None:
-    need_module("deepspeed", extra="tests")
-    run_ranks("tests.workers.replica_ranks", str(tmp_path), "deepspeed")
-    sharded = store(tmp_path)
-    assert sharded.keys() == unsharded.keys()
-    assert [name for name in sharded if sharded[name] != unsharded[name]] == []
 
 
 def test_offloaded_components_change_no_value() -> None:

@@ -32,8 +32,11 @@ def test_cpu_time_and_bytes_of_the_process(tmp_path: Path) -> None:
 
 
 class SlowToMake:
+    made = 0
+
     def __init__(self, settings: None) -> None:
         time.sleep(0.3)
+        SlowToMake.made += 1
 
     def run(self, unit: float, progress: object) -> UnitOutput:
         time.sleep(unit)
@@ -42,9 +45,18 @@ class SlowToMake:
 
 def test_the_construction_of_a_worker_is_told_apart_from_its_unit() -> None:
     worker = SharedWorker(None)
-    first, second = (worker.run(SharedUnit(SlowToMake, None, 0.1), lambda done, total: None).usage for _ in range(2))
+    unit = SharedUnit(SlowToMake, None, 0.1)
+    times, usages = [time.perf_counter()], []
+    for _ in range(2):
+        usages.append(worker.run(unit, lambda done, total: None).usage)
+        times.append(time.perf_counter())
+    first, second = usages
     assert first is not None
     assert second is not None
     assert first.load_s >= 0.3
-    assert second.load_s < 0.1
-    assert 0.1 <= first.seconds < 0.3
+    assert first.seconds >= 0.1
+    rounding = 2e-3
+    assert first.load_s + first.seconds <= times[1] - times[0] + rounding, "no time is in both"
+    assert second.seconds >= 0.1
+    assert second.load_s + second.seconds <= times[2] - times[1] + rounding
+    assert SlowToMake.made == 1

@@ -1,9 +1,11 @@
-"""Triton kernels on a CPU: its interpreter, in a process of its own, because Triton reads the choice when it is imported."""
+"""Triton kernels on a CPU: its interpreter, in a process of its own, because Triton reads the choice when it is imported. The
+process imports once, and forks for each function."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # element by element, nearly all of a kernel's time: halves are combined as a whole instead, as the hardware does. Kernels
 # overflow and make NaN on purpose, as the hardware does without a word.
 PROCESS = """
-import importlib.util, sys, warnings
+import importlib.util, json, os, sys, traceback, warnings
 import numpy
 import torch
 import triton.language as tl
@@ -74,30 +76,54 @@ def reduce_by_halves(self, values):
 
 interpreter.ReduceOps.generic_reduce = reduce_by_halves
 numpy.seterr(all="ignore")
-spec = importlib.util.spec_from_file_location("interpreted", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules["interpreted"] = module
-spec.loader.exec_module(module)
-warnings.simplefilter("error")
-getattr(module, sys.argv[2])()
+
+def called(file, function):
+    spec = importlib.util.spec_from_file_location("interpreted", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["interpreted"] = module
+    spec.loader.exec_module(module)
+    warnings.simplefilter("error")
+    getattr(module, function)()
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            called(*json.loads(line))
+        except BaseException:
+            print(json.dumps(traceback.format_exc()), flush=True)
+        else:
+            print(json.dumps(None), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != 0:
+        print(json.dumps(f"the process of {line} died"), flush=True)
 """
 
 
 @pytest.fixture(scope="session")
-def interpreted() -> Callable[[str, str], None]:
+def interpreted() -> Iterator[Callable[[str, str], None]]:
     """`interpreted(file, function)` calls a function of a test file where Triton interprets kernels; what it asserts counts."""
     need_module("triton", extra="dev")
 
-    def run(file: str, function: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", PROCESS, file, function],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROCESS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    asked, told = process.stdin, process.stdout
 
-    return run
+    def run(file: str, function: str) -> None:
+        asked.write(json.dumps([file, function]) + "\n")
+        asked.flush()
+        answer = told.readline()
+        assert answer, "the interpreter's process died"
+        failed = json.loads(answer)
+        assert failed is None, failed[-4000:]
+
+    yield run
+    process.communicate()
