@@ -184,10 +184,13 @@ def test_copies_compute_the_same_and_share_nothing(checkpoint: Path, duplicate: 
     assert torch.equal(REQUESTS[0].run(model), expected)
 
 
-@pytest.mark.parametrize("how", ["whole", "repeated blocks"])
-def test_compiled_it_computes_the_same(checkpoint: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("dense", "whole"), ("everything", "whole"), ("protected", "repeated blocks"), ("everything", "repeated blocks")],
+)
+def test_compiled_it_computes_the_same(tiny: Callable[[dict[str, Any]], Path], kind: str, how: str) -> None:
     torch._dynamo.reset()
-    model = load(checkpoint)
+    model = load(tiny(KINDS[kind]))
     expected = REQUESTS[0].run(model)
     if how == "whole":
         model.compile(backend="aot_eager")
