@@ -34,15 +34,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 
 from benchmarks.harness import free_memory, gib, markdown, parser, peak_bytes, settings_of, synchronize, write_record
 from benchmarks.random_model import fill_randomly, random_stream, transformer_config
+from reelquant.calibration.block_call import Constants, Streams
 from reelquant.calibration.block_distillation import Sample, calibrated_copy, learn, prepare_targets
-from reelquant.families import hunyuan_video
-from reelquant.ops.band_attention.op import dense_attention
+from reelquant.calibration.input_groups import block_calls
+from reelquant.families.attention_core import plain_core
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.settings.generation import LayerBits, Numerics
 from reelquant.settings.recipe import PRESETS, Recipe
 from reelquant.tokens import TokenLayout
+from workers.model_source import empty_block
 from workers.process import deterministic_kernels, prepare_process
 
 TERMS = ("none", "global", "local", "both")
@@ -50,18 +54,27 @@ KINDS = {"double": "transformer_blocks.0", "single": "single_transformer_blocks.
 
 
 def samples_of(config: dict[str, Any], layout: TokenLayout, num: int, device: torch.device) -> list[Sample]:
-    """Samples in host memory and their conditioning on the device, as a worker holds them."""
+    """Samples in host memory, and what else their blocks read on the device, as a worker holds them."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    cos, sin = hunyuan_video.rotary_embedding(config, layout)
-    rotary = (cos.to(device), sin.to(device))
+    rope = HunyuanVideoRotaryPosEmbed(1, 1, list(config["rope_axes_dim"]), config["rope_theta"])
+    rotary = rope(torch.empty(1, 1, layout.num_frames, layout.height, layout.width, device=device))
     found = []
     for index in range(num):
         stream = random_stream(layout.num_tokens, width, seed=index, device="cpu")
         noise = random_stream(layout.num_tokens, width, seed=num + index, device="cpu")
-        temb = torch.randn(1, width, generator=torch.Generator().manual_seed(index)).bfloat16()
-        conditioning = hunyuan_video.Conditioning(temb, rotary, layout).to(device, torch.bfloat16)
-        found.append(Sample(stream, stream + 0.02 * noise, conditioning))
+        temb = torch.randn(1, width, generator=torch.Generator().manual_seed(index)).bfloat16().to(device)
+        calls = {
+            "transformer_blocks": {"temb": temb, "freqs_cis": rotary},
+            "single_transformer_blocks": {"temb": temb, "image_rotary_emb": rotary},
+        }
+        exact, drifted = (_streams(tokens, layout) for tokens in (stream, stream + 0.02 * noise))
+        found.append(Sample(exact, drifted, Constants(calls, layout)))
     return found
+
+
+def _streams(tokens: torch.Tensor, layout: TokenLayout) -> Streams:
+    video, text = tokens[: layout.num_video], tokens[layout.num_video :]
+    return {"hidden_states": video.unsqueeze(0), "encoder_hidden_states": text.unsqueeze(0)}
 
 
 def measure(
@@ -69,7 +82,8 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of the targets of a sample and of a step, and the peak memory of both."""
     device = torch.device(options.device)
-    block = hunyuan_video.build_block(config, KINDS[kind]).to(device, torch.bfloat16).requires_grad_(False)
+    call = block_calls(FAMILY, config)[KINDS[kind]]
+    block = empty_block(config, FAMILY, call.name).to_empty(device=device).to(torch.bfloat16).requires_grad_(False)
     fill_randomly(block)
     samples = samples_of(config, layout, options.samples, device)
     for sample in samples:
@@ -78,20 +92,20 @@ def measure(
     targets = []
     for sample in samples:
         begin = time.perf_counter()
-        prepare_targets(hunyuan_video, block, [sample], recipe)
+        prepare_targets(call, block, [sample], recipe)
         synchronize(device)
         targets.append(time.perf_counter() - begin)
-    levels = hunyuan_video.group_levels(KINDS[kind])
+    levels = call.levels
     linears = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
     modulation = {
         name for level in levels for group in level if group.stream == "conditioning" for name in group.layers
     }
     bits = {name: LayerBits(4, 16 if name in modulation else 8) for name in linears}
     copied, groups = calibrated_copy(block, levels, bits=bits, recipe=recipe, activation_amax={})
-    hunyuan_video.set_attention_core(copied, lambda _item, q, k, v: dense_attention(q, k, v))
+    call.set_core(copied, plain_core)
     ends = [time.perf_counter()]
     learn(
-        hunyuan_video, kind, copied, groups=groups, samples=samples, recipe=recipe, seed=0,
+        call, copied, groups=groups, samples=samples, recipe=recipe, seed=0,
         progress=lambda *_: ends.append(time.perf_counter()),
     )  # fmt: skip
     steps = [after - before for before, after in itertools.pairwise(ends)]

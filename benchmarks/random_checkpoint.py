@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
-import reelquant.families.hunyuan_video as family
 from benchmarks.harness import ROOT
 from benchmarks.random_model import fill_randomly
+from reelquant.families.hunyuan_video import FAMILY
 from workers.model_source import build_on_meta
 
 FILE_BYTES = 4 * 10**9
@@ -71,7 +71,7 @@ def write_transformer(folder: Path, config: dict[str, Any], device: torch.device
         weight_map.update(dict.fromkeys(tensors, name))
         tensors.clear()
 
-    for index, (prefix, module) in enumerate(_parts(build_on_meta(config, family))):
+    for index, (prefix, module) in enumerate(_parts(build_on_meta(config, FAMILY))):
         drawn = fill_randomly(nn.Module.to(module, torch.bfloat16).to_empty(device=device), seed=index)
         tensors.update({f"{prefix}.{name}": value.cpu() for name, value in drawn.state_dict().items()})
         module.to("meta")

@@ -34,7 +34,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import reelquant.families.hunyuan_video as family
 from benchmarks.harness import (
     environment,
     free_memory,
@@ -47,6 +46,7 @@ from benchmarks.harness import (
 )
 from benchmarks.random_checkpoint import write_transformer
 from benchmarks.random_model import transformer_config
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.settings.generation import Numerics
 from workers.process import peak_memory_bytes, prepare_process
 from workers.process_group import join_process_group
@@ -96,9 +96,15 @@ def measure_rank(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {"load_s": time.perf_counter() - start, "held_bytes": held_bytes(device)}
     given = inputs(config, options.layout, rank=rank, device=device)
     output, result["plain"] = passes(lambda: model(**given)[0], device, options.repeats)
-    hooks = SalienceHooks(family, model, weight_bits=4, max_tokens=256)
+    hooks = SalienceHooks(FAMILY, model, weight_bits=4, max_tokens=256)
+
+    def watched() -> Tensor:
+        hooks.begin(given, conditional=True)
+        output: Tensor = model(**given)[0]
+        return output
+
     with hooks.watching():
-        _, result["with_hooks"] = passes(lambda: model(**given)[0], device, options.repeats)
+        _, result["with_hooks"] = passes(watched, device, options.repeats)
     result["device"] = environment(device)["device"]
     (options.results / f"rank-{rank}.json").write_text(json.dumps(result))
     features = {name: steps[-1].contiguous() for name, steps in hooks.salience.items()}

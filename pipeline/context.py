@@ -20,6 +20,7 @@ from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from workers.candidates import shortage
+from workers.generation import branches
 from workers.messages import MethodPlan, PromptUnit, RunSource
 from workers.model_source import ModelCheck, check_model, family_of_model, linear_shapes, transformer_config
 from workers.recognition import DigitRecognizer
@@ -71,6 +72,11 @@ class RunContext:
         blocks, length = self.model.blocks, self.config.distillation.segment_length
         step = len(blocks) if length == "all" else length
         return tuple(blocks[i : i + step] for i in range(0, len(blocks), step))
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Calls of the transformer in one step for one video."""
+        return branches(self.model.family, self.config.generation)
 
     def base_fingerprint(self) -> dict[str, Any]:
         """What every unit that runs the model depends on. Not on `deterministic`: what is done is right either way."""
@@ -206,19 +212,19 @@ def _sparse_problems(method: Recipe, model: ModelFacts, config: RunConfig) -> li
     """Settings of the generation that the model or its schedule cannot have."""
     attention, steps = method.attention, config.generation.num_inference_steps
     problems = []
-    if method.tokens_per_step < 1 and not hasattr(model.family, "call_block_rows"):
+    if method.tokens_per_step < 1 and model.family.rows is None:
         problems.append(
-            f"tokens_per_step is {method.tokens_per_step:g}, but {model.family.ARCHITECTURE} computes blocks for all tokens "
-            "only (its family module has no call_block_rows); set tokens_per_step: 1"
+            f"tokens_per_step is {method.tokens_per_step:g}, but blocks of {model.family.name} are computed for all tokens "
+            "only; set tokens_per_step: 1"
+        )
+    if method.drift_repair and not all(call.outputs for call in model.calls.values()):
+        problems.append(
+            f"drift_repair is on, but the layers that add to the stream of {model.family.name} are not declared; set "
+            "drift_repair: false"
         )
     if method.protected_steps > steps:
         problems.append(f"protected_steps is {method.protected_steps}, but a generation has {steps} steps")
     if attention.density < 1:
-        if not hasattr(model.family, "set_attention_core"):
-            return [
-                f"method {method.name}: attention.density is {attention.density}, but {model.family.ARCHITECTURE} has no "
-                "sparse attention here (its family module has no token layout for it); set attention.density: 1"
-            ]
         _, head_dim = model.family.num_heads(model.config)
         problems += attention.residual.problems(head_dim)
         if isinstance(attention.refresh_steps, tuple):

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import BitsConfig
+from reelquant.calibration.input_groups import block_calls
+from reelquant.families.family import Config, Family
 from reelquant.settings.generation import LayerBits
 
 
-def layer_kinds(family: ModuleType, config: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, str]:
+def layer_kinds(family: Family, config: Config, layers: Iterable[str]) -> dict[str, str]:
     """`block`, `modulation`, `refiner` or `embedder` of every linear layer that can be quantized, in model order."""
     kinds: dict[str, str] = {}
-    for block in family.block_names(config):
-        for level in family.group_levels(block):
-            for group in level:
-                kind = "modulation" if group.stream == "conditioning" else "block"
-                kinds.update({f"{block}.{layer}": kind for layer in group.layers})
-    kinds.update({name: kind for name in layers if (kind := family.auxiliary_kind(name)) is not None})
+    for block, call in block_calls(family, config).items():
+        for group in (group for level in call.levels for group in level):
+            kind = "modulation" if group.stream == "conditioning" else "block"
+            kinds.update({f"{block}.{layer}": kind for layer in group.layers})
+    outside = {name: family.auxiliary_kind(name) for name in layers}
+    kinds.update({name: kind for name, kind in outside.items() if kind is not None})
     return kinds
 
 
@@ -78,17 +78,16 @@ def bits_label(bits: Mapping[str, LayerBits], kinds: Mapping[str, str]) -> str:
     return ", ".join(parts)
 
 
-def group_conflicts(family: ModuleType, config: Mapping[str, Any], bits: Mapping[str, LayerBits]) -> list[str]:
+def group_conflicts(family: Family, config: Config, bits: Mapping[str, LayerBits]) -> list[str]:
     """Input groups whose layers are to have different activation bits: they read one tensor, which is quantized once."""
     problems = []
-    for block in family.block_names(config):
-        for level in family.group_levels(block):
-            for group in level:
-                names = [f"{block}.{layer}" for layer in group.layers if f"{block}.{layer}" in bits]
-                found = {bits[name].activation for name in names}
-                if len(found) > 1:
-                    problems.append(
-                        f"bits: {', '.join(names)} read one tensor and need the same activation bits, not {sorted(found)}: "
-                        "widen the pattern of the exception to the whole group"
-                    )
+    for block, call in block_calls(family, config).items():
+        for group in (group for level in call.levels for group in level):
+            names = [f"{block}.{layer}" for layer in group.layers if f"{block}.{layer}" in bits]
+            found = {bits[name].activation for name in names}
+            if len(found) > 1:
+                problems.append(
+                    f"bits: {', '.join(names)} read one tensor and need the same activation bits, not {sorted(found)}: "
+                    "widen the pattern of the exception to the whole group"
+                )
     return problems

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pipeline.hub_model import FoundModel
+from reelquant.calibration.block_call import BlockCall
+from reelquant.calibration.input_groups import block_calls
+from reelquant.families.family import Family
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 
 
@@ -17,7 +19,7 @@ class ModelFacts:
     """The source model, as far as the driver needs it."""
 
     found: FoundModel
-    family: ModuleType
+    family: Family
     config: Mapping[str, Any]
     linears: Mapping[str, tuple[int, int]]
     """`(outputs, inputs)` by full layer name."""
@@ -34,8 +36,12 @@ class ModelFacts:
     @property
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks in model order."""
-        names: tuple[str, ...] = self.family.block_names(self.config)
-        return names
+        return self.family.block_names(self.config)
+
+    @property
+    def calls(self) -> Mapping[str, BlockCall]:
+        """How the blocks are called, by name in model order."""
+        return block_calls(self.family, self.config)
 
     def noise_levels(self, num_steps: int) -> list[float]:
         """Noise levels of a generation with `num_steps` steps under the model's scheduler.

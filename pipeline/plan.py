@@ -159,7 +159,7 @@ def _stages(
     units = unit_names(context.config, samples=None, num_segments=len(context.segments))
     disk_bytes = {
         "trajectories": trajectory_bytes(context, counts, dtype),
-        "activations": activation_bytes(context, counts),
+        "activations": activation_bytes(context, counts, dtype),
         "distillation": sum(size.artifact_bytes for size in checkpoints),
         "refinement": sum(repaired_bytes(context.model, m) for m in context.methods if m.recipe.drift_repair),
         "assembly": sum(size.folder_bytes for size in checkpoints),

@@ -12,6 +12,7 @@ Where an interface is not there any more, every function raises `MovedInterfaceE
 | `modeling_utils.no_init_weights` | building a model without drawing weights |
 | `CacheMixin._reset_stateful_cache` | seeing a pipeline's call end |
 | `DiffusionPipeline._execution_device` | drawing noise where an offloaded pipeline runs |
+| `hooks._helpers.TransformerBlockRegistry` | which outputs of a block are the next one's inputs |
 | `DiffusionPipeline._optional_components` | components that a pipeline can do without |
 """
 
@@ -136,3 +137,25 @@ def optional_components(pipeline_class: Any) -> frozenset[str]:
     """Names of the components that a pipeline may be without."""
     with _needs("DiffusionPipeline._optional_components"):
         return frozenset(pipeline_class._optional_components)
+
+
+def block_streams(block_class: type) -> dict[int, str]:
+    """Arguments that the outputs of a transformer block become for the next one, by place in its output.
+
+    Raises:
+        ValueError: diffusers' registry does not know the class.
+    """
+    with _needs("hooks._helpers.TransformerBlockRegistry"):
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    for known in block_class.__mro__:  # a sharded model's blocks are of a subclass
+        try:
+            found = TransformerBlockRegistry.get(known)
+        except ValueError:
+            continue
+        streams = {
+            found.return_hidden_states_index: found.hidden_states_argument_name,
+            found.return_encoder_hidden_states_index: found.encoder_hidden_states_argument_name,
+        }
+        return {place: name for place, name in streams.items() if place is not None}
+    raise ValueError(f"diffusers' registry of blocks has no {block_class.__name__}")

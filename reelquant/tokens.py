@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of the video tokens."""
+
 
 @dataclass(frozen=True)
 class TokenLayout:

@@ -1,16 +1,17 @@
-"""Runs the full-precision model on one chosen sample and stores the stream at every segment boundary."""
+"""Runs the full-precision model on one chosen sample and stores the recorded calls at every segment boundary."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from reelquant.calibration.block_call import Constants, Recording, Streams
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
+from workers.generation import branches
 from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision
 from workers.messages import ActivationSettings, Progress, SampleUnit, UnitOutput
@@ -18,6 +19,7 @@ from workers.model_source import family_of_model
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process
 from workers.sharded_model import release_blocks
+from workers.stored_calls import StoredSteps, write_constants, write_streams
 
 
 class _LastBoundary(Exception):
@@ -25,8 +27,8 @@ class _LastBoundary(Exception):
 
 
 class ActivationWorker:
-    """Holds the full-precision model; its unit is one sample. Writes `activations/<sample>/<block>` `[L, d]` bfloat16 and
-    `activations/<sample>/temb` `[d]` float32."""
+    """Holds the full-precision model; its unit is one sample. Writes under `activations/<sample>/<branch>/` what
+    `workers.stored_calls` says."""
 
     BESIDE_KEPT_PIPELINE = True
     MEMORY_ADVICE = SHARDING_ADVICE + GENERATION_ADVICE
@@ -46,24 +48,27 @@ class ActivationWorker:
         self._store = RunDirectory(settings.source.run).calibration_store
 
     def run(self, unit: SampleUnit, progress: Progress) -> UnitOutput:
-        """One forward pass, at most up to the last boundary; `write_s` of its result is the time in the store."""
+        """One forward pass a branch, at most up to the last boundary; `write_s` of its result is the time in the store."""
         outputs: list[OutputFile] = []
-        boundaries, write_s = self._settings.boundaries, 0.0
+        write_s = 0.0
 
-        def store(name: str, video: Tensor, text: Tensor) -> None:
-            nonlocal write_s
-            # The copy waits for the GPU: from here on it is the store's time.
-            stream = torch.cat([video[0], text[0]]).to(torch.bfloat16).cpu()
-            began = time.perf_counter()
-            outputs.extend(self._store.write(f"activations/{unit.name}/{name}", stream))
-            write_s += time.perf_counter() - began
-            progress(boundaries.index(name) + 1, len(boundaries))
+        for branch in branches(self._family, self._settings.generation):
+            prefix = f"activations/{unit.name}/{branch}"
 
-        handle = self._pipeline.transformer.time_text_embed.register_forward_hook(self._keep_temb(unit, outputs))
-        try:
-            self._forward(unit, store)
-        finally:
-            handle.remove()
+            def store(name: str, streams: Streams, prefix: str = prefix) -> None:
+                nonlocal write_s
+                # The copy waits for the GPU: from here on it is the store's time.
+                kept = {argument: stream.to(torch.bfloat16).cpu() for argument, stream in streams.items()}
+                began = time.perf_counter()
+                outputs.extend(write_streams(self._store, prefix, name, kept))
+                write_s += time.perf_counter() - began
+
+            constants = self._forward(unit, branch, store, progress)
+
+            def write(name: str, value: Tensor, prefix: str = prefix) -> None:
+                outputs.extend(self._store.write(f"{prefix}/{name}", value.cpu()))
+
+            write_constants(constants, write)
         return UnitOutput(
             tuple(outputs),
             {"prompt": unit.prompt_name, "step": unit.step, "write_s": round(write_s, 3)},
@@ -72,51 +77,33 @@ class ActivationWorker:
         )
 
     def shadow(self, unit: SampleUnit, progress: Progress) -> None:
-        """Takes part in the forward pass of a replica's unit, and keeps nothing."""
-        boundaries = self._settings.boundaries
-        self._forward(unit, lambda name, *_: progress(boundaries.index(name) + 1, len(boundaries)))
+        """Takes part in the forward passes of a replica's unit, and keeps nothing."""
+        for branch in branches(self._family, self._settings.generation):
+            self._forward(unit, branch, lambda *_: None, progress)
 
-    def _forward(self, unit: SampleUnit, see: Callable[[str, Tensor, Tensor], None]) -> None:
-        """Calls `see(name, video, text)` with the stream in front of every boundary."""
-        transformer, boundaries = self._pipeline.transformer, self._settings.boundaries
+    def _forward(
+        self, unit: SampleUnit, branch: str, see: Callable[[str, Streams], None], progress: Progress
+    ) -> Constants:
+        """Calls `see(name, streams)` with the streams in front of every boundary; returns what the blocks read besides."""
+        settings, transformer = self._settings, self._pipeline.transformer
+        call = StoredSteps(self._store, unit.prompt_name, branch, self._device).call(unit.step, self._dtype)
+        recording = Recording(self._family, transformer, call, settings.boundaries)
+        done, total = 0, len(settings.boundaries)
 
-        def at_boundary(name: str, args: tuple[Tensor, ...]) -> None:
-            see(name, args[0], args[1])
-            if name == boundaries[-1]:
+        def at_boundary(name: str, streams: Streams | None) -> None:
+            nonlocal done
+            if streams is not None:
+                see(name, streams)
+                done += 1
+                progress(done, total)
+            if name == recording.last:
                 raise _LastBoundary
 
-        handles = []
-        for name in boundaries:
-            block: nn.Module = transformer.get_submodule(name)
-            handles.append(block.register_forward_pre_hook(lambda _m, args, name=name: at_boundary(name, args)))
         try:
             # No inference mode: FSDP on one rank reads the versions of tensors, which it has not.
-            with torch.no_grad():
-                transformer(**self._inputs(unit))
+            with torch.no_grad(), recording.watching(at_boundary):
+                transformer(**call)
         except _LastBoundary:
-            release_blocks(transformer, self._settings.sharding)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _keep_temb(self, unit: SampleUnit, outputs: list[OutputFile]) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
-            outputs.extend(self._store.write(f"activations/{unit.name}/temb", output[0][0].float().cpu()))
-
-        return keep
-
-    def _inputs(self, unit: SampleUnit) -> dict[str, Any]:
-        def read(name: str) -> Tensor:
-            return self._store.read(f"trajectories/{unit.prompt_name}/{name}").to(self._device)
-
-        text = read("prompt_embeds").to(self._dtype).unsqueeze(0)
-        guidance = torch.tensor([self._settings.generation.guidance_scale], device=self._device, dtype=self._dtype)
-        return {
-            "hidden_states": read("latents")[unit.step].to(self._dtype).unsqueeze(0),
-            "timestep": read("timesteps")[unit.step].reshape(1),
-            "encoder_hidden_states": text,
-            "encoder_attention_mask": torch.ones(text.shape[:2], device=self._device, dtype=self._dtype),
-            "pooled_projections": read("pooled_embeds").to(self._dtype).unsqueeze(0),
-            "guidance": guidance * 1000.0,
-            "return_dict": False,
-        }
+            release_blocks(transformer, settings.sharding)
+        assert recording.constants is not None
+        return recording.constants

@@ -12,6 +12,7 @@ from torch import Tensor
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.block_rounding import RoundedLayer
 from reelquant.calibration.calibrated_layers import best_clip
+from reelquant.calibration.input_groups import block_calls
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.reader import source_weights
@@ -21,10 +22,11 @@ from reelquant.settings.generation import LayerBits
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
 from workers.hub_snapshot import model_folder
-from workers.messages import DistillationSettings, MethodPlan, Progress, SampleUnit, SegmentUnit, UnitOutput
+from workers.messages import DistillationSettings, MethodPlan, Progress, SegmentUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
 from workers.process import deterministic_kernels, device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.read_ahead import ReadAhead
+from workers.stored_calls import StoredConstants
 
 
 class DistillationWorker:
@@ -43,12 +45,12 @@ class DistillationWorker:
         self._model = model_folder(settings.source.model)
         self._weights = source_weights(self._model / "transformer", variant=settings.source.variant)
         self._family = family_of_model(self._model)
-        self._config = transformer_config(self._model)
+        self._calls = block_calls(self._family, transformer_config(self._model))
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
         self._entries = ReadAhead(self._store.read)
         self._ahead: tuple[str, ...] = ()
-        self._rotaries: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._constants = StoredConstants(self._store, self._device)
         self._lean = False
         self._read_s = 0.0
 
@@ -96,20 +98,16 @@ class DistillationWorker:
             for name in unit.blocks
         }
         bits = {name: bits_inside(method, name) for name in blocks}
-        samples = [
-            self._sample(sample, entry)
-            for sample, entry in zip(self._settings.samples, self._entry_names(unit), strict=False)
-        ]
+        samples = [self._sample(prefix, unit.blocks[0]) for prefix in self._prefixes(unit)]
         self._read_ahead()
-        rows = [self._store.read(f"trajectories/{prompt.name}/temb") for prompt in self._settings.prompts]
         return distill_segment(
-            self._family,
+            self._calls,
             blocks,
             samples,
             bits=bits,
             recipe=method.recipe,
             dense_blocks=method.attention.dense_blocks,
-            conditioning_rows=torch.cat(rows).to(self._device, self._dtype),
+            conditioning_rows=self._conditioning_rows(unit),
             seed_of=lambda block: unit_seed(source.seed, "distillation", block),
             fall_back=self._settings.fall_back,
             progress=progress,
@@ -122,28 +120,38 @@ class DistillationWorker:
         self._entries.begin(() if self._lean else ahead)
 
     def _entry_names(self, unit: SegmentUnit) -> tuple[str, ...]:
-        """Arrays of the streams in front of the segment, one a sample; none if its method reads none."""
+        """Arrays of the streams in front of the segment."""
+        return tuple(
+            f"{prefix}/{unit.blocks[0]}/{stream}"
+            for prefix in self._prefixes(unit)
+            for stream in self._calls[unit.blocks[0]].streams
+        )
+
+    def _prefixes(self, unit: SegmentUnit) -> tuple[str, ...]:
+        """Of the samples' arrays, a branch at a time; none if the unit's method reads none."""
         if not unit.blocks or not unit.method.recipe.needs_activations:
             return ()
-        return tuple(f"activations/{sample.name}/{unit.blocks[0]}" for sample in self._settings.samples)
+        return tuple(
+            f"activations/{sample.name}/{branch}"
+            for sample in self._settings.samples
+            for branch in self._settings.branches
+        )
 
-    def _sample(self, sample: SampleUnit, entry: str) -> Sample:
+    def _sample(self, prefix: str, block: str) -> Sample:
         began = time.perf_counter()
-        stream = self._entries.take(entry).to(self._dtype)
+        streams = {
+            name: self._entries.take(f"{prefix}/{block}/{name}").to(self._dtype) for name in self._calls[block].streams
+        }
         self._read_s += time.perf_counter() - began
-        temb = self._store.read(f"activations/{sample.name}/temb").unsqueeze(0)
-        latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
-        num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]
-        layout = self._family.token_layout(self._config, latents, num_text)
-        conditioning = self._family.Conditioning(temb, self._rotary(layout), layout)
-        return Sample(stream, stream, conditioning.to(self._device, self._dtype))
+        return Sample(streams, streams, self._constants.read(prefix))
 
-    def _rotary(self, layout: Any) -> tuple[Tensor, Tensor]:
-        """On the device, once for all samples: every step reads it."""
-        if layout not in self._rotaries:
-            cos, sin = self._family.rotary_embedding(self._config, layout)
-            self._rotaries[layout] = (cos.to(self._device), sin.to(self._device))
-        return self._rotaries[layout]
+    def _conditioning_rows(self, unit: SegmentUnit) -> Tensor:
+        """What the modulation layers read at all candidates; none where there are no such layers."""
+        levels = (level for block in unit.blocks for level in self._calls[block].levels)
+        if not any(group.stream == "conditioning" for level in levels for group in level):
+            return torch.empty(0, 0, device=self._device)
+        rows = [self._store.read(f"trajectories/{prompt.name}/conditioning") for prompt in self._settings.prompts]
+        return torch.cat(rows).to(self._device, self._dtype)
 
     def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
         layers: dict[str, RoundedLayer] = {}

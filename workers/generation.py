@@ -1,21 +1,32 @@
-"""One seeded generation with a diffusers pipeline, and what is seen of it on the way."""
+"""One seeded generation with a diffusers pipeline, and what is seen of it on the way.
+
+pipeline: [transformer (one or two calls of a step) -> guided combination -> scheduler.step] x steps -> decoding
+                 `watched_calls`                                                  `generate`
+"""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
-from reelquant.diffusers_internals import execution_device
+from reelquant.calibration.block_call import arguments, of_element
+from reelquant.families.family import Family
 from reelquant.settings.generation import Generation
 from workers.messages import Progress
+from workers.velocity_watch import attribute, changed_velocities
 
 CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type", "callback_on_step_end")
-"""Names of the arguments with which `generate` calls a pipeline."""
+"""Names of the arguments with which a pipeline is called."""
+COND, UNCOND = "cond", "uncond"
+SeeCall = Callable[[str, dict[str, Any]], None]
+"""Called with the branch and the arguments of a transformer's call for one video."""
 
 
 @dataclass
@@ -25,26 +36,31 @@ class Generated:
     video: Tensor
     """uint8 `[F, H, W, 3]`."""
     latents: list[Tensor] = field(default_factory=list)
-    """Float32 `[C, F, H, W]` on the CPU: the noise, then the latents after every step."""
+    """Float32, on the CPU, without the batch's axis: the noise, then the latents after every step."""
     step_seconds: list[float] = field(default_factory=list)
     """Wall time of every denoising step."""
+
+
+def branches(family: Family, generation: Generation) -> tuple[str, ...]:
+    """Calls of one step for one video, the conditional one first: two with classifier-free guidance."""
+    return (COND,) if family.guidance == "one_pass" or generation.guidance_scale <= 1 else (COND, UNCOND)
 
 
 def generate(
     pipeline: Any, prompt: str, generation: Generation, *, seed: int, progress: Progress, decode: bool = True
 ) -> Generated:
-    """Generates one video. The noise is drawn on the CPU, so it is the same on every device.
+    """Generates one video. The pipeline draws the noise on the CPU, so it is the same on every device.
 
     Args:
         decode: without it, the result has no video.
     """
-    device = execution_device(pipeline)
-    latents = randn_tensor(
-        latent_shape(pipeline, generation), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
-    ).to(device)
     result = Generated(torch.empty(0))
-    result.latents.append(latents[0].cpu())
     started = time.perf_counter()
+
+    def before_step(step: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        if step == 0:
+            result.latents.append(sample[0].float().cpu())
+        return velocity
 
     def after_step(_pipeline: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
         nonlocal started
@@ -55,12 +71,12 @@ def generate(
         progress(step + 1, generation.num_inference_steps)
         return state
 
-    # No inference mode: layers that read one tensor share its transform by the tensor's version, which it has not.
-    with torch.no_grad():
+    # No inference mode: FSDP on one rank reads the versions of tensors, which it has not.
+    with torch.no_grad(), changed_velocities(pipeline, before_step):
         frames = pipeline(
             prompt,
             **asdict(generation),
-            latents=latents,
+            generator=torch.Generator("cpu").manual_seed(seed),
             output_type="pt" if decode else "latent",
             callback_on_step_end=after_step,
         ).frames[0]
@@ -69,13 +85,39 @@ def generate(
     return result
 
 
-def latent_shape(pipeline: Any, generation: Generation) -> tuple[int, int, int, int, int]:
-    """`(1, C, F, H, W)` of the latents of one video."""
-    spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
-    return (
-        1,
-        pipeline.transformer.config.in_channels,
-        (generation.num_frames - 1) // temporal + 1,
-        generation.height // spatial,
-        generation.width // spatial,
-    )
+@contextmanager
+def watched_calls(pipeline: Any, family: Family, see: SeeCall) -> Iterator[None]:
+    """While open, `see` is shown every call of the transformers of `pipeline`, a branch at a time."""
+    with ExitStack() as stack:
+        for role in family.transformers:
+            transformer = getattr(pipeline, role.component)
+            names: list[str] = []
+            if hasattr(transformer, "cache_context"):
+                named = functools.partial(_named, names, transformer.cache_context)
+                stack.enter_context(attribute(transformer, "cache_context", named))
+
+            def before(module: nn.Module, args: Any, kwargs: Any, names: list[str] = names) -> None:
+                call = arguments(module, args, kwargs)
+                for item, branch in enumerate(_branches(family, call, names)):
+                    see(branch, of_element(call, item, len(call["hidden_states"])))
+
+            stack.callback(transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _named(names: list[str], context: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """A transformer's `cache_context` that leaves its name in `names` while it is open."""
+    names.append(name)
+    try:
+        with context(name, *args, **kwargs):
+            yield
+    finally:
+        names.pop()
+
+
+def _branches(family: Family, call: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+    """Branches of the elements of a call's batch."""
+    if family.guidance == "batched" and len(call["hidden_states"]) == 2:
+        return (UNCOND, COND)
+    return (UNCOND if names and names[-1] == UNCOND else COND,)

@@ -165,6 +165,8 @@ class DistillationSettings:
     samples: tuple[SampleUnit, ...]
     prompts: tuple[PromptUnit, ...]
     fall_back: bool
+    branches: tuple[str, ...] = ("cond",)
+    """Recorded calls of every sample (`workers.generation.branches`)."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import nn
 
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json
 from reelquant.checkpoint.safetensors_file import StoredTensor
-from reelquant.families.family import family_of
-from reelquant.tokens import TokenLayout
+from reelquant.families.family import Family, empty_transformer, family_of_architecture
 from workers.component_check import component_problems, pipeline_class_of, structure_problems
 
 
@@ -54,14 +52,17 @@ def transformer_config(model: Path) -> dict[str, Any]:
     return read_json(model / "transformer" / "config.json")
 
 
-def family_of_model(model: Path) -> ModuleType:
-    """The family module of the model in `model`.
+def family_of_model(model: Path) -> Family:
+    """The family of the model in `model`.
 
     Raises:
         ValueError: the transformer's `config.json` cannot be read, or no family knows its architecture.
     """
-    transformer_config(model)
-    return family_of(model / "transformer" / "config.json")
+    config = transformer_config(model)
+    try:
+        return family_of_architecture(config.get("_class_name"))
+    except ValueError as error:
+        raise ValueError(f"{model / 'transformer' / 'config.json'}: {error}") from None
 
 
 def load_tensors(
@@ -85,9 +86,7 @@ def load_block(
         model: the pipeline folder.
         weights: its transformer's, of `source_weights`.
     """
-    family = family_of_model(model)
-    with torch.device("meta"):
-        block: nn.Module = family.build_block(transformer_config(model), name)
+    block = empty_block(transformer_config(model), family_of_model(model), name)
     block.load_state_dict(load_tensors(weights, name, device=device, dtype=dtype), assign=True, strict=True)
     return block.eval()
 
@@ -138,16 +137,13 @@ def _transformer_problems(model: Path) -> list[str]:
         return [f"{path} is quantized already; calibration starts from the 16-bit model"]
     try:
         build_on_meta(config, family)
-        table = family.rotary_embedding(config, TokenLayout(1, 1, 1, 1))[0].shape[-1]
-        _, head_dim = family.num_heads(config)
+        problem = None if family.refusal is None else family.refusal(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        return [f"{path}: no {family.ARCHITECTURE} can be built from it: {type(error).__name__}: {error}"]
-    if table == head_dim:
-        return []
-    return [f"{path}: attention heads have {head_dim} channels, but its rotary tables have {table}: they must be equal"]
+        return [f"{path}: no {family.architecture} can be built from it: {type(error).__name__}: {error}"]
+    return [] if problem is None else [f"{path}: {problem}"]
 
 
-def linear_shapes(config: Mapping[str, Any], family: ModuleType) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: Mapping[str, Any], family: Family) -> dict[str, tuple[int, int]]:
     """`(outputs, inputs)` of every linear layer of the transformer by full name, without allocating it."""
     model = build_on_meta(config, family)
     return {
@@ -157,11 +153,23 @@ def linear_shapes(config: Mapping[str, Any], family: ModuleType) -> dict[str, tu
     }
 
 
-def build_on_meta(config: Mapping[str, Any], family: ModuleType) -> nn.Module:
+def build_on_meta(config: Mapping[str, Any], family: Family) -> nn.Module:
     """The whole transformer without memory."""
-    import diffusers
-
-    model_class = getattr(diffusers, family.ARCHITECTURE)
-    with torch.device("meta"):
-        model: nn.Module = model_class.from_config(dict(config))
+    model: nn.Module = empty_transformer(config, family.architecture)
     return model
+
+
+def empty_block(config: Mapping[str, Any], family: Family, name: str) -> nn.Module:
+    """One block without memory.
+
+    Raises:
+        ValueError: the model has no block `name`, or its family does not support it.
+    """
+    family.check(config)
+    family.check_block(config, name)
+    # Blocks of a list are alike, but for the last one in some families.
+    modules, _, index = name.rpartition(".")
+    key = family.blocks[modules]
+    is_last = int(index) + 1 == config[key]
+    short = {**config, **dict.fromkeys(family.blocks.values(), 1), key: 1 if is_last else 2}
+    return build_on_meta(short, family).get_submodule(f"{modules}.0")

@@ -17,7 +17,7 @@ from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec
 from reelquant.quantization.linear import replace_linear_layers
 from reelquant.runtime.attach import attach_runtime
-from workers.model_source import build_on_meta, family_of_model, transformer_config
+from workers.model_source import build_on_meta, empty_block, family_of_model, transformer_config
 
 
 def quantized_block(
@@ -37,8 +37,7 @@ def quantized_block(
         artifact: the block's, of `checkpoint.layer_packing.write_block_artifact`.
         dtype: of everything but the tensors of quantized layers, whose dtypes the format prescribes.
     """
-    with torch.device("meta"):
-        block: nn.Module = family_of_model(model).build_block(transformer_config(model), name)
+    block = empty_block(transformer_config(model), family_of_model(model), name)
     prefix = f"{name}."
     stored, specs = open_block_artifact(artifact)
     inside = {

@@ -4,7 +4,7 @@ correction of its velocity."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import BlockRepair, RepairSample, repair_block
+from reelquant.calibration.input_groups import block_calls
 from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift, measured_residual
 from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, fit_velocity
 from reelquant.checkpoint.inference_specs import VelocityCorrection
@@ -25,12 +26,14 @@ from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from reelquant.settings.generation import StepProtection
 from storage.manifest import OutputFile
 from storage.run_directory import RunDirectory
+from workers.generation import COND, branches
 from workers.hub_snapshot import model_folder
 from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, transformer_config
 from workers.process import device_name, peak_memory_bytes, prepare_process
 from workers.quantized_model import full_precision_transformer, quantized_block, quantized_transformer
 from workers.residual_watch import ResidualWatch
+from workers.stored_calls import StoredConstants, StoredSteps
 
 MEASURED_PROMPTS = 2
 """First calibration prompts on whose trajectories the drift of the residual is measured."""
@@ -49,12 +52,14 @@ class RefinementWorker:
         self._weights = source_weights(self._model / "transformer", variant=settings.source.variant)
         self._family = family_of_model(self._model)
         self._config = transformer_config(self._model)
+        self._calls = block_calls(self._family, self._config)
+        self._branches = branches(self._family, settings.generation)
         self._run = RunDirectory(settings.source.run)
         self._store = self._run.calibration_store
 
     def run(self, unit: RefinementUnit, progress: Progress) -> UnitOutput:
         """Repairs first: the residual is that of the repaired model, the velocity that of both."""
-        names = self._family.block_names(self._config) if unit.method.recipe.drift_repair else ()
+        names = tuple(self._calls) if unit.method.recipe.drift_repair else ()
         steps = self._num_steps() if unit.method.recipe.velocity_correction else 0
         measured = self._settings.prompts[:MEASURED_PROMPTS] if unit.method.recipe.attention.measures_residual else ()
         total, done = len(names) + steps + sum(len(self._timesteps(prompt)) for prompt in measured), 0
@@ -97,7 +102,12 @@ class RefinementWorker:
     ) -> Iterator[tuple[str, BlockRepair]]:
         """Block by block; one block of each model is on the device at a time."""
         protection = unit.method.protection
-        samples = [self._sample(sample, names[0], protection) for sample in self._settings.samples] if names else []
+        constants = StoredConstants(self._store, self._device)
+        samples = [
+            self._sample(sample, branch, names[0], protection, constants)
+            for sample in (self._settings.samples if names else ())
+            for branch in self._branches
+        ]
         for name in names:
             reference = load_block(self._model, self._weights, name, device=self._device, dtype=self._dtype)
             quantized = quantized_block(
@@ -105,25 +115,29 @@ class RefinementWorker:
             )
             # The quantized block's attention is dense: what runs sparse is corrected towards dense by its residual.
             dtype = self._bias_dtype(name)
-            yield name, repair_block(self._family, name, (reference, quantized), samples, bias_dtype=dtype)
+            yield name, repair_block(self._calls[name], (reference, quantized), samples, bias_dtype=dtype)
 
     def _bias_dtype(self, block: str) -> torch.dtype | None:
         """The source's, in which a checkpoint keeps biases."""
-        layers = (output.layer for level in self._family.output_layers(block) for output in level)
+        layers = (output.layer for level in self._calls[block].outputs for output in level)
         bias = self._weights.get(f"{block}.{next(layers)}.bias")
         return None if bias is None else TORCH_DTYPES[bias.info.dtype]
 
-    def _sample(self, sample: SampleUnit, entry: str, protection: StepProtection | None) -> RepairSample:
-        stream = self._store.read(f"activations/{sample.name}/{entry}").to(self._dtype)
-        temb = self._store.read(f"activations/{sample.name}/temb").unsqueeze(0)
-        latents = self._store.shape(f"trajectories/{sample.prompt_name}/latents")
-        num_text = self._store.shape(f"trajectories/{sample.prompt_name}/prompt_embeds")[0]
-        layout = self._family.token_layout(self._config, latents, num_text)
-        rotary = self._family.rotary_embedding(self._config, layout)
-        conditioning = self._family.Conditioning(temb, rotary, layout).to("cpu", self._dtype)
+    def _sample(
+        self,
+        sample: SampleUnit,
+        branch: str,
+        entry: str,
+        protection: StepProtection | None,
+        constants: StoredConstants,
+    ) -> RepairSample:
+        prefix = f"activations/{sample.name}/{branch}"
+        streams = {
+            name: self._store.read(f"{prefix}/{entry}/{name}").to(self._dtype) for name in self._calls[entry].streams
+        }
         timestep = float(self._store.read(f"trajectories/{sample.prompt_name}/timesteps")[sample.step])
         bits = None if protection is None else protection.bits_at(self._family.noise_level(timestep))
-        return RepairSample(Sample(stream, stream, conditioning), bits)
+        return RepairSample(Sample(streams, streams, constants.read(prefix)), bits)
 
     def _write(self, unit: RefinementUnit, artifact: Path, name: str, repair: BlockRepair) -> OutputFile:
         tensors, specs = read_block_artifact(artifact)
@@ -153,11 +167,10 @@ class RefinementWorker:
         num_steps = len(self._timesteps(prompts[0]))
         drift = ResidualDrift(num_steps)
         for prompt in prompts:
-            watch = ResidualWatch(
-                self._family, self._config, spec, self._store.shape(f"trajectories/{prompt.name}/latents")
-            )
+            steps = StoredSteps(self._store, prompt.name, COND, self._device)
+            watch = ResidualWatch(self._family, self._config, spec, steps.call(0, self._dtype))
             with watch.watching(model):
-                for _ in self._velocities(model, prompt, advance):
+                for _ in self._velocities(model, prompt, advance, only=(COND,)):
                     pass
             watch.add_to(drift)
         levels = PipelineSchedule(self._model, self._family)(num_steps)
@@ -192,9 +205,10 @@ class RefinementWorker:
         stored = self._timesteps(prompts[0])
         times = list(dict.fromkeys(stored))
         moments = VelocityMoments(len(prompts), len(times), len(references[0][0]))
+        at = [time for time in stored for _ in self._branches]
         for index, prompt in enumerate(prompts):
             found = self._velocities(quantized, prompt, advance)
-            for time, reference, velocity in zip(stored, references[index], found, strict=True):
+            for time, reference, velocity in zip(at, references[index], found, strict=True):
                 moments.add(index, times.index(time), reference=reference, quantized=velocity)
         fit = fit_velocity(moments)
         correction = VelocityCorrection(tuple(times), _rows(fit.gain), _rows(fit.bias))
@@ -208,29 +222,21 @@ class RefinementWorker:
             },
         }
 
-    def _velocities(self, transformer: Any, prompt: PromptUnit, advance: Callable[[], None]) -> Iterator[Tensor]:
-        """`[C, F, H, W]` of every step of one prompt, in order, from the stored latents; on the CPU."""
+    def _velocities(
+        self, transformer: Any, prompt: PromptUnit, advance: Callable[[], None], only: Sequence[str] | None = None
+    ) -> Iterator[Tensor]:
+        """`[C, ...]` of every step of one prompt and every branch, in order, from the stored latents; on the CPU.
 
-        def read(name: str) -> Tensor:
-            return self._store.read(f"trajectories/{prompt.name}/{name}").to(self._device)
-
-        latents = read("latents")
-        # One tensor for all steps: by it the transformer knows that they belong to one generation.
-        text = read("prompt_embeds").to(self._dtype).unsqueeze(0)
-        guidance = torch.tensor([self._settings.generation.guidance_scale], device=self._device, dtype=self._dtype)
-        same = {
-            "encoder_hidden_states": text,
-            "encoder_attention_mask": torch.ones(text.shape[:2], device=self._device, dtype=self._dtype),
-            "pooled_projections": read("pooled_embeds").to(self._dtype).unsqueeze(0),
-            "guidance": guidance * 1000.0,
-            "return_dict": False,
-        }
-        for step, time in enumerate(self._timesteps(prompt)):
-            timestep = torch.tensor([time], device=self._device)
-            with torch.no_grad():
-                [velocity] = transformer(hidden_states=latents[step].to(self._dtype)[None], timestep=timestep, **same)
+        Args:
+            only: the branches, None for all.
+        """
+        calls = [StoredSteps(self._store, prompt.name, branch, self._device) for branch in only or self._branches]
+        for step in range(len(self._timesteps(prompt))):
+            for branch in calls:
+                with torch.no_grad():
+                    [velocity] = transformer(**branch.call(step, self._dtype))
+                yield velocity[0].movedim(self._family.channel_axis - 1, 0).cpu()
             advance()
-            yield velocity[0].cpu()
 
     def _timesteps(self, prompt: PromptUnit) -> list[float]:
         values: list[float] = self._store.read(f"trajectories/{prompt.name}/timesteps").tolist()

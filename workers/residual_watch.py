@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from reelquant.attention.head_kind import sampled_rows
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.calibration.residual_drift import ResidualDrift, missed_rows
+from reelquant.families.attention_core import watch_attention
+from reelquant.families.family import Arguments, Config, Family
 from reelquant.tokens import band_width
 
 
@@ -22,13 +23,18 @@ class ResidualWatch:
 
     def __init__(
         self,
-        family: ModuleType,
-        config: Mapping[str, Any],
+        family: Family,
+        config: Config,
         spec: SparseAttentionSpec,
-        latent_shape: tuple[int, ...],
+        call: Arguments,
     ) -> None:
-        """`latent_shape` is `[..., C, F, H, W]`; `spec` has a kind for every head of the blocks that may run sparse."""
-        self._family, self._config, self._spec, self._shape = family, config, spec, latent_shape
+        """
+        Args:
+            spec: has a kind for every head of the blocks that may run sparse.
+            call: arguments of a call of the transformer.
+        """
+        self._family, self._config, self._spec = family, config, spec
+        self._grid = family.layout(config, call, 0)
         self._missed: dict[str, list[Tensor]] = {}
         self._norms: dict[str, list[float]] = {}
 
@@ -39,7 +45,7 @@ class ResidualWatch:
         with contextlib.ExitStack() as watched:
             for name in names:
                 block = transformer.get_submodule(name)
-                watched.enter_context(self._family.watch_attention(block, partial(self._observe, name)))
+                watched.enter_context(watch_attention(self._family, block, partial(self._observe, name)))
             yield
 
     def add_to(self, drift: ResidualDrift) -> None:
@@ -49,8 +55,7 @@ class ResidualWatch:
         self._missed, self._norms = {}, {}
 
     def _observe(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-        grid = self._family.token_layout(self._config, self._shape, 0)
-        layout = self._family.token_layout(self._config, self._shape, q.shape[1] - grid.num_video)
+        layout = replace(self._grid, num_text=q.shape[1] - self._grid.num_video)
         width, rows = band_width(layout, self._spec.density), sampled_rows(layout, device=q.device)
         missed, dense = missed_rows(q, k, v, kinds=self._spec.head_kinds[name], layout=layout, width=width, rows=rows)
         self._missed.setdefault(name, []).append(missed.cpu())

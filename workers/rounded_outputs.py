@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from reelquant.families.family import Family
 from reelquant.quantization.weight_grid import fake_quantize_weight
 
 BITS = 4
 
 
 @contextmanager
-def rounded_blocks(family: ModuleType, transformer: Any) -> Iterator[None]:
+def rounded_blocks(family: Family, transformer: Any) -> Iterator[None]:
     """While open, every linear layer of the blocks works with weights rounded to nearest at `BITS` bits, a scale an output.
 
     What rounding adds is made in the layer's forward pre-hook, where its weight is whole however the model is sharded.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reelquant.calibration.block_call import arguments, streams_of
+from reelquant.calibration.input_groups import block_calls
 from reelquant.calibration.salience import quantization_salience
 from reelquant.calibration.spectral_norm import SpectralNorms
+from reelquant.families.family import Family
 from reelquant.ops.rounding_error.op import rounding_error
 from reelquant.quantization.quantizer import fake_quantize
+from reelquant.tokens import Grid
 from workers.candidates import FEATURES
 
 WEIGHT_VALUES = 2**23
@@ -57,7 +60,7 @@ def _energy_in_16_bits(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 class SalienceHooks:
-    """Collects, for every forward pass of a transformer (= one denoising step of one prompt), the features of `C_quant`.
+    """Collects, for every conditional call of a transformer (one a denoising step of one prompt), the features of `C_quant`.
 
     Args:
         features: which of them. `block_input` and `weight_error` hook every block or linear; without them a pass costs what
@@ -66,7 +69,7 @@ class SalienceHooks:
 
     def __init__(
         self,
-        family: ModuleType,
+        family: Family,
         transformer: nn.Module,
         *,
         weight_bits: int,
@@ -75,31 +78,34 @@ class SalienceHooks:
     ) -> None:
         self._family, self._transformer = family, transformer
         self._weight_bits, self._max_tokens = weight_bits, max_tokens
-        self._num_text = 0
+        self._config: Any = transformer.config
+        self._watched = False
+        self._valid: Tensor | None = None
         self._weight_error = torch.zeros(())
         self._block_norms = SpectralNorms()
         self.salience: dict[str, list[Tensor]] = {name: [] for name in features}
         """Of every feature one tensor a step. `latent`: the paper's, of the patchified latent tokens. `block_input` `[blocks]`:
         spectral norm of `X^T X` of every block's input. `weight_error`: sum over the blocks' linears of
         `||X (Q(W) - W)^T||^2 / ||X W^T||^2`."""
-        self.temb: list[Tensor] = []
-        """Per step `[d]`: the timestep embedding that the modulation layers read."""
-        self.conditions: dict[str, Tensor] = {}
-        """Inputs of the transformer that stay the same in all steps, without padding."""
+        self.conditioning: list[Tensor] = []
+        """Per call `[B, d]`: what the modulation layers read, of all branches; empty where the blocks have none."""
         self.timesteps: list[float] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks are on the model while this is open."""
-        config: Any = self._transformer.config
-        blocks = [self._transformer.get_submodule(name) for name in self._family.block_names(config)]
-        handles = [self._transformer.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        handles.append(self._transformer.register_forward_hook(self._end))
-        handles.append(self._transformer.get_submodule("time_text_embed").register_forward_hook(self._keep_temb))
+        """Hooks are on the model while this is open; `begin` tells them of each call."""
+        calls = block_calls(self._family, self._config)
+        blocks = {name: self._transformer.get_submodule(name) for name in calls}
+        handles = [self._transformer.register_forward_hook(self._end)]
+        first = next(iter(calls))
+        modulation = (group for level in calls[first].levels for group in level if group.stream == "conditioning")
+        for group in list(modulation)[:1]:
+            layer = blocks[first].get_submodule(group.name)
+            handles.append(layer.register_forward_pre_hook(self._keep_conditioning))
         if "block_input" in self.salience:
-            handles += [block.register_forward_pre_hook(self._see_block) for block in blocks]
+            handles += [block.register_forward_pre_hook(self._see_block, with_kwargs=True) for block in blocks.values()]
         if "weight_error" in self.salience:
-            linears = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+            linears = [layer for block in blocks.values() for layer in block.modules() if isinstance(layer, nn.Linear)]
             handles += [layer.register_forward_pre_hook(self._see_layer) for layer in linears]
         try:
             yield
@@ -107,44 +113,57 @@ class SalienceHooks:
             for handle in handles:
                 handle.remove()
 
-    def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs["encoder_attention_mask"][0].bool()
-        self._num_text = int(mask.sum())
-        if not self.conditions:
-            self.conditions = {
-                "prompt_embeds": kwargs["encoder_hidden_states"][0][mask].cpu(),
-                "pooled_embeds": kwargs["pooled_projections"][0].cpu(),
-            }
-        self.timesteps.append(float(kwargs["timestep"][0]))
+    def begin(self, call: Mapping[str, Any], *, conditional: bool) -> None:
+        """A call begins, with these arguments of one video; a conditional one is the last element of its batch."""
+        self._watched = conditional
+        if not conditional:
+            return
+        self._valid = None if self._family.padding is None else call[self._family.padding[1]][0].bool()
+        self.timesteps.append(float(call["timestep"].flatten()[0]))
+        latents = call["hidden_states"]
         if "latent" in self.salience:
-            tokens = self._patches(kwargs["hidden_states"][0].float())
+            tokens = latent_tokens(latents[0].float(), self._family.grid(self._config, call), self._family.channel_axis)
             self.salience["latent"].append(quantization_salience(tokens).cpu())
-        self._weight_error = torch.zeros((), device=kwargs["hidden_states"].device)
+        self._weight_error = torch.zeros((), device=latents.device)
         self._block_norms = SpectralNorms()
 
     def _end(self, *_: Any) -> None:
+        if not self._watched:
+            return
         if "block_input" in self.salience:
             self.salience["block_input"].append(self._block_norms.take())
         if "weight_error" in self.salience:
             self.salience["weight_error"].append(self._weight_error.cpu())
 
-    def _keep_temb(self, _module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
-        self.temb.append(output[0][0].float().cpu())
+    def _keep_conditioning(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.conditioning.append(inputs[0].float().cpu())
 
-    def _see_block(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        video, text = inputs[0][0], inputs[1][0, : self._num_text]
-        self._block_norms.add(video, text)
+    def _see_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._watched:
+            video, *text = streams_of(self._family, block, arguments(block, args, kwargs)).values()
+            real = (x[-1] if self._valid is None else x[-1][self._valid] for x in text)
+            self._block_norms.add(video[-1], *(x for x in real if x.shape[1] == video.shape[2]))
 
     def _see_layer(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         """Computes the layer's output itself: the weight of a sharded model is whole before the layer runs, and not after."""
-        rows = inputs[0].reshape(-1, layer.in_features)
-        rows = rows[:: max(1, len(rows) // self._max_tokens)]
-        self._weight_error = self._weight_error + sampled_weight_error(rows, layer.weight, self._weight_bits)
+        if self._watched:
+            rows = inputs[0][-1].reshape(-1, layer.in_features)
+            rows = rows[:: max(1, len(rows) // self._max_tokens)]
+            self._weight_error = self._weight_error + sampled_weight_error(rows, layer.weight, self._weight_bits)
 
-    def _patches(self, latents: Tensor) -> Tensor:
-        """`[C, F, H, W] -> [tokens, C * patch volume]`."""
-        config: Any = self._transformer.config
-        p, pt = config.patch_size, config.patch_size_t
-        channels, frames, height, width = latents.shape
-        tiles = latents.reshape(channels, frames // pt, pt, height // p, p, width // p, p)
-        return tiles.permute(1, 3, 5, 0, 2, 4, 6).reshape(-1, channels * pt * p * p)
+
+def latent_tokens(latents: Tensor, grid: Grid, channel_axis: int) -> Tensor:
+    """Patches of one video's latents `[tokens, C * patch volume]`.
+
+    Args:
+        latents: `[C, F, H, W]` or with the channels elsewhere; or packed tokens `[tokens, C]`.
+        grid: of the tokens.
+        channel_axis: of the channels in a batch of them.
+    """
+    if latents.ndim == 2:
+        return latents
+    latents = latents.movedim(channel_axis - 1, 0)
+    channels, *sizes = latents.shape
+    (f, pt), (h, ph), (w, pw) = ((number, size // number) for number, size in zip(grid, sizes, strict=True))
+    tiles = latents.reshape(channels, f, pt, h, ph, w, pw)
+    return tiles.permute(1, 3, 5, 0, 2, 4, 6).reshape(-1, channels * pt * ph * pw)

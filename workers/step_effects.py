@@ -19,13 +19,13 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reelquant.families.family import Family
 from reelquant.metrics import relative_error
 from reelquant.settings.generation import Generation
 from workers.messages import Progress
@@ -51,7 +51,7 @@ class Trajectory:
 
 def rounding_errors(
     pipeline: Any,
-    family: ModuleType,
+    family: Family,
     trajectory: Trajectory,
     generation: Generation,
     *,
@@ -162,7 +162,7 @@ class _RollOut:
     def _rows(self, stored: Tensor) -> Tensor:
         return stored.expand(self._num_rows, *stored.shape).clone()
 
-    def _change(self, step: int, own: Tensor) -> Tensor:
+    def _change(self, step: int, own: Tensor, _sample: Tensor) -> Tensor:
         changed = self._rows(self._trajectory.velocity[step]).to(own) if step <= self._steps[0] else own
         if step in self._errors:
             row, error = self._steps.index(step), self._errors[step]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from reelquant.calibration.block_call import without_padding
 from reelquant.calibration.salience import diffusion_salience
 from storage.run_directory import RunDirectory
-from workers.generation import generate
+from workers.generation import COND, branches, generate, watched_calls
 from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision
 from workers.messages import Progress, PromptUnit, TrajectorySettings, UnitOutput
@@ -14,14 +17,16 @@ from workers.model_source import family_of_model
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.salience_hooks import SalienceHooks
+from workers.stored_calls import RecordedSteps
 
 
 class TrajectoryWorker:
     """Holds the full-precision pipeline; its unit is one prompt.
 
-    Writes under `trajectories/<unit>/`: `latents [T+1, C, F, H, W]`, `prompt_embeds [tokens, D]`, `pooled_embeds [D]`,
-    `temb [T, d]`, `timesteps [T]`, `video [F, H, W, 3]` uint8, and the salience of each of the T candidates: `diffusion [T]`
-    and the features asked for, of `latent [T]`, `block_input [T, blocks]` and `weight_error [T]`.
+    Writes under `trajectories/<unit>/`: `latents [T+1, ...]`, the transformer's recorded calls (`workers.stored_calls`),
+    `timesteps [T]`, `video [F, H, W, 3]` uint8, what the modulation layers read, `conditioning [T * branches, d]`, if there are
+    any, and the salience of each of the T candidates: `diffusion [T]` and the features asked for, of `latent [T]`,
+    `block_input [T, blocks]` and `weight_error [T]`.
     """
 
     BESIDE_KEPT_PIPELINE = True
@@ -49,19 +54,30 @@ class TrajectoryWorker:
             features=settings.features,
         )
         seed = self._seed(unit)
-        with hooks.watching():
+        recorded = {branch: RecordedSteps() for branch in branches(self._family, settings.generation)}
+
+        def see(branch: str, call: dict[str, Any]) -> None:
+            recorded[branch].add(without_padding(self._family, call))
+            hooks.begin(call, conditional=branch == COND)
+
+        with hooks.watching(), watched_calls(self._pipeline, self._family, see):
             generated = generate(self._pipeline, unit.prompt, settings.generation, seed=seed, progress=progress)
         latents = torch.stack(generated.latents)
         arrays = {
             "latents": latents,
-            **hooks.conditions,
-            "temb": torch.stack(hooks.temb),
+            **({"conditioning": torch.cat(hooks.conditioning)} if hooks.conditioning else {}),
             "timesteps": torch.tensor(hooks.timesteps),
             "video": generated.video,
             "diffusion": diffusion_salience(latents),
             **{name: torch.stack(hooks.salience[name]) for name in settings.features},
         }
         outputs = [file for name, value in arrays.items() for file in self._write(unit, name, value)]
+        for branch, calls in recorded.items():
+
+            def write(name: str, value: torch.Tensor, branch: str = branch) -> None:
+                outputs.extend(self._write(unit, f"{branch}/{name}", value.cpu()))
+
+            calls.write(write, generated.latents)
         steps = sorted(generated.step_seconds)
         return UnitOutput(
             tuple(outputs),

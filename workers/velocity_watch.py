@@ -23,8 +23,8 @@ from reelquant.diffusers_internals import execution_device
 from reelquant.settings.generation import Generation
 from workers.messages import Progress
 
-Change = Callable[[int, Tensor], Tensor]
-"""Called with the step (from 0) and the velocity `[B, C, F, H, W]`; returns the velocity that the scheduler takes."""
+Change = Callable[[int, Tensor, Tensor], Tensor]
+"""Called with the step (from 0), velocity and latents `[B, ...]`; returns the velocity that the scheduler takes."""
 Watch = Callable[[int, Tensor, Sequence[Tensor]], None]
 """Called with the step, the velocity `[B, C, F, H, W]`, and the output of every pass of the step, each of the same shape."""
 
@@ -36,10 +36,10 @@ def changed_velocities(pipeline: Any, change: Change) -> Iterator[None]:
     original, steps = scheduler.step, iter(range(1 << 30))
 
     @functools.wraps(original)  # pipelines look at its signature
-    def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return original(change(next(steps), model_output), *args, **kwargs)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(change(next(steps), model_output, sample), timestep, sample, *args, **kwargs)
 
-    with _attribute(scheduler, "step", step):
+    with attribute(scheduler, "step", step):
         yield
 
 
@@ -51,7 +51,7 @@ def watched_velocities(pipeline: Any, watch: Watch) -> Iterator[None]:
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output.sample)
 
-    def see(step: int, velocity: Tensor) -> Tensor:
+    def see(step: int, velocity: Tensor, _sample: Tensor) -> Tensor:
         # A pipeline may put several passes into one batch.
         passes = [part for output in outputs for part in output.chunk(len(output) // len(velocity))]
         outputs.clear()
@@ -134,7 +134,7 @@ def passes_left_out(pipeline: Any, leave_out: Callable[[], bool]) -> Iterator[No
     known, and given by `changed_velocities`."""
     with ExitStack() as stack:
         for transformer in transformers(pipeline):
-            stack.enter_context(_attribute(transformer, "forward", _unless(leave_out, transformer)))
+            stack.enter_context(attribute(transformer, "forward", _unless(leave_out, transformer)))
         yield
 
 
@@ -149,7 +149,7 @@ def _unless(leave_out: Callable[[], bool], transformer: Any) -> Callable[..., An
 
 
 @contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """While open, the instance has this attribute in place of its own or its class's."""
     missing = object()
     before = vars(owner).get(name, missing)

@@ -58,7 +58,7 @@ from benchmarks.dit_step.schedule import MEASURED, SCHEDULE, by_kind, fewest_ste
 from benchmarks.dit_step.timing import Generation
 from benchmarks.harness import environment, free_memory, parser, peak_bytes, write_record
 from reelquant.attention.sparse_spec import SparseAttentionSpec
-from reelquant.families import hunyuan_video as family
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.noise_schedule import shifted_levels
 from reelquant.ops.band_attention.op import Precision
 from reelquant.tokens import TokenLayout, band_width
@@ -152,7 +152,7 @@ class Bench:
                 layout,
                 band_width(layout, density),
                 noise_levels=shifted_levels(SCHEDULE),
-                blocks=family.block_names(config),
+                blocks=FAMILY.block_names(config),
             ),
         }
         return result | (self._sparse_kernels(generation, spec) if self.options.profile else {})

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.ceilings import BF16, COPY, FP8, INT8, Ceiling
 from benchmarks.dit_step.models import REAL_TEXT, TEXT
 from benchmarks.random_model import transformer_config
-from reelquant.families import hunyuan_video as family
+from reelquant.calibration.input_groups import block_calls
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.tokens import TokenLayout, band_width, visited_pairs
+from workers.model_source import empty_block
 
 REST = "copies and the rest"
 CLASSES = {
@@ -95,7 +95,7 @@ def step_work(settings: Mapping[str, Any], case: str, density: float | None) -> 
     config = transformer_config() | {"num_layers": settings["double"], "num_single_layers": settings["single"]}
     frames, rows, columns = settings["layout"]
     layout = TokenLayout(frames, rows, columns, TEXT if case in ("diffusers", "compiled") else REAL_TEXT)
-    blocks, (heads, head_dim) = family.block_names(config), family.num_heads(config)
+    blocks, (heads, head_dim) = FAMILY.block_names(config), FAMILY.num_heads(config)
     pair_flop = 4.0 * heads * head_dim * len(blocks)
     products, quantized, expanded = _linear_work(config, layout, settings["weight_bits"])
     normed = len(blocks) * (8.0 * layout.num_tokens * heads * head_dim + 8.0 * layout.num_video * head_dim)
@@ -120,10 +120,11 @@ def _linear_work(config: dict[str, Any], layout: TokenLayout, weight_bits: int) 
     operations = quantized = expanded = 0.0
     for first, num in (("transformer_blocks.0", config["num_layers"]),
                        ("single_transformer_blocks.0", config["num_single_layers"])):  # fmt: skip
-        with torch.device("meta"):
-            block = family.build_block(config, first) if num else None
-        for group in (group for level in family.group_levels(first) for group in level if block is not None):
-            linears: list[Any] = [block.get_submodule(name) for name in group.layers]  # type: ignore[union-attr]
+        if not num:
+            continue
+        block, levels = empty_block(config, FAMILY, first), block_calls(FAMILY, config)[first].levels
+        for group in (group for level in levels for group in level):
+            linears: list[Any] = [block.get_submodule(name) for name in group.layers]
             sizes = sum(linear.in_features * linear.out_features for linear in linears)
             expanded += num * sizes * (1 + weight_bits / 8)
             if group.stream != "conditioning":

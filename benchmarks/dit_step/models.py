@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.random_model import fill_randomly, transformer_config
 from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold
+from reelquant.calibration.input_groups import block_calls
 from reelquant.checkpoint.schema import QuantizationSpec
-from reelquant.families import hunyuan_video as family
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.noise_schedule import USUAL_STEPS, shifted_levels
 from reelquant.ops.band_attention.op import Precision
 from reelquant.quantization.layer_spec import LayerSpec
@@ -100,8 +101,8 @@ class Fp8Linear(nn.Module):
 
 def with_fp8_linears(model: Any) -> Any:
     """Replaces the token-wise linears of the blocks, in place."""
-    for name in family.block_names(dict(model.config)):
-        for level in family.group_levels(name):
+    for name, call in block_calls(FAMILY, model.config).items():
+        for level in call.levels:
             for layer in (f"{name}.{n}" for group in level if group.stream != "conditioning" for n in group.layers):
                 parent, _, leaf = layer.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, Fp8Linear(model.get_submodule(layer)))
@@ -110,10 +111,9 @@ def with_fp8_linears(model: Any) -> Any:
 
 def quantize_in_place(model: Any, *, weight_bits: int, activation_bits: int) -> Any:
     """Per-channel weights behind a Hadamard rotation, rounded to nearest; then as `from_pretrained` leaves a checkpoint."""
-    config = dict(model.config)
     specs: dict[str, LayerSpec] = {}
-    for name in family.block_names(config):
-        for level in family.group_levels(name):
+    for name, call in block_calls(FAMILY, model.config).items():
+        for level in call.levels:
             for group in level:
                 names = [f"{name}.{layer}" for layer in group.layers]
                 if group.stream == "conditioning":
@@ -162,10 +162,10 @@ def sparse_spec(
     config: dict[str, Any], *, density: float, dense_steps: int, interval: int, rank: int
 ) -> SparseAttentionSpec:
     """Half of the heads of each kind; a residual of order 2 in low rank."""
-    heads, _ = family.num_heads(config)
+    heads, _ = FAMILY.num_heads(config)
     return SparseAttentionSpec(
         density=density,
-        head_kinds=dict.fromkeys(family.block_names(config), ("st" * heads)[:heads]),
+        head_kinds=dict.fromkeys(FAMILY.block_names(config), ("st" * heads)[:heads]),
         dense_above=dense_threshold(dense_steps, shifted_levels(USUAL_STEPS), refreshes=True),
         interval=interval,
         residual=Residual(order=2, rank=rank, extrapolation="linear", storage="low_rank_int8"),

@@ -14,20 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pipeline.context import RunContext
 from pipeline.model_facts import ModelFacts
-from pipeline.planning.meta_run import META, bytes_of, peak_on_meta, tensors_of, to_dtype
+from pipeline.planning.meta_run import bytes_of, peak_on_meta, tensors_of, to_dtype
 from pipeline.planning.model_size import planned_layers
-from pipeline.planning.store_size import hidden_size
+from pipeline.planning.planned_calls import planned_call
+from pipeline.planning.store_size import conditioning_width, num_conditioning_rows
 from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import RepairSample, repair_block
 from reelquant.calibration.segment_distillation import distill_segment
+from reelquant.calibration.without_values import META
 from reelquant.quantization.linear import replace_linear_layers, share_group_tensors
 from reelquant.settings.recipe import Recipe
 from workers.distillation_worker import bits_inside
 from workers.messages import MethodPlan
+from workers.model_source import empty_block
 
 
 def block_kinds(model: ModelFacts, method: MethodPlan) -> dict[str, Hashable]:
@@ -36,7 +40,7 @@ def block_kinds(model: ModelFacts, method: MethodPlan) -> dict[str, Hashable]:
     dense = method.recipe.sparse is None
     return {
         name: (
-            model.family.group_levels(name),
+            model.calls[name].levels,
             tuple(bits_inside(method, name).items()),
             dense or name in method.attention.dense_blocks,
         )
@@ -52,9 +56,9 @@ class BlockMemory:
     """
 
     def __init__(self, context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> None:
-        self._context, self._counts, self._dtype = context, counts, dtype
-        self._family = context.model.family
+        self._context, self._dtype = context, dtype
         self._on_gpu = context.config.workers.num_gpus > 0
+        self._call = planned_call(context, counts, dtype)
         self._weights = {name: bytes_of(self._block(name)) for name in context.model.blocks}
 
     @property
@@ -88,8 +92,7 @@ class BlockMemory:
         context, recipe = self._context, self._recipe(method.recipe)
         blocks = {name: self._block(name) for name in names}
         samples = [self._sample()] if recipe.needs_activations else []
-        num_rows = len(context.calibration_prompts) * context.config.generation.num_inference_steps
-        rows = torch.empty(num_rows, hidden_size(context), dtype=self._dtype, device=META)
+        rows = torch.empty(num_conditioning_rows(context), conditioning_width(context), dtype=self._dtype, device=META)
         kept = 0
 
         def look(*_: int) -> None:
@@ -98,18 +101,18 @@ class BlockMemory:
 
         def distill() -> None:
             for _distilled in distill_segment(
-                self._family, blocks, samples, bits={name: bits_inside(method, name) for name in names}, recipe=recipe,
+                context.model.calls, blocks, samples, bits={name: bits_inside(method, name) for name in names}, recipe=recipe,
                 dense_blocks=method.attention.dense_blocks, conditioning_rows=rows, seed_of=lambda _: 0,
                 fall_back=False, progress=look,
             ):  # fmt: skip
                 pass
 
         weights = [tensor for block in blocks.values() for tensor in tensors_of(block)]
-        inputs = [tensor for sample in samples for tensor in (sample.reference, *sample.conditioning.rotary)]
+        inputs = [tensor for sample in samples for tensor in _held(sample)]
         peak = peak_on_meta(distill, holding=[*weights, *inputs, rows], on_gpu=self._on_gpu)
         corrected = method.recipe.sparse is not None and method.recipe.sparse.calibrate == "corrected"
         if self._on_gpu and corrected and samples:
-            peak += samples[0].reference.nbytes  # what the band misses of the attention
+            peak += _bytes(samples[0].reference.values())  # what the band misses of the attention
         return peak - _bytes(weights) + self._waiting(len(samples)) * kept
 
     def _repair(self, method: MethodPlan, name: str) -> int:
@@ -121,15 +124,17 @@ class BlockMemory:
         replace_linear_layers(quantized, inside)
         share_group_tensors(quantized)
         sample = RepairSample(self._sample())
-        repair = partial(repair_block, self._family, name, (reference, quantized), [sample])
-        held = [*tensors_of(reference), *tensors_of(quantized), *sample.stream.conditioning.rotary]
-        peak = peak_on_meta(repair, holding=[*held, sample.stream.reference])
-        streams = _bytes([*_streams(sample.stream), *([] if sample.unrepaired is None else [sample.unrepaired])])
-        return peak + self._waiting(1) * (streams + sample.stream.reference.nbytes)  # the target is gone by then
+        repair = partial(repair_block, self._context.model.calls[name], (reference, quantized), [sample])
+        held = [*tensors_of(reference), *tensors_of(quantized), *_held(sample.stream)]
+        peak = peak_on_meta(repair, holding=held)
+        streams = _bytes([*_streams(sample.stream), *(sample.unrepaired or {}).values()])
+        # The target is gone by then.
+        return peak + self._waiting(1) * (streams + _bytes(sample.stream.reference.values()))
 
     def _waiting(self, num_here: int) -> int:
         """Samples that lie in the memory that counts while one is at work."""
-        return 0 if self._on_gpu or not num_here else self._context.config.selection.num_samples - num_here
+        calls = self._context.config.selection.num_samples * len(self._context.branches)
+        return 0 if self._on_gpu or not num_here else calls - num_here
 
     def _recipe(self, recipe: Recipe) -> Recipe:
         recipe = replace(recipe, epochs=min(1, recipe.epochs))
@@ -139,27 +144,27 @@ class BlockMemory:
 
     def _block(self, name: str) -> nn.Module:
         """Full precision's, on the meta device."""
-        with META:
-            block = self._family.build_block(self._context.model.config, name)
+        block = empty_block(self._context.model.config, self._context.model.family, name)
         return to_dtype(block, self._dtype).requires_grad_(False)
 
     def _sample(self) -> Sample:
         """The longest one, on the meta device."""
-        model, layout = self._context.model, self._counts.layout
-        length, width = self._counts.longest_stream, hidden_size(self._context)
-        stream = torch.empty(length, width, dtype=self._dtype, device=META)
-        table = torch.empty(layout.num_video, int(model.config["attention_head_dim"]), device=META)
-        temb = torch.empty(1, width, dtype=self._dtype, device=META)
-        layout = replace(layout, num_text=length - layout.num_video)
-        return Sample(stream, stream, model.family.Conditioning(temb, (table, table), layout))
+        streams = {name: torch.empty_like(stream) for name, stream in self._call.streams.items()}
+        return Sample(streams, streams, self._call.constants)
 
 
 def _streams(sample: Sample) -> list[Tensor]:
     """What a sample keeps from block to block, and in one."""
-    own = [sample.reference, sample.quantized, sample.target, sample.weights]
+    trees = [sample.reference, sample.quantized, sample.target, sample.weights]
     if sample.attention is not None:
-        own += vars(sample.attention).values()
-    return [tensor for tensor in own if isinstance(tensor, Tensor)]
+        trees += vars(sample.attention).values()
+    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
+
+
+def _held(sample: Sample) -> list[Tensor]:
+    """What a sample brings along."""
+    leaves = tree_leaves([sample.reference, dict(sample.constants.calls)])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -8,7 +8,7 @@ inputs, its output and one number a row for the backward pass, never the L x L s
 | where code meets a tensor without values | the answer |
 |---|---|
 | attention that may not be fused (`sdpa_kernel(SDPBackend.MATH)`) | all that torch does then |
-| `float`, `int`, `bool` of a tensor, `tolist` | 1.0, 0, True for every value: losses are finite, and no value is bad |
+| `float`, `int`, `bool` of a tensor, `tolist`, `nonzero` | those of `reelquant.calibration.without_values` |
 | `x[mask]` | none: no value is bad |
 | `is_cuda` | what the workers' tensors say |
 | a copy to the CPU | a meta tensor that counts nothing |
@@ -29,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-META = torch.device("meta")
+from reelquant.calibration.without_values import META, answer, as_list, places
+
 _CPU = torch.device("cpu")
 
 
@@ -93,12 +94,12 @@ class _Dispatch(TorchDispatchMode):
         given = kwargs or {}
         if _gives_view(func):
             return func(*args, **given)
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device == META:
-            return _value(args[0].dtype)
+        if (known_answer := answer(func, args)) is not None:
+            return known_answer()
         if func is torch.ops.aten._to_copy.default and args[0].device == META and given.get("device") == _CPU:
             return func(*args, **{**given, "device": META})
         if func is torch.ops.aten.index.Tensor:
-            args = (args[0], [index for mask in args[1] for index in _chosen(mask)])
+            args = (args[0], [index for mask in args[1] for index in places(mask, chosen=False)])
         key = (func, _description(args), _description(tuple(given.items())))
         known = _made.get(key, ())
         if known is None:
@@ -142,18 +143,6 @@ def _description(argument: Any) -> Any:
     return type(argument), argument
 
 
-def _chosen(index: Tensor | None) -> list[Tensor | None]:
-    """An index, or in place of a mask those of nothing."""
-    if index is None or index.dtype != torch.bool or index.device != META:
-        return [index]
-    return [torch.empty(0, dtype=torch.int64, device=META)] * index.ndim
-
-
-def _value(dtype: torch.dtype) -> float | int | bool:
-    """A value of a tensor that has none."""
-    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
-
-
 class _Functions(TorchFunctionMode):
     def __init__(self, *, on_gpu: bool) -> None:
         super().__init__()
@@ -169,7 +158,7 @@ class _Functions(TorchFunctionMode):
         if func == Tensor.is_cuda.__get__ and args[0].is_meta:  # type: ignore[attr-defined]
             return self._on_gpu
         if func is Tensor.tolist and args[0].is_meta:
-            return torch.full(args[0].shape, _value(args[0].dtype), dtype=args[0].dtype, device="cpu").tolist()
+            return as_list(args[0])
         return func(*args, **given)
 
 

@@ -73,7 +73,7 @@ def planned_layers(model: ModelFacts, method: MethodPlan) -> dict[str, LayerSpec
     groups = [
         [name for layer in group.layers if (name := f"{block}.{layer}") in method.bits]
         for block in model.blocks
-        for level in model.family.group_levels(block)
+        for level in model.calls[block].levels
         for group in level
     ]
     for names in groups:
@@ -135,7 +135,7 @@ def repaired_bytes(model: ModelFacts, method: MethodPlan) -> int:
     """Tensors of the artifacts of all blocks with new biases in their output layers: at most what drift repair writes, as a
     block that it does not improve has no second artifact."""
     total = 0
-    outputs = {f"{b}.{o.layer}" for b in model.blocks for level in model.family.output_layers(b) for o in level}
+    outputs = {f"{b}.{o.layer}" for b in model.blocks for level in model.calls[b].outputs for o in level}
     for name, spec in planned_layers(model, method).items():
         if model.kinds[name] in ("block", "modulation"):
             out, inputs = model.linears[name]

@@ -16,7 +16,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     layout, generation = counts.layout, config.generation
     lines = (
         ("run", str(config.run)),
-        ("model", f"{config.model} ({_origin(config)}{model.family.ARCHITECTURE}, {len(model.blocks)} blocks)"),
+        ("model", f"{config.model} ({_origin(config)}{model.family.architecture}, {len(model.blocks)} blocks)"),
         (
             "video",
             f"{generation.height}x{generation.width}, {generation.num_frames} frames, "

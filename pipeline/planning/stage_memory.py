@@ -20,6 +20,7 @@ top, `PROCESS_BYTES`, and the workspaces of convolutions are not counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -29,11 +30,13 @@ from torch import Tensor, nn
 
 from pipeline.context import RunContext
 from pipeline.planning.block_memory import BlockMemory
-from pipeline.planning.meta_run import META, bytes_of, peak_on_meta, tensors_of, to_dtype
+from pipeline.planning.meta_run import bytes_of, peak_on_meta, tensors_of, to_dtype
 from pipeline.planning.model_size import component_on_meta, components
+from pipeline.planning.planned_calls import planned_arguments
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models
 from reelquant.attention.head_kind import NUM_ROWS
+from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
 from reelquant.ops.implementation import reference_only
 from workers.evaluation_worker import OTHER_ATTENTION
@@ -57,7 +60,7 @@ def stage_peaks(context: RunContext, counts: TokenCounts, dtype: torch.dtype) ->
     key = (
         context.config.model_dump_json(exclude=set(_NOTHING_TO_MEMORY)),
         *(path.read_bytes() for path in configs),
-        *(counts.latent_shape, counts.video_shape, counts.layout, counts.longest_stream),
+        *(counts.latent_shape, counts.video_shape, counts.layout, tuple(counts.text.values())),
         *(len(context.calibration_prompts), dtype),
     )
     if key not in _counted:
@@ -126,7 +129,7 @@ class StageMemory:
             features=selection.features,
         )
         with hooks.watching():
-            return self._forward()
+            return self._forward(begin=lambda call: hooks.begin(call, conditional=True))
 
     def _evaluated(self, forward: int) -> int:
         """The largest of the evaluation's forward passes."""
@@ -155,27 +158,22 @@ class StageMemory:
                 peaks[-1] += 4 * steps * blocks * heads * NUM_ROWS * size
         return max(peaks)
 
-    def _forward(self, batch: int = 1) -> int:
-        """Of one forward pass of the transformer, beside its weights."""
-        transformer, config = self._transformer, self._context.model.config
-        text = self._context.config.generation.max_sequence_length
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(batch, *shape, dtype=self._dtype, device=META)
+    def _forward(self, batch: int = 1, begin: Callable[[dict[str, Any]], None] | None = None) -> int:
+        """Of one forward pass of the transformer, beside its weights; `begin` is called in front of it."""
+        batched = self._context.model.family.guidance == "batched" and len(self._context.branches) == 2
+        call = self._arguments(2 * batch if batched else batch)
 
         def forward() -> None:
             with torch.no_grad():
-                transformer(
-                    hidden_states=empty(*self._counts.latent_shape),
-                    timestep=empty(),
-                    encoder_hidden_states=empty(text, int(config["text_embed_dim"])),
-                    encoder_attention_mask=empty(text),
-                    pooled_projections=empty(int(config["pooled_projection_dim"])),
-                    guidance=empty() if config.get("guidance_embeds") else None,
-                    return_dict=False,
-                )
+                if begin is not None:
+                    begin(call)
+                self._transformer(**call)
 
-        return self._beside_weights(forward, transformer)
+        return self._beside_weights(forward, self._transformer, call.values())
+
+    def _arguments(self, batch: int) -> dict[str, Any]:
+        num_text = self._counts.layout.num_text
+        return planned_arguments(self._context, self._counts, self._dtype, num_text=num_text, batch=batch)
 
     def _decoding(self) -> int:
         """Of decoding one video, beside the VAE's weights: its first tile, and twice the video, in tiles and put together, if
@@ -183,7 +181,8 @@ class StageMemory:
         built = component_on_meta(self._context.model.folder, "vae")
         if built is None:
             return 0
-        vae, whole = cast(Any, to_dtype(built, self._dtype)), self._counts.latent_shape
+        vae, size = cast(Any, to_dtype(built, self._dtype)), self._counts.size
+        whole = (int(self._context.model.config["in_channels"]), size.frames, size.height, size.width)
         tile = tuple(map(min, whole, (whole[0], *_tile_shape(vae))))
         latents = torch.empty(1, *tile, dtype=self._dtype, device=META)
 
@@ -194,8 +193,9 @@ class StageMemory:
         video = 2 * math.prod(self._counts.video_shape) * self._dtype.itemsize if tile != whole else 0
         return self._beside_weights(decode, vae) + video
 
-    def _beside_weights(self, work: Any, module: nn.Module) -> int:
-        return peak_on_meta(work, holding=tensors_of(module), on_gpu=self._on_gpu) - bytes_of(module)
+    def _beside_weights(self, work: Any, module: nn.Module, given: Iterable[Any] = ()) -> int:
+        held = [*tensors_of(module), *(value for value in given if isinstance(value, Tensor))]
+        return peak_on_meta(work, holding=held, on_gpu=self._on_gpu) - bytes_of(module)
 
     def _component_bytes(self, name: str) -> int:
         if not (self._context.model.folder / name / "config.json").is_file():
@@ -208,7 +208,7 @@ def _tile_shape(vae: Any) -> tuple[int, int, int]:
     """Latents `(F, H, W)` that a VAE decodes at once when it tiles: a first tile of time has one frame more than later ones."""
     spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
     return (
-        vae.tile_sample_min_num_frames // temporal + 1,
+        getattr(vae, "tile_sample_min_num_frames", vae.temporal_compression_ratio) // temporal + 1,
         vae.tile_sample_min_height // spatial,
         vae.tile_sample_min_width // spatial,
     )

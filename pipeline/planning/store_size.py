@@ -3,41 +3,69 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pipeline.context import RunContext
+from pipeline.planning.planned_calls import planned_arguments, planned_call
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, reads_activations
 from storage.zarr_array import array_bytes
+from workers.stored_calls import write_constants, write_steps
 
 
 def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> int:
-    """All trajectories: latents, conditions, the recorded salience of every candidate, videos.
+    """All trajectories: latents, the transformer's calls, the recorded salience of every candidate, videos.
 
     Args:
-        dtype: of the model, in which the text embeddings are kept.
+        dtype: of the model, in which the text's states are kept.
     """
-    config, steps = context.model.config, context.config.generation.num_inference_steps
-    width, features = hidden_size(context), context.config.selection.features
+    steps, features = context.config.generation.num_inference_steps, context.config.selection.features
     salience = {"latent": (steps,), "block_input": (steps, len(context.model.blocks)), "weight_error": (steps,)}
+    width = conditioning_width(context)
     shared = (
         array_bytes((steps + 1, *counts.latent_shape), torch.float32)
-        + array_bytes((int(config["pooled_projection_dim"]),), dtype)
-        + array_bytes((steps, width), torch.float32)  # temb
+        + (array_bytes((steps * len(context.branches), width), torch.float32) if width else 0)
         + 2 * array_bytes((steps,), torch.float32)  # timesteps, diffusion
         + sum(array_bytes(salience[feature], torch.float32) for feature in features)
         + array_bytes(counts.video_shape, torch.uint8)
     )
-    text = sum(array_bytes((num, int(config["text_embed_dim"])), dtype) for num in counts.text.values())
-    return shared * len(counts.text) + text
+    conditional = sum(_call_bytes(context, counts, dtype, num_text) for num_text in counts.text.values())
+    # How long the empty prompt is, only the pipeline knows: at most this.
+    others = (len(context.branches) - 1) * _call_bytes(context, counts, dtype, counts.layout.num_text)
+    return (shared + others) * len(counts.text) + conditional
 
 
-def activation_bytes(context: RunContext, counts: TokenCounts) -> int:
-    """The streams of all samples at all segment boundaries, each as long as that of the longest prompt."""
-    if not reads_activations(context.config):
+def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, num_text: int) -> int:
+    """The transformer's calls of one branch of a generation."""
+    steps = context.config.generation.num_inference_steps
+    constant = planned_arguments(context, counts, dtype, num_text=num_text)
+    timestep = constant.pop("timestep")
+    del constant["hidden_states"]
+    total = 0
+
+    def write(_name: str, value: Tensor) -> None:
+        nonlocal total
+        total += array_bytes(tuple(value.shape), value.dtype)
+
+    changing = {"timestep": torch.empty(steps, *timestep.shape, dtype=timestep.dtype, device="meta")}
+    write_steps(write, constant, changing, ["hidden_states"])
+    return total
+
+
+def activation_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> int:
+    """The recorded calls of all samples at all segment boundaries, each as long as that of the longest prompt."""
+    if not reads_activations(context.config) or counts.problems:
         return 0
-    width, boundaries = hidden_size(context), len(context.segments)
-    sample = boundaries * array_bytes((counts.longest_stream, width), torch.bfloat16)
-    return context.config.selection.num_samples * (sample + array_bytes((width,), torch.float32))
+    call = planned_call(context, counts, dtype)
+    streams = sum(array_bytes(tuple(stream.shape), torch.bfloat16) for stream in call.stream_tensors)
+    total = len(context.segments) * streams
+
+    def write(_name: str, value: Tensor) -> None:
+        nonlocal total
+        total += array_bytes(tuple(value.shape), value.dtype)
+
+    write_constants(call.constants, write)
+    return context.config.selection.num_samples * len(context.branches) * total
 
 
 def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
@@ -53,6 +81,14 @@ def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
     return videos * array_bytes(counts.video_shape, torch.uint8) + latents + velocities
 
 
-def hidden_size(context: RunContext) -> int:
-    """Width of the stream."""
-    return int(context.model.config["num_attention_heads"]) * int(context.model.config["attention_head_dim"])
+def conditioning_width(context: RunContext) -> int:
+    """Width of what the modulation layers read; 0 where the blocks have none."""
+    block, call = next(iter(context.model.calls.items()))
+    groups = [group for level in call.levels for group in level if group.stream == "conditioning"]
+    return context.model.linears[f"{block}.{groups[0].name}"][1] if groups else 0
+
+
+def num_conditioning_rows(context: RunContext) -> int:
+    """Rows of it at all candidates."""
+    steps = context.config.generation.num_inference_steps
+    return len(context.calibration_prompts) * steps * len(context.branches)

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-
 from pipeline.context import RunContext
+from pipeline.planning.model_size import component_on_meta
+from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import read_json
+from reelquant.families.family import Config, Family, PromptTemplate, VideoSize
 from reelquant.tokens import TokenLayout, band_width
 from workers.library_messages import quieten_libraries
-
-_CROP = int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
-"""Tokens of the instruction in front of every prompt, which the pipeline cuts off again."""
 
 
 @dataclass
 class TokenCounts:
     """Shapes of one generation, and what makes them impossible."""
 
-    latent_shape: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """`(C, F, H, W)`."""
+    size: VideoSize = field(default_factory=lambda: VideoSize(0, 0, 0, 0))
+    """Of the latents, and the padded number of text tokens."""
+    latent_shape: tuple[int, ...] = ()
+    """Of one video's latents, as the pipeline has them."""
     video_shape: tuple[int, int, int, int] = (0, 0, 0, 3)
     """`(frames, height, width, 3)` of the decoded video."""
     text: dict[str, int] = field(default_factory=dict)
@@ -35,38 +36,26 @@ class TokenCounts:
     notes: list[str] = field(default_factory=list)
     """What is cut, or not known."""
 
-    @property
-    def longest_stream(self) -> int:
-        """Video tokens and the text tokens of the longest calibration prompt: rows of an activation."""
-        return self.layout.num_video + max(self.text.values(), default=0)
-
 
 def count_tokens(context: RunContext) -> TokenCounts:
     """Counts the tokens of a run; problems are collected, not raised."""
     generation, model = context.config.generation, context.model
     counts = TokenCounts()
-    vae = _vae_config(model.folder, counts)
-    spatial, temporal = int(vae["spatial_compression_ratio"]), int(vae["temporal_compression_ratio"])
+    vae = _vae(model.folder, counts)
+    spatial, temporal = int(vae.spatial_compression_ratio), int(vae.temporal_compression_ratio)
     frames = (generation.num_frames - 1) // temporal + 1
-    counts.latent_shape = (
-        int(model.config["in_channels"]),
-        frames,
-        generation.height // spatial,
-        generation.width // spatial,
-    )
-    counts.video_shape = (
-        (frames - 1) * temporal + 1,
-        counts.latent_shape[2] * spatial,
-        counts.latent_shape[3] * spatial,
-        3,
-    )
-    counts.layout = model.family.token_layout(model.config, counts.latent_shape, generation.max_sequence_length)
+    height, width = generation.height // spatial, generation.width // spatial
+    counts.size = VideoSize(frames, height, width, generation.max_sequence_length)
+    counts.video_shape = ((frames - 1) * temporal + 1, height * spatial, width * spatial, 3)
+    with META:
+        call = model.family.inputs(model.config, counts.size)
+    counts.latent_shape = tuple(call["hidden_states"].shape[1:])
+    counts.layout = model.family.layout(model.config, call, generation.max_sequence_length)
     counts.problems += _grid_problems(context, spatial=spatial, temporal=temporal)
-    channels = vae.get("latent_channels")
-    if channels is not None and channels != counts.latent_shape[0]:
+    made, read = getattr(vae.config, "latent_channels", None), int(model.config["in_channels"])
+    if made is not None and made != read:
         counts.problems.append(
-            f"model: the VAE makes {channels} latent channels, the transformer reads {counts.latent_shape[0]}: "
-            "they are not of one pipeline"
+            f"model: the VAE makes {made} latent channels, the transformer reads {read}: they are not of one pipeline"
         )
     _count_text(context, counts)
     return counts
@@ -88,49 +77,58 @@ def band_problems(context: RunContext, counts: TokenCounts) -> list[str]:
     return problems
 
 
-def _vae_config(model: Path, counts: TokenCounts) -> dict[str, Any]:
-    defaults = {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
-    path = model / "vae" / "config.json"
+def _vae(model: Path, counts: TokenCounts) -> Any:
+    """The VAE without weights; where it cannot be built, which is said elsewhere, what its configuration says."""
+    path, usual = model / "vae" / "config.json", {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
     if not path.is_file():
         counts.problems.append(f"model: {path} is missing")
-        return defaults
-    return {**defaults, **read_json(path)}
+        return SimpleNamespace(**usual, config=None)
+    try:
+        return component_on_meta(model, "vae")
+    except (ValueError, TypeError):
+        values = {**usual, **read_json(path)}
+        return SimpleNamespace(**values, config=SimpleNamespace(**values))
 
 
 def _grid_problems(context: RunContext, *, spatial: int, temporal: int) -> list[str]:
-    generation, config = context.config.generation, context.model.config
+    generation, patch = context.config.generation, patches(context.model.family, context.model.config)
     problems = []
-    step = spatial * int(config["patch_size"])
-    for key in ("height", "width"):
-        value = getattr(generation, key)
+    for key, size in (("height", patch[1]), ("width", patch[2])):
+        value, step = getattr(generation, key), spatial * size
         if value % step:
             down = value // step * step
             ways = f"{down} or {down + step}" if down else f"{step}"
             problems.append(
-                f"generation.{key} is {value}, but VAE ({spatial}x) and patches ({config['patch_size']}x) need a "
-                f"multiple of {step}: {ways}"
+                f"generation.{key} is {value}, but VAE ({spatial}x) and patches ({size}x) need a multiple of {step}: {ways}"
             )
-    frame_step = temporal * int(config["patch_size_t"])
-    if (generation.num_frames - 1) % temporal or ((generation.num_frames - 1) // temporal + 1) % config["patch_size_t"]:
-        first = (int(config["patch_size_t"]) - 1) * temporal + 1
+    last, size = generation.num_frames - 1, patch[0]
+    if last % temporal or (last // temporal + 1) % size:
         problems.append(
-            f"generation.num_frames is {generation.num_frames}, but VAE ({temporal}x in time) and patches "
-            f"({config['patch_size_t']}x) need {frame_step} k + {first}"
+            f"generation.num_frames is {generation.num_frames}, but VAE ({temporal}x in time) and patches ({size}x) need "
+            f"{temporal * size} k + {(size - 1) * temporal + 1}"
         )
     return problems
 
 
+def patches(family: Family, config: Config) -> tuple[int, int, int]:
+    """Latents of a token: in time, height and width."""
+    size = VideoSize(frames=48, height=48, width=48, num_text=1)
+    with META:
+        grid = family.grid(config, family.inputs(config, size))
+    return tuple(48 // number for number in grid)  # type: ignore[return-value]
+
+
 def _count_text(context: RunContext, counts: TokenCounts) -> None:
-    limit = context.config.generation.max_sequence_length
+    limit, template = context.config.generation.max_sequence_length, context.model.family.template
     positions = _text_positions(context.model.folder)
-    if positions is not None and _CROP + limit > positions:
+    if positions is not None and template.crop + limit > positions:
         counts.problems.append(
-            f"generation.max_sequence_length is {limit}: with the {_CROP} tokens of the pipeline's instruction more than "
-            f"the text encoder's {positions} positions; at most {positions - _CROP}"
+            f"generation.max_sequence_length is {limit}: with the {template.crop} tokens of the pipeline's instruction more "
+            f"than the text encoder's {positions} positions; at most {positions - template.crop}"
         )
     prompts = [*context.calibration_prompts, *context.held_out_prompts]
     try:
-        lengths = prompt_lengths(context.model.folder, [prompt.prompt for prompt in prompts])
+        lengths = prompt_lengths(context.model.folder, template, [prompt.prompt for prompt in prompts])
     except (OSError, ValueError) as error:
         counts.problems.append(f"model: its tokenizer cannot be loaded: {error}")
         lengths = None
@@ -140,8 +138,8 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
         return
     if min(lengths) < 1:
         counts.problems.append(
-            f"model: its tokenizer makes {min(lengths) + _CROP} tokens of a prompt with the pipeline's instruction, of "
-            f"which {_CROP} are cut off: nothing is left; the tokenizer is not the text encoder's"
+            f"model: its tokenizer makes {min(lengths) + template.crop} tokens of a prompt with the pipeline's instruction, "
+            f"of which {template.crop} are cut off: nothing is left; the tokenizer is not the text encoder's"
         )
     for key, start in (("calibration", 0), ("held_out", len(context.calibration_prompts))):
         own = getattr(context, f"{key}_prompts")
@@ -153,12 +151,12 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
                 f"generation.max_sequence_length (up to {max(cut)}); the rest is cut off"
             )
     counts.text = {
-        prompt.name: max(1, min(limit, length))
+        prompt.name: limit if context.model.family.padding is None else max(1, min(limit, length))
         for prompt, length in zip(context.calibration_prompts, lengths, strict=False)
     }
 
 
-def prompt_lengths(model: Path, prompts: Sequence[str]) -> list[int] | None:
+def prompt_lengths(model: Path, template: PromptTemplate, prompts: Sequence[str]) -> list[int] | None:
     """Tokens of every prompt as the pipeline sees them, uncut; None where the model's folder has no tokenizer.
 
     Raises:
@@ -171,8 +169,7 @@ def prompt_lengths(model: Path, prompts: Sequence[str]) -> list[int] | None:
 
     quieten_libraries()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    template = str(DEFAULT_PROMPT_TEMPLATE["template"])
-    return [len(tokenizer(template.format(prompt)).input_ids) - _CROP for prompt in prompts]
+    return [len(tokenizer(template.text.format(prompt)).input_ids) - template.crop for prompt in prompts]
 
 
 def _text_positions(model: Path) -> int | None:

@@ -27,6 +27,7 @@ class Distillation:
             selected_samples(run),
             context.calibration_prompts,
             context.config.distillation.on_failure == "gptq",
+            context.branches,
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:

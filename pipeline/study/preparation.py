@@ -278,7 +278,7 @@ def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
     )
     return {
         "trajectories": trajectory_bytes(context, counts, dtype) / len(context.calibration_prompts),
-        "activations": activation_bytes(context, counts) / config.selection.num_samples,
+        "activations": activation_bytes(context, counts, dtype) / config.selection.num_samples,
         "distillation": size.artifact_bytes / (len(context.segments) + 1),
         "assembly": size.folder_bytes,
         "evaluation": evaluation_bytes(context, counts) / len(evaluation_names(config)),

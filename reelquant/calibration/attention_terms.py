@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from reelquant.calibration.attention_distillation import AttentionTargets, global_loss, local_loss
+from reelquant.calibration.block_call import BlockCall
 from reelquant.settings.recipe import Recipe
 
 
 class AttentionTerms:
     """The attention terms of a block's loss (MSAD, QuantSparse eq. 9), with their weights and their course."""
 
-    def __init__(self, family: ModuleType, block: nn.Module, recipe: Recipe) -> None:
-        self._family, self._block = family, block
+    def __init__(self, call: BlockCall, block: nn.Module, recipe: Recipe) -> None:
+        self._call, self._block = call, block
         wanted = recipe.attention_distillation if recipe.distills_attention else "none"
         self._losses = {
             name: loss for name, loss in (("global", global_loss), ("local", local_loss)) if wanted in (name, "both")
@@ -32,10 +32,7 @@ class AttentionTerms:
         self._seen.clear()
         if not self._losses:
             return nullcontext()
-        watch: AbstractContextManager[None] = self._family.watch_attention(
-            self._block, lambda q, k, _v: self._seen.append((q, k))
-        )
-        return watch
+        return self._call.watch_attention(self._block, lambda q, k, _v: self._seen.append((q, k)))
 
     def values(self, targets: AttentionTargets) -> dict[str, Tensor]:
         """The terms of the call that was watched, without weights; it is forgotten."""

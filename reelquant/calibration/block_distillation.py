@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,12 +22,14 @@ from torch import Tensor, nn
 from reelquant.attention.column_sums import attention_column_sums
 from reelquant.calibration.attention_distillation import AttentionTargets, attention_targets, salient_tokens
 from reelquant.calibration.attention_terms import AttentionTerms
+from reelquant.calibration.block_call import BlockCall, Constants, Streams, by_token, joined_rows
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear, GroupTransform
-from reelquant.calibration.host_memory import moved, page_locked
+from reelquant.calibration.host_memory import moved, moved_all, page_locked
 from reelquant.calibration.saved_tensors import saved_tensors
 from reelquant.calibration.sparse_block import sample_band_errors
 from reelquant.calibration.token_rows import TokenRows, token_rows
 from reelquant.calibration.token_weights import token_weights
+from reelquant.families.family import Levels
 from reelquant.quantization.smoothing import smoothing_scale
 from reelquant.settings.generation import LayerBits
 from reelquant.settings.recipe import Recipe
@@ -56,16 +57,16 @@ class Sample:
     Its tensors may lie in host memory: a block takes one sample at a time to its own device.
     """
 
-    reference: Tensor
-    """`[L, d]`: the full-precision stream."""
-    quantized: Tensor
-    """`[L, d]`: the stream that the quantized blocks so far produce."""
-    conditioning: Any
-    """The family's `Conditioning`."""
-    target: Tensor | None = None
-    """`[L, d]`: what the full-precision block makes of `reference`."""
+    reference: Streams
+    """Full precision's."""
+    quantized: Streams
+    """Those that the quantized blocks so far produce."""
+    constants: Constants
+    """What the blocks read besides; on their device."""
+    target: Streams | None = None
+    """What the full-precision block makes of `reference`."""
     weights: Tensor | None = None
-    """`[L]`: token weights, None for all ones."""
+    """`[L]`: weights of the self-attention's tokens, None for all ones."""
     attention: AttentionTargets | None = None
     """Of the full-precision block's attention, for the attention terms of the loss."""
 
@@ -73,47 +74,53 @@ class Sample:
         """The sample where `block` is."""
         return SampleView(self, next(itertools.chain(block.parameters(), block.buffers())).device)
 
+    @property
+    def home(self) -> torch.device:
+        """Where its streams lie."""
+        return next(iter(self.reference.values())).device
+
     def lock_pages(self) -> None:
         """Puts the streams into page-locked host memory, from which a GPU reads at the rate of its bus."""
         same = self.quantized is self.reference
-        self.reference = page_locked(self.reference)
-        self.quantized = self.reference if same else page_locked(self.quantized)
+        self.reference = {name: page_locked(stream) for name, stream in self.reference.items()}
+        self.quantized = (
+            self.reference if same else {name: page_locked(stream) for name, stream in self.quantized.items()}
+        )
 
 
 class SampleView:
     """A sample on a device: what is read of it is moved there once, what is not read stays; the same tensors at home."""
 
     def __init__(self, sample: Sample, device: torch.device) -> None:
-        self._sample, self._device = sample, device
+        self._sample, self.device = sample, device
 
     @cached_property
-    def reference(self) -> Tensor:
+    def reference(self) -> Streams:
         """See `Sample`; so are all others."""
-        return moved(self._sample.reference, self._device)
+        return moved_all(self._sample.reference, self.device)
 
     @cached_property
-    def quantized(self) -> Tensor:
-        return moved(self._sample.quantized, self._device)
+    def quantized(self) -> Streams:
+        return moved_all(self._sample.quantized, self.device)
 
     @cached_property
-    def conditioning(self) -> Any:
-        conditioning = self._sample.conditioning
-        return conditioning.to(self._device, conditioning.temb.dtype)
+    def constants(self) -> Constants:
+        return self._sample.constants.to(self.device)
 
     @cached_property
-    def target(self) -> Tensor:
+    def target(self) -> Streams:
         assert self._sample.target is not None, "prepare_targets comes first"
-        return moved(self._sample.target, self._device)
+        return moved_all(self._sample.target, self.device)
 
     @cached_property
     def weights(self) -> Tensor | None:
         weights = self._sample.weights
-        return None if weights is None else moved(weights, self._device)
+        return None if weights is None else moved(weights, self.device)
 
     @cached_property
     def attention(self) -> AttentionTargets | None:
         attention = self._sample.attention
-        return None if attention is None else attention.to(self._device)
+        return None if attention is None else attention.to(self.device)
 
 
 @dataclass
@@ -137,17 +144,17 @@ class BlockResult:
     """`[H][2]`: relative error of each head under a spatial and a temporal band, mean over the samples."""
 
 
-def prepare_targets(family: ModuleType, block: nn.Module, samples: Sequence[Sample], recipe: Recipe) -> Tensor | None:
+def prepare_targets(call: BlockCall, block: nn.Module, samples: Sequence[Sample], recipe: Recipe) -> Tensor | None:
     """Runs the full-precision block on every sample: fills `target`, and `weights` and `attention` where the recipe has them.
 
     Returns: for sparse attention float32 `[H, 2]`, the mean `band_errors` of the samples.
     """
     errors: list[Tensor] = []
     for sample in samples:
-        here, home = sample.at(block), sample.reference.device
+        here = sample.at(block)
 
         def observe(q: Tensor, k: Tensor, v: Tensor, *, here: SampleView = here, sample: Sample = sample) -> None:
-            home = sample.reference.device
+            home = sample.home
             terms = recipe.attention_distillation if recipe.distills_attention else "none"
             local = terms in ("local", "both")
             sums = attention_column_sums(q, k) if local or recipe.token_weights else None
@@ -161,18 +168,18 @@ def prepare_targets(family: ModuleType, block: nn.Module, samples: Sequence[Samp
                     indices=salient_tokens(sums, recipe.num_salient_tokens) if local and sums is not None else None,
                 ).to(home)
             if recipe.sparse is not None:
-                errors.append(sample_band_errors(here.conditioning.layout, recipe.sparse.density, (q, k, v)))
+                errors.append(sample_band_errors(here.constants.layout, recipe.sparse.density, (q, k, v)))
 
         observed = recipe.sparse is not None or (recipe.needs_activations and recipe.token_weights)
-        watching = family.watch_attention(block, observe) if observed or recipe.distills_attention else nullcontext()
+        watching = call.watch_attention(block, observe) if observed or recipe.distills_attention else nullcontext()
         with torch.no_grad(), watching:
-            sample.target = moved(family.call_block(block, here.reference, here.conditioning), home)
+            sample.target = moved_all(call(block, here.reference, here.constants), sample.home)
     return torch.stack(errors).mean(dim=0) if errors else None
 
 
 def calibrated_copy(
     block: nn.Module,
-    levels: Sequence[Sequence[Any]],
+    levels: Levels,
     *,
     bits: Mapping[str, LayerBits],
     recipe: Recipe,
@@ -181,7 +188,7 @@ def calibrated_copy(
     """A copy of `block` whose linears are `CalibratedLinear`s.
 
     Args:
-        levels: the family's `group_levels` of the block.
+        levels: of the block's call.
         bits: bits by layer name inside the block; a layer without an entry stays as it is.
         activation_amax: by group name `[d]`, the largest input magnitude of each channel; read for SmoothQuant's scale.
     """
@@ -220,38 +227,41 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def weighted_error(output: Tensor, sample: SampleView, rows: TokenRows | None = None) -> Tensor:
-    """`1/L sum_j lambda_j ||target_j - output_j||^2`, float32 (S²Q-VDiT eq. 12); its estimate from `output` at `rows`."""
-    target, weights = sample.target, sample.weights
-    if rows is not None:
-        target = target.index_select(0, rows.indices)
-        weights = None if weights is None else weights.index_select(0, rows.indices)
-    error = (output.float() - target.float()).square().sum(dim=-1)
-    error = error if weights is None else error * weights
-    return error.mean() if rows is None else rows.mean(error)
+def weighted_error(output: Streams, sample: SampleView) -> Tensor:
+    """`1/L sum_j lambda_j ||target_j - output_j||^2`, float32 (S²Q-VDiT eq. 12)."""
+    error = by_token(_token_error, output, sample.target)
+    return (error if sample.weights is None else error * sample.weights).mean()
 
 
-def step_error(family: ModuleType, block: nn.Module, sample: SampleView, recipe: Recipe, *, seed: int) -> Tensor:
+def estimated_error(output: Tensor, sample: SampleView, rows: TokenRows) -> Tensor:
+    """The estimate of `weighted_error` from the output `[R, d]` at `rows`."""
+    error = _token_error(output, joined_rows(sample.target, rows.indices))
+    return rows.mean(error if sample.weights is None else error * sample.weights.index_select(0, rows.indices))
+
+
+def _token_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output.float() - target.float()).square().sum(dim=-1)
+
+
+def step_error(call: BlockCall, block: nn.Module, sample: SampleView, recipe: Recipe, *, seed: int) -> Tensor:
     """The error of one step: of all tokens, or of the share that `recipe` has a step see, drawn by `seed`."""
-    rows = token_rows(sample.conditioning.layout, recipe.tokens_per_step, seed=seed)
+    rows = token_rows(sample.constants.layout, recipe.tokens_per_step, seed=seed)
     if rows is None:
-        return weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
-    rows = rows.to(sample.quantized.device)
-    output = family.call_block_rows(block, sample.quantized, sample.conditioning, rows.indices)
-    return weighted_error(output, sample, rows)
+        return weighted_error(call(block, sample.quantized, sample.constants), sample)
+    rows = rows.to(next(block.parameters()).device)
+    return estimated_error(call.rows(block, sample.quantized, sample.constants, rows.indices), sample, rows)
 
 
-def mean_loss(family: ModuleType, block: nn.Module, samples: Sequence[Sample]) -> float:
+def mean_loss(call: BlockCall, block: nn.Module, samples: Sequence[Sample]) -> float:
     """Mean of the block loss over the samples, without gradients."""
     with torch.no_grad():
         here = (sample.at(block) for sample in samples)
-        losses = [weighted_error(family.call_block(block, s.quantized, s.conditioning), s) for s in here]
+        losses = [weighted_error(call(block, s.quantized, s.constants), s) for s in here]
     return float(torch.stack(losses).mean())
 
 
 def learn(
-    family: ModuleType,
-    name: str,
+    call: BlockCall,
     block: nn.Module,
     *,
     groups: Sequence[Sequence[CalibratedGroup]],
@@ -276,7 +286,7 @@ def learn(
     total = recipe.epochs * len(samples)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     order = torch.Generator().manual_seed(seed)
-    terms = AttentionTerms(family, block, recipe)
+    terms = AttentionTerms(call, block, recipe)
     losses: list[float] = []
     for epoch in range(recipe.epochs):
         epoch_losses = []
@@ -284,11 +294,11 @@ def learn(
             step = epoch * len(samples) + position
             sample = samples[index].at(block)
             with saved_tensors(elsewhere=lean), terms.watching():
-                error = step_error(family, block, sample, recipe, seed=seed + step)
+                error = step_error(call, block, sample, recipe, seed=seed + step)
             loss = error if sample.attention is None else error + terms.weighted(sample.attention, error)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise BlockDiverged(name, step, value)
+                raise BlockDiverged(call.name, step, value)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

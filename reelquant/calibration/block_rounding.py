@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from reelquant.calibration.block_call import BlockCall, Constants, Streams
 from reelquant.calibration.block_distillation import Sample, SampleView
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear
 from reelquant.metrics import sqnr_db
@@ -47,7 +47,7 @@ class _Reached(Exception):
 
 
 def round_block(
-    family: ModuleType,
+    call: BlockCall,
     reference: nn.Module,
     block: nn.Module,
     *,
@@ -65,7 +65,7 @@ def round_block(
     for level in groups:
         for group in level:
             group.transform.freeze()
-        moments = _moments(family, reference, block, level, samples, conditioning_rows, recipe)
+        moments = _moments(call, reference, block, level, samples, conditioning_rows, recipe)
         for group in level:
             leader = next(iter(group.layers))
             for name, layer in group.layers.items():
@@ -75,7 +75,7 @@ def round_block(
 
 
 def layer_sqnr(
-    family: ModuleType, reference: nn.Module, block: nn.Module, layers: Sequence[str], samples: Sequence[Sample]
+    call: BlockCall, reference: nn.Module, block: nn.Module, layers: Sequence[str], samples: Sequence[Sample]
 ) -> dict[str, float]:
     """Signal to quantization noise of every layer's output in dB, on the first sample, each block on its own stream."""
     sample = samples[0].at(block)
@@ -90,7 +90,7 @@ def layer_sqnr(
                 for name in layers
             ]
             try:
-                family.call_block(module, stream, sample.conditioning)
+                call(module, stream, sample.constants)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -144,16 +144,16 @@ def _inputs_of(block: nn.Module, leaders: Sequence[str]) -> Iterator[dict[str, T
 
 
 def group_inputs(
-    family: ModuleType, block: nn.Module, leaders: Sequence[str], stream: Tensor, conditioning: object
+    call: BlockCall, block: nn.Module, leaders: Sequence[str], streams: Streams, constants: Constants
 ) -> dict[str, Tensor]:
-    """Inputs `[N, d]` of the layers `leaders` (all of one level) when `block` runs on `stream [L, d]`."""
+    """Inputs `[N, d]` of the layers `leaders` (all of one level) when `block` runs on `streams`."""
     with torch.no_grad(), _inputs_of(block, leaders) as seen, suppress(_Reached):
-        family.call_block(block, stream, conditioning)
+        call(block, streams, constants)
     return seen
 
 
 def _moments(
-    family: ModuleType,
+    call: BlockCall,
     reference: nn.Module,
     block: nn.Module,
     level: Sequence[CalibratedGroup],
@@ -177,9 +177,9 @@ def _moments(
     leaders = {group.name: next(iter(group.layers)) for group in streamed}
     asymmetric = recipe.solve == "asymmetric"
     for sample in (stored.at(block) for stored in samples):
-        found = group_inputs(family, block, list(leaders.values()), sample.quantized, sample.conditioning)
+        found = group_inputs(call, block, list(leaders.values()), sample.quantized, sample.constants)
         exact = (
-            group_inputs(family, reference, list(leaders.values()), sample.reference, sample.conditioning)
+            group_inputs(call, reference, list(leaders.values()), sample.reference, sample.constants)
             if asymmetric
             else {}
         )
@@ -202,8 +202,8 @@ def _moments(
 
 
 def _stream_weights(stream: str, sample: SampleView) -> Tensor | float:
-    if sample.weights is None:
+    if sample.weights is None or stream == "apart":
         return 1.0
-    num_video = len(sample.weights) - sample.conditioning.num_text
+    num_video = sample.constants.layout.num_video
     weights = {"joint": sample.weights, "video": sample.weights[:num_video], "text": sample.weights[num_video:]}
     return weights[stream].unsqueeze(1)

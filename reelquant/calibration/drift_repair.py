@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reelquant.calibration.block_call import BlockCall, Constants, Streams, by_token, joined
 from reelquant.calibration.block_distillation import Sample
+from reelquant.calibration.host_memory import moved_all
 from reelquant.families.family import OutputLayer
 from reelquant.quantization.input_transform import least_activation_bits
 from reelquant.quantization.linear import QuantizedLinear
@@ -100,8 +101,8 @@ class RepairSample:
     """Both streams and, in between, the target; they stay where they are given."""
     least_activation_bits: int | None = None
     """Fewest activation bits of the quantized block at this sample's step; None for its layers' own."""
-    unrepaired: Tensor | None = None
-    """`[L, d]`: the stream of quantized blocks none of which is repaired; kept of samples that are held back."""
+    unrepaired: Streams | None = None
+    """Streams of quantized blocks none of which is repaired; kept of samples that are held back."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ def held_back(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def repair_block(
-    family: ModuleType,
-    name: str,
+    call: BlockCall,
     blocks: tuple[nn.Module, nn.Module],
     samples: Sequence[RepairSample],
     *,
@@ -143,7 +143,7 @@ def repair_block(
     """Repairs the quantized block in place if that helps, and takes all samples through both blocks.
 
     Args:
-        name: of the block, from which the family knows its output layers.
+        call: of the block; its family names the output layers.
         blocks: the full-precision block and the quantized one.
         samples: their `stream.reference` and `stream.quantized` are advanced by the block, `unrepaired` too.
         bias_dtype: in which biases are stored, to which they are rounded; None: that of the layers.
@@ -153,28 +153,26 @@ def repair_block(
     for sample in samples:
         here = sample.stream.at(reference)
         with torch.no_grad():
-            sample.stream.target = family.call_block(reference, here.reference, here.conditioning).to(
-                sample.stream.reference.device
-            )
-    before = _error(family, quantized, judges)
-    without = _advance_unrepaired(family, quantized, judges)
+            sample.stream.target = moved_all(call(reference, here.reference, here.constants), sample.stream.home)
+    before = _error(call, quantized, judges)
+    without = _advance_unrepaired(call, quantized, judges)
     old: dict[str, dict[str, Tensor]] = {}
-    for level in range(len(family.output_layers(name))):
-        moments = _level_moments(family, name, blocks, fitted, level=level)
-        judging = moments if judges is fitted else _level_moments(family, name, blocks, judges, level=level)
+    for level in range(len(call.outputs)):
+        moments = _level_moments(call, blocks, fitted, level=level)
+        judging = moments if judges is fitted else _level_moments(call, blocks, judges, level=level)
         for layer, found in moments.items():
             state = _state(quantized, layer)
             gain, change = found.solve(with_bias="bias" in state)
             if judging[layer].saved(gain, change) > 0:
                 old[layer] = state
                 _set_state(quantized, layer, _changed(state, gain, change, bias_dtype))
-    after = _error(family, quantized, judges) if old else before
+    after = _error(call, quantized, judges) if old else before
     accepted = after < before
     if not accepted:
         for layer, state in old.items():
             _set_state(quantized, layer, state)
     for sample in samples:
-        sample.stream.quantized = _output(family, quantized, sample, sample.stream.quantized)
+        sample.stream.quantized = _output(call, quantized, sample, sample.stream.quantized)
         assert sample.stream.target is not None
         sample.stream.reference, sample.stream.target = sample.stream.target, None
     changed = {layer: _state(quantized, layer) for layer in old} if accepted else {}
@@ -182,8 +180,7 @@ def repair_block(
 
 
 def _level_moments(
-    family: ModuleType,
-    name: str,
+    call: BlockCall,
     blocks: tuple[nn.Module, nn.Module],
     samples: Sequence[RepairSample],
     *,
@@ -194,16 +191,16 @@ def _level_moments(
     moments: dict[str, RepairMoments] = {}
     for sample in samples:
         here = sample.stream.at(reference)
-        exact = _after_level(family, name, reference, here.reference, here.conditioning, level=level)
+        exact = _after_level(call, reference, here.reference, here.constants, level=level)
         with least_activation_bits(sample.least_activation_bits):
-            drifted = _after_level(family, name, quantized, here.quantized, here.conditioning, level=level)
-        for output in family.output_layers(name)[level]:
+            drifted = _after_level(call, quantized, here.quantized, here.constants, level=level)
+        for output in call.outputs[level]:
             layer = quantized.get_submodule(output.layer)
             if isinstance(layer, QuantizedLinear):
                 product, gate = drifted.seen[output.layer]
                 if layer.bias is not None:
                     product = product.float() - layer.bias.float()
-                rows = _rows(output, here.conditioning)
+                rows = _rows(output, here.constants)
                 wanted = exact.stream[rows]
                 weights = 1 / wanted.square().mean(dim=-1).clamp_min(_TINY)
                 moments.setdefault(output.layer, RepairMoments()).add(
@@ -230,18 +227,16 @@ class _Seen:
     seen: dict[str, tuple[Tensor, Tensor]]
 
 
-def _after_level(
-    family: ModuleType, name: str, block: nn.Module, hidden: Tensor, conditioning: Any, *, level: int
-) -> _Seen:
-    levels = family.output_layers(name)
+def _after_level(call: BlockCall, block: nn.Module, streams: Streams, constants: Constants, *, level: int) -> _Seen:
+    levels = call.outputs
     with _watch(block, [output for outputs in levels for output in outputs]) as seen, torch.no_grad():
-        family.call_block(block, hidden, conditioning)
-    stream = hidden.float()
+        call(block, streams, constants)
+    stream = joined(streams).float()
     for outputs in levels[: level + 1]:
         stream = stream.clone()
         for output in outputs:
             value, gate = seen[output.layer]
-            stream[_rows(output, conditioning)] += gate.float() * value.float()
+            stream[_rows(output, constants)] += gate.float() * value.float()
     return _Seen(stream, seen)
 
 
@@ -266,38 +261,39 @@ def _watch(block: nn.Module, outputs: Sequence[OutputLayer]) -> Iterator[dict[st
             handle.remove()
 
 
-def _rows(output: OutputLayer, conditioning: Any) -> slice:
-    num_video = conditioning.layout.num_video
+def _rows(output: OutputLayer, constants: Constants) -> slice:
+    num_video = constants.layout.num_video
     return {"video": slice(0, num_video), "text": slice(num_video, None), "joint": slice(0, None)}[output.stream]
 
 
-def _output(family: ModuleType, block: nn.Module, sample: RepairSample, hidden: Tensor) -> Tensor:
+def _output(call: BlockCall, block: nn.Module, sample: RepairSample, streams: Streams) -> Streams:
     here = sample.stream.at(block)
     with torch.no_grad(), least_activation_bits(sample.least_activation_bits):
-        out: Tensor = family.call_block(block, hidden.to(here.quantized.device), here.conditioning)
-    return out.to(hidden.device)
+        out = call(block, moved_all(streams, here.device), here.constants)
+    return moved_all(out, sample.stream.home)
 
 
-def _error(family: ModuleType, block: nn.Module, samples: Sequence[RepairSample]) -> float:
+def _error(call: BlockCall, block: nn.Module, samples: Sequence[RepairSample]) -> float:
     return relative_error(
-        (_output(family, block, sample, sample.stream.quantized), sample.stream.target) for sample in samples
+        (_output(call, block, sample, sample.stream.quantized), sample.stream.target) for sample in samples
     )
 
 
-def _advance_unrepaired(family: ModuleType, block: nn.Module, samples: Sequence[RepairSample]) -> float:
+def _advance_unrepaired(call: BlockCall, block: nn.Module, samples: Sequence[RepairSample]) -> float:
     for sample in samples:
         start = sample.stream.quantized if sample.unrepaired is None else sample.unrepaired
-        sample.unrepaired = _output(family, block, sample, start)
+        sample.unrepaired = _output(call, block, sample, start)
     return relative_error((sample.unrepaired, sample.stream.target) for sample in samples)
 
 
-def relative_error(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> float:
-    """Mean over the tokens of `||found - exact||^2 / ||exact||^2`, of pairs `(found, exact)` of streams `[L, d]`."""
+def relative_error(pairs: Iterable[tuple[Streams | None, Streams | None]]) -> float:
+    """Mean over the tokens of `||found - exact||^2 / ||exact||^2`, of pairs `(found, exact)`."""
     ratios = []
     for found, exact in pairs:
         assert found is not None
         assert exact is not None
-        error, size = (found.float() - exact.float()).square().sum(dim=-1), exact.float().square().sum(dim=-1)
+        error = by_token(lambda f, e: (f.float() - e.float()).square().sum(dim=-1), found, exact)
+        size = by_token(lambda e: e.float().square().sum(dim=-1), exact)
         ratios.append((error / size.clamp_min(_TINY)).mean(dtype=torch.float64).cpu())
     return float(torch.stack(ratios).mean())
 

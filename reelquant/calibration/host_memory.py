@@ -6,6 +6,8 @@ computation waits. PyTorch rounds a page-locked block up to a power of two bytes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
         # The host may read it at once, so this copy waits.
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
     return tensor.to(device, non_blocking=device.type == "cuda" and tensor.device.type == "cpu" and tensor.is_pinned())
+
+
+def moved_all(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """`moved` of each."""
+    return {name: moved(tensor, device) for name, tensor in tensors.items()}
 
 
 def page_locked(tensor: Tensor) -> Tensor:

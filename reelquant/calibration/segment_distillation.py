@@ -1,15 +1,15 @@
-"""Segment-parallel distillation (method §5): walks the blocks of one segment, and carries both streams from block to block."""
+"""Segment-parallel distillation (method §5): walks the blocks of one segment with the streams of both models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from reelquant.attention.head_kind import kinds_of
+from reelquant.calibration.block_call import BlockCall
 from reelquant.calibration.block_distillation import (
     BlockDiverged,
     BlockResult,
@@ -21,9 +21,9 @@ from reelquant.calibration.block_distillation import (
     without_learning,
 )
 from reelquant.calibration.block_rounding import RoundedLayer, group_inputs, layer_sqnr, round_block
-from reelquant.calibration.host_memory import moved
+from reelquant.calibration.host_memory import moved_all
 from reelquant.calibration.sparse_block import CalibrationCore, drop_missed_attention, keep_missed_attention
-from reelquant.ops.band_attention.op import dense_attention
+from reelquant.families.attention_core import plain_core
 from reelquant.settings.generation import LayerBits
 from reelquant.settings.recipe import Recipe
 
@@ -38,7 +38,7 @@ class DistilledBlock:
 
 
 def distill_segment(
-    family: ModuleType,
+    calls: Mapping[str, BlockCall],
     blocks: Mapping[str, nn.Module],
     samples: Sequence[Sample],
     *,
@@ -54,12 +54,13 @@ def distill_segment(
     """Calibrates the consecutive `blocks` of a segment one after the other.
 
     Args:
+        calls: of the blocks by name (`input_groups.block_calls`).
         blocks: full-precision blocks by name, in model order.
-        samples: the segment's entry: `reference` and `quantized` both hold the stored stream. Consumed: both streams are
-            advanced block by block. They stay on the device on which they are given: host memory holds more.
+        samples: the segment's entry: `reference` and `quantized` both are the stored streams. Consumed: they are advanced block
+            by block. They stay on the device on which they are given: host memory holds more.
         bits: by block, then by layer inside the block.
         dense_blocks: names of blocks whose attention stays dense.
-        conditioning_rows: `[M, d]`, the timestep embeddings of all candidates.
+        conditioning_rows: `[M, d]`, what the modulation layers read at all candidates.
         fall_back: round a block that diverges without learning instead of raising.
         progress: called with steps done and steps in all.
         lean: take less memory and more time (`saved_tensors`); the result is the same.
@@ -68,7 +69,6 @@ def distill_segment(
         BlockDiverged: a block's loss is not finite and `fall_back` is off.
     """
     steps = max(1, recipe.epochs * len(samples) if recipe.learns else 1)
-    rows = family.conditioning_input(conditioning_rows)
     for sample in samples:
         sample.lock_pages()
     for index, (name, reference) in enumerate(blocks.items()):
@@ -76,13 +76,14 @@ def distill_segment(
         def advance(done: int, total: int, index: int = index) -> None:
             progress(index * steps + done * steps // total, len(blocks) * steps)
 
+        call = calls[name]
         reference.requires_grad_(False)
-        errors = prepare_targets(family, reference, samples, recipe)
+        errors = prepare_targets(call, reference, samples, recipe)
         core = None
         if errors is not None and name not in dense_blocks:
-            core = _calibration_core(family, reference, samples, recipe=recipe, errors=errors)
+            core = _calibration_core(call, reference, samples, recipe=recipe, errors=errors)
         quantized, distilled = _distill_block(
-            family, name, reference, samples, bits=bits[name], recipe=recipe, rows=rows, seed=seed_of(name),
+            call, reference, samples, bits=bits[name], recipe=recipe, rows=conditioning_rows, seed=seed_of(name),
             fall_back=fall_back, progress=advance, core=core, lean=lean,
         )  # fmt: skip
         if errors is not None:
@@ -91,8 +92,7 @@ def distill_segment(
         for sample in samples:
             here = sample.at(quantized)
             with torch.no_grad():
-                out = family.call_block(quantized, here.quantized, here.conditioning)
-            sample.quantized = moved(out, sample.quantized.device)
+                sample.quantized = moved_all(call(quantized, here.quantized, here.constants), sample.home)
             assert sample.target is not None
             sample.reference = sample.target
         drop_missed_attention(samples)
@@ -101,8 +101,7 @@ def distill_segment(
 
 
 def _distill_block(
-    family: ModuleType,
-    name: str,
+    call: BlockCall,
     reference: nn.Module,
     samples: Sequence[Sample],
     *,
@@ -115,18 +114,17 @@ def _distill_block(
     core: CalibrationCore | None,
     lean: bool,
 ) -> tuple[nn.Module, DistilledBlock]:
-    levels = family.group_levels(name)
-    amax = _activation_amax(family, reference, levels, samples) if recipe.channel_scale == "smoothquant" else {}
+    levels = call.levels
+    amax = _activation_amax(call, reference, samples) if recipe.channel_scale == "smoothquant" else {}
     block, groups = calibrated_copy(reference, levels, bits=bits, recipe=recipe, activation_amax=amax)
-    _set_core(family, block, core)
+    _set_core(call, block, core)
     result = BlockResult()
     if recipe.needs_activations:
-        result.loss_before = mean_loss(family, block, samples)
+        result.loss_before = mean_loss(call, block, samples)
     if recipe.learns:
         try:
             result.losses, result.attention_losses = learn(
-                family,
-                name,
+                call,
                 block,
                 groups=groups,
                 samples=samples,
@@ -140,19 +138,17 @@ def _distill_block(
                 raise
             recipe = without_learning(replace(recipe, rounding="gptq"))
             block, groups = calibrated_copy(reference, levels, bits=bits, recipe=recipe, activation_amax={})
-            _set_core(family, block, core)
+            _set_core(call, block, core)
             result.fell_back = str(error)
-    layers = round_block(
-        family, reference, block, groups=groups, samples=samples, conditioning_rows=rows, recipe=recipe
-    )
+    layers = round_block(call, reference, block, groups=groups, samples=samples, conditioning_rows=rows, recipe=recipe)
     if recipe.needs_activations:
-        result.loss_after = mean_loss(family, block, samples)
-        result.layer_sqnr_db = layer_sqnr(family, reference, block, list(layers), samples)
-    return block, DistilledBlock(name, layers, result)
+        result.loss_after = mean_loss(call, block, samples)
+        result.layer_sqnr_db = layer_sqnr(call, reference, block, list(layers), samples)
+    return block, DistilledBlock(call.name, layers, result)
 
 
 def _calibration_core(
-    family: ModuleType, reference: nn.Module, samples: Sequence[Sample], *, recipe: Recipe, errors: Tensor
+    call: BlockCall, reference: nn.Module, samples: Sequence[Sample], *, recipe: Recipe, errors: Tensor
 ) -> CalibrationCore | None:
     """Attention of the block under calibration, None where it is the model's own; the samples get what it needs."""
     sparse = recipe.sparse
@@ -160,26 +156,23 @@ def _calibration_core(
         return None
     kinds = kinds_of(errors)
     if sparse.calibrate == "corrected":
-        keep_missed_attention(family, reference, samples, kinds=kinds, density=sparse.density)
+        keep_missed_attention(call, reference, samples, kinds=kinds, density=sparse.density)
     return CalibrationCore(kinds, sparse.density)
 
 
-def _set_core(family: ModuleType, block: nn.Module, core: CalibrationCore | None) -> None:
+def _set_core(call: BlockCall, block: nn.Module, core: CalibrationCore | None) -> None:
     """Dense blocks too: with a core of ours, layers that read one tensor share its transform."""
-    family.set_attention_core(block, core or (lambda _item, q, k, v: dense_attention(q, k, v)))
+    call.set_core(block, core or plain_core)
 
 
-def _activation_amax(
-    family: ModuleType, block: nn.Module, levels: Sequence[Sequence[object]], samples: Sequence[Sample]
-) -> dict[str, Tensor]:
+def _activation_amax(call: BlockCall, block: nn.Module, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Largest input magnitude per channel `[d]` of every group that reads tokens, over all samples."""
     amax: dict[str, Tensor] = {}
-    for level in levels:
-        groups = [group for group in level if group.stream != "conditioning"]  # type: ignore[attr-defined]
-        leaders = {group.name: group.layers[0] for group in groups}  # type: ignore[attr-defined]
+    for level in call.levels:
+        leaders = [group.name for group in level if group.stream != "conditioning"]
         for sample in (stored.at(block) for stored in samples) if leaders else ():
-            seen = group_inputs(family, block, list(leaders.values()), sample.reference, sample.conditioning)
-            for group, leader in leaders.items():
+            seen = group_inputs(call, block, leaders, sample.reference, sample.constants)
+            for leader in leaders:
                 found = seen[leader].float().abs().amax(dim=0)
-                amax[group] = torch.maximum(amax[group], found) if group in amax else found
+                amax[leader] = torch.maximum(amax[leader], found) if leader in amax else found
     return amax

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reelquant.attention.head_kind import band_errors, sampled_rows
+from reelquant.calibration.block_call import BlockCall, Constants
 from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.tokens import TokenLayout, band_width
 
@@ -23,9 +23,9 @@ class CalibrationCore:
         self._layout: TokenLayout | None = None
         self._residual: Tensor | None = None
 
-    def prepare(self, conditioning: Any) -> None:
-        """Takes token grid and residual of the sample that is about to run, from the family's `Conditioning`."""
-        self._layout, self._residual = conditioning.layout, conditioning.attention_residual
+    def prepare(self, constants: Constants) -> None:
+        """Takes token grid and residual of the sample that is about to run."""
+        self._layout, self._residual = constants.layout, constants.attention_residual
 
     def __call__(self, _item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`[H, L, D]` three times -> `[H, L, D]`."""
@@ -43,12 +43,12 @@ def sample_band_errors(layout: TokenLayout, density: float, qkv: tuple[Tensor, T
 
 
 def keep_missed_attention(
-    family: ModuleType, block: nn.Module, samples: Sequence[Any], *, kinds: str, density: float
+    call: BlockCall, block: nn.Module, samples: Sequence[Any], *, kinds: str, density: float
 ) -> None:
     """Gives every sample what the band misses of the full-precision block's attention `[H, L, D]`, where its samples lie."""
     for sample in samples:
         here = sample.at(block)
-        layout: TokenLayout = here.conditioning.layout
+        layout: TokenLayout = here.constants.layout
         width = band_width(layout, density)
         found: list[Tensor] = []
 
@@ -58,13 +58,13 @@ def keep_missed_attention(
             banded = band_attention(q, k, v, kinds=kinds, layout=layout, width=width)
             into.append(dense_attention(q, k, v) - banded)
 
-        with torch.no_grad(), family.watch_attention(block, observe):
-            family.call_block(block, here.reference, here.conditioning)
-        residual = found[0].to(sample.reference.device, sample.reference.dtype)
-        sample.conditioning = replace(sample.conditioning, attention_residual=residual)
+        with torch.no_grad(), call.watch_attention(block, observe):
+            call(block, here.reference, here.constants)
+        residual = found[0].to(sample.home, found[0].dtype)
+        sample.constants = replace(sample.constants, attention_residual=residual)
 
 
 def drop_missed_attention(samples: Sequence[Any]) -> None:
     """Takes the residuals of `keep_missed_attention` back: the next block has its own."""
     for sample in samples:
-        sample.conditioning = replace(sample.conditioning, attention_residual=None)
+        sample.constants = replace(sample.constants, attention_residual=None)

@@ -1,29 +1,60 @@
-"""What all model families share: the words for groups of layers and for the token grid."""
+"""What a model family declares: the one thing that has to be written for a new one, a file with a `FAMILY` in it.
+
+How a block is called is not described: it is recorded (`reelquant.calibration.block_call`). A family says what no recording
+shows: which modules are the blocks, which attention is the self-attention, where text stands among its keys, what the linears
+outside the blocks are, and how diffusers' pipeline drives a generation.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-StreamName = Literal["video", "text", "joint", "conditioning"]
+import torch
+from torch import Tensor, nn
 
-FAMILIES = ("hunyuan_video",)
+from reelquant.tokens import Grid, TokenLayout
+
+Config = Mapping[str, Any]
+"""A transformer's `config.json`."""
+Arguments = Mapping[str, Any]
+"""Arguments of a transformer's or a block's call by name."""
+StreamName = Literal["video", "text", "joint", "conditioning", "apart"]
+Text = Literal["before", "after", "apart"]
+LayerKind = Literal["refiner", "embedder"]
+Guidance = Literal["one_pass", "two_passes", "batched"]
+AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens.
+
+One with a true `takes_many` also takes `[n H, L, D]`, the heads of n elements with as many tokens; it is told the first.
+"""
+
+FAMILIES = {"HunyuanVideoTransformer3DModel": "hunyuan_video"}
+"""Module in this package by the architecture that it declares."""
 
 
 @dataclass(frozen=True)
 class InputGroup:
     """Linear layers of one block that read the same tensor: they share one channel scale and one rotation."""
 
-    name: str
     stream: StreamName
-    """Which tokens they read: the video's, the text's, both, or the one row of the timestep embedding."""
+    """Which tokens they read: the video's, the text's as part of the stream, both, the one row of the timestep embedding, or
+    text that stays the same from block to block."""
     layers: tuple[str, ...]
     """Names inside the block, in the order in which the block calls them. The first one is the leader."""
+
+    @property
+    def name(self) -> str:
+        """The leader's."""
+        return self.layers[0]
+
+
+Levels = tuple[tuple[InputGroup, ...], ...]
+"""Groups of a block: the inputs of a level depend only on the layers of the levels before it."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +69,164 @@ class OutputLayer:
     """Module inside the block whose output, a tuple, has the gate `[1, d]` at this place."""
 
 
-def family_of(transformer_config: Path) -> ModuleType:
-    """The family module for a transformer's `config.json`.
+@dataclass(frozen=True)
+class VideoSize:
+    """Sizes of a transformer's call, without values."""
 
-    Raises:
-        ValueError: no family knows the architecture that the file names.
-    """
-    architecture = json.loads(transformer_config.read_text(encoding="utf-8")).get("_class_name")
-    try:
-        return family_of_architecture(architecture)
-    except ValueError as error:
-        raise ValueError(f"{transformer_config}: {error}") from None
+    frames: int
+    """Of the latents."""
+    height: int
+    """Of the latents."""
+    width: int
+    """Of the latents."""
+    num_text: int
+    """Text tokens."""
+    batch: int = 1
+    """Videos at once."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The text around a prompt, from which the pipeline makes tokens."""
+
+    text: str = "{}"
+    crop: int = 0
+    """Tokens that are cut off again at the beginning."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A transformer of the pipeline."""
+
+    component: str = "transformer"
+
+
+class BlockRows(Protocol):
+    """A part of a block's tokens, computed alone."""
+
+    def __call__(self, block: nn.Module, call: Arguments, rows: Tensor) -> Tensor:
+        """The output of `block` at `rows` of video and text, joined: `[1, R, d]`."""
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """A family's block as a program of fused operations."""
+
+    obstacle: Callable[[nn.Module], str | None]
+    """Why a block cannot run fused; None where it can."""
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    """`(block, video, text, temb, text lengths, rotary tables) -> both streams`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family; functions are module-level ones, so that a family can be copied and pickled."""
+
+    name: str
+    """For sentences."""
+    architecture: str
+    """Class of diffusers."""
+    blocks: Mapping[str, str]
+    """Module lists of the blocks in the order in which they run, with the keys of the configuration that have their lengths."""
+    self_attention: str
+    """Name inside a block."""
+    text: Text
+    """Where the text's tokens stand among the keys of the self-attention; `apart`: not among them."""
+    grid: Callable[[Config, Arguments], Grid]
+    """Grid of the video tokens from the arguments of a transformer's call."""
+    inputs: Callable[[Config, VideoSize], dict[str, Any]]
+    """Arguments of the transformer's call without values, for planning: their names and shapes are those of the pipeline's."""
+    noise_levels: Callable[[Any, int, int | None], list[float]]
+    """`(scheduler, steps, video tokens)`: noise levels of a generation, as the pipeline asks its scheduler for them; without a
+    number of tokens those of the longest video for which the schedule changes. Raises ValueError for other schedulers."""
+    noise_level: Callable[[float], float]
+    """Noise level in [0, 1] of a timestep that the pipeline hands to the transformer."""
+    outside: Mapping[str, LayerKind] = field(default_factory=dict)
+    """Kinds of linears outside the blocks by patterns of their names, the first that fits; others stay in 16 bits."""
+    guidance: Guidance = "one_pass"
+    """Calls of a step: one; two, of which the pipeline calls the one `uncond`; or one of a batch, whose first half is that."""
+    transformers: tuple[Role, ...] = (Role(),)
+    channel_axis: int = 1
+    """Of the channels in a transformer's output."""
+    padding: tuple[str, str] | None = None
+    """Arguments with the text's states and the mask of its padding, where dropping the padding changes no real token."""
+    padding_masks: tuple[str, ...] = ()
+    """Arguments of a block that mask the padding, and are left out where it is dropped."""
+    joined: tuple[tuple[str, ...], ...] = ()
+    """Linears of a block that read equal tensors, if not the same one, and are to be one group."""
+    outputs: Mapping[str, tuple[tuple[OutputLayer, ...], ...]] = field(default_factory=dict)
+    """By module list the layers that are added to the stream, level by level, for the drift repair: what they add up to is a
+    block's output less its input. Those of one level do not depend on each other."""
+    template: PromptTemplate = PromptTemplate()
+    refusal: Callable[[Config], str | None] | None = None
+    """Why a configuration of the architecture is not supported."""
+    streams: Mapping[int, str] = field(default_factory=dict)
+    """Arguments of the next block by places in a block's output, where diffusers' own registry does not say."""
+    processor: Callable[[AttentionCore | None], Any] | None = None
+    """Attention processor with a core, diffusers' own for None; without it a core takes the place of torch's attention."""
+    rows: BlockRows | None = None
+    fused: FusedBlock | None = None
+
+    def block_names(self, config: Config) -> tuple[str, ...]:
+        """Names of the blocks in the order in which the model runs them."""
+        return tuple(f"{name}.{i}" for name, key in self.blocks.items() for i in range(config[key]))
+
+    def num_heads(self, config: Config) -> tuple[int, int]:
+        """Number and size of the attention heads."""
+        return config["num_attention_heads"], config["attention_head_dim"]
+
+    def layout(self, config: Config, call: Arguments, num_text: int) -> TokenLayout:
+        """Tokens of the self-attention in a call of the transformer."""
+        return TokenLayout(*self.grid(config, call), num_text)
+
+    def output_layers(self, block: str) -> tuple[tuple[OutputLayer, ...], ...]:
+        """Layers of `block` that are added to the stream, level by level; empty where the family names none."""
+        return self.outputs.get(block.rpartition(".")[0], ())
+
+    def auxiliary_kind(self, layer: str) -> LayerKind | None:
+        """Kind of a linear outside the blocks, None for one that stays in 16 bits and for those inside."""
+        if layer.startswith(tuple(f"{name}." for name in self.blocks)):
+            return None
+        return next((kind for pattern, kind in self.outside.items() if fnmatch.fnmatchcase(layer, pattern)), None)
+
+    def check(self, config: Config) -> None:
+        """Whether the family supports a configuration of its architecture.
+
+        Raises:
+            ValueError: it does not; says why.
+        """
+        problem = None if self.refusal is None else self.refusal(config)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def check_block(self, config: Config, block: str) -> None:
+        """Whether a model has a block of that name.
+
+        Raises:
+            ValueError: names those that there are.
+        """
+        if block not in self.block_names(config):
+            there = " and ".join(f"{name}.0-{config[key] - 1}" for name, key in self.blocks.items())
+            raise ValueError(f"no block {block!r}: this {self.name} has {there}")
 
 
 @lru_cache(maxsize=16)
-def family_of_architecture(architecture: object) -> ModuleType:
-    """The family module for a transformer class of diffusers by its name.
+def family_of_architecture(architecture: object) -> Family:
+    """The family of a transformer class of diffusers by its name.
 
     Raises:
         ValueError: no family knows it.
     """
-    families = {module.ARCHITECTURE: module for module in map(load_family, FAMILIES)}
-    if not isinstance(architecture, str) or architecture not in families:
-        raise ValueError(f"architecture {architecture!r} is not supported; supported are {sorted(families)}")
-    return families[architecture]
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise ValueError(f"architecture {architecture!r} is not supported; supported are {sorted(FAMILIES)}")
+    family: Family = import_module(f"reelquant.families.{FAMILIES[architecture]}").FAMILY
+    return family
 
 
-def load_family(name: str) -> ModuleType:
-    """The module `reelquant.families.<name>`."""
-    return import_module(f"reelquant.families.{name}")
+def empty_transformer(config: Config, architecture: str) -> Any:
+    """The transformer of a `config.json` on the meta device: no weights, no memory."""
+    import diffusers
+
+    model_class = getattr(diffusers, architecture)
+    with torch.device("meta"):
+        return model_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})

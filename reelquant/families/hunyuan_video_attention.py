@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +15,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor, nn
 
-from reelquant.ops.band_attention.op import dense_attention
-
-AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens.
-
-One with a true `takes_many` also takes `[n H, L, D]`, the heads of n elements with as many tokens; it is told the first.
-"""
+from reelquant.families.attention_core import WatchingCore, plain_core
+from reelquant.families.family import AttentionCore
 
 TOGETHER = 2**24
 """Numbers of the queries of elements that are attended together: a small model's time goes into launches, not into work."""
@@ -146,49 +139,9 @@ def _(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def set_attention_core(block: nn.Module, core: AttentionCore | None) -> None:
-    """Makes `block` compute its attention with `core` from now on, as diffusers does if there is none.
-
-    A core with a method `prepare` is given the `Conditioning` before every `call_block`.
-    """
-    attention: Any = block.get_submodule("attn")
-    attention.set_processor(HunyuanVideoAttnProcessor2_0() if core is None else CoreAttentionProcessor(core))
-
-
-def prepare_core(block: nn.Module, conditioning: Any) -> None:
-    """Tells the block's core, if it asks for it, which sample comes."""
-    prepare = getattr(getattr(block.get_submodule("attn").processor, "core", None), "prepare", None)
-    if prepare is not None:
-        prepare(conditioning)
-
-
-@contextmanager
-def watch_attention(block: nn.Module, observe: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, every call of `block` hands `observe` its queries, keys and values `[H, L, D]`, after norm and rotation."""
-    attention: Any = block.get_submodule("attn")
-    previous = attention.processor
-    attention.set_processor(CoreAttentionProcessor(_WatchingCore(_core_of(attention), observe)))
-    try:
-        yield
-    finally:
-        attention.set_processor(previous)
-
-
-class _WatchingCore:
-    """Hands every call's queries, keys and values to `observe`, then lets the core that was there attend."""
-
-    def __init__(self, inner: AttentionCore, observe: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        self.inner, self.observe = inner, observe
-        if hasattr(inner, "prepare"):
-            self.prepare = inner.prepare
-
-    def __call__(self, item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.watched(q, k, v)(item, q, k, v)
-
-    def watched(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionCore:
-        """Shows all watchers, this one and those inside, what they wait for; returns the core that attends."""
-        self.observe(q, k, v)
-        return self.inner.watched(q, k, v) if isinstance(self.inner, _WatchingCore) else self.inner
+def core_processor(core: AttentionCore | None) -> Any:
+    """The processor that attends with `core`; diffusers' own for None."""
+    return HunyuanVideoAttnProcessor2_0() if core is None else CoreAttentionProcessor(core)
 
 
 def attend_rows(
@@ -196,7 +149,7 @@ def attend_rows(
 ) -> Tensor:
     """Attention of some tokens to all, before the output projection: `[1, R, d]`.
 
-    Only they ask: queries of the others are made where `watch_attention` is open, and never attended with.
+    Only they ask: queries of the others are made where `attention_core.watch_attention` is open, and never attended with.
 
     Args:
         inputs: `[1, L, d]` the normalized stream; only the video's `[1, n, d]` where the text has projections of its own.
@@ -206,7 +159,7 @@ def attend_rows(
     """
     core = _core_of(attn)
     num_text = inputs.shape[1] - len(rotary[0])
-    if isinstance(core, _WatchingCore):
+    if isinstance(core, WatchingCore):
         asked, tables = inputs, rotary
     else:
         video_rows = rows[: chosen.shape[1] - num_text]
@@ -220,7 +173,7 @@ def attend_rows(
         key = torch.cat([key, _normalized(attn.norm_added_k, more[1])], dim=1)
         value = torch.cat([value, more[2]], dim=1)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if isinstance(core, _WatchingCore):
+    if isinstance(core, WatchingCore):
         core = core.watched(q, k, v)
         q = q.index_select(1, rows)
     out: Tensor = core(0, q, k, v).transpose(0, 1).flatten(1).unsqueeze(0)
@@ -228,12 +181,8 @@ def attend_rows(
 
 
 def _core_of(attention: Any) -> AttentionCore:
-    core: AttentionCore = getattr(attention.processor, "core", _dense_core)
+    core: AttentionCore = getattr(attention.processor, "core", plain_core)
     return core
-
-
-def _dense_core(_item: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return dense_attention(q, k, v)
 
 
 def joined_streams(video: Tensor, text: Tensor) -> Tensor:

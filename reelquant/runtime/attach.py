@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.diffusers_internals import not_at_end_of_call
+from reelquant.families.attention_core import set_attention_core
 from reelquant.families.family import family_of_architecture
 from reelquant.noise_schedule import Schedule, shifted_levels
 from reelquant.runtime.block_fusion import fuse_blocks, unfuse_blocks
@@ -42,16 +44,16 @@ def attach_runtime(
     if spec.sparse_attention is None and spec.step_protection is None and spec.velocity_correction is None:
         return None
     family = family_of_architecture(architecture)
-    tracker = GenerationTracker(family.noise_level)
+    config = dict(transformer.config)  # type: ignore[arg-type]
+    tracker = GenerationTracker(family.noise_level, partial(family.grid, config))
     hooks, protection = [tracker.begin_passes(transformer)], None
     if spec.step_protection is not None:
         protection = ProtectedSteps(spec.step_protection, stored)
         transformer.step_protection = protection  # type: ignore[assignment]
         hooks += protect_steps(transformer, protection)
     if spec.velocity_correction is not None:
-        hooks.append(correct_velocity(transformer, spec.velocity_correction))
+        hooks.append(correct_velocity(transformer, spec.velocity_correction, channel_axis=family.channel_axis))
     if spec.sparse_attention is not None:
-        config = dict(transformer.config)  # type: ignore[arg-type]
         sparse = SparseAttention(
             spec.sparse_attention,
             architecture=architecture,
@@ -64,7 +66,7 @@ def attach_runtime(
         )
         sparse.check_model()
         for name in family.block_names(config):
-            family.set_attention_core(transformer.get_submodule(name), BlockAttention(sparse, name))
+            set_attention_core(family, transformer.get_submodule(name), BlockAttention(sparse, name))
         transformer.sparse_attention = sparse  # type: ignore[assignment]
     hooks.append(tracker.end_passes(transformer))
     transformer.runtime_hooks = tuple(hooks)  # type: ignore[assignment]
@@ -80,6 +82,6 @@ def detach_runtime(transformer: nn.Module) -> None:
     not_at_end_of_call(transformer)
     transformer.__dict__.pop("step_protection", None)
     if transformer.__dict__.pop("sparse_attention", None) is not None:
-        family: Any = family_of_architecture(type(transformer).__name__)
+        family = family_of_architecture(type(transformer).__name__)
         for name in family.block_names(dict(transformer.config)):  # type: ignore[arg-type]
-            family.set_attention_core(transformer.get_submodule(name), None)
+            set_attention_core(family, transformer.get_submodule(name), None)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import weakref
 from functools import partial
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reelquant.families.family import family_of_architecture
+from reelquant.families.family import Family, FusedBlock, family_of_architecture
 from reelquant.ops.implementation import obstacle
 from reelquant.ops.int8_linear.op import NEEDS
 from reelquant.quantization.input_transform import current_activation_bits
@@ -35,7 +34,7 @@ class BlockFusion:
     """
 
     def __init__(self, transformer: nn.Module, architecture: str) -> None:
-        """Takes over the `forward` of the blocks of `transformer`, for whose family `fused_forward` exists."""
+        """Takes over the `forward` of the blocks of `transformer`, whose family has a fused block."""
         self.mode: Mode = "auto"
         self._architecture = architecture
         self._said: set[str] = set()
@@ -48,8 +47,14 @@ class BlockFusion:
         return {**self.__dict__, "_lengths": None}
 
     @property
-    def _family(self) -> ModuleType:
+    def _family(self) -> Family:
         return family_of_architecture(self._architecture)
+
+    @property
+    def _program(self) -> FusedBlock:
+        fused = self._family.fused
+        assert fused is not None
+        return fused
 
     def run(
         self,
@@ -67,9 +72,7 @@ class BlockFusion:
         if obstacle is None:
             lengths = self._text_lengths(attention_mask, hidden_states, encoder_hidden_states)
             with torch.no_grad():
-                streams: tuple[Tensor, Tensor] = self._family.fused_forward(
-                    block, hidden_states, encoder_hidden_states, temb, lengths, rotary
-                )
+                streams = self._program.forward(block, hidden_states, encoder_hidden_states, temb, lengths, rotary)
             self._say("blocks run over fused operations")
             return streams
         if self.mode == "on":
@@ -84,9 +87,8 @@ class BlockFusion:
             return reason
         if rotary is None:
             return "there is no rotary embedding"
-        reason = self._family.fusion_obstacle(block)
-        if reason is not None:
-            return str(reason)
+        if (reason := self._program.obstacle(block)) is not None:
+            return reason
         for name, module in block.named_modules():
             if module is not block and (module._forward_hooks or module._forward_pre_hooks):
                 return f"{name} has hooks, which fused operations would not call"
@@ -126,7 +128,7 @@ def _slow_here(hidden: Tensor) -> str | None:
 
 def fuse_blocks(transformer: nn.Module, architecture: str) -> BlockFusion | None:
     """Gives a quantized transformer its `block_fusion`; None where its family has no fused blocks."""
-    if not hasattr(family_of_architecture(architecture), "fused_forward"):
+    if family_of_architecture(architecture).fused is None:
         return None
     fusion = BlockFusion(transformer, architecture)
     transformer.block_fusion = fusion  # type: ignore[assignment]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, Protocol, Unpack
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
-from reelquant.families.family import family_of_architecture
+from reelquant.families.family import Family, family_of_architecture
 from reelquant.noise_schedule import USUAL_STEPS, Schedule, shifted_levels
 from reelquant.ops.band_attention.op import Implementation, Precision
 from reelquant.runtime.generation import GenerationTracker
@@ -151,7 +150,7 @@ class ConfigurableAttention:
             self._tracker.forget_all()
 
     @property
-    def _family(self) -> ModuleType:
+    def _family(self) -> Family:
         return family_of_architecture(self._architecture)
 
     def check_model(self) -> None:

@@ -18,7 +18,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reelquant.diffusers_internals import at_end_of_call
+from reelquant.tokens import Grid
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ class GenerationState:
     noise_level: float
     """In [0, 1], falling."""
     latent_shape: tuple[int, ...]
-    """`[B, C, F, H, W]`."""
+    """Of the batch."""
+    grid: Grid
+    """Of the video tokens."""
     identity: tuple[Any, ...]
     """Shapes, dtypes and device that one generation keeps."""
     memory: dict[Any, Any] = field(default_factory=dict)
@@ -82,9 +85,15 @@ class GenerationTracker:
     A copy of a tracker (with its transformer, by `copy.deepcopy` or pickle) begins without states.
     """
 
-    def __init__(self, noise_level: Callable[[float], float]) -> None:
-        """`noise_level` is the family's: the noise level of a timestep."""
-        self._noise_level = noise_level
+    def __init__(
+        self, noise_level: Callable[[float], float], grid: Callable[[Mapping[str, Any]], Grid] | None = None
+    ) -> None:
+        """
+        Args:
+            noise_level: of a timestep, by the family.
+            grid: of the video tokens by the arguments of a transformer's call; None where nobody asks for it.
+        """
+        self._noise_level, self._grid = noise_level, grid
         self.forget_all()
 
     def forget_all(self) -> None:
@@ -95,10 +104,10 @@ class GenerationTracker:
         self._restarts = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_noise_level": self._noise_level}
+        return {"_noise_level": self._noise_level, "_grid": self._grid}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._noise_level = state["_noise_level"]
+        self._noise_level, self._grid = state["_noise_level"], state["_grid"]
         self.forget_all()
 
     def begin_passes(self, transformer: nn.Module) -> RemovableHandle:
@@ -114,16 +123,17 @@ class GenerationTracker:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         hidden, timestep, conditioning = (bound[name] for name in _ARGUMENTS)
-        self.begin(conditioning, float(timestep.flatten()[0]), hidden)
+        grid = (0, 0, 0) if self._grid is None else self._grid(bound)
+        self.begin(conditioning, float(timestep.flatten()[0]), hidden, grid)
 
     @not_traced
     def _after(self, *_: Any) -> None:
         _current.set(None)
 
-    def begin(self, conditioning: Tensor, timestep: float, hidden: Tensor) -> GenerationState:
+    def begin(self, conditioning: Tensor, timestep: float, hidden: Tensor, grid: Grid = (0, 0, 0)) -> GenerationState:
         """Makes the state of a pass with these inputs this thread's current one."""
         level = self._noise_level(timestep)
-        identity = (tuple(hidden.shape), tuple(conditioning.shape), hidden.dtype, hidden.device)
+        identity = (tuple(hidden.shape), grid, tuple(conditioning.shape), hidden.dtype, hidden.device)
         key = (threading.get_ident(), id(conditioning))
         known = self._states.pop(key, None)
         state = known[1] if known is not None and known[0]() is conditioning else None
@@ -131,7 +141,7 @@ class GenerationTracker:
             level > state.noise_level or (level == state.noise_level and state.step == 0) or identity != state.identity
         )
         if known is None or state is None or again:
-            state = GenerationState(0, timestep, level, tuple(hidden.shape), identity)
+            state = GenerationState(0, timestep, level, tuple(hidden.shape), grid, identity)
             known = (weakref.ref(conditioning, partial(_drop, weakref.ref(self), key)), state)
             self._warn_of_restarts(level)
         else:

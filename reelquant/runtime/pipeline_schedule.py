@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import diffusers
 
-from reelquant.families.family import family_of_architecture
+from reelquant.families.family import Family
 from reelquant.noise_schedule import USUAL_SHIFT, shifted_levels
 
 logger = logging.getLogger(__name__)
@@ -21,15 +20,14 @@ SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 class PipelineSchedule:
     """Noise levels by the number of steps, as the pipeline's own scheduler gives them."""
 
-    def __init__(self, pipeline: Path, family: ModuleType) -> None:
-        """`pipeline` is the folder of a diffusers pipeline; its scheduler is read when it is asked for."""
-        self._config = pipeline / SCHEDULER_CONFIG
-        self._architecture: str = family.ARCHITECTURE
-
-    @property
-    def _family(self) -> ModuleType:
-        # A module is neither copied nor pickled, as the schedule is with its transformer.
-        return family_of_architecture(self._architecture)
+    def __init__(self, pipeline: Path, family: Family, num_video: int | None = None) -> None:
+        """
+        Args:
+            pipeline: folder of a diffusers pipeline; its scheduler is read when it is asked for.
+            num_video: video tokens of the generation, on which some families' schedules depend; None for the longest video
+                for which the schedule changes.
+        """
+        self._config, self._family, self._num_video = pipeline / SCHEDULER_CONFIG, family, num_video
 
     def __call__(self, num_steps: int) -> list[float]:
         """Noise levels of a generation with `num_steps` steps, falling.
@@ -43,8 +41,7 @@ class PipelineSchedule:
         if not self._config.is_file():
             logger.warning("%s does not exist: taking flow matching with shift %g for it", self._config, USUAL_SHIFT)
             return shifted_levels(num_steps)
-        levels: list[float] = self._family.noise_levels(self._scheduler(), num_steps)
-        return levels
+        return self._family.noise_levels(self._scheduler(), num_steps, self._num_video)
 
     def sigmas(self, num_steps: int) -> list[float]:
         """Sigmas `[num_steps + 1]` of the latents of a generation, noise to video, falling; the last is 0.
@@ -63,7 +60,7 @@ class PipelineSchedule:
                 f"the scheduler is {kind} ({self._config}): the network's output follows from two latents only with "
                 "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
             )
-        self._family.noise_levels(scheduler, num_steps)
+        self._family.noise_levels(scheduler, num_steps, self._num_video)
         return [float(sigma) for sigma in scheduler.sigmas]
 
     def _scheduler(self) -> Any:

@@ -166,9 +166,8 @@ class SparseAttention(ConfigurableAttention):
         return widths[layout]
 
     def _layout(self, state: GenerationState, tokens: int) -> TokenLayout:
-        grid = self._family.token_layout(self._config, state.latent_shape, 0)
-        layout: TokenLayout = self._family.token_layout(self._config, state.latent_shape, tokens - grid.num_video)
-        return layout
+        frames, height, width = state.grid
+        return TokenLayout(frames, height, width, tokens - frames * height * width)
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,19 @@ from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.runtime.generation import current_pass, not_traced
 
 
-def correct_velocity(transformer: nn.Module, correction: VelocityCorrection) -> RemovableHandle:
-    """Applies `correction` to every output `[B, C, F, H, W]` of `transformer` until the returned hook is removed."""
-    return transformer.register_forward_hook(partial(_corrected, correction))
+def correct_velocity(
+    transformer: nn.Module, correction: VelocityCorrection, *, channel_axis: int = 1
+) -> RemovableHandle:
+    """Applies `correction` to every output of `transformer`, `[B, C, F, H, W]` or with the channels on another axis, until the
+    returned hook is removed."""
+    return transformer.register_forward_hook(partial(_corrected, correction, channel_axis))
 
 
 @not_traced
-def _corrected(correction: VelocityCorrection, _module: nn.Module, _args: Any, output: Any) -> Any:
+def _corrected(correction: VelocityCorrection, channel_axis: int, _module: nn.Module, _args: Any, output: Any) -> Any:
     gain, bias = correction.at(current_pass().timestep)
     sample = output[0]
-    shape = (1, -1, 1, 1, 1)
+    shape = [-1 if axis == channel_axis else 1 for axis in range(sample.ndim)]
     scaled = sample.float() * gain.to(sample.device).view(shape) + bias.to(sample.device).view(shape)
     changed = scaled.to(sample.dtype)
     return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)

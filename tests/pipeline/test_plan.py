@@ -24,14 +24,17 @@ from pipeline.planning.plan_tables import show_plan
 from pipeline.planning.stage_memory import StageMemory
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
-from reelquant.families import hunyuan_video
+from reelquant.families.hunyuan_video import FAMILY
+from reelquant.tokens import TokenLayout
 from storage.manifest import Manifest, OutputFile
 from storage.run_directory import RunDirectory
 from tests.errors import names, raises
 from tests.pipeline.small_run import ROOT, small_run
+from tests.reelquant.narrow_blocks import constants_of, streams_of
 from workers.distillation_worker import DistillationWorker
 from workers.messages import DistillationSettings, PromptUnit, SampleUnit, SegmentUnit
 from workers.model_source import build_on_meta, transformer_config
+from workers.stored_calls import write_constants, write_streams
 
 REFERENCE = ROOT / "configs" / "models" / "hunyuanvideo-13b"
 
@@ -119,8 +122,9 @@ def test_hunyuanvideo_is_planned_from_its_configuration_files_alone() -> None:
     }  # fmt: skip
     assert plan.problems == []
     assert plan.counts.layout.num_video == 57_600
-    # 20 samples at 8 boundaries of 57,856 tokens, 3,072 wide, two bytes each; checksums and metadata on top.
-    numbers = 20 * 8 * 57_856 * 3072 * 2
+    # 20 samples at 8 boundaries of 57,856 tokens, 3,072 wide, two bytes each; two rotary tables in float32 each; checksums and
+    # metadata on top.
+    numbers = 20 * (8 * 57_856 * 3072 * 2 + 2 * 57_600 * 128 * 4)
     assert numbers < stages["activations"].disk_bytes < numbers * 1.001
     memory = {name: (stage.peak_memory_bytes or 0) / 2**30 for name, stage in stages.items()}
     # Llama's 14.0 GiB, CLIP's 0.2, the VAE's 0.5 and the transformer's 23.9 lie on the GPU together.
@@ -191,7 +195,7 @@ def test_a_shared_model_takes_its_part_of_a_gpu(shallow: str) -> None:
         return {stage.name: (stage.peak_memory_bytes or 0) / 2**30 for stage in plan.stages}
 
     config = transformer_config(Path(shallow.removeprefix("model=")))
-    transformer = sum(p.numel() for p in build_on_meta(config, hunyuan_video).parameters()) * 2 / 2**30
+    transformer = sum(p.numel() for p in build_on_meta(config, FAMILY).parameters()) * 2 / 2**30
     whole = memory()
     halves = memory("workers.sharding=fsdp", "workers.gpus_per_replica=2", recorded)
     # Half of the transformer and two double-stream blocks; the text encoders and the VAE are away.
@@ -253,12 +257,13 @@ def test_checkpoint_has_the_planned_bytes(tmp_path: Path, tiny_model: Path, chan
     )
     directory = RunDirectory.open_or_create(context.config.run, {}, {})
     store, width = directory.calibration_store, 96
-    store.write("trajectories/prompt-000/temb", torch.randn(3, width))
-    store.write("trajectories/prompt-000/latents", torch.randn(2, 8, 1, 4, 6))
-    store.write("trajectories/prompt-000/prompt_embeds", torch.randn(3, 128))
-    store.write("activations/sample/temb", torch.randn(width))
+    store.write("trajectories/prompt-000/conditioning", torch.randn(3, width))
+    prefix, layout = "activations/sample/cond", TokenLayout(1, 2, 3, 3)
+    constants = constants_of(dict(context.model.config), layout, torch.randn(1, width))
+    write_constants(constants, lambda name, value: store.write(f"{prefix}/{name}", value))
     for segment in context.segments:
-        store.write(f"activations/sample/{segment[0]}", torch.randn(2 * 3 + 3, width).bfloat16())
+        stream = torch.randn(layout.num_tokens, width).bfloat16()
+        write_streams(store, prefix, segment[0], streams_of(stream, layout))
     worker = DistillationWorker(
         DistillationSettings(
             context.source, (SampleUnit("sample", "prompt-000", 0),), (PromptUnit("prompt-000", ""),), False

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pipeline.config.loading import ConfigError, load_config
-from pipeline.context import build_context
 from pipeline.plan import plan_config
 from storage.manifest import Manifest
 from tests.errors import names, raises
@@ -83,11 +82,3 @@ def test_what_the_model_or_the_schedule_cannot_have_is_said_before_the_run(tmp_p
     thin = small_run(tmp_path, method=METHOD, bits=BITS, evaluation={"settings": {"thin": {"density": 0.02}}})
     with raises(ConfigError, "evaluation.settings.thin.density", 0.02):
         plan_config(load_config(thin)).require_feasible()
-
-
-def test_a_family_without_sparse_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reelquant.families import hunyuan_video
-
-    monkeypatch.delattr(hunyuan_video, "set_attention_core")
-    with raises(ConfigError, "attention.density", 0.4, "HunyuanVideoTransformer3DModel"):
-        build_context(load_config(small_run(tmp_path, method=METHOD, bits=BITS)))

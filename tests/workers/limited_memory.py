@@ -12,6 +12,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from reelquant.settings.generation import LayerBits, Numerics
 from reelquant.settings.recipe import PRESETS
 from storage.run_directory import RunDirectory
+from tests.reelquant.narrow_blocks import constants_of, layout_of, streams_of
 from tests.workers.memory_limit import LIMITS, limit_memory
 from workers.distillation_worker import DistillationWorker
 from workers.hub_snapshot import model_folder
@@ -27,6 +28,7 @@ from workers.messages import (
 )
 from workers.model_source import family_of_model, linear_shapes, transformer_config
 from workers.shared_worker import SharedUnit
+from workers.stored_calls import write_constants, write_streams
 
 BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
 LATENTS = (8, 9, 32, 32) if not torch.cuda.is_available() else (8, 9, 64, 64)
@@ -69,13 +71,13 @@ def make_run(folder: Path, digits_model: Path) -> DistillationSettings:
     run = RunDirectory.open_or_create(folder / "run", {}, {})
     generator = torch.Generator().manual_seed(0)
     store = run.calibration_store
-    store.write(f"trajectories/{PROMPT.name}/latents", torch.randn(2, *LATENTS, generator=generator))
-    store.write(f"trajectories/{PROMPT.name}/prompt_embeds", torch.randn(NUM_TEXT, 128, generator=generator))
-    store.write(f"trajectories/{PROMPT.name}/temb", torch.randn(1, heads * size, generator=generator))
-    store.write(f"activations/{SAMPLE.name}/temb", torch.randn(heads * size, generator=generator))
+    store.write(f"trajectories/{PROMPT.name}/conditioning", torch.randn(1, heads * size, generator=generator))
+    prefix, layout = f"activations/{SAMPLE.name}/cond", layout_of(config, LATENTS, NUM_TEXT)
+    temb = torch.randn(1, heads * size, generator=generator)
+    write_constants(constants_of(config, layout, temb), lambda name, value: store.write(f"{prefix}/{name}", value))
     for block in BLOCKS:
-        stream = torch.randn(NUM_TOKENS, heads * size, generator=generator)
-        store.write(f"activations/{SAMPLE.name}/{block}", stream.to(torch.bfloat16))
+        stream = torch.randn(NUM_TOKENS, heads * size, generator=generator).to(torch.bfloat16)
+        write_streams(store, prefix, block, streams_of(stream, layout))
     source = RunSource(folder / "run", model, 0, Numerics("float32", 1, deterministic=True))
     return DistillationSettings(source, (SAMPLE,), (PROMPT,), False)
 

@@ -1,17 +1,24 @@
 """The same gradients every time: what is asked of torch, and on a GPU what comes of it."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
-from reelquant.families import hunyuan_video as family
 from reelquant.settings.recipe import Recipe
 from tests.reelquant.calibration.test_saved_tensors import LEARNING
-from tests.reelquant.calibration.test_segment_distillation import BLOCKS, bits_of
+from tests.reelquant.narrow_blocks import (
+    BLOCKS,
+    bits_of,
+    calls_of,
+    config_of,
+    constants_of,
+    layout_of,
+    new_block,
+    streams_of,
+)
 from workers.process import deterministic_kernels
 
 
@@ -43,27 +50,23 @@ def test_only_deterministic_kernels_if_asked(before: tuple[bool, bool], inside: 
         assert mode() == before
 
 
-CONFIG: dict[str, Any] = {
-    "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 4, "attention_head_dim": 64, "mlp_ratio": 2.0,
-    "qk_norm": "rms_norm", "rope_axes_dim": (16, 24, 24), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
-}  # fmt: skip
-LAYOUT = family.token_layout(CONFIG, (4, 6, 64, 64), 32)
+CONFIG = config_of(num_attention_heads=4, attention_head_dim=64, rope_axes_dim=(16, 24, 24))
+LAYOUT = layout_of(CONFIG, (4, 6, 64, 64), 32)
 """6,176 tokens: enough for many thread blocks to add to one gradient."""
 
 
 def learned(recipe: Recipe, dtype: torch.dtype, *, lean: bool = False) -> list[DistilledBlock]:
     torch.manual_seed(0)
     width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
-    cos, sin = family.rotary_embedding(CONFIG, LAYOUT)
     rows = torch.randn(2, width).to("cuda", dtype)
     samples = []
     for row in rows:
-        stream = torch.randn(LAYOUT.num_tokens, width).to(dtype)
-        samples.append(Sample(stream, stream, family.Conditioning(row.unsqueeze(0), (cos.cuda(), sin.cuda()), LAYOUT)))
-    blocks = {name: family.build_block(CONFIG, name).eval().to("cuda", dtype) for name in BLOCKS}
+        streams = streams_of(torch.randn(LAYOUT.num_tokens, width).to(dtype), LAYOUT)
+        samples.append(Sample(streams, streams, constants_of(CONFIG, LAYOUT, row.unsqueeze(0)).to("cuda")))
+    blocks = {name: new_block(CONFIG, name).to("cuda", dtype) for name in BLOCKS}
     return list(
         distill_segment(
-            family, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
+            calls_of(CONFIG), blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
             conditioning_rows=rows, seed_of=len, fall_back=False, progress=lambda *_: None, lean=lean,
         )
     )  # fmt: skip

@@ -20,7 +20,8 @@ from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.reader import source_weights
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
-from reelquant.families import hunyuan_video as family
+from reelquant.families.attention_core import watch_attention
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.quantization.linear import QuantizedLinear
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
@@ -29,6 +30,7 @@ from reelquant.settings.generation import Generation, LayerBits, Numerics, StepP
 from reelquant.settings.recipe import PRESETS
 from reelquant.tokens import band_width
 from storage.run_directory import RunDirectory
+from tests.reelquant.narrow_blocks import layout_of
 from workers.activation_worker import ActivationWorker
 from workers.distillation_worker import DistillationWorker
 from workers.messages import (
@@ -75,8 +77,8 @@ class Prepared:
         self.weights = source_weights(self.model / "transformer")
         self.source = RunSource(folder / "run", self.model, 0, Numerics("float32", 1))
         RunDirectory.open_or_create(self.source.run, {}, {})
-        self.blocks = family.block_names(transformer_config(self.model))
-        linears = linear_shapes(transformer_config(self.model), family)
+        self.blocks = FAMILY.block_names(transformer_config(self.model))
+        linears = linear_shapes(transformer_config(self.model), FAMILY)
         bits = {
             name: LayerBits(3, 16 if name.rpartition(".")[2] == "linear" else 5)
             for name in linears
@@ -148,7 +150,7 @@ def test_repair_and_correction_end_up_in_a_sound_checkpoint(prepared: Prepared, 
         old = load_file(run / "blocks" / "rtn" / f"{name}.safetensors")
         new = load_file(run / "blocks" / "rtn" / "repaired" / f"{name}.safetensors")
         changed = {key for key in new if key not in old or not torch.equal(new[key], old[key])}
-        outputs = {f"{name}.{output.layer}" for level in family.output_layers(name) for output in level}
+        outputs = {f"{name}.{output.layer}" for level in FAMILY.output_layers(name) for output in level}
         assert changed <= {f"{layer}.{suffix}" for layer in outputs for suffix in ("weight_scale", "bias")}
         for key in changed:
             layer, _, suffix = key.rpartition(".")
@@ -210,7 +212,7 @@ def test_gains_and_refreshes_are_measured_on_the_quantized_model(prepared: Prepa
     model = quantized_transformer(
         prepared.model, prepared.weights, [run / path for path in prepared.artifacts], device=CPU, dtype=F32
     )
-    layout = family.token_layout(model.config, (8, 2, 8, 12), 0)
+    layout = layout_of(model.config, (8, 2, 8, 12), 0)
     every = torch.arange(layout.num_video)
     worker = RefinementWorker(RefinementSettings(prepared.source, GENERATION, SAMPLES, PROMPTS))
     drift = ResidualDrift(steps)
@@ -227,14 +229,14 @@ def test_gains_and_refreshes_are_measured_on_the_quantized_model(prepared: Prepa
         with contextlib.ExitStack() as watched:
             for name in prepared.blocks:
                 block = model.get_submodule(name)
-                watched.enter_context(family.watch_attention(block, partial(observe, name)))
+                watched.enter_context(watch_attention(FAMILY, block, partial(observe, name)))
             list(worker._velocities(model, prompt, lambda: None))
         for pairs in seen.values():
             drift.add(torch.stack([missed for missed, _ in pairs]), [float(d.square().sum()) for _, d in pairs])
     # All 48 video tokens are sampled, so that nothing is estimated.
     assert layout.num_video <= NUM_ROWS
     assert found.gain == pytest.approx(drift.gain(0), abs=1e-4)
-    levels = PipelineSchedule(prepared.model, family)(steps)
+    levels = PipelineSchedule(prepared.model, FAMILY)(steps)
     again = measured_residual(drift, spec, levels, gain=True, placed=True)
     assert found.refresh_at == again.refresh_at
     assert found.error_before == pytest.approx(again.error_before, rel=1e-3)

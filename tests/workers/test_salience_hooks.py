@@ -7,7 +7,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
-from reelquant.families import hunyuan_video as family
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.quantization.quantizer import fake_quantize
 from workers import salience_hooks
 from workers.candidates import FEATURES
@@ -78,7 +78,7 @@ def transformer() -> Any:
 
 def seen(transformer: Any, features: tuple[str, ...]) -> tuple[SalienceHooks, int]:
     """Two passes with the hooks of `features`, and how many of them are on blocks and linears."""
-    hooks = SalienceHooks(family, transformer, weight_bits=4, max_tokens=16, features=features)
+    hooks = SalienceHooks(FAMILY, transformer, weight_bits=4, max_tokens=16, features=features)
     inputs = {
         "hidden_states": torch.randn(1, 4, 1, 4, 6, generator=torch.Generator().manual_seed(1)),
         "encoder_hidden_states": torch.ones(1, 5, 16),
@@ -87,7 +87,7 @@ def seen(transformer: Any, features: tuple[str, ...]) -> tuple[SalienceHooks, in
         "guidance": torch.tensor([6000.0]),
     }
     with hooks.watching(), torch.no_grad():
-        blocks = [transformer.get_submodule(name) for name in family.block_names(transformer.config)]
+        blocks = [transformer.get_submodule(name) for name in FAMILY.block_names(transformer.config)]
         watched = [
             module
             for block in blocks
@@ -96,7 +96,11 @@ def seen(transformer: Any, features: tuple[str, ...]) -> tuple[SalienceHooks, in
         ]
         num = sum(len(module._forward_pre_hooks) for module in watched)
         for step in (900.0, 100.0):
-            transformer(**inputs, timestep=torch.tensor([step]))
+            call = {**inputs, "timestep": torch.tensor([step])}
+            hooks.begin(call, conditional=True)
+            transformer(**call)
+            hooks.begin(call, conditional=False)
+            transformer(**call)
     assert sum(len(module._forward_pre_hooks) for module in transformer.modules()) == 0
     return hooks, num
 
@@ -109,10 +113,11 @@ def test_only_what_is_recorded_is_computed(transformer: Any) -> None:
     for features in (("latent",), ("block_input",), ("latent", "weight_error"), ()):
         hooks, num = seen(transformer, features)
         assert set(hooks.salience) == set(features)
-        assert (num > 0) == bool({"block_input", "weight_error"} & set(features))
+        assert (num > 1) == bool({"block_input", "weight_error"} & set(features)), (
+            "one layer of the modulation at least"
+        )
         for name, steps in hooks.salience.items():
             assert all(map(torch.equal, steps, every.salience[name]))
         assert hooks.timesteps == [900.0, 100.0]
-        assert len(hooks.temb) == 2
-        assert set(hooks.conditions) == {"prompt_embeds", "pooled_embeds"}
+        assert [tuple(rows.shape) for rows in hooks.conditioning] == [(1, 24)] * 4, "of every branch"
     assert num_every > 2

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.planning.meta_run import META, peak_on_meta, tensors_of
+from pipeline.planning.meta_run import peak_on_meta, tensors_of
 from reelquant.calibration.calibrated_layers import best_clip
-from reelquant.families import hunyuan_video
+from reelquant.calibration.without_values import META
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.ops.column_sums.op import column_sums
 from reelquant.ops.implementation import reference_only
 from reelquant.ops.rounding_error.op import rounding_error
@@ -115,7 +116,7 @@ def test_two_turns_of_a_loop_take_as_much_as_all(monkeypatch: pytest.MonkeyPatch
 def test_full_size_forward_pass_is_near_the_measured_one() -> None:
     """HunyuanVideo, 720x1280x61, bfloat16, one H100: `torch.cuda.max_memory_allocated` said 30.4 GiB."""
     config = json.loads((REFERENCE / "transformer" / "config.json").read_text())
-    model = nn.Module.to(build_on_meta(config, hunyuan_video), torch.bfloat16).requires_grad_(False)
+    model = nn.Module.to(build_on_meta(config, FAMILY), torch.bfloat16).requires_grad_(False)
     half = torch.bfloat16
     peak = peak_on_meta(
         lambda: model(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reelquant.calibration.block_call import joined
 from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import (
     LARGEST_GAIN,
@@ -16,17 +17,14 @@ from reelquant.calibration.drift_repair import (
     repair_block,
 )
 from reelquant.checkpoint.layer_packing import pack_layer
-from reelquant.families import hunyuan_video as family
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.quantization.weight_grid import fit_per_channel
 from tests.errors import raises
+from tests.reelquant.narrow_blocks import BLOCKS, calls_of, config_of, constants_of, layout_of, new_block, streams_of
 
-CONFIG = {
-    "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0,
-    "qk_norm": "rms_norm", "rope_axes_dim": (4, 6, 6), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
-}  # fmt: skip
-BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
-LAYOUT = family.token_layout(CONFIG, (4, 2, 8, 10), 5)
+CONFIG = config_of()
+CALLS = calls_of(CONFIG)
+LAYOUT = layout_of(CONFIG, (4, 2, 8, 10), 5)
 
 
 def one_layer(num: int = 3, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -115,15 +113,14 @@ def test_every_fourth_sample_is_held_back(num: int, fitted: int, judges: int) ->
 def make_samples(num: int, drift: float) -> list[RepairSample]:
     """Streams, and quantized ones that are off by a factor and an offset per channel."""
     generator = torch.Generator().manual_seed(1)
-    rotary = family.rotary_embedding(CONFIG, LAYOUT)
     factor, offset = (1 + drift * torch.randn(32, generator=generator)), drift * torch.randn(32, generator=generator)
     samples = []
     for _ in range(num):
         stream = torch.randn(LAYOUT.num_tokens, 32, generator=generator)
         # Embeddings that have much in common, as those of one schedule do: so have the gates.
         temb = torch.linspace(-2, 2, 32) + 0.3 * torch.randn(1, 32, generator=generator)
-        conditioning = family.Conditioning(temb, rotary, LAYOUT)
-        samples.append(RepairSample(Sample(stream, stream * factor + offset, conditioning)))
+        exact, drifted = (streams_of(tokens, LAYOUT) for tokens in (stream, stream * factor + offset))
+        samples.append(RepairSample(Sample(exact, drifted, constants_of(CONFIG, LAYOUT, temb))))
     return samples
 
 
@@ -143,8 +140,7 @@ def quantized_copy(block: nn.Module, bits: int = 4) -> nn.Module:
 
 def make_block(name: str) -> nn.Module:
     torch.manual_seed(2)
-    block: nn.Module = family.build_block(CONFIG, name)
-    return block.eval().requires_grad_(False)
+    return new_block(CONFIG, name).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -152,11 +148,12 @@ def test_output_layers_add_up_to_the_block(name: str) -> None:
     from reelquant.calibration.drift_repair import _after_level
 
     block, sample = make_block(name), make_samples(1, 0.0)[0].stream
-    levels = family.output_layers(name)
-    after = _after_level(family, name, block, sample.reference, sample.conditioning, level=len(levels) - 1)
-    out = family.call_block(block, sample.reference, sample.conditioning)
-    assert relative_error([(after.stream, out)]) < 1e-12
-    quantizable = {layer for level in family.group_levels(name) for group in level for layer in group.layers}
+    call = CALLS[name]
+    levels = call.outputs
+    after = _after_level(call, block, sample.reference, sample.constants, level=len(levels) - 1)
+    out = call(block, sample.reference, sample.constants)
+    assert relative_error([(streams_of(after.stream, LAYOUT), out)]) < 1e-12
+    quantizable = {layer for level in call.levels for group in level for layer in group.layers}
     assert {output.layer for level in levels for output in level} <= quantizable
 
 
@@ -165,21 +162,21 @@ def test_repair_takes_drift_away_and_advances_both_streams(name: str) -> None:
     reference, samples = make_block(name), make_samples(8, 0.2)
     quantized, untouched = quantized_copy(reference), quantized_copy(reference)
     entries = [sample.stream for sample in make_samples(8, 0.2)]
-    repair = repair_block(family, name, (reference, quantized), samples)
+    repair = repair_block(CALLS[name], (reference, quantized), samples)
     assert repair.accepted
     assert repair.without == repair.before
     assert repair.after < 0.85 * repair.before, (repair.before, repair.after)
     judged = []
     for entry, sample in zip(entries, samples, strict=True):
-        exact = family.call_block(reference, entry.reference, entry.conditioning)
-        found = family.call_block(quantized, entry.quantized, entry.conditioning)
-        assert torch.equal(sample.stream.reference, exact)
-        assert torch.equal(sample.stream.quantized, found)
+        exact = CALLS[name](reference, entry.reference, entry.constants)
+        found = CALLS[name](quantized, entry.quantized, entry.constants)
+        assert torch.equal(joined(sample.stream.reference), joined(exact))
+        assert torch.equal(joined(sample.stream.quantized), joined(found))
         judged.append((found, exact))
     assert relative_error(judged[3::4]) == pytest.approx(repair.after)
     fitted = [pair for index, pair in enumerate(judged) if index % 4 != 3]
     unrepaired = [
-        (family.call_block(untouched, entry.quantized, entry.conditioning), exact)
+        (CALLS[name](untouched, entry.quantized, entry.constants), exact)
         for entry, (_, exact) in zip(entries, judged, strict=True)
     ]
     assert relative_error(fitted) < relative_error(unrepaired)
@@ -188,7 +185,7 @@ def test_repair_takes_drift_away_and_advances_both_streams(name: str) -> None:
         assert isinstance(module, QuantizedLinear)
         assert torch.equal(module.weight_scale, tensors["weight_scale"])
         assert bool((tensors["weight_scale"] > 0).all())
-    outputs = {output.layer for level in family.output_layers(name) for output in level}
+    outputs = {output.layer for level in CALLS[name].outputs for output in level}
     assert set(repair.layers) <= outputs
 
 
@@ -199,9 +196,9 @@ def test_repair_that_does_not_help_is_taken_back(name: str) -> None:
     quantized = quantized_copy(reference, bits=8)
     samples = make_samples(4, 0.3)
     held = samples[3].stream
-    held.quantized = 2 * held.reference - held.quantized
+    held.quantized = {key: 2 * held.reference[key] - stream for key, stream in held.quantized.items()}
     before = {key: value.clone() for key, value in quantized.state_dict().items()}
-    repair = repair_block(family, name, (reference, quantized), samples)
+    repair = repair_block(CALLS[name], (reference, quantized), samples)
     assert not repair.accepted
     assert repair.after >= repair.before
     assert all(torch.equal(value, before[key]) for key, value in quantized.state_dict().items())
@@ -212,18 +209,18 @@ def test_layers_that_are_not_quantized_are_left_alone() -> None:
     reference = make_block(name)
     quantized = quantized_copy(reference)
     quantized.set_submodule("ff.net.2", copy.deepcopy(reference.get_submodule("ff.net.2")))
-    repair = repair_block(family, name, (reference, quantized), make_samples(5, 0.2))
+    repair = repair_block(CALLS[name], (reference, quantized), make_samples(5, 0.2))
     assert repair.layers
     assert set(repair.layers) <= {"attn.to_out.0", "attn.to_add_out", "ff_context.net.2"}
     plain = make_samples(5, 0.2)
-    nothing = repair_block(family, name, (reference, copy.deepcopy(reference)), plain)
+    nothing = repair_block(CALLS[name], (reference, copy.deepcopy(reference)), plain)
     assert (nothing.accepted, nothing.before) == (False, nothing.after)
 
 
 def test_biases_are_rounded_to_the_dtype_in_which_they_are_stored() -> None:
     reference = make_block(BLOCKS[1])
     quantized = quantized_copy(reference)
-    repair = repair_block(family, BLOCKS[1], (reference, quantized), make_samples(4, 0.2), bias_dtype=torch.bfloat16)
+    repair = repair_block(CALLS[BLOCKS[1]], (reference, quantized), make_samples(4, 0.2), bias_dtype=torch.bfloat16)
     bias = repair.layers["proj_out"]["bias"]
     assert torch.equal(bias, bias.bfloat16().float())
     assert bias.dtype == torch.float32

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from reelquant.calibration.saved_tensors import _Shelf
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
-from reelquant.families import hunyuan_video as family
 from reelquant.settings.attention import SparseAttention
 from reelquant.settings.recipe import Recipe
 from tests.errors import raises
-from tests.reelquant.calibration.test_segment_distillation import RECIPES, bits_of, make_samples, outlier_blocks
+from tests.reelquant.calibration.test_segment_distillation import CALLS, RECIPES, make_samples, outlier_blocks
+from tests.reelquant.narrow_blocks import bits_of
 
 GRID = torch.arange(120.0).reshape(2, 3, 4, 5)
 TENSORS = {
@@ -53,7 +53,7 @@ def distilled(recipe: Recipe, *, lean: bool) -> list[DistilledBlock]:
     blocks = outlier_blocks()
     return list(
         distill_segment(
-            family, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
+            CALLS, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
             conditioning_rows=rows, seed_of=len, fall_back=False, progress=lambda *_: None, lean=lean,
         )
     )  # fmt: skip

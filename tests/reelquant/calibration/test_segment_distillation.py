@@ -4,14 +4,13 @@ import copy
 import functools
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from reelquant.calibration.attention_distillation import global_attention_loss
+from reelquant.calibration.block_call import joined
 from reelquant.calibration.block_distillation import (
     BlockDiverged,
     Sample,
@@ -24,12 +23,21 @@ from reelquant.calibration.block_distillation import (
 )
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer
-from reelquant.families import hunyuan_video as family
 from reelquant.quantization.linear import replace_linear_layers
 from reelquant.settings.attention import SparseAttention
 from reelquant.settings.generation import LayerBits
 from reelquant.settings.recipe import Recipe
 from tests.errors import raises
+from tests.reelquant.narrow_blocks import (
+    BLOCKS,
+    bits_of,
+    calls_of,
+    config_of,
+    constants_of,
+    layout_of,
+    new_block,
+    streams_of,
+)
 
 NOTHING = Recipe()
 S2Q = replace(
@@ -47,12 +55,9 @@ RECIPES = {
     "s2q with attention terms": replace(S2Q, attention_distillation="both", pool_size=8, num_salient_tokens=6),
 }
 SPARSE = SparseAttention(density=0.5, calibrate="sparse")
-CONFIG = {
-    "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0,
-    "qk_norm": "rms_norm", "rope_axes_dim": (4, 6, 6), "rope_theta": 256.0, "patch_size": 2, "patch_size_t": 1,
-}  # fmt: skip
-BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
-LAYOUT = family.token_layout(CONFIG, (4, 2, 8, 10), 5)
+CONFIG = config_of()
+CALLS = calls_of(CONFIG)
+LAYOUT = layout_of(CONFIG, (4, 2, 8, 10), 5)
 
 
 def outlier_blocks() -> dict[str, nn.Module]:
@@ -60,7 +65,7 @@ def outlier_blocks() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     blocks = {}
     for name in BLOCKS:
-        block = family.build_block(CONFIG, name).eval()
+        block = new_block(CONFIG, name)
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data[:, ::13] *= 4
@@ -69,25 +74,15 @@ def outlier_blocks() -> dict[str, nn.Module]:
 
 
 def make_samples(num: int = 4) -> tuple[list[Sample], Tensor]:
-    """Streams with outlier channels, and the timestep embeddings."""
+    """Streams with outlier channels, and what the modulation layers read."""
     generator = torch.Generator().manual_seed(1)
     channels = 1 + 6 * (torch.rand(32, generator=generator) > 0.9)
     rows = torch.randn(num, 32, generator=generator)
-    rotary = family.rotary_embedding(CONFIG, LAYOUT)
     samples = []
     for row in rows:
-        stream = torch.randn(LAYOUT.num_tokens, 32, generator=generator) * channels
-        samples.append(Sample(stream, stream, family.Conditioning(row.unsqueeze(0), rotary, LAYOUT)))
-    return samples, rows
-
-
-def bits_of(name: str, weight: int = 4, activation: int = 6) -> dict[str, LayerBits]:
-    return {
-        layer: LayerBits(weight, 16 if group.stream == "conditioning" else activation)
-        for level in family.group_levels(name)
-        for group in level
-        for layer in group.layers
-    }
+        streams = streams_of(torch.randn(LAYOUT.num_tokens, 32, generator=generator) * channels, LAYOUT)
+        samples.append(Sample(streams, streams, constants_of(CONFIG, LAYOUT, row.unsqueeze(0))))
+    return samples, nn.functional.silu(rows)
 
 
 def run(
@@ -101,7 +96,7 @@ def run(
     blocks = blocks or outlier_blocks()
     return list(
         distill_segment(
-            family, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
+            CALLS, blocks, samples, bits={name: bits_of(name) for name in blocks}, recipe=recipe,
             dense_blocks=dense_blocks, conditioning_rows=rows, seed_of=lambda name: len(name), fall_back=fall_back,
             progress=lambda *_: None,
         )
@@ -139,20 +134,21 @@ def test_the_stored_block_computes_what_was_calibrated(recipe: Recipe) -> None:
     for sample in samples[:2]:
         for block in distilled:
             assert set(block.layers) == set(bits_of(block.name))
-        stream = sample.reference
+        streams = sample.reference
         for block in distilled:
             stored = stored_block(references[block.name], block)
             with torch.no_grad():
-                target = family.call_block(references[block.name], stream, sample.conditioning)
-                out = family.call_block(stored, stream, sample.conditioning)
-            sqnr = 10 * math.log10(float(target.square().sum() / (target - out).square().sum()))
+                call, entry = CALLS[block.name], streams
+                streams = call(references[block.name], entry, sample.constants)
+                out = call(stored, entry, sample.constants)
+            target, found = joined(streams), joined(out)
+            sqnr = 10 * math.log10(float(target.square().sum() / (target - found).square().sum()))
             assert 8 < sqnr < 80, f"{block.name}: {sqnr:.1f} dB"
-            stream = target
     if recipe.needs_activations:
         # The worker's own loss after rounding is that of the stored block on the calibration samples.
         fresh, _ = make_samples()
-        prepare_targets(family, references[BLOCKS[0]], fresh, recipe)
-        stored_loss = mean_loss(family, stored_block(references[BLOCKS[0]], distilled[0]), fresh)
+        prepare_targets(CALLS[BLOCKS[0]], references[BLOCKS[0]], fresh, recipe)
+        stored_loss = mean_loss(CALLS[BLOCKS[0]], stored_block(references[BLOCKS[0]], distilled[0]), fresh)
         assert stored_loss == pytest.approx(distilled[0].result.loss_after, rel=2e-2)
 
 
@@ -185,16 +181,15 @@ def test_the_error_of_a_step_is_that_of_all_tokens_in_the_mean() -> None:
     for name in BLOCKS:
         samples, _ = make_samples(1)
         reference = outlier_blocks()[name].requires_grad_(False)
-        prepare_targets(family, reference, samples, S2Q)
-        block, _ = calibrated_copy(
-            reference, family.group_levels(name), bits=bits_of(name), recipe=S2Q, activation_amax={}
-        )
+        call = CALLS[name]
+        prepare_targets(call, reference, samples, S2Q)
+        block, _ = calibrated_copy(reference, call.levels, bits=bits_of(name), recipe=S2Q, activation_amax={})
         sample = samples[0].at(block)
         with torch.no_grad():
-            exact = weighted_error(family.call_block(block, sample.quantized, sample.conditioning), sample)
-            assert torch.equal(step_error(family, block, sample, S2Q, seed=3), exact), "all tokens: today's bits"
+            exact = weighted_error(call(block, sample.quantized, sample.constants), sample)
+            assert torch.equal(step_error(call, block, sample, S2Q, seed=3), exact), "all tokens: today's bits"
             quarter = replace(S2Q, tokens_per_step=0.25)
-            errors = [step_error(family, block, sample, quarter, seed=seed) for seed in range(300)]
+            errors = [step_error(call, block, sample, quarter, seed=seed) for seed in range(300)]
         estimates = torch.stack(errors).double()
         spread = float(estimates.std())
         assert 0.02 < spread / float(exact) < 0.5
@@ -240,13 +235,13 @@ def test_a_block_that_diverges_stops_with_its_name_and_step_or_falls_back() -> N
 
 def test_token_weights_are_those_of_the_full_precision_attention() -> None:
     samples, _ = make_samples(1)
-    prepare_targets(family, outlier_blocks()[BLOCKS[0]], samples, S2Q)
+    prepare_targets(CALLS[BLOCKS[0]], outlier_blocks()[BLOCKS[0]], samples, S2Q)
     weights = samples[0].weights
     assert weights is not None
     assert weights.shape == (LAYOUT.num_tokens,)
     assert float(weights.min()) == pytest.approx(0.5)
     assert float(weights.max()) == pytest.approx(1.0)
-    prepare_targets(family, outlier_blocks()[BLOCKS[0]], samples, NOTHING)
+    prepare_targets(CALLS[BLOCKS[0]], outlier_blocks()[BLOCKS[0]], samples, NOTHING)
 
 
 @pytest.mark.parametrize("terms", ["global", "local", "both"])
@@ -272,8 +267,8 @@ def test_attention_terms_bring_the_attention_nearer() -> None:
         total = 0.0
         for sample in make_samples()[0]:
             for module in (reference, block):
-                with torch.no_grad(), family.watch_attention(module, lambda q, k, _v: found.append((q, k))):
-                    family.call_block(module, sample.reference, sample.conditioning)
+                with torch.no_grad(), CALLS[BLOCKS[0]].watch_attention(module, lambda q, k, _v: found.append((q, k))):
+                    CALLS[BLOCKS[0]](module, sample.reference, sample.constants)
             total += float(global_attention_loss(*found[-2], *found[-1], 1))
         return total
 
@@ -318,34 +313,20 @@ def test_layers_of_one_group_need_the_same_activation_bits() -> None:
     name = BLOCKS[0]
     bits = {**bits_of(name), "attn.to_k": LayerBits(4, 8)}
     with raises(ValueError, "attn.to_q", "attn.to_k", 6, 8):
-        calibrated_copy(
-            outlier_blocks()[name], family.group_levels(name), bits=bits, recipe=NOTHING, activation_amax={}
-        )
+        calibrated_copy(outlier_blocks()[name], CALLS[name].levels, bits=bits, recipe=NOTHING, activation_amax={})
 
 
 def test_only_what_is_to_be_learned_changes() -> None:
     recipe = replace(S2Q, rotation="hadamard", clip="none", epochs=2)
     samples, _ = make_samples()
     reference = outlier_blocks()[BLOCKS[0]].requires_grad_(False)
-    prepare_targets(family, reference, samples, recipe)
-    block, groups = calibrated_copy(
-        reference, family.group_levels(BLOCKS[0]), bits=bits_of(BLOCKS[0]), recipe=recipe, activation_amax={}
-    )
-    learn(family, BLOCKS[0], block, groups=groups, samples=samples, recipe=recipe, seed=0, progress=lambda *_: None)
+    call = CALLS[BLOCKS[0]]
+    prepare_targets(call, reference, samples, recipe)
+    block, groups = calibrated_copy(reference, call.levels, bits=bits_of(call.name), recipe=recipe, activation_amax={})
+    learn(call, block, groups=groups, samples=samples, recipe=recipe, seed=0, progress=lambda *_: None)
     for group in (group for level in groups for group in level):
         if group.transform.skew is not None:
             assert not bool(group.transform.skew.any())
         if group.transform.log_scale is not None:
             assert bool(group.transform.log_scale.any())
         assert group.transform.clip() == 1.0
-
-
-def test_the_library_takes_the_real_model() -> None:
-    """Names of blocks and layers fit diffusers' class: every linear of a block is in exactly one group."""
-    with torch.device("meta"):
-        model: Any = HunyuanVideoTransformer3DModel(num_layers=1, num_single_layers=1)
-    for name in family.block_names(model.config):
-        grouped = [layer for level in family.group_levels(name) for group in level for layer in group.layers]
-        assert len(set(grouped)) == len(grouped)
-        linears = {n for n, m in model.get_submodule(name).named_modules() if isinstance(m, nn.Linear)}
-        assert set(grouped) == linears

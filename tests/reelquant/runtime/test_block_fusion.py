@@ -14,8 +14,9 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
+from reelquant.calibration.input_groups import block_calls
 from reelquant.checkpoint.schema import QuantizationSpec
-from reelquant.families import hunyuan_video as family
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.linear import replace_linear_layers
 from reelquant.quantization.packing import pack_bits
@@ -42,8 +43,8 @@ def quantized(*, head_dim: int = 16, layout: str = "two_level", bits: tuple[int,
     model.eval().requires_grad_(False)
     layers: dict[str, LayerSpec] = {}
     tensors: dict[str, Tensor] = {}
-    for block in family.block_names(dict(model.config)):
-        for level in family.group_levels(block):
+    for block, call in block_calls(FAMILY, model.config).items():
+        for level in call.levels:
             for group in level:
                 names = [f"{block}.{name}" for name in group.layers]
                 modulation = group.stream == "conditioning"

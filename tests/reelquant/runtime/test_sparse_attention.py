@@ -19,21 +19,23 @@ import reelquant  # noqa: F401
 from reelquant.attention.residual_cache import ResidualCache
 from reelquant.attention.sparse_spec import SparseAttentionSpec, dense_threshold, refresh_thresholds
 from reelquant.checkpoint.schema import QuantizationSpec
-from reelquant.families import hunyuan_video as family
 from reelquant.families import hunyuan_video_attention
+from reelquant.families.hunyuan_video import FAMILY
 from reelquant.runtime import sparse_attention
 from reelquant.runtime.attach import attach_runtime
 from reelquant.runtime.generation import GenerationTracker
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from reelquant.runtime.sparse_attention import AttentionPrecision, SparseAttention, Visited
 from reelquant.settings.attention import Residual
+from reelquant.tokens import TokenLayout
 from tests.errors import raises
+from tests.reelquant.narrow_blocks import layout_of
 
 MODEL = Path(__file__).parents[3] / "assets" / "hunyuanvideo-digits"
 SHAPE = {"height": 32, "width": 48, "num_frames": 9}
 PROMPTS = ["the digit 3 moving left and the digit 7 moving down", "the digit 5 moving right"]
 BLOCKS = tuple([f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_blocks.{i}" for i in range(6)])
-LEVELS = PipelineSchedule(MODEL, family)
+LEVELS = PipelineSchedule(MODEL, FAMILY)
 SPEC = SparseAttentionSpec(
     density=0.3, head_kinds=dict.fromkeys(BLOCKS, "sts"), interval=3, residual=Residual(order=2, rank=8)
 )
@@ -149,7 +151,7 @@ def test_the_pairs_that_ran_are_those_of_the_specification(sparse: Any) -> None:
     latents(sparse, PROMPTS[0], steps=7)
     config = sparse.transformer.config
     tokens = len(sparse.encode_prompt(PROMPTS[0], max_sequence_length=32)[2].nonzero())
-    layout = family.token_layout(config, noise(0).shape, tokens)
+    layout = layout_of(config, tuple(noise(0).shape[1:]), tokens)
     from reelquant.tokens import band_width
 
     width = band_width(layout, SPEC.density)
@@ -375,7 +377,7 @@ def test_adjacent_keeps_the_residual_of_dense_steps_too() -> None:
     spec = replace(SPEC, residual=residual, interval=4, dense_above=dense_threshold(3, levels, refreshes=True))
     assert spec.schedule(levels)[:5] == ["refresh", "refresh", "refresh", "sparse", "sparse"]
     plain = replace(spec, residual=replace(residual, extrapolation="linear"))
-    blocks, layout = BLOCKS, family.token_layout({"patch_size": 1, "patch_size_t": 1}, (8, 3, 8, 12), 9)
+    blocks, layout = BLOCKS, TokenLayout(3, 8, 12, 9)
     both = [s.effective_density(layout, 5, noise_levels=levels, blocks=blocks) for s in (spec, plain)]
     assert both[0] == both[1], "a refresh is a dense step"
 

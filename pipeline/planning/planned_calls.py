@@ -1,0 +1,62 @@
+"""The calls that a run will record, without values: the transformer's own code run on the meta device, a block of each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from pipeline.context import RunContext
+from pipeline.planning.meta_run import to_dtype
+from pipeline.planning.token_counts import TokenCounts
+from reelquant.calibration.block_call import Constants, Recording, Streams
+from reelquant.calibration.without_values import META, answers
+from workers.model_source import build_on_meta
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """A call of the transformer for one video, and what is recorded of its blocks."""
+
+    arguments: dict[str, Any]
+    streams: Streams
+    """In front of any block."""
+    constants: Constants
+
+    @property
+    def stream_tensors(self) -> list[Tensor]:
+        """The streams' tensors."""
+        return list(self.streams.values())
+
+
+def planned_arguments(
+    context: RunContext, counts: TokenCounts, dtype: torch.dtype, *, num_text: int, batch: int = 1
+) -> dict[str, Any]:
+    """Arguments of a call of the transformer on the meta device."""
+    model = context.model
+    with META:
+        call = model.family.inputs(model.config, replace(counts.size, num_text=num_text, batch=batch))
+    cast = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, call)
+    return {**cast, "timestep": call["timestep"]}
+
+
+def planned_call(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> PlannedCall:
+    """The call with the longest text among the calibration prompts."""
+    family = context.model.family
+    call = planned_arguments(context, counts, dtype, num_text=max(counts.text.values(), default=1))
+    short = {**context.model.config, **dict.fromkeys(family.blocks.values(), 1)}
+    transformer = to_dtype(build_on_meta(short, family), dtype)
+    recording = Recording(family, transformer, call, family.block_names(short)[:1])
+    seen: list[Streams] = []
+
+    def see(_name: str, streams: Streams | None) -> None:
+        if streams is not None:
+            seen.append(streams)
+
+    with META, answers(), torch.no_grad(), recording.watching(see):
+        transformer(**call)
+    assert recording.constants is not None
+    return PlannedCall(call, seen[0], recording.constants)

@@ -1,0 +1,211 @@
+"""Tiny random transformers of six families, and declarations of those that the package does not have."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from reelquant.families.family import Arguments, Config, Family, VideoSize
+from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
+from reelquant.tokens import Grid
+
+
+def falling(scheduler: Any, num_steps: int, _num_video: int | None) -> list[float]:
+    scheduler.set_timesteps(num_steps)
+    return [float(timestep) / 1000 for timestep in scheduler.timesteps]
+
+
+def level(timestep: float) -> float:
+    return timestep / 1000
+
+
+def _wan_grid(config: Config, call: Arguments) -> Grid:
+    frames, height, width = call["hidden_states"].shape[-3:]
+    patch = config["patch_size"]
+    return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def _wan_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.empty(size.batch, config["in_channels"], size.frames, size.height, size.width),
+        "timestep": torch.empty(size.batch),
+        "encoder_hidden_states": torch.empty(size.batch, size.num_text, config["text_dim"]),
+        "return_dict": False,
+    }
+
+
+def _hunyuan_video_15_grid(config: Config, call: Arguments) -> Grid:
+    frames, height, width = call["hidden_states"].shape[-3:]
+    return frames // config["patch_size_t"], height // config["patch_size"], width // config["patch_size"]
+
+
+def _hunyuan_video_15_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
+    batch, text = size.batch, (size.batch, size.num_text)
+    return {
+        "hidden_states": torch.empty(batch, config["in_channels"], size.frames, size.height, size.width),
+        "timestep": torch.empty(batch),
+        "encoder_hidden_states": torch.empty(*text, config["text_embed_dim"]),
+        "encoder_attention_mask": torch.ones(text),
+        "encoder_hidden_states_2": torch.empty(batch, 4, config["text_embed_2_dim"]),
+        "encoder_attention_mask_2": torch.ones(batch, 4),
+        "image_embeds": torch.empty(batch, 3, config["image_embed_dim"]),
+        "return_dict": False,
+    }
+
+
+def _cogvideox_grid(config: Config, call: Arguments) -> Grid:
+    _, frames, _, height, width = call["hidden_states"].shape
+    return frames, height // config["patch_size"], width // config["patch_size"]
+
+
+def _cogvideox_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.empty(size.batch, size.frames, config["in_channels"], size.height, size.width),
+        "timestep": torch.empty(size.batch),
+        # Its positions are learned: there are always as many.
+        "encoder_hidden_states": torch.empty(size.batch, config["max_text_seq_length"], config["text_embed_dim"]),
+        "return_dict": False,
+    }
+
+
+WAN = Family(
+    name="Wan", architecture="WanTransformer3DModel", blocks={"blocks": "num_layers"}, self_attention="attn1", text="apart",
+    grid=_wan_grid, inputs=_wan_inputs, noise_level=level, noise_levels=falling, guidance="two_passes",
+    outside={"condition_embedder.*": "embedder"},
+)  # fmt: skip
+HUNYUAN_VIDEO_15 = Family(
+    name="HunyuanVideo-1.5", architecture="HunyuanVideo15Transformer3DModel", blocks={"transformer_blocks": "num_layers"},
+    self_attention="attn", text="after", grid=_hunyuan_video_15_grid, inputs=_hunyuan_video_15_inputs, noise_level=level,
+    noise_levels=falling, guidance="two_passes", streams={0: "hidden_states", 1: "encoder_hidden_states"},
+    joined=(("norm1.linear", "norm1_context.linear"),), outside={"*.refiner_blocks.*": "refiner"},
+)  # fmt: skip
+COGVIDEOX = Family(
+    name="CogVideoX", architecture="CogVideoXTransformer3DModel", blocks={"transformer_blocks": "num_layers"},
+    self_attention="attn1", text="before", grid=_cogvideox_grid, inputs=_cogvideox_inputs, noise_level=level,
+    noise_levels=falling, guidance="batched", channel_axis=2, outside={"time_embedding.*": "embedder"},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family and how to make one of its models and a call of it."""
+
+    family: Family
+    settings: dict[str, Any]
+    call: Callable[[], dict[str, Any]]
+    scheduler: Any
+    num_grouped: int
+    """Linears of a block that share their input with another one."""
+
+    def model(self) -> Any:
+        torch.manual_seed(0)
+        built = getattr(diffusers, self.family.architecture)(**self.settings).eval().requires_grad_(False)
+        for parameter in built.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.2
+        return built
+
+
+def _text(length: int, width: int) -> dict[str, Any]:
+    return {"encoder_hidden_states": torch.randn(1, length, width), "return_dict": False}
+
+
+TINY = {
+    "HunyuanVideo": Tiny(
+        HUNYUAN_VIDEO,
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 12,
+            "pooled_projection_dim": 8,
+            "rope_axes_dim": (4, 6, 6),
+        },
+        lambda: {
+            "hidden_states": torch.randn(1, 4, 3, 6, 10),
+            "timestep": torch.tensor([700.0]),
+            **_text(8, 12),
+            "encoder_attention_mask": torch.ones(1, 8),
+            "pooled_projections": torch.randn(1, 8),
+            "guidance": torch.tensor([6000.0]),
+        },
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        8,
+    ),
+    "HunyuanVideo-1.5": Tiny(
+        HUNYUAN_VIDEO_15,
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "text_embed_dim": 16,
+            "text_embed_2_dim": 8,
+            "image_embed_dim": 12,
+            "rope_axes_dim": (2, 6, 8),
+            "target_size": 16,
+            "task_type": "t2v",
+        },
+        lambda: {
+            "hidden_states": torch.randn(1, 4, 2, 4, 4),
+            "timestep": torch.tensor([500.0]),
+            **_text(6, 16),
+            "encoder_attention_mask": torch.ones(1, 6),
+            "encoder_hidden_states_2": torch.randn(1, 4, 8),
+            "encoder_attention_mask_2": torch.ones(1, 4),
+            "image_embeds": torch.zeros(1, 3, 12),
+        },
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        8,
+    ),
+    "Wan": Tiny(
+        WAN,
+        {
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 32,
+            "ffn_dim": 32,
+            "num_layers": 3,
+            "cross_attn_norm": True,
+            "rope_max_seq_len": 32,
+        },
+        lambda: {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([500]), **_text(7, 16)},
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        5,
+    ),
+    "CogVideoX": Tiny(
+        COGVIDEOX,
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 8,
+            "num_layers": 3,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 9,
+            "patch_size": 2,
+            "temporal_compression_ratio": 4,
+            "max_text_seq_length": 8,
+        },
+        lambda: {"hidden_states": torch.randn(1, 3, 4, 8, 8), "timestep": torch.tensor([500]), **_text(8, 8)},
+        diffusers.CogVideoXDDIMScheduler(),
+        3,
+    ),
+}
