@@ -53,6 +53,8 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+MOST_OBJECTS = 100_000
+"""Objects that the collector looks through."""
 WAITING_FRAC = 0.6
 """Part of all groups, in their order, within which those with Ray begin."""
 
@@ -88,6 +90,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(trylast=True)  # after the module's own fixtures are gone
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Modules that tests have imported stay as well. Workers and libraries collect everything at the end of each unit and film,
+    a third of a second for a million objects."""
+    if nextitem is not None and nextitem.path != item.path and len(gc.get_objects()) > MOST_OBJECTS:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
