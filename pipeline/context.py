@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolv
 from pipeline.model_facts import ModelFacts
 from pipeline.run_units import prompt_names
 from pipeline.setting_checks import setting_problems
+from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import fingerprint
+from reelquant.families.family import Family
 from reelquant.runtime.knobs import refresh_problems
+from reelquant.settings.generation import Generation
 from reelquant.settings.recipe import Recipe
 from storage.atomic_files import sha256_file
 from storage.manifest import Manifest
@@ -22,7 +26,14 @@ from storage.run_directory import RunDirectory
 from workers.candidates import shortage
 from workers.generation import branches
 from workers.messages import MethodPlan, PromptUnit, RunSource
-from workers.model_source import ModelCheck, check_model, family_of_model, linear_shapes, transformer_config
+from workers.model_source import (
+    ModelCheck,
+    check_model,
+    family_of_model,
+    linear_shapes,
+    transformer_config,
+    video_size,
+)
 from workers.recognition import DigitRecognizer
 from workers.sharding import Sharding
 
@@ -98,11 +109,21 @@ class Run:
     manifest: Manifest
 
 
-def model_facts(found: FoundModel, *, variant: str | None = None) -> ModelFacts:
+def model_facts(found: FoundModel, generation: Generation, *, variant: str | None = None) -> ModelFacts:
     """Reads the model's configuration; no weights."""
     family, config = family_of_model(found.folder), transformer_config(found.folder)
     linears = linear_shapes(config, family)
-    return ModelFacts(found, family, config, linears, layer_kinds(family, config, linears), variant)
+    kinds = layer_kinds(family, config, linears)
+    return ModelFacts(found, family, config, linears, kinds, variant, _num_video(found.folder, family, generation))
+
+
+def _num_video(model: Path, family: Family, generation: Generation) -> int | None:
+    """Video tokens of a generation, None where the VAE does not say: its problems are named elsewhere."""
+    config = transformer_config(model)
+    with contextlib.suppress(ValueError, TypeError, KeyError), META:
+        call = family.inputs(config, video_size(model, generation))
+        return family.layout(config, call, 0).num_video
+    return None
 
 
 def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
@@ -143,7 +164,7 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
     if not checked.can_plan:
         raise ConfigError(list(dict.fromkeys(problems)))
     try:
-        model = model_facts(found, variant=config.model_variant)
+        model = model_facts(found, config.generation, variant=config.model_variant)
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
         impossible = [problem for method in config.methods for problem in _sparse_problems(method, model, config)]

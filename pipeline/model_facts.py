@@ -27,6 +27,8 @@ class ModelFacts:
     """`block`, `modulation`, `refiner` or `embedder`, by full layer name."""
     variant: str | None = None
     """Of the weight files."""
+    num_video: int | None = None
+    """Video tokens of the run's generations; None where they are not known."""
 
     @property
     def folder(self) -> Path:
@@ -49,7 +51,7 @@ class ModelFacts:
         Raises:
             ValueError: the scheduler is unknown or cannot do what the pipeline asks of it.
         """
-        return PipelineSchedule(self.folder, self.family)(num_steps)
+        return PipelineSchedule(self.folder, self.family, self.num_video)(num_steps)
 
     def sigmas(self, num_steps: int) -> list[float]:
         """Sigmas of the latents of such a generation, noise to video, `[num_steps + 1]`.
@@ -57,4 +59,4 @@ class ModelFacts:
         Raises:
             ValueError: the network's outputs do not follow from the latents of the model's scheduler.
         """
-        return PipelineSchedule(self.folder, self.family).sigmas(num_steps)
+        return PipelineSchedule(self.folder, self.family, self.num_video).sigmas(num_steps)

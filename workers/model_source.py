@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_json
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_components, read_json
 from reelquant.checkpoint.safetensors_file import StoredTensor
-from reelquant.families.family import Family, empty_transformer, family_of_architecture
+from reelquant.families.family import Family, VideoSize, empty_transformer, family_of_architecture
+from reelquant.settings.generation import Generation
 from workers.component_check import component_problems, pipeline_class_of, structure_problems
 
 
@@ -157,6 +159,47 @@ def build_on_meta(config: Mapping[str, Any], family: Family) -> nn.Module:
     """The whole transformer without memory."""
     model: nn.Module = empty_transformer(config, family.architecture)
     return model
+
+
+def empty_component(model: Path, name: str) -> nn.Module | None:
+    """A component of a pipeline folder without memory, or None for what is no torch module (schedulers, tokenizers)."""
+    library, class_name = read_components(model)[name]
+    kind: Any = getattr(importlib.import_module(library), class_name)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        return None
+    folder, found = model / name, cast(Any, kind)
+    with torch.device("meta"):
+        if library == "transformers":
+            built: nn.Module = found(found.config_class.from_pretrained(str(folder), local_files_only=True))
+        else:
+            built = found.from_config(read_json(folder / "config.json"))
+    return built
+
+
+def compression(model: Path) -> tuple[int, int]:
+    """How many frames, and pixels on a side, of a video are one of the latents of its VAE.
+
+    Raises:
+        ValueError: there is no VAE, or it cannot be built and its configuration does not say so.
+    """
+    names = ("temporal_compression_ratio", "spatial_compression_ratio")
+    found: dict[str, Any] = read_json(model / "vae" / "config.json")
+    if any(found.get(name) is None for name in names):
+        vae = empty_component(model, "vae")
+        found = {name: getattr(vae, name) for name in names}
+    temporal, spatial = (int(found[name]) for name in names)
+    return temporal, spatial
+
+
+def video_size(model: Path, generation: Generation) -> VideoSize:
+    """Sizes of the latents of a video.
+
+    Raises:
+        ValueError: as `compression`.
+    """
+    temporal, spatial = compression(model)
+    height, width = generation.height // spatial, generation.width // spatial
+    return VideoSize((generation.num_frames - 1) // temporal + 1, height, width, generation.max_sequence_length)
 
 
 def empty_block(config: Mapping[str, Any], family: Family, name: str) -> nn.Module:

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reelquant.calibration.without_values import META, answer, as_list, places
+from reelquant.calibration.without_values import META, answer, as_list, no_autocast, places
 
 _CPU = torch.device("cpu")
 
@@ -46,6 +46,7 @@ def peak_on_meta(work: Callable[[], Any], *, holding: Iterable[Tensor] = (), on_
         live.see(tensor)
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.device(META))
+        modes.enter_context(no_autocast())
         modes.enter_context(_Functions(on_gpu=on_gpu))
         modes.enter_context(_Dispatch(live))
         work()

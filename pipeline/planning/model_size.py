@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from pipeline.config.loading import ConfigError
 from pipeline.model_facts import ModelFacts
-from reelquant.checkpoint.pipeline_files import list_files, read_components, read_json
+from reelquant.checkpoint.pipeline_files import list_files, read_components
 from reelquant.checkpoint.reader import TRANSFORMER, read_weights
 from reelquant.quantization.layer_spec import LayerSpec, TensorInfo, layer_tensors
 from reelquant.quantization.rotation import block_size
 from workers.messages import MethodPlan
-from workers.model_source import build_on_meta
+from workers.model_source import build_on_meta, empty_component
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
 _SOURCE_BYTES = 2
@@ -180,21 +175,5 @@ def components(model: Path) -> dict[str, tuple[str, str]]:
 
 def num_parameters(model: Path, component: str) -> int:
     """Parameters of a component with a `config.json`, built without memory; 0 for what is no torch module."""
-    built = component_on_meta(model, component)
+    built = empty_component(model, component)
     return 0 if built is None else sum(parameter.numel() for parameter in built.parameters())
-
-
-def component_on_meta(model: Path, component: str) -> nn.Module | None:
-    """A component without memory, or None for what is no torch module (schedulers, tokenizers)."""
-    library, name = components(model)[component]
-    found: Any = getattr(importlib.import_module(library), name)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        return None
-    kind: Any = found
-    folder = model / component
-    with torch.device("meta"):
-        if library == "transformers":
-            built: nn.Module = kind(kind.config_class.from_pretrained(str(folder), local_files_only=True))
-        else:
-            built = kind.from_config(read_json(folder / "config.json"))
-    return built

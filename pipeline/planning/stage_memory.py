@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from pipeline.context import RunContext
 from pipeline.planning.block_memory import BlockMemory
 from pipeline.planning.meta_run import bytes_of, peak_on_meta, tensors_of, to_dtype
-from pipeline.planning.model_size import component_on_meta, components
+from pipeline.planning.model_size import components
 from pipeline.planning.planned_calls import planned_arguments
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models
@@ -40,7 +40,7 @@ from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
 from reelquant.ops.implementation import reference_only
 from workers.evaluation_worker import OTHER_ATTENTION
-from workers.model_source import build_on_meta
+from workers.model_source import build_on_meta, empty_component
 from workers.salience_hooks import SalienceHooks
 from workers.step_effects import spread_steps
 
@@ -178,7 +178,7 @@ class StageMemory:
     def _decoding(self) -> int:
         """Of decoding one video, beside the VAE's weights: its first tile, and twice the video, in tiles and put together, if
         there are others."""
-        built = component_on_meta(self._context.model.folder, "vae")
+        built = empty_component(self._context.model.folder, "vae")
         if built is None:
             return 0
         vae, size = cast(Any, to_dtype(built, self._dtype)), self._counts.size
@@ -200,7 +200,7 @@ class StageMemory:
     def _component_bytes(self, name: str) -> int:
         if not (self._context.model.folder / name / "config.json").is_file():
             return 0
-        built = component_on_meta(self._context.model.folder, name)
+        built = empty_component(self._context.model.folder, name)
         return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
 
 

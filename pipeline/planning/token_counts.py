@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from pipeline.context import RunContext
-from pipeline.planning.model_size import component_on_meta
 from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import read_json
 from reelquant.families.family import Config, Family, PromptTemplate, VideoSize
 from reelquant.tokens import TokenLayout, band_width
 from workers.library_messages import quieten_libraries
+from workers.model_source import compression, video_size
 
 
 @dataclass
@@ -41,21 +40,28 @@ def count_tokens(context: RunContext) -> TokenCounts:
     """Counts the tokens of a run; problems are collected, not raised."""
     generation, model = context.config.generation, context.model
     counts = TokenCounts()
-    vae = _vae(model.folder, counts)
-    spatial, temporal = int(vae.spatial_compression_ratio), int(vae.temporal_compression_ratio)
-    frames = (generation.num_frames - 1) // temporal + 1
-    height, width = generation.height // spatial, generation.width // spatial
-    counts.size = VideoSize(frames, height, width, generation.max_sequence_length)
-    counts.video_shape = ((frames - 1) * temporal + 1, height * spatial, width * spatial, 3)
+    try:
+        temporal, spatial = compression(model.folder)
+    except (ValueError, TypeError) as error:
+        counts.problems.append(f"model: {error}")
+        return counts
+    counts.size = video_size(model.folder, generation)
+    counts.video_shape = (
+        (counts.size.frames - 1) * temporal + 1,
+        counts.size.height * spatial,
+        counts.size.width * spatial,
+        3,
+    )
     with META:
         call = model.family.inputs(model.config, counts.size)
     counts.latent_shape = tuple(call["hidden_states"].shape[1:])
     counts.layout = model.family.layout(model.config, call, generation.max_sequence_length)
     counts.problems += _grid_problems(context, spatial=spatial, temporal=temporal)
-    made, read = getattr(vae.config, "latent_channels", None), int(model.config["in_channels"])
-    if made is not None and made != read:
+    made = read_json(model.folder / "vae" / "config.json").get("latent_channels")
+    if made is not None and made != int(model.config["in_channels"]):
         counts.problems.append(
-            f"model: the VAE makes {made} latent channels, the transformer reads {read}: they are not of one pipeline"
+            f"model: the VAE makes {made} latent channels, the transformer reads {model.config['in_channels']}: "
+            "they are not of one pipeline"
         )
     _count_text(context, counts)
     return counts
@@ -77,29 +83,18 @@ def band_problems(context: RunContext, counts: TokenCounts) -> list[str]:
     return problems
 
 
-def _vae(model: Path, counts: TokenCounts) -> Any:
-    """The VAE without weights; where it cannot be built, which is said elsewhere, what its configuration says."""
-    path, usual = model / "vae" / "config.json", {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
-    if not path.is_file():
-        counts.problems.append(f"model: {path} is missing")
-        return SimpleNamespace(**usual, config=None)
-    try:
-        return component_on_meta(model, "vae")
-    except (ValueError, TypeError):
-        values = {**usual, **read_json(path)}
-        return SimpleNamespace(**values, config=SimpleNamespace(**values))
-
-
 def _grid_problems(context: RunContext, *, spatial: int, temporal: int) -> list[str]:
     generation, patch = context.config.generation, patches(context.model.family, context.model.config)
     problems = []
     for key, size in (("height", patch[1]), ("width", patch[2])):
-        value, step = getattr(generation, key), spatial * size
+        value, asked = getattr(generation, key), context.model.family.side_multiple
+        step = math.lcm(spatial * size, asked)
         if value % step:
             down = value // step * step
             ways = f"{down} or {down + step}" if down else f"{step}"
             problems.append(
-                f"generation.{key} is {value}, but VAE ({spatial}x) and patches ({size}x) need a multiple of {step}: {ways}"
+                f"generation.{key} is {value}, but VAE ({spatial}x), patches ({size}x) and pipeline ({asked}) need a multiple "
+                f"of {step}: {ways}"
             )
     last, size = generation.num_frames - 1, patch[0]
     if last % temporal or (last // temporal + 1) % size:

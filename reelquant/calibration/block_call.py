@@ -162,7 +162,7 @@ def without_padding(family: Family, call: Arguments) -> dict[str, Any]:
         return dict(call)
     text, mask = family.padding
     valid = call[mask][0].bool()
-    if not bool(valid.any()):
+    if family.needs_text and not bool(valid.any()):
         raise ValueError(f"a sample has 0 text tokens: {family.name}'s blocks need at least 1; give it a prompt")
     return {**call, text: call[text][:, valid], mask: call[mask][:, valid]}
 

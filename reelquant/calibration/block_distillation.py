@@ -218,6 +218,14 @@ def calibrated_copy(
                 block.set_submodule(name, layers[name])
             groups.append(CalibratedGroup(group.name, group.stream, transform, layers))
         calibrated.append(groups)
+    transforms = [group.transform for groups in calibrated for group in groups]
+    # A constant, such as the text's states, is the same tensor in every call, while what is learned changes.
+
+    def forget(*_: object) -> None:
+        for transform in transforms:
+            transform.forget()
+
+    block.register_forward_pre_hook(forget)
     return block, calibrated
 
 

@@ -173,6 +173,6 @@ def _activation_amax(call: BlockCall, block: nn.Module, samples: Sequence[Sample
         for sample in (stored.at(block) for stored in samples) if leaders else ():
             seen = group_inputs(call, block, leaders, sample.reference, sample.constants)
             for leader in leaders:
-                found = seen[leader].float().abs().amax(dim=0)
+                found = nn.functional.pad(seen[leader].float().abs(), (0, 0, 0, 1)).amax(dim=0)  # there may be no row
                 amax[leader] = torch.maximum(amax[leader], found) if leader in amax else found
     return amax

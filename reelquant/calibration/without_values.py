@@ -4,13 +4,14 @@
 |---|---|
 | `float`, `int`, `bool` of a tensor, `tolist` | 1.0, 0, True for every value: losses are finite, and no value is bad |
 | `nonzero`, `x[mask]` | every place: nothing is masked |
+| `torch.autocast` | nothing |
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,8 +25,23 @@ META = torch.device("meta")
 @contextmanager
 def answers() -> Iterator[None]:
     """While open, tensors of the meta device answer."""
-    with _Functions(), _Dispatch():  # type: ignore[no-untyped-call]
+    with no_autocast(), _Functions(), _Dispatch():  # type: ignore[no-untyped-call]
         yield
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """While open, `torch.autocast` does nothing for the meta device, which it does not know."""
+    original: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else original(device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.autocast = original  # type: ignore[misc]
 
 
 def answer(func: Any, args: tuple[Any, ...]) -> Callable[[], Any] | None:

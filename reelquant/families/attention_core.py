@@ -107,7 +107,7 @@ class AttachedCore:
     def _leave(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         seam = _open.seams.pop()
         seam.__exit__(None, None, None)
-        if output is not None and not seam.reached:
+        if output is not None and not seam.num_attended:
             raise RuntimeError(
                 f"{type(module).__name__} does not end in torch's scaled_dot_product_attention under this attention backend, "
                 "so its attention cannot be replaced: set diffusers' attention backend to native"
@@ -118,12 +118,12 @@ class _Seam(TorchFunctionMode):
     def __init__(self, core: AttentionCore, num_before: int) -> None:
         super().__init__()
         self._core, self._num_before = core, num_before
-        self.reached = False
+        self.num_attended = 0
+        """Elements of the batch so far: some processors attend one by one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        self.reached = True
         given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **(kwargs or {})}
         query, key, value = (
             given[name].roll(-self._num_before, dims=2) if self._num_before else given[name]
@@ -132,12 +132,18 @@ class _Seam(TorchFunctionMode):
         mask = given.get("attn_mask")
         if mask is not None and self._num_before:
             raise ValueError("attention with text in front of the video has a mask of padding, which is not supported")
-        out = attended(self._core, query, key, value, mask)
+        out = attended(self._core, query, key, value, mask, first=self.num_attended)
+        self.num_attended += len(query)
         return out.roll(self._num_before, dims=2) if self._num_before else out
 
 
-def attended(core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attended(
+    core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, first: int = 0
+) -> Tensor:
     """Attention of `[B, H, L, D]` by `core`, an element at a time and without its padding, whose rows are zeros.
+
+    Args:
+        first: number of the first element.
 
     Raises:
         ValueError: `mask` masks something else than the padding.
@@ -147,9 +153,9 @@ def attended(core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, mas
         q, k, v = (x[item] for x in (query, key, value))
         valid = None if mask is None else _valid_tokens(mask[min(item, len(mask) - 1)], q.shape[1])
         if valid is None:
-            outputs.append(core(item, q, k, v))
+            outputs.append(core(first + item, q, k, v))
             continue
-        out = core(item, *(x.index_select(1, valid) for x in (q, k, v)))
+        out = core(first + item, *(x.index_select(1, valid) for x in (q, k, v)))
         outputs.append(torch.zeros_like(q).index_copy(1, valid, out.to(q.dtype)))
     return torch.stack(outputs)
 

@@ -33,7 +33,9 @@ AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 One with a true `takes_many` also takes `[n H, L, D]`, the heads of n elements with as many tokens; it is told the first.
 """
 
-FAMILIES = {"HunyuanVideoTransformer3DModel": "hunyuan_video"}
+FAMILIES = {
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+}
 """Module in this package by the architecture that it declares."""
 
 
@@ -146,10 +148,14 @@ class Family:
     guidance: Guidance = "one_pass"
     """Calls of a step: one; two, of which the pipeline calls the one `uncond`; or one of a batch, whose first half is that."""
     transformers: tuple[Role, ...] = (Role(),)
+    side_multiple: int = 1
+    """The pipeline takes heights and widths that this divides."""
     channel_axis: int = 1
     """Of the channels in a transformer's output."""
     padding: tuple[str, str] | None = None
     """Arguments with the text's states and the mask of its padding, where dropping the padding changes no real token."""
+    needs_text: bool = True
+    """Whether a call without any text tokens, padding left out, is impossible."""
     padding_masks: tuple[str, ...] = ()
     """Arguments of a block that mask the padding, and are left out where it is dropped."""
     joined: tuple[tuple[str, ...], ...] = ()

@@ -55,28 +55,20 @@ class Generation(Settings):
     """Arguments of the diffusers pipeline's call."""
 
     height: Annotated[int, Bounds(ge=16)] = 720
-    """Pixels; divisible by 16."""
+    """Pixels; a multiple of what VAE and patches compress, which `plan` says."""
     width: Annotated[int, Bounds(ge=16)] = 1280
-    """Pixels; divisible by 16."""
+    """Pixels, as the height."""
     num_frames: Annotated[int, Bounds(ge=1)] = 61
-    """`4 k + 1`, as the VAE compresses time four times."""
+    """`n k + 1` where the VAE compresses time n times; `plan` says which."""
     num_inference_steps: Annotated[int, Bounds(ge=2)] = 50
     """Denoising steps: the candidates of one prompt."""
     guidance_scale: float = 6.0
-    """Embedded guidance."""
+    """Guidance by the prompt; by models without embedded guidance with a second call a step."""
     max_sequence_length: Annotated[int, Bounds(ge=1)] = 256
-    """Text tokens; padding costs time and changes nothing."""
+    """Text tokens at most."""
 
     def __post_init__(self) -> None:
-        problems = self.impossible_values("generation.")
-        problems += [
-            f"generation.{name} is {getattr(self, name)}; it must be divisible by 16"
-            for name in ("height", "width")
-            if getattr(self, name) % 16
-        ]
-        if self.num_frames % 4 != 1:
-            problems.append(f"generation.num_frames is {self.num_frames}; it must be 4 k + 1, such as 29 or 61")
-        if problems:
+        if problems := self.impossible_values("generation."):
             raise ValueError("; ".join(problems))
 
 

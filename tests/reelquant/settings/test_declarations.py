@@ -109,7 +109,7 @@ def test_declarations_need_no_torch() -> None:
         (Recipe, {"epochs": -1}, ("epochs", -1)),
         (Recipe, {"rounding": "up"}, ("rounding", "'up'", "nearest", "gptq")),
         (Recipe, {"lambda_min": 2}, ("lambda_min", 2)),
-        (Generation, {"height": 17}, ("generation.height", 17)),
+        (Generation, {"height": 7}, ("generation.height", 7)),
         (Numerics, {"threads": 0}, ("numerics.threads", 0)),
         (LayerBits, {"activation": 9}, ("activation", 9)),
         (StepProtection, {"noise_above": 2.0}, ("noise_above", "2.0")),
