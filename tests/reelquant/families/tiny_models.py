@@ -9,6 +9,7 @@ import torch
 
 from reelquant.families.family import Arguments, Config, Family, VideoSize
 from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
+from reelquant.families.ltx_video import FAMILY as LTX_VIDEO
 from reelquant.tokens import Grid
 
 
@@ -207,5 +208,28 @@ TINY = {
         lambda: {"hidden_states": torch.randn(1, 3, 4, 8, 8), "timestep": torch.tensor([500]), **_text(8, 8)},
         diffusers.CogVideoXDDIMScheduler(),
         3,
+    ),
+    "LTX-Video": Tiny(
+        LTX_VIDEO,
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "num_layers": 3,
+            "caption_channels": 16,
+        },
+        lambda: {
+            "hidden_states": torch.randn(1, 2 * 4 * 5, 4),
+            "timestep": torch.tensor([500.0]),
+            **_text(7, 16),
+            "encoder_attention_mask": torch.ones(1, 7),
+            "num_frames": 2,
+            "height": 4,
+            "width": 5,
+        },
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+        5,
     ),
 }

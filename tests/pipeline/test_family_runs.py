@@ -1,0 +1,87 @@
+"""A run of every family but HunyuanVideo from a tiny random pipeline: calibrated, quantized, verified, loaded, generating."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import reelquant  # noqa: F401
+from pipeline.config.loading import ConfigError, load_config
+from pipeline.context import build_context
+from reelquant.checkpoint.reader import quantized_layers
+from tests.errors import raises
+from tests.pipeline.small_run import call, small_run
+from tests.reelquant.families import tiny_pipelines
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")]
+GENERATION: dict[str, dict[str, Any]] = {
+    "ltx_video": {"height": 32, "width": 64, "num_frames": 9},
+}
+METHOD = {
+    "preset": "s2q_quantsparse",
+    "epochs": 1,
+    "rotation_block": 16,
+    "velocity_correction": True,
+    "attention": {"density": 0.6, "dense_steps": 1, "interval": 2, "residual": {"rank": 4}},
+}
+STEPS = {"num_inference_steps": 3, "guidance_scale": 3.0, "max_sequence_length": 16}
+
+
+def generated(pipeline: Any, family: str) -> torch.Tensor:
+    found: torch.Tensor = pipeline(
+        "the digit 3", **GENERATION[family], **STEPS, generator=torch.Generator().manual_seed(1), output_type="pt"
+    ).frames
+    return found
+
+
+@pytest.mark.parametrize("family", GENERATION)
+def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_path: Path) -> None:
+    make: Callable[[Path], Path] = getattr(tiny_pipelines, family)
+    model = make(tmp_path / "model")
+    (tmp_path / "calibration.txt").touch()
+    config = small_run(
+        tmp_path,
+        model=str(model),
+        generation={**GENERATION[family], **STEPS},
+        method=METHOD,
+        evaluation={"films": False, "velocity_prompts": 1},
+    )
+    plan = call("plan", str(config))
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    run = call("run", str(config))
+    assert run.returncode == 0, run.stdout + run.stderr
+    checkpoint = tmp_path / "run" / "checkpoint"
+    verified = call("verify", str(checkpoint))
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
+    assert set(stored["sparse_attention"]["head_kinds"]) == {f"transformer_blocks.{i}" for i in range(3)}
+    pipeline = DiffusionPipeline.from_pretrained(str(checkpoint))
+    pipeline.set_progress_bar_config(disable=True)
+    inside = {name for name in quantized_layers(pipeline.transformer) if name.startswith("transformer_blocks.")}
+    linears = {n for n, m in pipeline.transformer.named_modules() if type(m) is torch.nn.Linear}
+    assert inside
+    assert not any(name.startswith("transformer_blocks.") for name in linears), "every linear of a block is quantized"
+    video = generated(pipeline, family)
+    assert bool(video.isfinite().all())
+    assert torch.equal(video, generated(pipeline, family)), "a generation leaves nothing behind"
+    sparse = pipeline.transformer.sparse_attention
+    assert 0 < sparse.visited.density < 1
+    sparse.enabled = False
+    assert not torch.equal(video, generated(pipeline, family))
+    exact = DiffusionPipeline.from_pretrained(str(model))
+    exact.set_progress_bar_config(disable=True)
+    error = (video - generated(exact, family)).norm() / video.norm()
+    assert 0 < float(error) < 0.5
+
+
+def test_what_a_family_does_not_declare_is_refused(tmp_path: Path) -> None:
+    model = tiny_pipelines.ltx_video(tmp_path / "model")
+    method = {"preset": "s2q", "epochs": 1, "drift_repair": True, "tokens_per_step": 0.5}
+    generation = {**GENERATION["ltx_video"], **STEPS}
+    config = small_run(tmp_path, model=str(model), generation=generation, method=method)
+    with raises(ConfigError, "drift_repair", "tokens_per_step", 0.5, "LTX-Video"):
+        build_context(load_config(config))

@@ -1,0 +1,34 @@
+"""Whole pipelines with tiny random models, as diffusers folders."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+from tests.reelquant.families.tiny_models import TINY
+
+TOKENIZER = Path(__file__).resolve().parents[3] / "assets" / "hunyuanvideo-digits" / "tokenizer"
+
+
+def _text_parts(width: int) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return {"tokenizer": tokenizer, "text_encoder": T5EncoderModel(config)}
+
+
+def ltx_video(folder: Path) -> Path:
+    """An `LTXPipeline`; its VAE compresses four times in time and on a side."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1, 1, 1, 1), patch_size=1,
+        encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    diffusers.LTXPipeline(
+        scheduler=TINY["LTX-Video"].scheduler, vae=vae, transformer=TINY["LTX-Video"].model(), **_text_parts(16)
+    ).save_pretrained(folder)
+    return folder
