@@ -36,6 +36,7 @@ One with a true `takes_many` also takes `[n H, L, D]`, the heads of n elements w
 FAMILIES = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "LTXVideoTransformer3DModel": "ltx_video",
+    "MochiTransformer3DModel": "mochi",
 }
 """Module in this package by the architecture that it declares."""
 

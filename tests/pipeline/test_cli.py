@@ -24,7 +24,7 @@ CONFIGS = sorted(
 WITHOUT_WEIGHTS = dict.fromkeys(
     ("configs/hunyuanvideo-13b.yaml", "configs/papers/quantsparse.yaml", "configs/papers/s2q-vdit.yaml"),
     "configs/models/hunyuanvideo-13b",
-) | {"configs/ltx-video.yaml": "configs/models/ltx-video"}
+) | {f"configs/{name}.yaml": f"configs/models/{name}" for name in ("ltx-video", "mochi")}
 """Configurations whose model does not ship, and the folder of its shapes."""
 
 

@@ -20,6 +20,7 @@ from tests.reelquant.families import tiny_pipelines
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")]
 GENERATION: dict[str, dict[str, Any]] = {
     "ltx_video": {"height": 32, "width": 64, "num_frames": 9},
+    "mochi": {"height": 32, "width": 48, "num_frames": 7},
 }
 METHOD = {
     "preset": "s2q_quantsparse",

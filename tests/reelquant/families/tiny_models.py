@@ -10,6 +10,7 @@ import torch
 from reelquant.families.family import Arguments, Config, Family, VideoSize
 from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
 from reelquant.families.ltx_video import FAMILY as LTX_VIDEO
+from reelquant.families.mochi import FAMILY as MOCHI
 from reelquant.tokens import Grid
 
 
@@ -231,5 +232,30 @@ TINY = {
         },
         diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
         5,
+    ),
+    "Mochi": Tiny(
+        MOCHI,
+        {
+            "patch_size": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 3,
+            "pooled_projection_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "qk_norm": "rms_norm",
+            "text_embed_dim": 16,
+            "time_embed_dim": 4,
+            "activation_fn": "swiglu",
+            "max_sequence_length": 8,
+        },
+        lambda: {
+            "hidden_states": torch.randn(1, 4, 2, 8, 10),
+            "timestep": torch.tensor([500.0]),
+            **_text(8, 16),
+            "encoder_attention_mask": torch.ones(1, 8).bool(),
+        },
+        diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        8,
     ),
 }

@@ -1,5 +1,6 @@
 """Whole pipelines with tiny random models, as diffusers folders."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,4 +32,20 @@ def ltx_video(folder: Path) -> Path:
     diffusers.LTXPipeline(
         scheduler=TINY["LTX-Video"].scheduler, vae=vae, transformer=TINY["LTX-Video"].model(), **_text_parts(16)
     ).save_pretrained(folder)
+    return folder
+
+
+def mochi(folder: Path) -> Path:
+    """A `MochiPipeline`, whose empty prompt has no tokens at all."""
+    torch.manual_seed(0)
+    channels = {"in_channels": 12, "out_channels": 12}  # the pipeline knows no others
+    transformer = replace(TINY["Mochi"], settings={**TINY["Mochi"].settings, **channels}).model()
+    vae = diffusers.AutoencoderKLMochi(
+        out_channels=3, encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32), layers_per_block=(1, 1, 1, 1, 1),
+    )  # fmt: skip
+    diffusers.MochiPipeline(
+        scheduler=TINY["Mochi"].scheduler, vae=vae, transformer=transformer, force_zeros_for_empty_prompt=True,
+        **_text_parts(16),
+    ).save_pretrained(folder)  # fmt: skip
     return folder
