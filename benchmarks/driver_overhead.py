@@ -3,7 +3,7 @@
     python -m benchmarks.driver_overhead --output benchmarks/results/driver_overhead.json
 
 - ``pool``: `cluster.actor_pool.run_units` alone,
-- ``run``: `pipeline.drive` on top, with a durable manifest record, two lines in the event log and the progress display a unit,
+- ``run``: `pipeline.drive` on top, with a durable record, two lines in the event log and the progress display a unit,
   and a last unit that waits for all of them.
 
 The figure to hold is at most 10 ms a unit. Time is from the first unit finished to the last, over the units between; the
@@ -35,7 +35,8 @@ from pipeline.drive import drive
 from pipeline.event_log import read_events
 from pipeline.runner import driven_runs, open_run
 from pipeline.stages.stage import StageUnit, UnitPlan, require_all
-from storage.manifest import fingerprint
+from storage.cache import fingerprint
+from storage.unit_store import UnitStore
 from workers.messages import UnitOutput
 
 
@@ -45,9 +46,9 @@ class IdleWorker:
     def __init__(self, settings: None) -> None:
         pass
 
-    def run(self, payload: int, progress: Callable[[int, int], None]) -> UnitOutput:
+    def run(self, payload: int, progress: Callable[[int, int], None], store: UnitStore | None = None) -> UnitOutput:
         """No work and no files."""
-        return UnitOutput((), {"index": payload}, "none", 0)
+        return UnitOutput({"index": payload}, "none", 0)
 
 
 class IdleStage:
@@ -114,9 +115,9 @@ def measure_run(num_units: int, num_workers: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"run={folder}/run", f"workers.num_workers={num_workers}", "cluster.address=local"]
         run = open_run(build_context(load_config(ROOT / "configs" / "demo.yaml", overrides)), update=False)
-        with driven_runs({"": run}, Console(file=io.StringIO())) as runs:
+        with driven_runs({"": run}) as runs:
             drive(runs, (IdleStage(num_units), GatheringStage(num_units)), Console(file=io.StringIO()))
-        events = list(read_events(run.directory.logs))
+        events = list(read_events(run.directory.location))
     ends = [event["time"] for event in events if event["event"] == "unit_finished" and event["stage"] == IdleStage.name]
     return [datetime.fromisoformat(time).timestamp() for time in ends]
 

@@ -41,10 +41,10 @@ def measured(run: Run) -> dict[str, dict[str, Any]]:
     prompts = [prompt.name for prompt in run.context.held_out_prompts]
     found: dict[str, dict[str, Any]] = {}
     for model in (FULL_PRECISION, *(method.name for method in run.context.methods)):
-        results = [run.manifest.read("evaluation", f"{model}-{prompt}") for prompt in prompts]
+        results = [run.records.read("evaluation", f"{model}-{prompt}") for prompt in prompts]
         values = [record.result for record in results if record is not None]
         found[model] = {metric: [v[metric] for v in values] for metric in METRICS if metric in values[0]}
-        assembled = run.manifest.read("assembly", model)
+        assembled = run.records.read("assembly", model)
         if assembled is not None:
             found[model]["transformer_bytes"] = assembled.result["transformer_bytes"]
             found[model]["compression"] = assembled.result["compression"]
@@ -107,7 +107,12 @@ def main() -> None:
         document = {
             "config": run.context.config.identity(),
             "provenance": provenance(),
-            "hardware": {"machine": platform.machine(), "device": run.manifest.records("evaluation")[0].device},
+            "hardware": {
+                "machine": platform.machine(),
+                "device": next(
+                    record.device for (stage, _), record in run.records.all().items() if stage == "evaluation"
+                ),
+            },
             "seeds": seeds,
             "summary": summary(seeds),
         }

@@ -4,7 +4,7 @@
 
 Eight samples of [8192, 3072] and one of [57600, 3072], bf16, are written and read through
 
-- ``store``: ``CalibrationStore`` (Zarr v3 through ``zarr``, crc32c a chunk, checked for NaN, SHA-256 of every file, synced;
+- ``store``: ``UnitStore`` (Zarr v3 through ``zarr``, crc32c a chunk, checked for NaN, SHA-256 of every file, synced;
   reads verify every crc32c and look for NaN),
 - ``plain``: one file per sample, one ``write``, file and directory synced; read with ``numpy.fromfile``, unverified.
 
@@ -23,14 +23,14 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from benchmarks.harness import environment, parser, write_record
 from storage.atomic_files import create_directory, sync_directory
-from storage.calibration_store import CalibrationStore
+from storage.unit_store import UnitAddress, UnitStore
 
 WORKLOADS = {"8 x [8192, 3072]": (8, (8192, 3072)), "1 x [57600, 3072]": (1, (57600, 3072))}
 QUICK_WORKLOADS = {"2 x [1500, 3072]": (2, (1500, 3072))}
@@ -56,16 +56,22 @@ class PlainFiles:
 
 
 class Store:
-    """The calibration store."""
+    """The outputs of units of one sample."""
 
     def __init__(self, root: Path) -> None:
-        self.store = CalibrationStore(root)
+        self.root = root
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        self.store.write(name, tensor)
+        address = UnitAddress(self.root / "cache", self.root, "activations", name, name)
+        self.stores[self.root, name] = store = UnitStore(address).__enter__()
+        store.write(f"activations/{name}/stream", tensor)
+        store.publish()
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self.store.read(name)
+        return self.stores[self.root, name].read(f"activations/{name}/stream")
+
+    stores: ClassVar[dict[tuple[Path, str], UnitStore]] = {}
+    """Those that have written last, which read what they wrote."""
 
 
 Contender = PlainFiles | Store
@@ -163,7 +169,7 @@ def machine(disk: str) -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
-        **{name: version(name) for name in ("numpy", "zarr", "google-crc32c")},
+        **{name: version(name) for name in ("numpy", "zarr")},
         "file_system": disk,
     }
 

@@ -146,7 +146,7 @@ def run(
             report = write_report(opened)
         done, kept = sum(summary.done.values()), sum(summary.kept.values())
         say(console, f"{counted(done, 'unit')} done now, {kept} were done before")
-        directory, assembled = opened.directory, bool(opened.manifest.units("assembly"))
+        directory, assembled = opened.directory, any(stage == "assembly" for stage, _ in opened.records.all())
         if assembled:
             path = directory.location / directory.checkpoint_key()
             say(console, f"checkpoint: {path}")

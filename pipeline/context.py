@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel, find_model, pinned
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.model_facts import ModelFacts
+from pipeline.records import Records
 from pipeline.run_units import prompt_names
 from pipeline.setting_checks import setting_problems
 from reelquant.calibration.without_values import META
@@ -21,8 +22,9 @@ from reelquant.runtime.knobs import refresh_problems
 from reelquant.settings.generation import Generation
 from reelquant.settings.recipe import Recipe
 from storage.atomic_files import sha256_file
-from storage.manifest import Manifest
-from storage.run_directory import RunDirectory
+from storage.cache import Cache
+from storage.location import Location
+from storage.run_directory import CACHE, RunDirectory
 from workers.candidates import shortage
 from workers.generation import branches
 from workers.messages import MethodPlan, PromptUnit, RunSource
@@ -54,11 +56,15 @@ class RunContext:
     """At which commit a model of the Hub is, and why; None for a folder."""
 
     @property
+    def cache_location(self) -> Location:
+        """Where the units lie."""
+        return (self.config.cache or self.config.run / CACHE).absolute()
+
+    @property
     def source(self) -> RunSource:
         """For the workers."""
         config = self.config
         return RunSource(
-            config.run.resolve(),
             self.model.found.snapshot or config.model.resolve(),
             config.seed,
             config.numerics,
@@ -102,11 +108,12 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run and its directory."""
+    """A checked run, its directory, and what is known of its units."""
 
     context: RunContext
     directory: RunDirectory
-    manifest: Manifest
+    cache: Cache
+    records: Records = field(default_factory=Records)
 
 
 def model_facts(found: FoundModel, generation: Generation, *, variant: str | None = None) -> ModelFacts:

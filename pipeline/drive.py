@@ -1,7 +1,8 @@
-"""Hands units to the workers as they become ready and keeps book: manifest, event log, display, metrics. One run or many."""
+"""Hands units to the workers as they become ready and keeps book: records, event log, display, metrics. One run or many."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -14,11 +15,14 @@ from cluster.actor_pool import PoolEvents, Unit, UnitFailure, UnitsFailed, run_u
 from cluster.metrics import UnitMetrics
 from cluster.session import SessionSettings, active_session, ray_session
 from pipeline.config.schema import RunConfig
+from pipeline.context import Run
+from pipeline.done_units import DoneUnits
 from pipeline.event_log import OUT_OF_MEMORY
 from pipeline.progress import RunProgress
 from pipeline.schedule import DrivenRun, Schedule, Task
 from pipeline.stages.stage import Stage
-from storage.manifest import UnitRecord
+from pipeline.terminal import say
+from storage.cache import UnitRecord
 from workers.messages import UnitOutput
 from workers.shared_worker import SharedUnit, SharedWorker
 
@@ -30,7 +34,12 @@ SetAside = Callable[[Task, Sequence[DrivenRun], UnitFailure], None]
 
 
 def drive(
-    runs: Sequence[DrivenRun], stages: Sequence[Stage], console: Console, *, set_aside: SetAside | None = None
+    runs: Sequence[DrivenRun],
+    stages: Sequence[Stage],
+    console: Console,
+    *,
+    rehash: bool = False,
+    set_aside: SetAside | None = None,
 ) -> Schedule:
     """Does all units of the runs that are not done; Ray is started with the first of them. Returns the schedule at its end.
 
@@ -38,6 +47,7 @@ def drive(
         runs: of one configuration of workers and cluster.
         stages: in order.
         console: for the display.
+        rehash: hash all files of what is done again, whatever they look like.
         set_aside: takes the units that are given up, which raise nothing then.
 
     Raises:
@@ -45,9 +55,21 @@ def drive(
         WorkersFailed: no worker could be started, or none had a place.
     """
     config = runs[0].run.context.config
+    logs = {driven.run.directory.location: driven for driven in runs}
+
+    def damaged(run: Run, stage: str, unit: str, problems: list[str]) -> None:
+        driven = logs[run.directory.location]
+        say(console, (f"{driven.full_name(f'{stage}/{unit}')} is redone: {'; '.join(problems)}", "yellow"))
+        driven.log.write("unit_damaged", stage=stage, unit=unit, problems=problems)
+
+    done = DoneUnits(damaged, rehash=rehash)
     with RunProgress(console) as display:
-        schedule = Schedule(runs, stages, planned=display.planned, settled=display.settled)
-        if tasks := schedule.take_ready():
+        schedule = Schedule(runs, stages, done, planned=display.planned, settled=display.settled)
+        with contextlib.ExitStack() as listed:
+            for place in {id(p): p for d in runs for p in (d.run.cache.place, d.run.directory.place)}.values():
+                listed.enter_context(place.listed())
+            tasks = schedule.take_ready()
+        if tasks:
             with ray_session(SessionSettings(address=config.cluster.address)):
                 _do_tasks(schedule, tasks, config, _Recorder(schedule, display, set_aside))
     return schedule
@@ -81,7 +103,7 @@ def _do_tasks(schedule: Schedule, tasks: Sequence[Task], config: RunConfig, reco
 
 
 class _Recorder(PoolEvents):
-    """Writes the manifest, the event log and the progress display as units come and go."""
+    """Writes the records, the event log and the progress display as units come and go."""
 
     def __init__(self, schedule: Schedule, display: RunProgress, set_aside: SetAside | None) -> None:
         self._schedule, self._display = schedule, display
@@ -102,6 +124,7 @@ class _Recorder(PoolEvents):
                     task.stage.worker_class,
                     task.settings,
                     task.unit.payload,
+                    task.address,
                     name=task.pool_name,
                     planned_bytes=task.driven.planned_bytes.get(task.stage.name),
                 ),
@@ -139,17 +162,21 @@ class _Recorder(PoolEvents):
             stage=task.stage.name,
             unit=task.unit.name,
             fingerprint=task.unit.fingerprint,
+            attempt=output.attempt,
             outputs=output.outputs,
             result=dict(output.result),
             seconds=round(seconds, 3),
             host=socket.gethostname(),
             device=output.device,
             peak_memory_bytes=output.peak_memory_bytes,
-            attempt=attempt,
+            tries=attempt,
             worker=self._workers[name],
         )
+        run = task.driven.run
         try:
-            task.driven.run.manifest.write(record)
+            written, record = record, run.cache.create(record, run.directory.place)
+            if record.attempt != written.attempt:  # another driver was faster
+                run.cache.place.remove(f"{written.key}/{written.attempt}")
         except ValueError as error:
             self.refused[name] = UnitFailure(attempt, str(error))
             self.failed(name, attempt, str(error), will_retry=False)
@@ -180,7 +207,7 @@ class _Recorder(PoolEvents):
             self.metrics.finished(
                 record.stage,
                 seconds=record.seconds,
-                attempt=record.attempt,
+                attempt=record.tries,
                 num_bytes=sum(output.num_bytes for output in record.outputs),
                 peak_memory_bytes=record.peak_memory_bytes,
             )

@@ -7,22 +7,21 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from storage.line_log import open_log, read_log
 from storage.location import Location
-from storage.open_store import open_store
+from storage.run_directory import LOGS
 
-_NAME = "events.jsonl"
-"""In a bucket, where nothing is appended to, numbered parts of it (`storage.s3_log`)."""
+_NAME = f"{LOGS}/events.jsonl"
 
 OUT_OF_MEMORY = "out of memory"
 """`reason` of a `unit_failed`; a `unit_finished` with `lean` was done with less memory than usual, and the same result."""
 
 
 class EventLog:
-    """The log in a run's folder `logs`; a line is written at once, in a bucket after two seconds, so that the log tells the
-    truth after a kill."""
+    """The log of the run at a location; a line is written at once, so that the log tells the truth after a kill."""
 
-    def __init__(self, folder: Location) -> None:
-        self._log = open_store(folder.parent).open_log(folder.name, _NAME)
+    def __init__(self, run: Location) -> None:
+        self._log = open_log(run, _NAME)
 
     def write(self, event: str, **values: Any) -> None:
         """Adds one event with the current UTC time.
@@ -33,14 +32,10 @@ class EventLog:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._log.append(json.dumps({"time": time, "event": event, **values}))
 
-    def close(self) -> None:
-        """Makes everything visible; raises as `write`."""
-        self._log.close()
 
-
-def read_events(folder: Location) -> Iterator[dict[str, Any]]:
-    """All events of a run, oldest first; lines torn by a kill are left out."""
-    for line in open_store(folder.parent).read_log(folder.name, _NAME):
+def read_events(run: Location) -> Iterator[dict[str, Any]]:
+    """All events of the run at a location, oldest first; lines torn by a kill are left out."""
+    for line in read_log(run, _NAME):
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

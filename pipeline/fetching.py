@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 from storage.atomic_files import atomic_path, create_directory, sha256_file, write_bytes_atomic
+from storage.cache import UnitRecord
 from storage.location import Location
-from storage.manifest import OutputFile
-from storage.open_store import open_store
+from storage.place import open_place
 from storage.run_directory import EVALUATION, REPORT, RunDirectory
 
-_STAGE = "assembly"
+STAGE = "assembly"
 _LINKED_FILM = re.compile(rb'<video src="%s/([A-Za-z0-9._=+-]+\.mp4)"' % EVALUATION.encode())
 
 
@@ -34,12 +34,22 @@ def fetch_checkpoint(location: Location, folder: Path, *, method: str | None = N
     if os.path.lexists(folder):
         raise ValueError(f"{folder} is there already: give a new folder")
     directory = RunDirectory.open(location)
-    outputs = _checkpoint_files(directory, method)
+    record = _checkpoint_record(directory, method)
+    try:
+        source = directory.outputs({(STAGE, record.unit): record}).checkpoint(f"{STAGE}/{record.unit}")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{directory.location}: {error}: run it again, and it is made anew") from error
     create_directory(folder.parent)
     with atomic_path(folder) as written:
-        for output in outputs:
-            _copy(directory, output, written)
-    return len(outputs)
+        for output in record.outputs:
+            inside = PurePosixPath(output.path).relative_to(str(record.result["checkpoint"]))
+            (written / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / inside, written / inside)
+            if sha256_file(written / inside) != output.checksum:
+                raise ValueError(
+                    f"{directory.location}/{output.path} is not what its record says: run it again, and it is made anew"
+                )
+    return len(record.outputs)
 
 
 def fetch_report(location: Location, folder: Path) -> Path:
@@ -48,7 +58,7 @@ def fetch_report(location: Location, folder: Path) -> Path:
     The films go to a folder that has the run's name too, where the copy looks for them.
     """
     location = RunDirectory.open(location).location
-    store = open_store(location)
+    store = open_place(location)
     films = f"{location.name}-{EVALUATION}"
     page = store.read(REPORT)
     for name in sorted({found.decode() for found in _LINKED_FILM.findall(page)}):
@@ -62,36 +72,21 @@ def fetch_report(location: Location, folder: Path) -> Path:
 def fetch_file(location: Location, key: str, folder: Path) -> Path:
     """Copies a small file of a run or study into a local folder, under a name that says whose it is; returns the copy."""
     copy = folder / f"{location.name}-{key}"
-    write_bytes_atomic(copy, open_store(location).read(key))
+    write_bytes_atomic(copy, open_place(location).read(key))
     return copy
 
 
-def _checkpoint_files(directory: RunDirectory, method: str | None) -> tuple[OutputFile, ...]:
-    records = {record.result["checkpoint"]: record for record in directory.manifest.records(_STAGE)}
-    record = records.get(directory.checkpoint_key(method)) or next(
-        (found for found in records.values() if found.result["method"] == method), None
-    )
-    if record is None:
-        there = ", ".join(sorted(found.result["method"] for found in records.values())) or "none yet"
+def _checkpoint_record(directory: RunDirectory, method: str | None) -> UnitRecord:
+    records = [found for found in directory.records(STAGE).values() if isinstance(found, UnitRecord)]
+    wanted = [
+        found
+        for found in records
+        if (directory.checkpoint_key() == found.result["checkpoint"] if method is None else method == found.unit)
+    ]
+    if not wanted:
+        there = ", ".join(sorted(found.unit for found in records)) or "none yet"
         raise ValueError(
             f"{directory.location} has no checkpoint{f' of method {method}' if method else ''} (methods assembled: {there}): "
             "run it to its end, or name another method"
         )
-    return record.outputs
-
-
-def _copy(directory: RunDirectory, output: OutputFile, folder: Path) -> None:
-    inside = PurePosixPath(*PurePosixPath(output.path).parts[1:])
-    if output.path.startswith("checkpoints/"):
-        inside = PurePosixPath(*inside.parts[1:])
-    target = folder / inside
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with directory.store.local_files([output.path]) as [source]:
-            shutil.copyfile(source, target)
-    except FileNotFoundError:
-        raise ValueError(f"{directory.location}/{output.path} is missing: run it again, and it is made anew") from None
-    if sha256_file(target) != output.checksum:
-        raise ValueError(
-            f"{directory.location}/{output.path} is not what its record says: run it again, and it is made anew"
-        )
+    return wanted[0]

@@ -17,15 +17,14 @@ from cluster.actor_pool import PoolEvents, Unit, run_units
 from cluster.session import SessionSettings, ray_session
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.context import Run, RunContext
+from pipeline.context import RunContext
 from pipeline.drive import num_workers
 from pipeline.planning.machine import existing_parent, is_remote
 from pipeline.progress import RunProgress
-from pipeline.provenance import provenance
+from pipeline.runner import open_run
 from pipeline.terminal import counted, new_table, say_sentence, say_table
 from pipeline.unit_sampler import MeasuredKind, UnitSampler
 from storage.location import StoreUrl
-from storage.run_directory import RunDirectory
 from storage.scratch import locked_folder
 from workers.messages import UnitOutput
 from workers.shared_worker import SharedWorker
@@ -95,9 +94,8 @@ def measure(context: RunContext, console: Console) -> Measurement:
     assert isinstance(config.run, Path), "require_measurable comes first"
     run = config.run.absolute()
     with locked_folder(existing_parent(run), f".{run.name}-measure-") as folder:
-        scratch = replace(context, config=config.model_copy(update={"run": folder / "run"}))
-        directory = RunDirectory.open_or_create(scratch.config.run, scratch.config.identity(), provenance())
-        sampler = UnitSampler(Run(scratch, directory, directory.manifest))
+        scratch = replace(context, config=config.model_copy(update={"run": folder / "run", "cache": None}))
+        sampler = UnitSampler(open_run(scratch, update=False))
         _do(sampler, console)
     elsewhere = config.workers.num_workers == "auto" and is_remote(config)
     at_once = None if elsewhere else num_workers(config, os.cpu_count() or 1, torch.cuda.device_count())

@@ -32,7 +32,7 @@ from pipeline.planning.plan_result import Plan, StagePlan
 from pipeline.planning.stage_memory import stage_peaks
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
-from pipeline.run_units import unit_names
+from pipeline.run_units import num_units
 from pipeline.terminal import say
 
 
@@ -156,7 +156,7 @@ def _stages(
     checkpoints: tuple[CheckpointSize, ...],
     peaks: Mapping[str, int],
 ) -> tuple[StagePlan, ...]:
-    units = unit_names(context.config, samples=None, num_segments=len(context.segments))
+    units = num_units(context.config, num_segments=len(context.segments))
     disk_bytes = {
         "trajectories": trajectory_bytes(context, counts, dtype),
         "activations": activation_bytes(context, counts, dtype),
@@ -169,7 +169,7 @@ def _stages(
     def stage(name: str, num: int) -> StagePlan:
         return StagePlan(name, name.capitalize(), num, disk_bytes.get(name, 0), peaks.get(name) if num else None)
 
-    return tuple(stage(name, found.num or 0) for name, found in units.items())
+    return tuple(stage(name, num or 0) for name, num in units.items())
 
 
 def _memory_notes(stages: tuple[StagePlan, ...], memory_bytes: int, where: str) -> list[str]:

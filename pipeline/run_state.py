@@ -10,10 +10,11 @@ from typing import Any
 from cluster.units import headline
 from pipeline.config.loading import parse_config
 from pipeline.event_log import OUT_OF_MEMORY, read_events
-from pipeline.run_units import STAGES, recorded_unit_names
+from pipeline.run_units import STAGES, num_units
+from storage.cache import DamagedRecord, UnitRecord
 from storage.location import Location
-from storage.manifest import DamagedRecord, UnitRecord
-from storage.run_directory import LOGS, RunDirectory
+from storage.lock import driver_of
+from storage.run_directory import RunDirectory
 
 
 @dataclass
@@ -72,17 +73,13 @@ def read_status(location: Location) -> RunStatus:
     """
     directory = RunDirectory.open(location)
     config = parse_config({**directory.config, "run": str(location)}, f"{location}/config.json")
-    events = list(read_events(directory.location / LOGS))
-    driver = directory.store.driver()
-    stages = {name: StageStatus(name) for name in STAGES}
-    with directory.store.listed():
-        records = _read_records(directory, stages)
-    units = recorded_unit_names(config, records, events)
+    events, listed, totals = list(read_events(directory.location)), directory.units(), num_units(config)
+    driver = driver_of(directory.location)
+    stages = {name: StageStatus(name, total=len(listed[name]) if name in listed else totals[name]) for name in STAGES}
+    records = _read_records(directory, stages)
     for name, stage in stages.items():
-        expected, stage.total = units[name].names, units[name].num
-        done = [r for r in records[name].values() if expected is None or r.unit in expected]
-        stage.done = len(done) if stage.total is None else min(len(done), stage.total)
-        stage.work_s = sum(record.seconds for record in done)
+        stage.done = len(records[name])
+        stage.work_s = sum(record.seconds for record in records[name].values())
     _read_timeline(stages, events, records)
     failures = {
         (e["stage"], e["unit"]): (e["attempt"], headline(e["error"]))
@@ -99,14 +96,14 @@ def _last(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def _read_records(directory: RunDirectory, stages: Mapping[str, StageStatus]) -> dict[str, dict[str, UnitRecord]]:
-    manifest = directory.manifest
+    cache, place = directory.cache, directory.place
     records: dict[str, dict[str, UnitRecord]] = {name: {} for name in stages}
-    for name, stage in stages.items():
-        for unit, record in manifest.read_stage(name).items():
-            if isinstance(record, DamagedRecord) or manifest.missing_or_damaged(record, deep=False):
-                stage.damaged.append(unit)
+    with cache.place.listed(), place.listed():
+        for (stage, unit), record in directory.records(*stages).items():
+            if isinstance(record, DamagedRecord) or cache.problems(record, place, deep=False):
+                stages[stage].damaged.append(unit)
             else:
-                records[name][unit] = record
+                records[stage][unit] = record
     return records
 
 

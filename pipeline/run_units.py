@@ -1,4 +1,4 @@
-"""Which units a run has: the one definition, from its configuration and from what earlier results decide.
+"""Names and numbers of the units that a configuration asks for.
 
 | stage | units | known |
 |---|---|---|
@@ -11,18 +11,13 @@
 | evaluation | one a prompt and model: full precision, noise floor if asked for, methods, settings | from the configuration |
 | the same, teacher-forced | one for the weights of the steps; one a model and group of prompts | from the configuration |
 
-The driver's stages, `plan`, `status` and the report all take their units from here. Imports no torch.
+The driver's stages build their units from these names, and list them in the run's `units.json`, which `status` and the report
+read. Imports no torch.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from pipeline.config.schema import RunConfig
-from storage.manifest import UnitRecord
 
 STAGES = ("trajectories", "selection", "activations", "distillation", "refinement", "assembly", "evaluation")
 """In the order of the pipeline."""
@@ -38,61 +33,22 @@ AUXILIARY = "auxiliary"
 """Name of a method's part that lies outside the blocks."""
 
 
-@dataclass(frozen=True)
-class StageNames:
-    """The units of one stage."""
-
-    names: tuple[str, ...] | None
-    """In the order of the stage; None before an earlier result decides them."""
-    num: int | None
-    """None while not even their number is known."""
-
-
-def unit_names(config: RunConfig, *, samples: Sequence[str] | None, num_segments: int | None) -> dict[str, StageNames]:
-    """The units of every stage of a run.
+def num_units(config: RunConfig, *, num_segments: int | None = None) -> dict[str, int | None]:
+    """Units of every stage of a run.
 
     Args:
-        config: the run's configuration.
-        samples: names of the chosen samples (`sample_name`); None before the selection is done.
-        num_segments: segments of one method; None where the model's blocks are not known.
+        num_segments: segments of one method; None where the model's blocks are not known, nor then the distillation's units.
     """
-    distillation = None
-    if num_segments is not None:
-        distillation = [part_name(m.name, part) for m in config.methods for part in part_names(num_segments)]
-    found: dict[str, Sequence[str] | None] = {
-        "trajectories": prompt_names(config.prompts.num_calibration),
-        "selection": (SELECTION,),
-        "activations": samples if reads_activations(config) else (),
-        "distillation": distillation,
-        "refinement": refined_methods(config),
-        "assembly": [method.name for method in config.methods],
-        "evaluation": evaluation_names(config),
+    methods = len(config.methods)
+    return {
+        "trajectories": config.prompts.num_calibration,
+        "selection": 1,
+        "activations": config.selection.num_samples if reads_activations(config) else 0,
+        "distillation": None if num_segments is None else methods * len(part_names(num_segments)),
+        "refinement": len(refined_methods(config)),
+        "assembly": methods,
+        "evaluation": len(evaluation_names(config)),
     }
-    assert tuple(found) == STAGES
-    units = {
-        stage: StageNames(None, None) if names is None else StageNames(tuple(names), len(names))
-        for stage, names in found.items()
-    }
-    if units["activations"].names is None:
-        units["activations"] = StageNames(None, config.selection.num_samples)
-    return units
-
-
-def recorded_unit_names(
-    config: RunConfig, records: Mapping[str, Mapping[str, UnitRecord]], events: Iterable[Mapping[str, Any]]
-) -> dict[str, StageNames]:
-    """The units of every stage of a run, as far as its directory tells them: neither model nor prompts are read.
-
-    Args:
-        config: the run's configuration.
-        records: by stage and unit.
-        events: of the run's log.
-    """
-    selection = records["selection"].get(SELECTION)
-    chosen = None if selection is None else selection.result.get("chosen", [])
-    samples = None if chosen is None else [sample_name(c["prompt"], c["step"]) for c in chosen]
-    num_segments = _recorded_segments(config, records["distillation"], tuple(events))
-    return unit_names(config, samples=samples, num_segments=num_segments)
 
 
 def prompt_names(num: int) -> list[str]:
@@ -171,16 +127,3 @@ def evaluated_models(config: RunConfig) -> tuple[str, ...]:
 def method_of(config: RunConfig, model: str) -> str:
     """Name of the method whose checkpoint an evaluated model is; a setting's is that of the run's `method`."""
     return config.method.name if model in config.evaluation.settings else model
-
-
-def _recorded_segments(
-    config: RunConfig, distilled: Mapping[str, UnitRecord], events: Sequence[Mapping[str, Any]]
-) -> int | None:
-    """Segments of one method, from the last total that a driver logged; without a log, from the records."""
-    totals = [e["total"] for e in events if e.get("event") == "stage" and e.get("stage") == "distillation"]
-    if totals and totals[-1] % len(config.methods) == 0:
-        return int(totals[-1]) // len(config.methods) - 1
-    if events:
-        return None
-    found = [re.fullmatch(r".+-segment-(\d+)", name) for name in distilled]
-    return max((int(match[1]) + 1 for match in found if match), default=None)

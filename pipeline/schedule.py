@@ -1,31 +1,29 @@
 """What of one run or many can begin now: every unit whose inputs are done, whatever stage it belongs to.
 
     plans of all stages -> made, or waiting for named units -> done before: counts as done
-                                                            -> done by another run: adopted
-                                                            -> another run has it under way: adopted later
+                                                            -> under way for another run: done with it
                                                             -> a task for the workers
 
-A unit of two runs is the same where name and fingerprint are: the same files with the same bytes.
+A unit of two runs is the same where stage and fingerprint are: one record in their cache.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.context import Run
+from pipeline.done_units import DoneUnits
 from pipeline.event_log import EventLog
 from pipeline.stages.stage import NotDone, Stage, StageUnit, UnitPlan
-from pipeline.study.adoption import adopt
-from storage.manifest import Manifest, UnitRecord
-
-_logger = logging.getLogger(__name__)
+from storage.cache import UnitRecord
+from storage.run_directory import ListedUnit
+from storage.unit_store import UnitAddress
 
 Key = tuple[str, str, str]
-"""Stage, name and fingerprint of a unit."""
+"""Stage and fingerprint of a unit; and the label of the run whose own it is."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class Task:
     unit: StageUnit
     priority: int
     """The earlier the stage, the more waits for it."""
+    address: UnitAddress
+    """Where its files lie."""
 
     @property
     def name(self) -> str:
@@ -67,31 +67,9 @@ class Task:
         return self.driven.full_name(f"{self.stage.name}/{self.unit.name}")
 
     @property
-    def key(self) -> Key:
-        """The same in all runs that have the unit."""
-        return (self.stage.name, self.unit.name, self.unit.fingerprint)
-
-    @property
     def affinity(self) -> str:
         """What one worker should do in a row: units of one run, and in it those that read the same model."""
         return self.driven.full_name(self.unit.affinity)
-
-
-class CurrentRecords(Manifest):
-    """A run's manifest of which only those records are seen that this driver has found to be of the present configuration, or
-    has written: what an older configuration left behind is there until its unit is done again, and must not be built on."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        super().__init__(manifest.location)
-        self._current: dict[tuple[str, str], UnitRecord] = {}
-
-    def add(self, record: UnitRecord) -> None:
-        """From now on it is seen."""
-        self._current[record.stage, record.unit] = record
-
-    def read(self, stage: str, unit: str) -> UnitRecord | None:
-        """The record, if it is current."""
-        return self._current.get((stage, unit))
 
 
 @dataclass(eq=False)
@@ -110,8 +88,8 @@ class Counts:
 
     done: Counter[str] = field(default_factory=Counter)
     """By workers, now."""
-    adopted: Counter[str] = field(default_factory=Counter)
-    """Taken over from another run, now."""
+    shared: Counter[str] = field(default_factory=Counter)
+    """By workers for another run, now."""
     kept: Counter[str] = field(default_factory=Counter)
     """Done before."""
 
@@ -122,6 +100,7 @@ class Schedule:
     Args:
         runs: each with its own label.
         stages: in order.
+        done: finds the units that were done before.
         planned: called with every stage whose units have become known, and their full names.
         settled: called with the stage and the full name of every unit that is done without a worker.
     """
@@ -130,28 +109,24 @@ class Schedule:
         self,
         runs: Sequence[DrivenRun],
         stages: Sequence[Stage],
+        done: DoneUnits,
         *,
         planned: Callable[[Stage, Sequence[str]], None] = lambda stage, units: None,
         settled: Callable[[Stage, str], None] = lambda stage, unit: None,
     ) -> None:
         self.counts = Counts()
-        self._planned, self._settled = planned, settled
-        self._records = {driven.label: CurrentRecords(driven.run.manifest) for driven in runs}
-        self._views = {driven.label: replace(driven.run, manifest=self._records[driven.label]) for driven in runs}
+        self._done, self._planned, self._settled = done, planned, settled
         self._priorities = {stage.name: index for index, stage in enumerate(stages)}
         self._open = deque(_Item(driven, stage) for stage in stages for driven in runs)
-        self._undone: list[tuple[DrivenRun, Stage, StageUnit]] = []
         self._waiting: defaultdict[tuple[str, str, str], list[_Item]] = defaultdict(list)
-        self._sources: dict[Key, DrivenRun] = {}
-        """A run that has done the unit."""
         self._takers: dict[Key, list[DrivenRun]] = {}
         """Of units under way: the other runs that have it."""
         self._settings: dict[tuple[str, str], Any] = {}
         self._ready: list[Task] = []
-
-    def view(self, label: str) -> Run:
-        """The run, with the records that are current."""
-        return self._views[label]
+        self._listed: dict[str, dict[str, dict[str, ListedUnit]]] = {driven.label: {} for driven in runs}
+        """By run, stage and name."""
+        self._changed: dict[str, DrivenRun] = {}
+        """Runs whose list of units is not written."""
 
     def take_ready(self) -> list[Task]:
         """Tasks that can begin now and were not handed out yet."""
@@ -162,100 +137,95 @@ class Schedule:
     def finished(self, task: Task, record: UnitRecord) -> None:
         """A worker has done the task, and its record is written."""
         self.counts.done[task.stage.name] += 1
-        self._sources[task.key] = task.driven
+        self._done.finished(task.driven.run, record)
         self._mark_done(task.driven, record)
-        for taker in self._takers.pop(task.key):
-            self._begin(taker, task.stage, task.unit)
+        for taker in self._takers.pop(_key(task.driven, task.stage, task.unit)):
+            self.counts.shared[task.stage.name] += 1
+            self._settled(task.stage, taker.full_name(task.unit.name))
+            self._mark_done(taker, record)
 
     def failed(self, task: Task) -> list[DrivenRun]:
         """The task is given up: the runs that it is missing in."""
-        return [task.driven, *self._takers.pop(task.key)]
+        return [task.driven, *self._takers.pop(_key(task.driven, task.stage, task.unit))]
 
     def _advance(self) -> None:
-        listed: list[tuple[_Item, list[UnitPlan]]] = []
-        while self._open or self._undone:
-            while self._open:
-                item = self._open.popleft()
-                try:
-                    if item.plan is None:
-                        listed.append((item, self._list(item)))
-                    else:
-                        self._take(item.driven, item.stage, item.plan.make())
-                except NotDone as error:
-                    self._wait(item, error.missing)
-            # Only now: another of the runs may have been found to have done the same.
-            undone, self._undone = self._undone, []
-            for driven, stage, unit in undone:
-                self._begin(driven, stage, unit)
-        for item, plans in listed:
-            records = self._records[item.driven.label]
-            pending = sum(records.read(item.stage.name, plan.name) is None for plan in plans)
+        new: list[tuple[_Item, list[UnitPlan]]] = []
+        while self._open:
+            item = self._open.popleft()
+            try:
+                if item.plan is None:
+                    new.append((item, self._list(item)))
+                else:
+                    self._make(item.driven, item.stage, item.plan)
+            except NotDone as error:
+                self._wait(item, error.missing)
+        for item, plans in new:
+            records = item.driven.run.records.all()
+            pending = sum((item.stage.name, plan.name) not in records for plan in plans)
             if plans:
                 item.driven.log.write("stage", stage=item.stage.name, total=len(plans), pending=pending)
+        for label, driven in self._changed.items():
+            stages = {stage: tuple(units.values()) for stage, units in self._listed[label].items()}
+            driven.run.directory.write_units(stages)
+        self._changed = {}
 
     def _list(self, item: _Item) -> list[UnitPlan]:
-        plans = item.stage.plan(self._views[item.driven.label])
-        self._open.extend(_Item(item.driven, item.stage, plan) for plan in plans)
+        driven, stage = item.driven, item.stage
+        plans = stage.plan(driven.run)
+        self._note(driven, stage, *(ListedUnit(plan.name) for plan in plans))
+        self._open.extend(_Item(driven, stage, plan) for plan in plans)
         if plans:
-            self._planned(item.stage, [item.driven.full_name(plan.name) for plan in plans])
+            self._planned(stage, [driven.full_name(plan.name) for plan in plans])
         return plans
 
-    def _wait(self, item: _Item, missing: Iterable[tuple[str, str]]) -> None:
-        item.missing = set(missing)
-        for stage, name in item.missing:
-            self._waiting[item.driven.label, stage, name].append(item)
+    def _make(self, driven: DrivenRun, stage: Stage, plan: UnitPlan) -> None:
+        with driven.run.records.needs() as needs:
+            unit = plan.make()
+        self._note(driven, stage, ListedUnit(plan.name, unit.fingerprint, tuple(needs)))
+        record = self._done.find(driven.run, stage.name, unit)
+        if record is not None:
+            self.counts.kept[stage.name] += 1
+            self._settled(stage, driven.full_name(unit.name))
+            self._mark_done(driven, record)
+        else:
+            self._begin(driven, stage, unit, needs)
 
-    def _take(self, driven: DrivenRun, stage: Stage, unit: StageUnit) -> None:
-        record = done_record(driven.run, stage.name, unit)
-        if record is None:
-            self._undone.append((driven, stage, unit))
-            return
-        self.counts.kept[stage.name] += 1
-        self._settled(stage, driven.full_name(unit.name))
-        self._sources.setdefault((stage.name, unit.name, unit.fingerprint), driven)
-        self._mark_done(driven, record)
-
-    def _begin(self, driven: DrivenRun, stage: Stage, unit: StageUnit) -> None:
-        key = (stage.name, unit.name, unit.fingerprint)
-        if key in self._sources and self._adopt(driven, stage, unit):
-            return
+    def _begin(self, driven: DrivenRun, stage: Stage, unit: StageUnit, needs: Mapping[str, str | None]) -> None:
+        key = _key(driven, stage, unit)
         if key in self._takers:
             self._takers[key].append(driven)
             return
         self._takers[key] = []
         of = (driven.label, stage.name)
         if of not in self._settings:
-            self._settings[of] = stage.settings(self._views[driven.label])
-        self._ready.append(Task(driven, stage, self._settings[of], unit, self._priorities[stage.name]))
+            self._settings[of] = stage.settings(driven.run)
+        run = driven.run
+        inputs = {name: fingerprint for name, fingerprint in needs.items() if fingerprint is not None}
+        address = UnitAddress(
+            run.cache.location, run.directory.location, stage.name, unit.name, unit.fingerprint, inputs
+        )
+        self._ready.append(Task(driven, stage, self._settings[of], unit, self._priorities[stage.name], address))
 
-    def _adopt(self, taker: DrivenRun, stage: Stage, unit: StageUnit) -> bool:
-        """Whether the unit is done for `taker` too; where the source's files are no longer sound, it has to be done anew."""
-        source = self._sources[stage.name, unit.name, unit.fingerprint]
-        record = done_record(source.run, stage.name, unit)
-        problems = ["its record is gone"]
-        if record is not None:
-            problems = adopt(record, source=source.run, source_label=source.label, taker=taker.run)
-        if record is None or problems:
-            shown = source.full_name(f"{stage.name}/{unit.name}")
-            _logger.warning("%s cannot be adopted by %s: %s", shown, taker.label, "; ".join(problems))
-            source.log.write("unit_damaged", stage=stage.name, unit=unit.name, problems=problems)
-            return False
-        # Not under `unit`: the timeline is of what was worked on.
-        taker.log.write("unit_adopted", stage=stage.name, name=unit.name, source=source.label)
-        self.counts.adopted[stage.name] += 1
-        self._settled(stage, taker.full_name(unit.name))
-        self._mark_done(taker, record)
-        return True
+    def _wait(self, item: _Item, missing: Iterable[tuple[str, str]]) -> None:
+        item.missing = set(missing)
+        if item.plan is not None:
+            needs = tuple(sorted("/".join(key) for key in item.missing))
+            self._note(item.driven, item.stage, ListedUnit(item.plan.name, None, needs))
+        for stage, name in item.missing:
+            self._waiting[item.driven.label, stage, name].append(item)
 
     def _mark_done(self, driven: DrivenRun, record: UnitRecord) -> None:
-        self._records[driven.label].add(record)
+        driven.run.records.add(record)
         for item in self._waiting.pop((driven.label, record.stage, record.unit), ()):
             item.missing.discard((record.stage, record.unit))
             if not item.missing:
                 self._open.append(item)
 
+    def _note(self, driven: DrivenRun, stage: Stage, *units: ListedUnit) -> None:
+        known = self._listed[driven.label].setdefault(stage.name, {})
+        known.update({unit.name: unit for unit in units})
+        self._changed[driven.label] = driven
 
-def done_record(run: Run, stage: str, unit: StageUnit) -> UnitRecord | None:
-    """The record of a unit that is done."""
-    record = run.manifest.read(stage, unit.name)
-    return record if record is not None and record.fingerprint == unit.fingerprint else None
+
+def _key(driven: DrivenRun, stage: Stage, unit: StageUnit) -> Key:
+    return (stage.name, unit.fingerprint, driven.label if unit.in_run else "")

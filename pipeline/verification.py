@@ -14,7 +14,8 @@ from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
 from storage.location import Location, StoreUrl
-from storage.open_store import open_store
+from storage.place import open_place
+from storage.scratch import scratch_folder
 from workers.assembly_worker import INDEX
 
 _SHOWN_PROBLEMS = 30
@@ -35,7 +36,13 @@ def show_verification(checkpoint: Location, console: Console) -> bool:
     Raises:
         ValueError: no checkpoint there in a bucket.
     """
-    folder = _fetched(checkpoint) if isinstance(checkpoint, StoreUrl) else checkpoint
+    if isinstance(checkpoint, StoreUrl):
+        with scratch_folder() as scratch:
+            return _show(checkpoint, _fetched(checkpoint, scratch), console)
+    return _show(checkpoint, checkpoint, console)
+
+
+def _show(checkpoint: Location, folder: Path, console: Console) -> bool:
     report = verify_checkpoint(folder)
     say(console, ("checkpoint", "bold"), f"  {checkpoint}")
     if report.layers:
@@ -121,11 +128,11 @@ def _checkpoints_inside(path: Path) -> list[Path]:
     return [candidate for candidate in candidates if is_checkpoint(candidate)]
 
 
-def _fetched(url: StoreUrl) -> Path:
-    store = open_store(url.parent)
-    if INDEX not in store.names(url.name):
+def _fetched(url: StoreUrl, scratch: Path) -> Path:
+    place = open_place(url)
+    if INDEX not in place.names():
         raise ValueError(
             f"{url} has no {INDEX}: not a checkpoint, or one that is not there in full yet; a run's is RUN/checkpoint or "
             "RUN/checkpoints/METHOD"
         )
-    return store.local_folder(url.name)
+    return place.copied(scratch)

@@ -1,60 +1,75 @@
-"""The directory of one run, a folder or a prefix of a bucket: its configuration, where its parts lie, and who may drive it.
+"""The directory of one run, a folder or a prefix of a bucket: its configuration, its units, and where its parts lie.
 
 ::
 
-    config.json      format version, resolved configuration, provenance
-    run.lock         who drives the run: a flock in a folder, a lease in a bucket
-    manifest/        storage.manifest
-    hashed.jsonl     storage.hashed_files
-    calibration.zarr storage.calibration_store
-    blocks/          block artifacts, a folder a method
+    config.json      format version, resolved configuration, provenance, where the cache is
+    units.json       what the driver knows of the run's units
+    run.lock         storage.lock
+    cache/           storage.cache, where no other one is configured
     checkpoint/      the result (checkpoints/<method>/ when methods are compared)
     evaluation/  logs/  report.html
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
-import re
+import posixpath
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.atomic_files import json_bytes
-from storage.calibration_store import CalibrationStore
-from storage.local_store import LOCK_FILE
+from storage.atomic_files import json_bytes, sweep_partial_files
+from storage.cache import Cache, DamagedRecord, UnitRecord, checked_name
 from storage.location import Location, StoreUrl, local_path, parse_location
-from storage.manifest import Manifest
-from storage.open_store import open_store
-from storage.run_store import RunLocked as RunLocked
-from storage.run_store import RunStore
+from storage.lock import LOCK_FILE, driving
+from storage.place import Place, open_place
+from storage.recorded_outputs import RecordedOutputs
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the run directory as a whole."""
 
 REPORT = "report.html"
 LOGS = "logs"
 EVALUATION = "evaluation"
+CACHE = "cache"
+UNITS_FILE = "units.json"
 
 _CONFIG_FILE = "config.json"
-_METHOD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
+_READ_AT_ONCE = 16
+"""Records: in a bucket reading is a matter of waiting."""
 
 
 class RunConfigMismatch(ValueError):
     """The run directory belongs to a different configuration."""
 
 
-class RunFormatTooNew(ValueError):
-    """The run directory was written by a newer program."""
+class RunFormatUnknown(ValueError):
+    """The run directory was written by a newer program, or by one that is too old."""
+
+
+@dataclass(frozen=True)
+class ListedUnit:
+    """One unit of a run, as its driver knows it."""
+
+    name: str
+    fingerprint: str | None = None
+    """None while it depends on results that are not there."""
+    needs: tuple[str, ...] = ()
+    """The units that it depends on, ``<stage>/<unit>``, as far as they are known."""
 
 
 class RunDirectory:
     """An existing run directory; get one from :meth:`open` or :meth:`open_or_create`.
 
-    Where it is a folder it is a path-like object: ``Path(run)`` and ``Manifest(run)`` work.
+    Where it is a folder it is a path-like object: ``Path(run)`` works.
     """
 
     def __init__(self, location: str | os.PathLike[str] | StoreUrl) -> None:
-        self.location = _absolute(location)
+        self.location = parse_location(location).absolute()
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -65,17 +80,17 @@ class RunDirectory:
         return local_path(self.location, why="has no local directory")
 
     @property
-    def store(self) -> RunStore:
+    def place(self) -> Place:
         """The operations on its files."""
-        return open_store(self.location)
+        return open_place(self.location)
 
     @classmethod
-    def open(cls, location: "str | os.PathLike[str] | StoreUrl") -> "RunDirectory":
+    def open(cls, location: str | os.PathLike[str] | StoreUrl) -> RunDirectory:
         """An existing run, as it is.
 
         Raises:
             ValueError: no run there, or an unreadable ``config.json``.
-            RunFormatTooNew: written by a newer program.
+            RunFormatUnknown: written by a newer program, or one of format 1.
         """
         run = cls(location)
         if not run._has_config():
@@ -86,12 +101,13 @@ class RunDirectory:
     @classmethod
     def open_or_create(
         cls,
-        location: "str | os.PathLike[str] | StoreUrl",
+        location: str | os.PathLike[str] | StoreUrl,
         config: dict[str, Any],
         provenance: dict[str, Any],
         *,
         update: bool = False,
-    ) -> "RunDirectory":
+        cache: Location | None = None,
+    ) -> RunDirectory:
         """The run at ``location``: a new one, or the existing one of the same configuration.
 
         Args:
@@ -99,28 +115,36 @@ class RunDirectory:
             config: the resolved configuration, JSON.
             provenance: versions, commit and the like, JSON; kept from the creation or the last update, not compared.
             update: let a different ``config`` replace the stored one (under the run's lock).
+            cache: where its units lie; None: in the run. Another one than before is taken as it is.
 
         Raises:
             RunConfigMismatch: the stored configuration differs; lists every differing key.
-            RunFormatTooNew: written by a newer program.
+            RunFormatUnknown: written by a newer program, or one of format 1.
             RunLocked: ``update`` while a driver is at work.
             ValueError: a URL of another kind, somebody else's folder, or an unreadable ``config.json``.
         """
         run = cls(location)
-        document = {"format_version": FORMAT_VERSION, "config": config, "provenance": provenance}
+        document = {
+            "format_version": FORMAT_VERSION,
+            "config": config,
+            "provenance": provenance,
+            "cache": _as_seen_from(run.location, cache),
+        }
         document = json.loads(json.dumps(document, allow_nan=False))
         if not run._has_config():
             run._refuse_foreign_folder()
             with contextlib.suppress(FileExistsError):  # another driver was faster: compare with its file
-                run.store.put(_CONFIG_FILE, json_bytes(document), exclusive=True)
+                run.place.put(_CONFIG_FILE, json_bytes(document), exclusive=True)
         if run._differences(document["config"], update=update):
             with run.lock():
-                run.store.put(_CONFIG_FILE, json_bytes(document))
+                run.place.put(_CONFIG_FILE, json_bytes(document))
+        elif (stored := run._read_config_file())["cache"] != document["cache"]:
+            run.place.put(_CONFIG_FILE, json_bytes({**stored, "cache": document["cache"]}))
         return run
 
     @classmethod
     def check(
-        cls, location: "str | os.PathLike[str] | StoreUrl", config: dict[str, Any], *, update: bool = False
+        cls, location: str | os.PathLike[str] | StoreUrl, config: dict[str, Any], *, update: bool = False
     ) -> None:
         """Raise what :meth:`open_or_create` would raise now, but for locks; writes nothing."""
         run = cls(location)
@@ -142,30 +166,68 @@ class RunDirectory:
         return provenance
 
     @property
-    def calibration_store(self) -> CalibrationStore:
-        return CalibrationStore(self.location / "calibration.zarr")
+    def cache(self) -> Cache:
+        """The cache that holds its units."""
+        return Cache(_seen_from(self.location, str(self._read_config_file()["cache"])))
 
-    @property
-    def manifest(self) -> Manifest:
-        return Manifest(self.location)
+    def write_units(self, stages: Mapping[str, Sequence[ListedUnit]]) -> None:
+        """Keep the units of the stages that are listed, in the stages' order."""
+        listed = {stage: [asdict(unit) for unit in units] for stage, units in stages.items()}
+        self.place.put(UNITS_FILE, json_bytes({"format_version": FORMAT_VERSION, "stages": listed}))
+
+    def units(self) -> dict[str, tuple[ListedUnit, ...]]:
+        """The units that a driver has listed, by stage; a stage whose units are not known yet is not there.
+
+        Raises:
+            ValueError: the file is not readable.
+        """
+        try:
+            stages = json.loads(self.place.read(UNITS_FILE))["stages"]
+            return {
+                stage: tuple(ListedUnit(u["name"], u["fingerprint"], tuple(u["needs"])) for u in units)
+                for stage, units in stages.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            path = self.location / UNITS_FILE
+            raise ValueError(f"{path} is not readable ({error!r}): run it again, and it is written anew") from error
+
+    def records(self, *stages: str) -> dict[tuple[str, str], UnitRecord | DamagedRecord]:
+        """Records of the listed units, of these stages or of all, by stage and unit; in place of a damaged one, the error that
+        says so."""
+        cache, found = self.cache, {}
+        wanted = {
+            (stage, unit.name): unit.fingerprint
+            for stage, units in self.units().items()
+            if not stages or stage in stages
+            for unit in units
+        }
+
+        def read(key: tuple[str, str]) -> UnitRecord | DamagedRecord | None:
+            try:
+                return None if (of := wanted[key]) is None else cache.read(key[0], of)
+            except DamagedRecord as error:
+                return error
+
+        with ThreadPoolExecutor(_READ_AT_ONCE, thread_name_prefix="records") as pool:
+            for key, record in zip(wanted, pool.map(read, wanted), strict=True):
+                if record is not None:
+                    found[key] = record
+        return found
+
+    def outputs(self, records: Mapping[tuple[str, str], UnitRecord]) -> RecordedOutputs:
+        """Arrays and files of units with these records, by their logical names."""
+        return RecordedOutputs(self.cache.location, self.location, lambda stage, unit: records.get((stage, unit)))
 
     @staticmethod
     def checkpoint_key(method: str | None = None) -> str:
         """The resulting pipeline folder, relative to the run: of the run, or of one of the methods that it compares."""
-        return "checkpoint" if method is None else f"checkpoints/{_checked_method(method)}"
-
-    @staticmethod
-    def blocks_key(method: str) -> str:
-        """Folder of a method's block artifacts, relative to the run."""
-        return f"blocks/{_checked_method(method)}"
+        return "checkpoint" if method is None else f"checkpoints/{checked_name('method', method)}"
 
     def checkpoint(self, method: str | None = None) -> Path:
         """The folder of :meth:`checkpoint_key`; as all paths of a run, a ValueError where it is in a bucket."""
         return self.path / self.checkpoint_key(method)
-
-    def blocks(self, method: str) -> Path:
-        """The folder of :meth:`blocks_key`."""
-        return self.path / self.blocks_key(method)
 
     @property
     def evaluation(self) -> Path:
@@ -179,20 +241,24 @@ class RunDirectory:
     def report(self) -> Path:
         return self.path / REPORT
 
-    def sweep_partial_files(self) -> tuple[str, ...]:
-        """Remove what killed writers left anywhere in the run, while holding :meth:`lock`; returns the paths."""
-        return self.store.sweep()
+    def has(self, folder: str) -> bool:
+        """Whether there are files in a folder of the run."""
+        return bool(self.place.names(folder))
+
+    def sweep(self) -> None:
+        """Remove what killed writers left, while holding :meth:`lock`: unfinished files in the run, and attempts in its own
+        cache. In a bucket nothing is unfinished, and ``gc`` removes attempts."""
+        if isinstance(self.location, Path):
+            sweep_partial_files(self.location)
+            if self.cache.location == self.location / CACHE:
+                sweep_attempts(self.cache)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Be the only driver of this run: ``storage.local_lock`` in a folder, ``storage.s3_lease`` in a bucket.
-
-        Raises:
-            RunLocked: names the process that holds it.
-        """
-        return self.store.lock()
+        """Be the driver of this run. Raises RunLocked (:mod:`storage.lock`)."""
+        return driving(self.location)
 
     def _has_config(self) -> bool:
-        return _CONFIG_FILE in self.store.names("")
+        return _CONFIG_FILE in self.place.names("")
 
     def _differences(self, config: dict[str, Any], *, update: bool) -> list[str]:
         differences = _differences(self.config, config)
@@ -208,14 +274,20 @@ class RunDirectory:
     def _read_config_file(self) -> dict[str, Any]:
         path = self.location / _CONFIG_FILE
         try:
-            document = json.loads(self.store.read(_CONFIG_FILE))
+            document = json.loads(self.place.read(_CONFIG_FILE))
             version = int(document["format_version"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not readable ({error!r}): restore it, or use another run directory") from error
         if version > FORMAT_VERSION:
-            raise RunFormatTooNew(
-                f"{self.location} has format {version}, this program knows up to {FORMAT_VERSION}: use the newer program, "
-                "or another run directory"
+            raise RunFormatUnknown(
+                f"{self.location} has format {version}, this program knows {FORMAT_VERSION}: use the newer program, or another "
+                "run directory"
+            )
+        if version < FORMAT_VERSION:
+            raise RunFormatUnknown(
+                f"{self.location} is a run of format {version}, whose units this program does not read (it knows format "
+                f"{FORMAT_VERSION}): give another run directory, and its work is done anew; its checkpoint/ stays as it is, "
+                "for from_pretrained and `verify`; or finish it with the program that began it"
             )
         if not isinstance(document.get("config"), dict) or not isinstance(document.get("provenance"), dict):
             raise ValueError(f"{path} lacks config or provenance: restore it, or use another run directory")
@@ -224,7 +296,7 @@ class RunDirectory:
     def _refuse_foreign_folder(self) -> None:
         if isinstance(self.location, Path) and self.location.is_file():
             raise ValueError(f"{self.location} is a file: give a directory for the run")
-        entries = {*self.store.names(""), *self.store.subfolders("")}
+        entries = {*self.place.names(""), *self.place.subfolders("")}
         foreign = sorted(entries - {LOCK_FILE, _CONFIG_FILE})
         if foreign:
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
@@ -233,16 +305,34 @@ class RunDirectory:
             )
 
 
-def _absolute(location: str | os.PathLike[str] | StoreUrl) -> Location:
-    return parse_location(location).absolute()
+def sweep_attempts(cache: Cache) -> None:
+    """Remove the attempts that no record names, while nobody else writes into the cache."""
+    for key in list(cache.dead_attempts()):
+        cache.place.remove(key)
 
 
-def _checked_method(method: str) -> str:
-    if not _METHOD.fullmatch(method):
-        raise ValueError(
-            f"method name {method!r} must be 1-200 letters, digits or . _ = + -, beginning with a letter or digit"
-        )
-    return method
+def _as_seen_from(run: Location, cache: Location | None) -> str:
+    """Relative to the run where both may move together: the cache is in the run, or beside or above it."""
+    if cache is None:
+        return CACHE
+    try:
+        if isinstance(run, StoreUrl) is not isinstance(cache, StoreUrl):
+            return str(cache)
+        run.relative_to(cache.parent)  # type: ignore[arg-type]
+    except ValueError:
+        return str(cache)
+    return os.path.relpath(_text(cache), _text(run))
+
+
+def _seen_from(run: Location, cache: str) -> Location:
+    if cache.startswith(("/", "s3://")):
+        return parse_location(cache)
+    joined = posixpath.normpath(f"{_text(run)}/{cache}")
+    return StoreUrl(run.bucket, joined.removeprefix("/")) if isinstance(run, StoreUrl) else Path(joined)
+
+
+def _text(location: Location) -> str:
+    return f"/{location.key}" if isinstance(location, StoreUrl) else str(location)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -128,9 +128,8 @@ def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, named in this process's environment; short of patience, with a quick lease."""
+    """The server, named in this process's environment; short of patience."""
     for name, value in s3_process.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("REELQUANT_STORE_PATIENCE_S", "30")
-    monkeypatch.setenv("REELQUANT_LEASE_PERIOD_S", "0.3")
     return s3_process

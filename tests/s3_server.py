@@ -27,8 +27,6 @@ class S3Server:
         self._open: set[socket.socket] = set()
         self._port = 0
         self._lose_answers = self._pass_answers = 0
-        self.hides_conditions = False
-        """Keep the headers If-Match and If-None-Match from the server, as if it did not know them."""
         self.credentials_expired = False
         """Answer as S3 does to a token whose hour is over."""
         self.connect()
@@ -83,8 +81,6 @@ class S3Server:
                     head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(EXPIRED)}\r\nConnection: close\r\n\r\n"
                     source.sendall(head.encode() + EXPIRED)
                     break
-                if self.hides_conditions and not answers:
-                    data = data.replace(b"\r\nif-", b"\r\nx-unknown-")
                 if answers and self._lose_answers > 0:
                     if self._pass_answers == 0:
                         self._lose_answers -= 1

@@ -1,21 +1,23 @@
-"""A run and its checkpoint as earlier versions wrote them (tools/make_fixtures.py) are read for two minor releases at least."""
+"""A checkpoint as earlier versions wrote it (tools/make_fixtures.py) is read for two minor releases at least; a run of format 1
+is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.fetching import fetch_checkpoint
 from pipeline.report.page import write_report_of
 from pipeline.run_state import read_status
 from reelquant.checkpoint.verify import verify_checkpoint
-from storage.manifest import Manifest
-from storage.run_directory import RunDirectory
+from storage.run_directory import RunDirectory, RunFormatUnknown
+from tests.errors import raises
 from tools.make_fixtures import latents
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -57,21 +59,17 @@ def test_every_section_of_the_checkpoint_counts(run: Path, section: str) -> None
     assert error(run / "checkpoint", load_file(run / "latents.safetensors")["latents"]) > 2 * TOLERANCE
 
 
-def test_status_and_report_read_the_run(run: Path) -> None:
-    stages = read_status(run).stages
-    assert {name: (stage.done, stage.total) for name, stage in stages.items()} == {
-        "trajectories": (4, 4), "selection": (1, 1), "activations": (2, 2), "distillation": (3, 3), "refinement": (1, 1),
-        "assembly": (1, 1), "evaluation": (2, 4),
-    }  # fmt: skip
-    # Its evaluation had no teacher-forced pass and no weights of the steps yet.
-    [quality] = [r.result["psnr_db"] for r in Manifest(run).records("evaluation") if "psnr_db" in r.result]
-    assert f"{quality:.1f}" in write_report_of(run).read_text()
-
-
-def test_records_and_arrays_are_whole(run: Path) -> None:
-    directory = RunDirectory.open(run)
-    for record in directory.manifest.records("activations"):
-        assert all((run / output.path).is_file() for output in record.outputs)
-        block = directory.calibration_store.read(f"activations/{record.unit}/transformer_blocks.0")
-        assert block.dtype == torch.bfloat16
-        assert bool(block.isfinite().all())
+def test_a_run_of_format_1_is_refused_with_what_to_do(run: Path) -> None:
+    before = contents(run)
+    config = json.loads((run / "config.json").read_text())["config"]
+    attempts: dict[str, Callable[[], object]] = {
+        "run": lambda: RunDirectory.open_or_create(run, config, {}, update=True),
+        "plan": lambda: RunDirectory.check(run, config, update=True),
+        "status": lambda: read_status(run),
+        "report": lambda: write_report_of(run),
+        "fetch": lambda: fetch_checkpoint(run, run.parent / "fetched"),
+    }
+    for attempt in attempts.values():
+        with raises(RunFormatUnknown, run, "format 1", "another run directory", "checkpoint/", "verify"):
+            attempt()
+    assert contents(run) == before

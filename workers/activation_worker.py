@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from reelquant.calibration.block_call import Constants, Recording, Streams
-from storage.manifest import OutputFile
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from workers.generation import branches
 from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision
@@ -45,48 +44,50 @@ class ActivationWorker:
             sharding=settings.sharding,
             variant=settings.source.variant,
         )
-        self._store = RunDirectory(settings.source.run).calibration_store
 
-    def run(self, unit: SampleUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: SampleUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         """One forward pass a branch, at most up to the last boundary; `write_s` of its result is the time in the store."""
-        outputs: list[OutputFile] = []
         write_s = 0.0
 
         for branch in branches(self._family, self._settings.generation):
             prefix = f"activations/{unit.name}/{branch}"
 
-            def store(name: str, streams: Streams, prefix: str = prefix) -> None:
+            def keep(name: str, streams: Streams, prefix: str = prefix) -> None:
                 nonlocal write_s
                 # The copy waits for the GPU: from here on it is the store's time.
                 kept = {argument: stream.to(torch.bfloat16).cpu() for argument, stream in streams.items()}
                 began = time.perf_counter()
-                outputs.extend(write_streams(self._store, prefix, name, kept))
+                write_streams(store, prefix, name, kept)
                 write_s += time.perf_counter() - began
 
-            constants = self._forward(unit, branch, store, progress)
+            constants = self._forward(unit, branch, store, keep, progress)
 
             def write(name: str, value: Tensor, prefix: str = prefix) -> None:
-                outputs.extend(self._store.write(f"{prefix}/{name}", value.cpu()))
+                store.write(f"{prefix}/{name}", value.cpu())
 
             write_constants(constants, write)
         return UnitOutput(
-            tuple(outputs),
             {"prompt": unit.prompt_name, "step": unit.step, "write_s": round(write_s, 3)},
             device_name(self._device),
             peak_memory_bytes(self._device),
         )
 
-    def shadow(self, unit: SampleUnit, progress: Progress) -> None:
+    def shadow(self, unit: SampleUnit, progress: Progress, store: UnitStore) -> None:
         """Takes part in the forward passes of a replica's unit, and keeps nothing."""
         for branch in branches(self._family, self._settings.generation):
-            self._forward(unit, branch, lambda *_: None, progress)
+            self._forward(unit, branch, store, lambda *_: None, progress)
 
     def _forward(
-        self, unit: SampleUnit, branch: str, see: Callable[[str, Streams], None], progress: Progress
+        self,
+        unit: SampleUnit,
+        branch: str,
+        store: UnitStore,
+        see: Callable[[str, Streams], None],
+        progress: Progress,
     ) -> Constants:
         """Calls `see(name, streams)` with the streams in front of every boundary; returns what the blocks read besides."""
         settings, transformer = self._settings, self._pipeline.transformer
-        call = StoredSteps(self._store, unit.prompt_name, branch, self._device).call(unit.step, self._dtype)
+        call = StoredSteps(store, unit.prompt_name, branch, self._device).call(unit.step, self._dtype)
         recording = Recording(self._family, transformer, call, settings.boundaries)
         done, total = 0, len(settings.boundaries)
 

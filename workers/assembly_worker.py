@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reelquant.checkpoint.verify import VerificationReport, verify_checkpoint
 from reelquant.checkpoint.writer import check_place, write_checkpoint
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from workers.hub_snapshot import model_folder
 from workers.messages import AssemblySettings, AssemblyUnit, Progress, UnitOutput
 from workers.process import device_name, peak_memory_bytes, prepare_process
@@ -22,14 +22,14 @@ class AssemblyWorker:
         self._settings = settings
         self._device, _ = prepare_process(settings.source.numerics)
         self._model = model_folder(settings.source.model)
-        self._run = RunDirectory(settings.source.run)
 
-    def run(self, unit: AssemblyUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: AssemblyUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         """Writes the checkpoint, checks it as `verify` does, and puts it in its place, where an older one may be.
 
         Raises:
             ValueError: the checkpoint is not sound, which it would be again; its place is as it was.
         """
+        run, artifacts = store.run.location, [store.file(name) for name in unit.artifacts]
         reports: list[VerificationReport] = []
 
         def write(folder: Path) -> None:
@@ -37,17 +37,15 @@ class AssemblyWorker:
             progress(1, 2)
             reports.append(verify_checkpoint(folder))
             if problems := reports[-1].problems:
-                found = "; ".join(problems).replace(str(folder), f"{self._run.location}/{unit.checkpoint}")
+                found = "; ".join(problems).replace(str(folder), f"{run}/{unit.checkpoint}")
                 raise ValueError(f"the assembled checkpoint is not sound and was not put in its place: {found}")
 
-        if isinstance(self._run.location, Path):
-            check_place(self._model.resolve(), (self._run.path / unit.checkpoint).resolve())
-        with self._run.store.local_files(unit.artifacts) as artifacts:
-            outputs = self._run.store.publish(unit.checkpoint, write, last=INDEX)
+        if isinstance(run, Path):
+            check_place(self._model.resolve(), (run / unit.checkpoint).resolve())
+        store.write_checkpoint(unit.checkpoint, write, last=INDEX)
         [report] = reports
         progress(2, 2)
         return UnitOutput(
-            outputs,
             {
                 "method": unit.method.name,
                 "bits": unit.bits_label,

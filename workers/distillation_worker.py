@@ -19,8 +19,7 @@ from reelquant.checkpoint.reader import source_weights
 from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 from reelquant.settings.generation import LayerBits
-from storage.manifest import OutputFile
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from workers.hub_snapshot import model_folder
 from workers.messages import DistillationSettings, MethodPlan, Progress, SegmentUnit, UnitOutput
 from workers.model_source import family_of_model, load_block, load_tensors, transformer_config
@@ -30,7 +29,7 @@ from workers.stored_calls import StoredConstants
 
 
 class DistillationWorker:
-    """Holds no model; its unit is one segment of one method. Writes `blocks/<method>/<block>.safetensors`."""
+    """Holds no model; its unit is one segment of one method. Writes `distillation/<unit>/<block>.safetensors`."""
 
     MEMORY_ADVICE: ClassVar[str] = (
         "one worker a GPU (workers.num_gpus: 1); a GPU with more memory; fewer blocks at once "
@@ -46,11 +45,9 @@ class DistillationWorker:
         self._weights = source_weights(self._model / "transformer", variant=settings.source.variant)
         self._family = family_of_model(self._model)
         self._calls = block_calls(self._family, transformer_config(self._model))
-        self._run = RunDirectory(settings.source.run)
-        self._store = self._run.calibration_store
-        self._entries = ReadAhead(self._store.read)
-        self._ahead: tuple[str, ...] = ()
-        self._constants = StoredConstants(self._store, self._device)
+        self._entries = ReadAhead()
+        self._ahead: tuple[UnitStore, tuple[str, ...]] | None = None
+        self._constants = StoredConstants(self._device)
         self._lean = False
         self._read_s = 0.0
 
@@ -58,11 +55,11 @@ class DistillationWorker:
         """Learns with less memory from now on (`reelquant.calibration.saved_tensors`), and reads nothing ahead."""
         self._lean = True
 
-    def prepare(self, unit: SegmentUnit) -> None:
+    def prepare(self, unit: SegmentUnit, store: UnitStore) -> None:
         """Has the entry activations of the segment read while the next one is calibrated."""
-        self._ahead = self._entry_names(unit)
+        self._ahead = store, self._entry_names(unit)
 
-    def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: SegmentUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         """Calibrates and writes the segment's blocks, or rounds the linears outside the blocks if it has none.
 
         `read_s` of its result is the time that it waited for entry activations."""
@@ -73,32 +70,31 @@ class DistillationWorker:
             torch.cuda.empty_cache()
         try:
             with deterministic_kernels(asked=self._settings.source.numerics.deterministic):
-                return self._do(unit, progress)
+                return self._do(unit, progress, store)
         except BaseException:
             self._entries.stop()  # reading would outlive this worker, and hold memory
             raise
 
-    def _do(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
-        outputs: list[OutputFile] = []
+    def _do(self, unit: SegmentUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         result: dict[str, Any] = {"method": unit.method.name, "blocks": {}}
         if unit.blocks:
-            for distilled in self._distill(unit, progress):
-                outputs.append(self._write(unit.method, distilled.name, distilled.name, distilled.layers))
+            for distilled in self._distill(unit, progress, store):
+                _write(store, f"distillation/{unit.name}/{distilled.name}", distilled.name, distilled.layers)
                 result["blocks"][distilled.name] = block_summary(distilled)
         else:
             self._read_ahead()
-            outputs.append(self._write(unit.method, "auxiliary", "", self._auxiliary_layers(unit.method)))
+            _write(store, f"distillation/{unit.name}/auxiliary", "", self._auxiliary_layers(unit.method))
         result["read_s"] = round(self._read_s, 3)
-        return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+        return UnitOutput(result, device_name(self._device), peak_memory_bytes(self._device))
 
-    def _distill(self, unit: SegmentUnit, progress: Progress) -> Any:
+    def _distill(self, unit: SegmentUnit, progress: Progress, store: UnitStore) -> Any:
         method, source = unit.method, self._settings.source
         blocks = {
             name: load_block(self._model, self._weights, name, device=self._device, dtype=self._dtype)
             for name in unit.blocks
         }
         bits = {name: bits_inside(method, name) for name in blocks}
-        samples = [self._sample(prefix, unit.blocks[0]) for prefix in self._prefixes(unit)]
+        samples = [self._sample(prefix, unit, store) for prefix in self._prefixes(unit)]
         self._read_ahead()
         return distill_segment(
             self._calls,
@@ -107,7 +103,7 @@ class DistillationWorker:
             bits=bits,
             recipe=method.recipe,
             dense_blocks=method.attention.dense_blocks,
-            conditioning_rows=self._conditioning_rows(unit),
+            conditioning_rows=self._conditioning_rows(unit, store),
             seed_of=lambda block: unit_seed(source.seed, "distillation", block),
             fall_back=self._settings.fall_back,
             progress=progress,
@@ -116,13 +112,16 @@ class DistillationWorker:
 
     def _read_ahead(self) -> None:
         """After the unit's own arrays, with which it would compete."""
-        ahead, self._ahead = self._ahead, ()
-        self._entries.begin(() if self._lean else ahead)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or self._lean:
+            self._entries.forget()
+        else:
+            self._entries.begin(*ahead)
 
     def _entry_names(self, unit: SegmentUnit) -> tuple[str, ...]:
         """Arrays of the streams in front of the segment."""
         return tuple(
-            f"{prefix}/{unit.blocks[0]}/{stream}"
+            f"{prefix}/{unit.entry or unit.blocks[0]}/{stream}"
             for prefix in self._prefixes(unit)
             for stream in self._calls[unit.blocks[0]].streams
         )
@@ -137,20 +136,21 @@ class DistillationWorker:
             for branch in self._settings.branches
         )
 
-    def _sample(self, prefix: str, block: str) -> Sample:
+    def _sample(self, prefix: str, unit: SegmentUnit, store: UnitStore) -> Sample:
         began = time.perf_counter()
         streams = {
-            name: self._entries.take(f"{prefix}/{block}/{name}").to(self._dtype) for name in self._calls[block].streams
+            name: self._entries.take(store, f"{prefix}/{unit.entry or unit.blocks[0]}/{name}").to(self._dtype)
+            for name in self._calls[unit.blocks[0]].streams
         }
         self._read_s += time.perf_counter() - began
-        return Sample(streams, streams, self._constants.read(prefix))
+        return Sample(streams, streams, self._constants.read(store, prefix))
 
-    def _conditioning_rows(self, unit: SegmentUnit) -> Tensor:
+    def _conditioning_rows(self, unit: SegmentUnit, store: UnitStore) -> Tensor:
         """What the modulation layers read at all candidates; none where there are no such layers."""
         levels = (level for block in unit.blocks for level in self._calls[block].levels)
         if not any(group.stream == "conditioning" for level in levels for group in level):
             return torch.empty(0, 0, device=self._device)
-        rows = [self._store.read(f"trajectories/{prompt.name}/conditioning") for prompt in self._settings.prompts]
+        rows = [store.read(f"trajectories/{prompt.name}/conditioning") for prompt in self._settings.prompts]
         return torch.cat(rows).to(self._device, self._dtype)
 
     def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
@@ -168,30 +168,6 @@ class DistillationWorker:
                 activation_clip=torch.ones(1) if bits.activation < 16 else None,
             )  # fmt: skip
         return layers
-
-    def _write(self, method: MethodPlan, artifact: str, prefix: str, layers: Mapping[str, RoundedLayer]) -> OutputFile:
-        tensors: dict[str, Tensor] = {}
-        specs: dict[str, LayerSpec] = {}
-        for name, layer in layers.items():
-            full, leader = _full(prefix, name), layers[layer.leader]
-            packed, spec = pack_layer(
-                full,
-                codes=layer.codes,
-                grid=layer.grid,
-                bias=None,
-                activation_bits=layer.activation_bits,
-                group=_full(prefix, layer.leader),
-                group_has_channel_scale=leader.channel_scale is not None,
-                group_rotation=0 if leader.rotation is None else len(leader.rotation),
-                channel_scale=layer.channel_scale,
-                rotation=layer.rotation,
-                activation_clip=layer.activation_clip,
-            )
-            tensors.update({key: value.cpu().contiguous() for key, value in packed.items()})
-            specs[full] = spec
-        key = f"{self._run.blocks_key(method.name)}/{artifact}.safetensors"
-        [output] = self._run.store.publish(key, lambda path: write_block_artifact(path, tensors, specs))
-        return output
 
 
 def block_summary(distilled: DistilledBlock) -> dict[str, Any]:
@@ -213,6 +189,29 @@ def bits_inside(method: MethodPlan, block: str) -> dict[str, LayerBits]:
     """Bits of the layers of `block`, by name inside it."""
     prefix = f"{block}."
     return {name.removeprefix(prefix): bits for name, bits in method.bits.items() if name.startswith(prefix)}
+
+
+def _write(store: UnitStore, artifact: str, prefix: str, layers: Mapping[str, RoundedLayer]) -> None:
+    tensors: dict[str, Tensor] = {}
+    specs: dict[str, LayerSpec] = {}
+    for name, layer in layers.items():
+        full, leader = _full(prefix, name), layers[layer.leader]
+        packed, spec = pack_layer(
+            full,
+            codes=layer.codes,
+            grid=layer.grid,
+            bias=None,
+            activation_bits=layer.activation_bits,
+            group=_full(prefix, layer.leader),
+            group_has_channel_scale=leader.channel_scale is not None,
+            group_rotation=0 if leader.rotation is None else len(leader.rotation),
+            channel_scale=layer.channel_scale,
+            rotation=layer.rotation,
+            activation_clip=layer.activation_clip,
+        )
+        tensors.update({key: value.cpu().contiguous() for key, value in packed.items()})
+        specs[full] = spec
+    store.write_file(f"{artifact}.safetensors", lambda path: write_block_artifact(path, tensors, specs))
 
 
 def _full(prefix: str, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,21 @@ from torch import Tensor
 
 import reelquant  # noqa: F401  (registers the checkpoint format with diffusers)
 from reelquant.runtime.sparse_attention import SparseAttention, Visited
-from storage.manifest import OutputFile
-from storage.run_directory import EVALUATION, RunDirectory
+from storage.unit_store import UnitStore
 from workers.checkpoint_settings import apply_settings
 from workers.fidelity import fidelity
 from workers.generation import generate
 from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision, let_go
-from workers.messages import EvaluationSettings, EvaluationUnit, Progress, StepWeightsUnit, UnitOutput, VelocityUnit
+from workers.messages import (
+    FILM,
+    EvaluationSettings,
+    EvaluationUnit,
+    Progress,
+    StepWeightsUnit,
+    UnitOutput,
+    VelocityUnit,
+)
 from workers.model_source import family_of_model, open_pipeline
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.perceptual import PerceptualDistance
@@ -45,7 +51,7 @@ class EvaluationWorker:
     | `StepWeightsUnit` | perturbed roll-outs of the full-precision model | weights of the steps |
 
     The first writes the array `evaluation/<unit>/video` `[F, H, W, 3]` uint8, from which metrics are taken, and
-    `evaluation/<unit>.mp4` for people, if the settings have films; of the full-precision model also its trajectory
+    `evaluation/<unit>/film.mp4` for people, if the settings have films; of the full-precision model also its trajectory
     (`workers.velocity_pass`), if the unit says so. Metrics are those of 8-bit frames.
     """
 
@@ -56,47 +62,47 @@ class EvaluationWorker:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._model = model_folder(settings.source.model)
-        self._run = RunDirectory(settings.source.run)
-        self._store = self._run.calibration_store
         self._opened: tuple[Path, torch.dtype, Any] | None = None
         """The checkpoint that was used last."""
         self._recognizer = DigitRecognizer(settings.recognizer) if settings.recognizer else None
         self._lpips = PerceptualDistance.available()
 
-    def run(self, unit: EvaluationUnit | VelocityUnit | StepWeightsUnit, progress: Progress) -> UnitOutput:
+    def run(
+        self, unit: EvaluationUnit | VelocityUnit | StepWeightsUnit, progress: Progress, store: UnitStore
+    ) -> UnitOutput:
         """Generates, stores, measures."""
+        self._store = store
         if isinstance(unit, VelocityUnit):
-            return self._output((), self._velocity(unit, progress))
+            return self._output(self._velocity(unit, progress))
         if isinstance(unit, StepWeightsUnit):
-            return self._output((), self._step_weights(unit, progress))
+            return self._output(self._step_weights(unit, progress))
         if unit.noise_floor:
-            return self._output((), self._noise_floor(unit, progress))
+            return self._output(self._noise_floor(unit, progress))
         return self._video(unit, progress)
 
     def _video(self, unit: EvaluationUnit, progress: Progress) -> UnitOutput:
-        folder = self._model if unit.checkpoint is None else self._run.store.local_folder(unit.checkpoint)
+        folder = self._model if unit.checkpoint is None else self._store.checkpoint(unit.checkpoint)
         pipeline = self._pipeline(folder, self._dtype)
         if unit.checkpoint is not None:
             apply_settings(pipeline, unit.knobs)
         sparse = _counted(pipeline)
-        velocities, name = Velocities(), f"{EVALUATION}/{unit.name}"
+        velocities, name = Velocities(), f"evaluation/{unit.name}"
         with velocities.kept(pipeline) if unit.keep_velocity else nullcontext():
             generated = generate(
                 pipeline, unit.prompt.prompt, self._settings.generation, seed=self._seed(unit), progress=progress
             )
-        outputs = [
-            *self._store.write(f"{name}/video", generated.video),
-            *([self._film(unit, generated.video)] if self._settings.films else []),
-        ]
+        self._store.write(f"{name}/video", generated.video)
+        if self._settings.films:
+            self._film(f"{name}/{FILM}", generated.video)
         video = generated.video.float() / 255
         steps = sorted(generated.step_seconds)
         result: dict[str, Any] = {"prompt": unit.prompt.prompt, "seconds_per_step": steps[len(steps) // 2]}
         if sparse is not None:
             result["effective_density"] = sparse.visited.density
         if unit.keep_latents:
-            outputs += self._store.write(f"{name}/latents", torch.stack(generated.latents))
+            self._store.write(f"{name}/latents", torch.stack(generated.latents))
         if unit.keep_velocity:
-            outputs += velocities.write(self._store, name)
+            velocities.write(self._store, name)
             result["denoised_changes"] = velocities.denoised_changes(pipeline, generated.latents)
         if self._recognizer is not None:
             result["recognized"] = self._recognizer.recognized(video, unit.prompt.prompt)
@@ -105,10 +111,13 @@ class EvaluationWorker:
             result.update(fidelity(reference, video, self._lpips))
             if unit.compare_latents:
                 result["latent_error"] = latent_errors(self._store, unit.reference, generated.latents)
-        return self._output(outputs, result)
+        return self._output(result)
 
-    def shadow(self, unit: EvaluationUnit | VelocityUnit | StepWeightsUnit, progress: Progress) -> None:
+    def shadow(
+        self, unit: EvaluationUnit | VelocityUnit | StepWeightsUnit, progress: Progress, store: UnitStore
+    ) -> None:
         """Takes part in the forward passes of a replica's unit of the full-precision model, and keeps nothing."""
+        self._store = store
         if isinstance(unit, VelocityUnit):
             self._velocity(unit, progress)
             return
@@ -134,7 +143,7 @@ class EvaluationWorker:
         if unit.checkpoint is None:
             pipeline = self._pipeline(self._model, torch.bfloat16)
         else:
-            pipeline = self._pipeline(self._run.store.local_folder(unit.checkpoint), self._dtype)
+            pipeline = self._pipeline(self._store.checkpoint(unit.checkpoint), self._dtype)
             apply_settings(pipeline, unit.knobs)
         sparse = _counted(pipeline)
         with attention_backend(OTHER_ATTENTION) if unit.checkpoint is None else nullcontext():
@@ -173,8 +182,8 @@ class EvaluationWorker:
         weights = interpolated(effects, generation.num_inference_steps)
         return {"weights": weights, "effects": [[step, effect] for step, effect in effects.items()]}
 
-    def _output(self, outputs: Iterable[OutputFile], result: dict[str, Any]) -> UnitOutput:
-        return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+    def _output(self, result: dict[str, Any]) -> UnitOutput:
+        return UnitOutput(result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _noise_floor(self, unit: EvaluationUnit, progress: Progress) -> dict[str, Any]:
         """Full precision in bfloat16 with the default attention and with another one, from the same noise; no files."""
@@ -196,11 +205,11 @@ class EvaluationWorker:
             other = video(1)
         return {"prompt": unit.prompt.prompt, **fidelity(default, other, self._lpips)}
 
-    def _film(self, unit: EvaluationUnit, video: Tensor) -> OutputFile:
+    def _film(self, name: str, video: Tensor) -> None:
         fps = self._settings.film_fps
         film = imwrite("<bytes>", video.numpy(), extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
         assert isinstance(film, bytes)
-        return self._run.store.put(f"{EVALUATION}/{unit.name}.mp4", film)
+        self._store.write_file(name, lambda path: path.write_bytes(film))
 
     def _pipeline(self, folder: Path, dtype: torch.dtype) -> Any:
         if folder == self._model:

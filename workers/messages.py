@@ -12,12 +12,14 @@ from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.noise_schedule import threshold_after
 from reelquant.settings.generation import Generation, LayerBits, Numerics, StepProtection
 from reelquant.settings.recipe import Recipe
-from storage.location import Location
-from storage.manifest import OutputFile
+from storage.output_file import OutputFile
 from workers.candidates import FEATURES
 from workers.hub_snapshot import HubSnapshot
 from workers.sharding import Sharding
 from workers.usage import Usage
+
+FILM = "film.mp4"
+"""Output of an evaluation for people."""
 
 Progress = Callable[[int, int], None]
 """Called by a worker with (done, total) while it works on a unit."""
@@ -25,9 +27,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class UnitOutput:
-    """What a finished unit hands to the driver, which writes it into the manifest."""
+    """What a finished unit hands to the driver, which records it."""
 
-    outputs: tuple[OutputFile, ...]
     result: Mapping[str, Any]
     """Small and JSON-serializable."""
     device: str
@@ -37,13 +38,15 @@ class UnitOutput:
     """What the unit took, by who ran it."""
     lean: bool = False
     """Whether it was done with less memory than usual, by who ran it; the outputs are the same."""
+    outputs: tuple[OutputFile, ...] = ()
+    """Files that it wrote, by who ran it; so is `attempt`, their folder in the cache (None: they are the run's own)."""
+    attempt: str | None = None
 
 
 @dataclass(frozen=True)
 class RunSource:
-    """Where a worker reads and writes, and which model it is about."""
+    """Which model a worker is about, and how it computes."""
 
-    run: Location
     model: Path | HubSnapshot
     """A folder that every node sees, or what every node fetches: `hub_snapshot.model_folder` gives its folder."""
     seed: int
@@ -176,6 +179,8 @@ class SegmentUnit:
     name: str
     method: MethodPlan
     blocks: tuple[str, ...]
+    entry: str | None = None
+    """Block whose stored stream they read; None: the first of them."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class RefinementUnit:
     name: str
     method: MethodPlan
     artifacts: tuple[str, ...]
-    """Paths in the run directory."""
+    """Logical names of the block artifacts."""
     sparse_attention: SparseAttentionSpec | None = None
 
 
@@ -217,7 +222,7 @@ class AssemblyUnit:
     method: MethodPlan
     bits_label: str
     artifacts: tuple[str, ...]
-    """Paths in the run directory."""
+    """Logical names of the block artifacts."""
     checkpoint: str
     sparse_attention: SparseAttentionSpec | None = None
     velocity_correction: VelocityCorrection | None = None
@@ -246,7 +251,7 @@ class EvaluationUnit:
     name: str
     prompt: PromptUnit
     checkpoint: str | None
-    """Path in the run directory; None is the full-precision model."""
+    """The unit that assembled it, `assembly/<method>`; None is the full-precision model."""
     setting: str | None = None
     """Name of the setting of the checkpoint; None for the checkpoint as it is."""
     knobs: Mapping[str, Any] = field(default_factory=dict)
@@ -254,7 +259,7 @@ class EvaluationUnit:
     noise_floor: bool = False
     """Compare the full-precision model in bfloat16 with itself under another attention backend, and store no video."""
     reference: str | None = None
-    """Name in the calibration store of the full-precision video of the same noise; None where there is nothing to compare."""
+    """Unit of the full-precision video of the same noise, `evaluation/<unit>`; None where there is nothing to compare."""
     compare_latents: bool = False
     """Compare the latents of every step too."""
     keep_latents: bool = False
@@ -270,9 +275,9 @@ class VelocityUnit:
     name: str
     prompts: tuple[PromptUnit, ...]
     trajectories: tuple[str, ...]
-    """Names of their arrays in the calibration store."""
+    """Units that generated them, `evaluation/<unit>`."""
     checkpoint: str | None
-    """Path in the run directory; None is the noise floor: the full-precision model in bfloat16 under another attention
+    """As of `EvaluationUnit`; None is the noise floor: the full-precision model in bfloat16 under another attention
     backend."""
     knobs: Mapping[str, Any] = field(default_factory=dict)
     """As of `EvaluationUnit`."""
@@ -286,7 +291,7 @@ class StepWeightsUnit:
     prompts: tuple[PromptUnit, ...]
     """Whose trajectories are perturbed."""
     trajectories: tuple[str, ...]
-    """Names of their arrays in the calibration store."""
+    """Units that generated them, `evaluation/<unit>`."""
     steps: tuple[int, ...]
     """Perturbed ones; the weights of those between are interpolated."""
     rows: int

@@ -3,7 +3,6 @@ correction of its velocity."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,7 @@ from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, TORCH_DTYPES, layer_digest
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 from reelquant.settings.generation import StepProtection
-from storage.manifest import OutputFile
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from workers.generation import COND, branches
 from workers.hub_snapshot import model_folder
 from workers.messages import Progress, PromptUnit, RefinementSettings, RefinementUnit, SampleUnit, UnitOutput
@@ -37,12 +35,10 @@ from workers.stored_calls import StoredConstants, StoredSteps
 
 MEASURED_PROMPTS = 2
 """First calibration prompts on whose trajectories the drift of the residual is measured."""
-REPAIRED = "repaired"
-"""Folder of the repaired block artifacts, among the method's artifacts."""
 
 
 class RefinementWorker:
-    """Its unit is one method. Writes `blocks/<method>/repaired/<block>.safetensors` of every block that it repairs: the
+    """Its unit is one method. Writes `refinement/<unit>/<block>.safetensors` of every block that it repairs: the
     block's artifact with other scales and biases of its output layers."""
 
     def __init__(self, settings: RefinementSettings) -> None:
@@ -54,11 +50,10 @@ class RefinementWorker:
         self._config = transformer_config(self._model)
         self._calls = block_calls(self._family, self._config)
         self._branches = branches(self._family, settings.generation)
-        self._run = RunDirectory(settings.source.run)
-        self._store = self._run.calibration_store
 
-    def run(self, unit: RefinementUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: RefinementUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         """Repairs first: the residual is that of the repaired model, the velocity that of both."""
+        self._store = store
         names = tuple(self._calls) if unit.method.recipe.drift_repair else ()
         steps = self._num_steps() if unit.method.recipe.velocity_correction else 0
         measured = self._settings.prompts[:MEASURED_PROMPTS] if unit.method.recipe.attention.measures_residual else ()
@@ -69,40 +64,37 @@ class RefinementWorker:
             done += 1
             progress(done, total)
 
-        outputs: list[OutputFile] = []
         result: dict[str, Any] = {
             "method": unit.method.name,
             "drift": {},
             "velocity_correction": None,
             "velocity": None,
         }
-        with contextlib.ExitStack() as copies:
-            paths = copies.enter_context(self._run.store.local_files(unit.artifacts))
-            artifacts = {path.name.removesuffix(".safetensors"): path for path in paths}
-            for name, repair in self._repairs(unit, artifacts, names):
-                result["drift"][name] = {
-                    "without": repair.without,
-                    "before": repair.before,
-                    "after": repair.after,
-                    "accepted": repair.accepted,
-                }
-                if repair.accepted:
-                    outputs.append(self._write(unit, artifacts[name], name, repair))
-                    [artifacts[name]] = copies.enter_context(self._run.store.local_files([outputs[-1].path]))
-                advance()
-            if unit.method.recipe.attention.measures_residual:
-                residual, unit = self._residual(unit, list(artifacts.values()), advance)
-                result["residual"] = residual.to_dict()
-            if unit.method.recipe.velocity_correction:
-                result.update(self._velocity(unit, list(artifacts.values()), advance))
-        return UnitOutput(tuple(outputs), result, device_name(self._device), peak_memory_bytes(self._device))
+        paths = [store.file(name) for name in unit.artifacts]
+        artifacts = {path.name.removesuffix(".safetensors"): path for path in paths}
+        for name, repair in self._repairs(unit, artifacts, names):
+            result["drift"][name] = {
+                "without": repair.without,
+                "before": repair.before,
+                "after": repair.after,
+                "accepted": repair.accepted,
+            }
+            if repair.accepted:
+                artifacts[name] = self._write(unit, artifacts[name], name, repair)
+            advance()
+        if unit.method.recipe.attention.measures_residual:
+            residual, unit = self._residual(unit, list(artifacts.values()), advance)
+            result["residual"] = residual.to_dict()
+        if unit.method.recipe.velocity_correction:
+            result.update(self._velocity(unit, list(artifacts.values()), advance))
+        return UnitOutput(result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _repairs(
         self, unit: RefinementUnit, artifacts: Mapping[str, Path], names: tuple[str, ...]
     ) -> Iterator[tuple[str, BlockRepair]]:
         """Block by block; one block of each model is on the device at a time."""
         protection = unit.method.protection
-        constants = StoredConstants(self._store, self._device)
+        constants = StoredConstants(self._device)
         samples = [
             self._sample(sample, branch, names[0], protection, constants)
             for sample in (self._settings.samples if names else ())
@@ -137,9 +129,9 @@ class RefinementWorker:
         }
         timestep = float(self._store.read(f"trajectories/{sample.prompt_name}/timesteps")[sample.step])
         bits = None if protection is None else protection.bits_at(self._family.noise_level(timestep))
-        return RepairSample(Sample(streams, streams, constants.read(prefix)), bits)
+        return RepairSample(Sample(streams, streams, constants.read(self._store, prefix)), bits)
 
-    def _write(self, unit: RefinementUnit, artifact: Path, name: str, repair: BlockRepair) -> OutputFile:
+    def _write(self, unit: RefinementUnit, artifact: Path, name: str, repair: BlockRepair) -> Path:
         tensors, specs = read_block_artifact(artifact)
         dtype = self._bias_dtype(name)
         for inside, changed in repair.layers.items():
@@ -149,9 +141,9 @@ class RefinementWorker:
                 tensors[f"{layer}.bias"] = changed["bias"].to("cpu", dtype)
             own = {s: tensors[f"{layer}.{s}"] for s in LAYER_SUFFIXES if f"{layer}.{s}" in tensors}
             specs[layer] = replace(specs[layer], digest=layer_digest(own))
-        key = f"{self._run.blocks_key(unit.method.name)}/{REPAIRED}/{name}.safetensors"
-        [output] = self._run.store.publish(key, lambda path: write_block_artifact(path, tensors, specs))
-        return output
+        repaired = f"refinement/{unit.name}/{name}.safetensors"
+        self._store.write_file(repaired, lambda path: write_block_artifact(path, tensors, specs))
+        return self._store.file(repaired)
 
     def _residual(
         self, unit: RefinementUnit, artifacts: list[Path], advance: Callable[[], None]

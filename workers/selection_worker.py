@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from reelquant.calibration.salience import diffusion_features, diffusion_salience, minmax, select_salient
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from workers.candidates import STRATEGIES, prompts_of, shortage
 from workers.messages import Progress, PromptUnit, SelectionSettings, SelectionUnit, UnitOutput
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
@@ -20,14 +22,17 @@ class SelectionWorker:
     def __init__(self, settings: SelectionSettings) -> None:
         self._settings = settings
         self._device, _ = prepare_process(settings.source.numerics)
-        self._store = RunDirectory(settings.source.run).calibration_store
 
-    def run(self, unit: SelectionUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: SelectionUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         """Scores all candidates and chooses."""
+
+        def read(prompt: PromptUnit, name: str) -> Tensor:
+            return store.read(f"trajectories/{prompt.name}/{name}")
+
         columns: dict[str, list[Tensor]] = {name: [] for name in ("diffusion", *self._settings.features)}
         for index, prompt in enumerate(unit.prompts):
             for name, column in columns.items():
-                column.append(self._diffusion(prompt) if name == "diffusion" else self._read(prompt, name))
+                column.append(self._diffusion(prompt, read) if name == "diffusion" else read(prompt, name))
             progress(index + 1, len(unit.prompts))
         num_steps = len(columns["diffusion"][0])
         scores = {name: pooled(name, torch.cat(column)) for name, column in columns.items()}
@@ -50,20 +55,17 @@ class SelectionWorker:
             "scores": {name: column.reshape(len(names), num_steps).tolist() for name, column in scores.items()},
             "chosen": [{"prompt": names[i // num_steps], "step": i % num_steps} for i in chosen],
         }
-        return UnitOutput((), result, device_name(self._device), peak_memory_bytes(self._device))
+        return UnitOutput(result, device_name(self._device), peak_memory_bytes(self._device))
 
-    def _diffusion(self, prompt: PromptUnit) -> Tensor:
+    def _diffusion(self, prompt: PromptUnit, read: Callable[[PromptUnit, str], Tensor]) -> Tensor:
         """`[T]`: recorded for the latents, otherwise from the stored ones, a prompt at a time."""
         settings = self._settings
         if settings.diffusion_feature == "latent":
-            return self._read(prompt, "diffusion")
-        rows = diffusion_features(self._read(prompt, "latents"), settings.sigmas, settings.diffusion_feature)
+            return read(prompt, "diffusion")
+        rows = diffusion_features(read(prompt, "latents"), settings.sigmas, settings.diffusion_feature)
         return diffusion_salience(rows)
 
-    def _read(self, prompt: PromptUnit, name: str) -> Tensor:
-        return self._store.read(f"trajectories/{prompt.name}/{name}")
-
-    def shadow(self, unit: SelectionUnit, progress: Progress) -> None:
+    def shadow(self, unit: SelectionUnit, progress: Progress, store: UnitStore) -> None:
         """The other ranks of a replica have nothing to do."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from storage.unit_store import UnitAddress, UnitStore
 from workers.hub_snapshot import is_fetching
 from workers.kept_pipeline import let_go
 from workers.messages import Progress, UnitOutput
@@ -31,6 +32,8 @@ class SharedUnit:
     worker_class: type[Any]
     settings: Any
     payload: Any
+    address: UnitAddress
+    """Where its files lie, and those that it reads."""
     name: str = "the unit"
     """Stage and name, for people."""
     planned_bytes: int | None = None
@@ -74,17 +77,20 @@ class SharedWorker:
         Raises:
             OutOfMemory: and whatever else the worker raises.
         """
-        with self._memory_watched(unit):
+        with self._memory_watched(unit), UnitStore(unit.address) as store:
             began = time.perf_counter()
             worker = self._worker_of(unit, progress)
             with measured(load_s=time.perf_counter() - began) as meter:
-                output: UnitOutput = worker.run(unit.payload, progress)
-                return replace(output, usage=meter.usage(), lean=self._saves(unit))
+                output: UnitOutput = worker.run(unit.payload, progress, store)
+                outputs = store.publish()
+                return replace(
+                    output, outputs=outputs, attempt=store.attempt, usage=meter.usage(), lean=self._saves(unit)
+                )
 
     def shadow(self, unit: SharedUnit, progress: Progress) -> None:
         """Takes part in a replica's unit as a worker of its own would."""
-        with self._memory_watched(unit):
-            self._worker_of(unit, progress).shadow(unit.payload, progress)
+        with self._memory_watched(unit), contextlib.closing(UnitStore(unit.address)) as store:
+            self._worker_of(unit, progress).shadow(unit.payload, progress, store)
 
     @contextlib.contextmanager
     def _memory_watched(self, unit: SharedUnit) -> Iterator[None]:
@@ -123,7 +129,7 @@ class SharedWorker:
             self._made_of = wanted
         ahead, self._ahead = self._ahead, None
         if ahead is not None and (ahead.worker_class, ahead.settings) == wanted:
-            self._worker.prepare(ahead.payload)
+            self._worker.prepare(ahead.payload, UnitStore(ahead.address))
         return self._worker
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from reelquant.calibration.block_call import Constants, Streams
 from reelquant.tokens import TokenLayout
-from storage.calibration_store import CalibrationStore
-from storage.output_file import OutputFile
+from storage.recorded_outputs import RecordedOutputs
+from storage.unit_store import UnitStore
 
 STRUCTURE = "calls"
 Write = Callable[[str, Tensor], object]
@@ -92,18 +92,18 @@ def write_constants(constants: Constants, write: Write) -> None:
 class StoredConstants:
     """Reads them; equal tensors of several samples are one on the device."""
 
-    def __init__(self, store: CalibrationStore, device: torch.device) -> None:
-        self._store, self._device = store, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._kept: list[Tensor] = []
 
-    def read(self, prefix: str) -> Constants:
+    def read(self, store: RecordedOutputs, prefix: str) -> Constants:
         """Those of the sample and branch whose arrays are below `prefix`."""
-        structure = decoded(self._store.read(f"{prefix}/{STRUCTURE}"))
+        structure = decoded(store.read(f"{prefix}/{STRUCTURE}"))
         arrays: dict[str, Tensor] = {}
 
         def read(name: str) -> Tensor:
             if name not in arrays:
-                arrays[name] = self._one(self._store.read(f"{prefix}/{name}").to(self._device))
+                arrays[name] = self._one(store.read(f"{prefix}/{name}").to(self._device))
             return arrays[name]
 
         calls = {modules: rebuilt(call, read) for modules, call in structure["calls"].items()}
@@ -117,9 +117,10 @@ class StoredConstants:
         return tensor
 
 
-def write_streams(store: CalibrationStore, prefix: str, block: str, streams: Streams) -> tuple[OutputFile, ...]:
+def write_streams(store: UnitStore, prefix: str, block: str, streams: Streams) -> None:
     """Writes the streams in front of a block, which are on the CPU."""
-    return tuple(file for name, stream in streams.items() for file in store.write(f"{prefix}/{block}/{name}", stream))
+    for name, stream in streams.items():
+        store.write(f"{prefix}/{block}/{name}", stream)
 
 
 class RecordedSteps:
@@ -181,7 +182,7 @@ class StoredSteps:
     """The stored calls of one prompt and branch. What is the same in all steps is one tensor on the device, by which a
     transformer knows that its steps belong to one generation."""
 
-    def __init__(self, store: CalibrationStore, prompt: str, branch: str, device: torch.device) -> None:
+    def __init__(self, store: RecordedOutputs, prompt: str, branch: str, device: torch.device) -> None:
         prefix = f"trajectories/{prompt}"
 
         def read(name: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from reelquant.calibration.block_call import without_padding
 from reelquant.calibration.salience import diffusion_salience
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from workers.generation import COND, branches, generate, watched_calls
 from workers.hub_snapshot import model_folder
 from workers.kept_pipeline import full_precision
@@ -41,9 +41,8 @@ class TrajectoryWorker:
         self._pipeline = full_precision(
             model, device=self._device, dtype=dtype, sharding=settings.sharding, variant=source.variant
         )
-        self._store = RunDirectory(source.run).calibration_store
 
-    def run(self, unit: PromptUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: PromptUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         """Generates and stores."""
         settings = self._settings
         hooks = SalienceHooks(
@@ -71,22 +70,22 @@ class TrajectoryWorker:
             "diffusion": diffusion_salience(latents),
             **{name: torch.stack(hooks.salience[name]) for name in settings.features},
         }
-        outputs = [file for name, value in arrays.items() for file in self._write(unit, name, value)]
+        for name, value in arrays.items():
+            store.write(f"trajectories/{unit.name}/{name}", value.contiguous())
         for branch, calls in recorded.items():
 
             def write(name: str, value: torch.Tensor, branch: str = branch) -> None:
-                outputs.extend(self._write(unit, f"{branch}/{name}", value.cpu()))
+                store.write(f"trajectories/{unit.name}/{branch}/{name}", value.cpu().contiguous())
 
             calls.write(write, generated.latents)
         steps = sorted(generated.step_seconds)
         return UnitOutput(
-            tuple(outputs),
             {"prompt": unit.prompt, "seconds_per_step": steps[len(steps) // 2], "num_steps": len(steps)},
             device_name(self._device),
             peak_memory_bytes(self._device),
         )
 
-    def shadow(self, unit: PromptUnit, progress: Progress) -> None:
+    def shadow(self, unit: PromptUnit, progress: Progress, store: UnitStore) -> None:
         """Takes part in the forward passes of a replica's unit, and keeps nothing."""
         generate(
             self._pipeline,
@@ -99,6 +98,3 @@ class TrajectoryWorker:
 
     def _seed(self, unit: PromptUnit) -> int:
         return unit_seed(self._settings.source.seed, "trajectories", unit.name)
-
-    def _write(self, unit: PromptUnit, name: str, value: torch.Tensor) -> tuple:  # type: ignore[type-arg]
-        return self._store.write(f"trajectories/{unit.name}/{name}", value.contiguous())

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from reelquant.metrics import relative_error
 from reelquant.settings.generation import Generation
-from storage.calibration_store import CalibrationStore
-from storage.output_file import OutputFile
+from storage.recorded_outputs import RecordedOutputs
+from storage.unit_store import UnitStore
 from workers.denoised import denoised_changes, denoised_coefficients
 from workers.messages import Progress, PromptUnit
 from workers.velocity_watch import teacher_forced, watched_velocities
@@ -43,12 +43,11 @@ class Velocities:
         with watched_velocities(pipeline, keep):
             yield
 
-    def write(self, store: CalibrationStore, name: str) -> tuple[OutputFile, ...]:
+    def write(self, store: UnitStore, name: str) -> None:
         """Writes `<name>/velocity` and, for more than one pass a step, `<name>/passes`."""
-        outputs = store.write(f"{name}/velocity", torch.stack(self.guided))
+        store.write(f"{name}/velocity", torch.stack(self.guided))
         if len(self.passes[0]) > 1:
-            outputs += store.write(f"{name}/passes", torch.stack(self.passes))
-        return outputs
+            store.write(f"{name}/passes", torch.stack(self.passes))
 
     def denoised_changes(self, pipeline: Any, latents: Sequence[Tensor]) -> list[float] | None:
         """Relative change of the denoised prediction from step to step, `T - 1` numbers; None where the scheduler does not say
@@ -65,7 +64,7 @@ def velocity_errors(
     prompts: Sequence[PromptUnit],
     generation: Generation,
     *,
-    store: CalibrationStore,
+    store: RecordedOutputs,
     names: Sequence[str],
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
@@ -103,7 +102,7 @@ def velocity_errors(
     return errors
 
 
-def latent_errors(store: CalibrationStore, name: str, latents: Sequence[Tensor]) -> list[float]:
+def latent_errors(store: RecordedOutputs, name: str, latents: Sequence[Tensor]) -> list[float]:
     """Relative squared error of the latents after every step of a generation to those of the stored one of the same noise.
 
     Args:

@@ -74,6 +74,5 @@ def branch_run(run: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     shutil.copyfile(run / "config.json", partial / "config.json")
-    for name in ("calibration.zarr", "manifest"):
-        shutil.copytree(run / name, partial / name, copy_function=os.link)
+    shutil.copytree(run / "cache", partial / "cache", copy_function=os.link)
     partial.rename(target)

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.planning.plan_result import Plan
 from pipeline.report.run_data import RunData, read_run
 from pipeline.report.timeline import Bar, Timeline, read_timeline
-from storage.manifest import UnitRecord
+from storage.cache import UnitRecord
 
 STAGES = ("trajectories", "selection", "activations", "distillation", "assembly")
 

@@ -1,7 +1,8 @@
 """A run's configuration: one YAML file, checked as a whole before any work. Imports no torch.
 
-`RunConfig` in full, with all defaults, is what `config.json` of a run holds. `run`, `workers` and `cluster` say where and with
-how much a run is done; everything else says what comes out, and belongs to the fingerprints of the units that it decides.
+`RunConfig` in full, with all defaults, is what `config.json` of a run holds. `run`, `cache`, `workers` and `cluster` say where
+and with how much a run is done; everything else says what comes out, and belongs to the fingerprints of the units that it
+decides.
 """
 
 from __future__ import annotations
@@ -305,6 +306,9 @@ class RunConfig(Section):
 
     run: RunLocation
     """The run directory, a path or `s3://bucket/prefix`: everything is kept there, and running again resumes there."""
+    cache: RunLocation | None = None
+    """Where finished units are kept: a path, or `s3://bucket/prefix`; null: `cache` in the run directory. Runs that name the
+    same one share the units that they have in common."""
     model: LocalPath
     """Diffusers pipeline of the 16-bit model: a local folder, or else an id `owner/name` of the Hugging Face Hub. Of a
     repository, the files that the loaders read are fetched into the Hub's cache, on every node."""
@@ -402,7 +406,7 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the results, as JSON values: all but where and with how many workers."""
-        left_out = {"run", "workers", "cluster"}
+        left_out = {"run", "cache", "workers", "cluster"}
         # Runs that were made before there were these keys go on.
         added = ("model_revision", "model_commit", "model_variant")
         left_out.update(key for key in added if getattr(self, key) is None)

@@ -16,7 +16,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel
 from pipeline.terminal import human_bytes
 from storage.location import Location, StoreUrl
-from storage.open_store import open_store
+from storage.lock import driver_of
+from storage.place import open_place
 from storage.run_directory import RunDirectory
 
 RESERVE_FRAC = 0.01
@@ -36,7 +37,7 @@ class Disk:
 def disk_of(run: Location) -> Disk:
     """Room at the run directory, which need not exist yet."""
     if isinstance(run, StoreUrl):
-        return Disk(open_store(run).num_bytes(), None)
+        return Disk(sum(num_bytes for _, num_bytes, _ in open_place(run).files()), None)
     existing = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.is_dir() else 0
     return Disk(existing, shutil.disk_usage(existing_parent(run / "config.json")).free)
 
@@ -80,8 +81,12 @@ def refusals(config: RunConfig, *, update: bool) -> list[str]:
 
 def lock_notes(run: Location) -> list[str]:
     """Who drives the run now: until that ends, nobody else can."""
-    who = open_store(run).driver().at_work
-    return [] if who is None else [f"run: {run} is in use by {who}: a second run of it is refused until that ends"]
+    who = driver_of(run).at_work
+    if who is None:
+        return []
+    if isinstance(run, StoreUrl):
+        return [f"run: {run} is in use by {who}, or was when that was killed: both may go on, and do some work twice"]
+    return [f"run: {run} is in use by {who}: a second run of it is refused until that ends"]
 
 
 def disk_problems(run: Location, needed_bytes: int, disk: Disk) -> list[str]:

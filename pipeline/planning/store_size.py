@@ -9,7 +9,8 @@ from pipeline.context import RunContext
 from pipeline.planning.planned_calls import planned_arguments, planned_call
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, reads_activations
-from storage.zarr_array import array_bytes
+from storage.arrays import array_bytes
+from storage.unit_store import GROUP_METADATA
 from workers.stored_calls import write_constants, write_steps
 
 
@@ -28,6 +29,7 @@ def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
         + 2 * array_bytes((steps,), torch.float32)  # timesteps, diffusion
         + sum(array_bytes(salience[feature], torch.float32) for feature in features)
         + array_bytes(counts.video_shape, torch.uint8)
+        + len(GROUP_METADATA)
     )
     conditional = sum(_call_bytes(context, counts, dtype, num_text) for num_text in counts.text.values())
     # How long the empty prompt is, only the pipeline knows: at most this.
@@ -41,7 +43,7 @@ def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, nu
     constant = planned_arguments(context, counts, dtype, num_text=num_text)
     timestep = constant.pop("timestep")
     del constant["hidden_states"]
-    total = 0
+    total = len(GROUP_METADATA)
 
     def write(_name: str, value: Tensor) -> None:
         nonlocal total
@@ -58,14 +60,14 @@ def activation_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
         return 0
     call = planned_call(context, counts, dtype)
     streams = sum(array_bytes(tuple(stream.shape), torch.bfloat16) for stream in call.stream_tensors)
-    total = len(context.segments) * streams
+    total = len(GROUP_METADATA) + len(context.segments) * (streams + len(GROUP_METADATA))
 
     def write(_name: str, value: Tensor) -> None:
         nonlocal total
         total += array_bytes(tuple(value.shape), value.dtype)
 
     write_constants(call.constants, write)
-    return context.config.selection.num_samples * len(context.branches) * total
+    return context.config.selection.num_samples * (len(GROUP_METADATA) + len(context.branches) * total)
 
 
 def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
@@ -78,7 +80,7 @@ def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
     latents = held_out * array_bytes((steps + 1, *counts.latent_shape), torch.float32) if measured else 0
     velocities = measured * array_bytes((steps, *counts.latent_shape), torch.float32)
     videos = sum(num_videos(context.config, model) for model in models)
-    return videos * array_bytes(counts.video_shape, torch.uint8) + latents + velocities
+    return videos * (array_bytes(counts.video_shape, torch.uint8) + len(GROUP_METADATA)) + latents + velocities
 
 
 def conditioning_width(context: RunContext) -> int:

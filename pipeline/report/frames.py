@@ -16,7 +16,7 @@ from pipeline.report.films import Film, read_films
 from pipeline.report.measurements import ModelMeasurements
 from pipeline.report.run_data import RunData
 from pipeline.run_units import FULL_PRECISION
-from storage.calibration_store import CalibrationStore, DamagedArray
+from storage.recorded_outputs import DamagedArray, RecordedOutputs
 
 NUM_FRAMES = 5
 SMALL_WIDTH = 160
@@ -84,7 +84,7 @@ def compare_frames(run: RunData, models: Sequence[ModelMeasurements]) -> Compari
     for title, prompt, names in _choose(psnr, run.method_names):
         present = [FULL_PRECISION, *(name for name in names if prompt in by_name[name].results)]
         try:
-            frames, numbers = _read(run.store, present, prompt)
+            frames, numbers = _read(run.outputs, present, prompt)
         except DamagedArray as error:
             problems.append(str(error))
             continue
@@ -126,7 +126,7 @@ def _choose(psnr: Mapping[str, float], methods: Sequence[str]) -> list[tuple[str
     return [*chosen, (f"Best prompt of {methods[0]} ({ranked[-1]})", ranked[-1], methods[:1])]
 
 
-def _read(store: CalibrationStore, models: Sequence[str], prompt: str) -> tuple[dict[str, Frames], tuple[int, ...]]:
+def _read(store: RecordedOutputs, models: Sequence[str], prompt: str) -> tuple[dict[str, Frames], tuple[int, ...]]:
     names = {model: f"evaluation/{model}-{prompt}/video" for model in models}
     num_frames = store.shape(names[FULL_PRECISION])[0]
     numbers = tuple(sorted({round(i * (num_frames - 1) / max(1, NUM_FRAMES - 1)) for i in range(NUM_FRAMES)}))

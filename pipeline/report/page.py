@@ -19,6 +19,7 @@ from pipeline.event_log import OUT_OF_MEMORY
 from pipeline.report import plots, run_plots
 from pipeline.report.calibration import CalibratedBlock, Refined, read_blocks, read_refined, read_salience
 from pipeline.report.figure import Picture
+from pipeline.report.films import export_films
 from pipeline.report.frames import compare_frames
 from pipeline.report.grid import Cell, Grid, GridRow, Heading, cells, grid
 from pipeline.report.measurements import (
@@ -72,7 +73,8 @@ def write_report_at(location: Location) -> Location:
     """
     data = read_run(location)
     directory = RunDirectory(data.location)
-    directory.store.put(REPORT, render(data).encode())
+    export_films(data)
+    directory.place.put(REPORT, render(data).encode())
     return directory.location / REPORT
 
 
@@ -275,7 +277,7 @@ def _stage_grid(run: RunData, read: Timeline) -> Grid | None:
         if not records and run.stages[stage].num_expected == 0:
             continue
         seconds = [record.seconds for record in records]
-        retried = sum(record.attempt > 1 for record in records)
+        retried = sum(record.tries > 1 for record in records)
         texts = (
             _units_text(run, stage),
             seconds_text(read.stage_s.get(stage)),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.loading import parse_config
 from pipeline.config.method import parse_method
 from pipeline.event_log import read_events
-from pipeline.run_units import STAGES, recorded_unit_names
-from storage.calibration_store import CalibrationStore
+from pipeline.run_units import STAGES, num_units
+from storage.cache import DamagedRecord, UnitRecord
 from storage.location import Location
-from storage.manifest import DamagedRecord, Manifest, UnitRecord
-from storage.run_directory import LOGS, RunDirectory
+from storage.recorded_outputs import RecordedOutputs
+from storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StageUnits:
     """A stage's records and how many there will be."""
 
     records: tuple[UnitRecord, ...]
-    """Of units that the configuration asks for; what an older configuration left behind is not among them."""
+    """Of units that the driver has listed, in its order."""
     num_expected: int | None
     """None while it cannot be known: an earlier stage decides it."""
 
@@ -42,11 +42,8 @@ class RunData:
     events: tuple[Mapping[str, Any], ...]
     problems: tuple[str, ...]
     """Records that cannot be read, with the reason."""
-
-    @property
-    def store(self) -> CalibrationStore:
-        """The run's arrays."""
-        return RunDirectory(self.location).calibration_store
+    outputs: RecordedOutputs
+    """The units' arrays and films."""
 
     @property
     def methods(self) -> tuple[Mapping[str, Any], ...]:
@@ -69,26 +66,36 @@ class RunData:
 
 
 def read_run(location: Location) -> RunData:
-    """Reads `config.json`, the manifest and the event log of a run.
+    """Reads `config.json`, `units.json`, the records and the event log of a run.
 
     Raises:
         ValueError: no run there, or one of a newer format.
     """
     directory = RunDirectory.open(location)
-    config, events = directory.config, tuple(read_events(directory.location / LOGS))
-    found: dict[str, dict[str, UnitRecord]] = {}
+    listed, events = directory.units(), tuple(read_events(directory.location))
+    config = parse_config({**directory.config, "run": str(location)}, f"{location}/config.json")
+    totals = num_units(config)
+    found: dict[tuple[str, str], UnitRecord] = {}
     problems: list[str] = []
-    for stage in STAGES:
-        found[stage] = {}
-        for record in _records(directory.manifest, stage, problems):
-            found[stage][record.unit] = record
-    parsed = parse_config({**config, "run": str(location)}, f"{location}/config.json")
+    for key, record in directory.records(*STAGES).items():
+        if isinstance(record, DamagedRecord):
+            problems.append(str(record))
+        else:
+            found[key] = record
     stages = {}
-    for stage, units in recorded_unit_names(parsed, found, events).items():
-        of_stage = found[stage]
-        records = of_stage.values() if units.names is None else [of_stage[n] for n in units.names if n in of_stage]
-        stages[stage] = StageUnits(tuple(records), units.num)
-    return RunData(directory.location, config, directory.provenance, stages, events, tuple(problems))
+    for stage in STAGES:
+        records = (found.get((stage, unit.name)) for unit in listed.get(stage, ()))
+        num = len(listed[stage]) if stage in listed else totals[stage]
+        stages[stage] = StageUnits(tuple(r for r in records if r is not None), num)
+    return RunData(
+        directory.location,
+        directory.config,
+        directory.provenance,
+        stages,
+        events,
+        tuple(problems),
+        directory.outputs(found),
+    )
 
 
 def methods_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -99,11 +106,3 @@ def methods_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 def reads_activations(method: Mapping[str, Any]) -> bool:
     """Whether the distillation of a configured method reads calibration data."""
     return parse_method(method).needs_activations
-
-
-def _records(manifest: Manifest, stage: str, problems: list[str]) -> Iterable[UnitRecord]:
-    for record in manifest.read_stage(stage).values():
-        if isinstance(record, DamagedRecord):
-            problems.append(str(record))
-        else:
-            yield record

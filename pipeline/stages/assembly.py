@@ -14,7 +14,7 @@ from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, uni
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.calibration.residual_drift import MeasuredResidual
 from reelquant.checkpoint.inference_specs import VelocityCorrection
-from storage.manifest import UnitRecord
+from storage.cache import UnitRecord
 from workers.assembly_worker import AssemblyWorker
 from workers.messages import AssemblySettings, AssemblyUnit, MethodPlan
 
@@ -48,7 +48,7 @@ class Assembly:
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
         records = require_all(run, "distillation", [part_name(method.name, name) for name, _ in parts(run)])
         label = run.context.bits_label
-        artifacts = tuple(output.path for record in records for output in record.outputs)
+        artifacts = block_artifacts(records)
         sparse, velocity, refined = sparse_attention(method, records), None, None
         if method.recipe.is_refined:
             refined = require(run, "refinement", method.name)
@@ -70,13 +70,19 @@ class Assembly:
             "inference": method.generation_values(),
             "refinement": None if refined is None else refined.fingerprint,
         }
-        return unit(self.name, method.name, payload, depends)
+        return unit(self.name, method.name, payload, depends, in_run=True)
+
+
+def block_artifacts(records: Sequence[UnitRecord]) -> tuple[str, ...]:
+    """Logical names of the block artifacts that units have written."""
+    outputs = [(record, output.path) for record in records for output in record.outputs]
+    return tuple(f"{of.stage}/{of.unit}/{path}" for of, path in outputs if path.endswith(".safetensors"))
 
 
 def with_repaired(artifacts: tuple[str, ...], refined: UnitRecord) -> tuple[str, ...]:
     """The artifacts, those of repaired blocks in place of the others of the same name."""
-    repaired = {PurePosixPath(output.path).name: output.path for output in refined.outputs}
-    return tuple(repaired.get(PurePosixPath(path).name, path) for path in artifacts)
+    repaired = {PurePosixPath(name).name: name for name in block_artifacts([refined])}
+    return tuple(repaired.get(PurePosixPath(name).name, name) for name in artifacts)
 
 
 def sparse_attention(method: MethodPlan, distilled: Sequence[UnitRecord]) -> SparseAttentionSpec | None:

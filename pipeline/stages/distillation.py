@@ -32,7 +32,6 @@ class Distillation:
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """A segment depends on the activations only if its method reads them; workers get to know the selection at once."""
-        selected_samples(run)
         return [
             UnitPlan(part_name(method.name, name), partial(self._unit, run, method, name, blocks))
             for method in run.context.methods
@@ -41,7 +40,8 @@ class Distillation:
 
     def _unit(self, run: Run, method: MethodPlan, name: str, blocks: tuple[str, ...]) -> StageUnit:
         context = run.context
-        samples = [s.name for s in selected_samples(run)] if method.recipe.needs_activations and blocks else []
+        selected = selected_samples(run)
+        samples = [sample.name for sample in selected] if method.recipe.needs_activations and blocks else []
         prompts = [p.name for p in context.calibration_prompts] if blocks else []
         depends: dict[str, Any] = {
             **context.base_fingerprint(),

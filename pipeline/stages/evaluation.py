@@ -30,10 +30,8 @@ from pipeline.run_units import (
     velocity_models,
     velocity_name,
 )
-from pipeline.stages.assembly import checkpoint_path
 from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
-from storage.manifest import fingerprint
-from storage.run_directory import EVALUATION
+from storage.cache import fingerprint
 from workers.evaluation_worker import OTHER_ATTENTION, EvaluationWorker
 from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit, StepWeightsUnit, VelocityUnit
 from workers.rounded_outputs import BITS
@@ -99,10 +97,10 @@ class Evaluation:
         payload = EvaluationUnit(
             evaluation_name(model, prompt.name),
             prompt,
-            checkpoint_path(run, method),
+            f"assembly/{method}",
             model if model != method else None,
             knobs,
-            reference=f"{EVALUATION}/{reference}",
+            reference=f"{self.name}/{reference}",
             compare_latents=run.context.config.num_velocity_prompts > 0,
         )
         return self._video(run, payload, method, {"upstream": fingerprint(upstream), **_covered(knobs)})
@@ -150,7 +148,7 @@ class Evaluation:
     def _velocity(self, run: Run, model: str, index: int, group: Sequence[str]) -> StageUnit:
         prompts = tuple(prompt for prompt in run.context.held_out_prompts if prompt.name in group)
         method, knobs = _checkpoint_of(run, model)
-        checkpoint = None if model == NOISE_FLOOR else checkpoint_path(run, method)
+        checkpoint = None if model == NOISE_FLOOR else f"assembly/{method}"
         # The noise floor's other attention stands in place of a checkpoint.
         of = OTHER_ATTENTION if checkpoint is None else require(run, "assembly", method).fingerprint
         payload = VelocityUnit(velocity_name(model, index), prompts, _trajectories(prompts), checkpoint, knobs)
@@ -179,5 +177,5 @@ def _covered(knobs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trajectories(prompts: Sequence[PromptUnit]) -> tuple[str, ...]:
-    """Names of the full-precision trajectories in the calibration store."""
-    return tuple(f"{EVALUATION}/{evaluation_name(FULL_PRECISION, prompt.name)}" for prompt in prompts)
+    """Units with the full-precision trajectories."""
+    return tuple(f"evaluation/{evaluation_name(FULL_PRECISION, prompt.name)}" for prompt in prompts)

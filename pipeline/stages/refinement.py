@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.context import Run
 from pipeline.run_units import part_name, refined_methods
-from pipeline.stages.assembly import sparse_attention
+from pipeline.stages.assembly import block_artifacts, sparse_attention
 from pipeline.stages.distillation import parts
 from pipeline.stages.selection import selected_samples
 from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
@@ -36,7 +36,7 @@ class Refinement:
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
         settings = self.settings(run)
         records = require_all(run, "distillation", [part_name(method.name, name) for name, _ in parts(run)])
-        artifacts = tuple(output.path for record in records for output in record.outputs)
+        artifacts = block_artifacts(records)
         sparse = sparse_attention(method, records)
         depends: dict[str, Any] = {
             **run.context.base_fingerprint(),
@@ -53,6 +53,8 @@ class Refinement:
             if method.recipe.velocity_correction
             else None,
         }
+        if method.recipe.drift_repair:  # read with the activations, whose fingerprints cover them
+            require_all(run, "trajectories", dict.fromkeys(sample.prompt_name for sample in settings.samples))
         if method.recipe.attention.measures_residual:
             prompts = settings.prompts[:MEASURED_PROMPTS]
             depends["residual"] = {

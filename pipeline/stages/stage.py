@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.context import Run
-from storage.manifest import UnitRecord, fingerprint
+from storage.cache import FORMAT_VERSION, UnitRecord, fingerprint
 
 STAGE_VERSIONS = {
     "trajectories": 3,
@@ -38,6 +38,8 @@ class StageUnit:
     shared: bool = False
     """Whether replicas do it, where `workers.sharding` is set: it runs the full-precision model and nothing else, or takes so
     little that no replica should leave for it."""
+    in_run: bool = False
+    """Whether its files are the run's own, and not the cache's: a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,18 @@ class Stage(Protocol):
 
 
 def unit(
-    stage: str, name: str, payload: Any, depends: dict[str, Any], *, affinity: str = "", shared: bool = False
+    stage: str,
+    name: str,
+    payload: Any,
+    depends: dict[str, Any],
+    *,
+    affinity: str = "",
+    shared: bool = False,
+    in_run: bool = False,
 ) -> StageUnit:
-    """A unit whose fingerprint covers `depends` and the stage's version."""
-    covered = fingerprint({"stage": stage, "version": STAGE_VERSIONS[stage], **depends})
-    return StageUnit(name, payload, covered, affinity, shared)
+    """A unit whose fingerprint covers `depends`, its name, from which it seeds itself, and the versions."""
+    versions = {"format": FORMAT_VERSION, "stage": stage, "version": STAGE_VERSIONS[stage]}
+    return StageUnit(name, payload, fingerprint({**versions, "unit": name, **depends}), affinity, shared, in_run)
 
 
 def require(run: Run, stage: str, name: str) -> UnitRecord:
@@ -100,22 +109,7 @@ def require_all(run: Run, stage: str, names: Iterable[str]) -> list[UnitRecord]:
     Raises:
         NotDone: with all that are missing.
     """
-    records = {name: run.manifest.read(stage, name) for name in names}
+    records = {name: run.records.read(stage, name) for name in names}
     if missing := [(stage, name) for name, record in records.items() if record is None]:
         raise NotDone(missing)
     return [record for record in records.values() if record is not None]
-
-
-def known_units(stage: Stage, run: Run) -> list[StageUnit]:
-    """The units of a stage that can be made from the records there are."""
-    units = []
-    try:
-        plans = stage.plan(run)
-    except NotDone:
-        return []
-    for plan in plans:
-        try:
-            units.append(plan.make())
-        except NotDone:
-            continue
-    return units

@@ -1,24 +1,26 @@
-"""Reads what the runs of a study measured from their manifests."""
+"""Reads what the runs of a study measured from their records."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from pipeline.context import Run
+from pipeline.run_units import FULL_PRECISION as FULL_PRECISION_MODEL
 from pipeline.run_units import NOISE_FLOOR as NOISE_FLOOR_MODEL
-from pipeline.schedule import done_record
-from pipeline.stages.distillation import Distillation
+from pipeline.run_units import evaluated_models, evaluation_name, part_name, prompt_names
+from pipeline.stages.distillation import parts
 from pipeline.stages.evaluation import Evaluation
 from pipeline.stages.selection import selected_samples
-from pipeline.stages.stage import known_units, require_all
+from pipeline.stages.stage import require_all
 from pipeline.study.block_errors import BlockErrors
 from pipeline.study.driver import Failure, StudyOutcome
 from pipeline.study.expansion import Study, StudyRun
 from pipeline.study.quality_scores import recorded
 from pipeline.study.results import StudyResults
 from pipeline.study.rows import FULL_PRECISION, NOISE_FLOOR, Prompts, SeedResult
-from storage.manifest import UnitRecord, fingerprint
-from workers.messages import EvaluationUnit
+from storage.cache import UnitRecord, fingerprint
 
 
 def collect_results(study: Study, outcome: StudyOutcome) -> StudyResults:
@@ -56,19 +58,16 @@ def _seed_results(
     models = dict(zip(evaluated, (row.name for row in planned.rows), strict=True))
     if failure is not None and failure.stage != Evaluation.name:
         return {row: SeedResult(planned.label, message) for row in models.values()}, {}
+    config = run.context.config
+    rows = {FULL_PRECISION_MODEL: FULL_PRECISION, NOISE_FLOOR_MODEL: NOISE_FLOOR, **models}
     records: dict[str, dict[str, UnitRecord]] = {}
-    done: dict[str, UnitRecord] = {}
-    for unit in known_units(Evaluation(), run):
-        record = done_record(run, Evaluation.name, unit)
-        if record is not None:
-            done[unit.name] = record
-        if record is not None and isinstance(unit.payload, EvaluationUnit):
-            of = unit.payload.setting or run.context.methods[0].name
-            model = FULL_PRECISION if unit.payload.checkpoint is None else models[of]
-            kind = NOISE_FLOOR if unit.payload.noise_floor else model
-            records.setdefault(kind, {})[unit.payload.prompt.name] = record
-    errors = recorded(run.context.config, lambda name: done[name].result if name in done else None)
-    assembled = run.manifest.read("assembly", run.context.methods[0].name)
+    for model in evaluated_models(config):
+        for prompt in prompt_names(config.prompts.num_held_out):
+            record = run.records.read(Evaluation.name, evaluation_name(model, prompt))
+            if record is not None:
+                records.setdefault(rows[model], {})[prompt] = record
+    errors = recorded(config, partial(_result, run))
+    assembled = run.records.read("assembly", run.context.methods[0].name)
     size = {} if assembled is None else assembled.result
     distilled = _segments(run)
     blocks = _block_errors(run, distilled)
@@ -93,10 +92,16 @@ def _seed_results(
     return results, records
 
 
+def _result(run: Run, unit: str) -> Mapping[str, Any] | None:
+    """Result of a unit of the evaluation; None where it is not done."""
+    record = run.records.read(Evaluation.name, unit)
+    return None if record is None else record.result
+
+
 def _segments(run: Run) -> list[UnitRecord]:
     """Records of the distillation units that hold blocks."""
-    units = [unit for unit in known_units(Distillation(), run) if unit.payload.blocks]
-    return [record for unit in units if (record := done_record(run, Distillation.name, unit)) is not None]
+    names = [part_name(run.context.methods[0].name, part) for part, blocks in parts(run) if blocks]
+    return [record for name in names if (record := run.records.read("distillation", name)) is not None]
 
 
 def _block_errors(run: Run, segments: Sequence[UnitRecord]) -> BlockErrors | None:

@@ -58,7 +58,7 @@ def do_study(
     show_results(results, console)
     console.line()
     done = counted(outcome.done, "unit")
-    say(console, f"{done} done now, {outcome.adopted} adopted from other runs, {outcome.kept} were done before")
+    say(console, f"{done} done now, {outcome.shared} shared with other runs, {outcome.kept} were done before")
     say(console, f"results: {place / TABLE}")
     say(console, f"report:  {place / PAGE}")
     if isinstance(place, StoreUrl):

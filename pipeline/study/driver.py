@@ -22,7 +22,7 @@ from pipeline.study.expansion import STUDY_FILE
 from pipeline.study.preparation import PreparedStudy, directory_problems
 from pipeline.terminal import say
 from storage.atomic_files import create_directory, json_bytes
-from storage.run_directory import RunConfigMismatch, RunDirectory
+from storage.run_directory import RunConfigMismatch, RunDirectory, sweep_attempts
 
 FORMAT_VERSION = 1
 
@@ -44,11 +44,11 @@ class StudyOutcome:
     """What a call of `run_study` did."""
 
     runs: Mapping[str, Run]
-    """By label, those set aside too; their manifests show what is of the present configuration."""
+    """By label, those set aside too, with the records of what is done."""
     done: int = 0
     """Units done now."""
-    adopted: int = 0
-    """Units taken over from another run now."""
+    shared: int = 0
+    """Units done now by another run that has them too."""
     kept: int = 0
     """Units that were done before."""
     failures: dict[str, Failure] = field(default_factory=dict)
@@ -69,17 +69,19 @@ def run_study(
     _open_directory(directory)
     with directory.lock():
         document = {"format_version": FORMAT_VERSION, "study": prepared.study.written.model_dump(mode="json")}
-        directory.store.put(STUDY_FILE, json_bytes({**document, "provenance": provenance()}))
+        directory.place.put(STUDY_FILE, json_bytes({**document, "provenance": provenance()}))
         runs = _open_runs(prepared, update=update)
+        cache = next(iter(runs.values())).cache
+        if isinstance(cache.location, Path) and cache.location.parent == directory.location:
+            sweep_attempts(cache)
         outcome = StudyOutcome(runs)
-        with driven_runs(runs, console) as driven:
+        with driven_runs(runs) as driven:
             schedule = drive(driven, stages, console, set_aside=_SetAside(console, outcome.failures))
-            outcome.runs = {label: schedule.view(label) for label in runs}
             for run in driven:
                 if run.label not in outcome.failures:
                     run.log.write("run_finished")
     counts = schedule.counts
-    outcome.done, outcome.adopted, outcome.kept = counts.done.total(), counts.adopted.total(), counts.kept.total()
+    outcome.done, outcome.shared, outcome.kept = counts.done.total(), counts.shared.total(), counts.kept.total()
     return outcome
 
 

@@ -20,6 +20,7 @@ from pipeline.config.loading import ConfigError, described, parse_config, parse_
 from pipeline.config.schema import LocalPath, RunConfig, RunLocation
 from pipeline.config.section import Section
 from storage.location import Location
+from storage.run_directory import CACHE
 
 STUDY_FILE = "study.json"
 """Says that a directory is a study; as the file was written the last time it was driven."""
@@ -293,6 +294,8 @@ def _configuration(written: StudyConfig, setting: Setting, seed: int, base: Mapp
         # Every calibration seed meets the same noises, so that the two factors are crossed.
         evaluation["seed"] = written.seeds[0]
     values["run"] = str(written.study / run_label(seed, setting.slug))
+    if values.get("cache") is None:
+        values["cache"] = str(written.study / CACHE)
     try:
         config = parse_config(values, "")
     except ConfigError as error:
@@ -325,6 +328,7 @@ def _not_shared(configs: Sequence[RunConfig]) -> list[str]:
     """All runs share one pool of workers."""
     problems: list[str] = []
     for key, values in (
+        ("cache", [config.cache for config in configs]),
         ("workers", [config.workers for config in configs]),
         ("cluster", [config.cluster for config in configs]),
         ("numerics.threads", [config.numerics.threads for config in configs]),

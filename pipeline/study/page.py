@@ -18,7 +18,7 @@ from pipeline.study.results import StudyResults
 from pipeline.study.tables import TABLE as TABLE
 from pipeline.study.tables import study_grid
 from storage.atomic_files import json_bytes
-from storage.open_store import open_store
+from storage.place import open_place
 
 _STYLE = Path(pipeline.report.__path__[0])
 PAGE, DOCUMENT = "study.html", "results.json"
@@ -31,10 +31,10 @@ def write_results(results: StudyResults) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    store = open_store(results.study.location)
-    store.put(DOCUMENT, json_bytes(results.document()))
-    store.put(TABLE, results.csv().encode())
-    store.put(PAGE, render(results).encode())
+    place = open_place(results.study.location)
+    place.put(DOCUMENT, json_bytes(results.document()))
+    place.put(TABLE, results.csv().encode())
+    place.put(PAGE, render(results).encode())
 
 
 def render(results: StudyResults) -> str:

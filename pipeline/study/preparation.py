@@ -31,13 +31,12 @@ from pipeline.planning.store_size import activation_bytes, evaluation_bytes, tra
 from pipeline.planning.token_counts import TokenCounts, count_tokens
 from pipeline.run_units import evaluation_names
 from pipeline.runner import STAGES
-from pipeline.stages.stage import Stage, StageUnit
+from pipeline.stages.stage import NotDone, Stage, StageUnit
 from pipeline.study.expansion import STUDY_FILE, Study, StudyRun
 from pipeline.study.models import fingerprints_of, model_key, pinned_study
 from pipeline.terminal import counted, human_bytes, new_table, say, say_sentence, say_table
-from storage.local_store import LOCK_FILE
-from storage.location import Location, StoreUrl
-from storage.manifest import DamagedRecord, Manifest, UnitRecord
+from storage.cache import Cache, DamagedRecord, UnitRecord
+from storage.lock import LOCK_FILE
 from storage.run_directory import RunDirectory
 
 
@@ -153,11 +152,6 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
     notes += dict.fromkeys(note for context in by_setting.values() for note in cache_notes(context.model.found))
     notes += dict.fromkeys(note for context in by_setting.values() for note in prompt_notes(context))
     notes += worker_notes(first)
-    if isinstance(study.location, StoreUrl):
-        notes.append(
-            "in a bucket every run has its own copy of what runs have in common, made by the server: the bytes are those of "
-            "all runs"
-        )
     if any(count.at_most for count in counts):
         notes.append(
             "which samples the selections choose is not known yet: what they have in common is done once, and settings that "
@@ -173,42 +167,27 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
 
 def directory_problems(directory: RunDirectory) -> list[str]:
     """Why the study's directory, as it is now, cannot hold one."""
-    place, store = directory.location, directory.store
+    place, files = directory.location, directory.place
     if isinstance(place, Path) and place.exists() and not place.is_dir():
         return [f"study: {place} is a file: give a directory for the study"]
-    names = store.names("")
-    foreign = sorted({*names, *store.subfolders("")} - {LOCK_FILE})
+    names = files.names()
+    foreign = sorted({*names, *files.subfolders()} - {LOCK_FILE})
     if foreign and STUDY_FILE not in names:
         held = ", ".join(foreign[:5])
         return [f"study: {place} is not empty and not a study (holds {held}): give a new or empty directory"]
     return []
 
 
-class PlannedManifest(Manifest):
-    """A run's manifest in which the units that will be done count as done."""
-
-    def __init__(self, run: Location) -> None:
-        super().__init__(run)
-        self.planned: dict[tuple[str, str], UnitRecord] = {}
-        self.guessed = False
-        """Whether the choice of samples was made up."""
-
-    def plan(self, stage: str, unit: str, fingerprint: str, result: Mapping[str, Any]) -> None:
-        """Counts a unit as done."""
-        self.planned[stage, unit] = UnitRecord(stage, unit, fingerprint, (), dict(result), 0.0, "", "", 0, 1, "")
-
-    def read(self, stage: str, unit: str) -> UnitRecord | None:
-        """The planned record."""
-        return self.planned.get((stage, unit))
-
-
 class _Counting:
-    """Goes through the stages as the driver will, writing nothing."""
+    """Goes through the stages as the driver will, writing nothing: units that will be done count as done."""
 
     def __init__(self, study: Study, contexts: Mapping[str, RunContext]) -> None:
-        self._runs = [(run, contexts[run.label]) for run in study.runs]
-        self._manifests = {run.label: PlannedManifest(run.location) for run in study.runs}
-        self._copies = isinstance(study.location, StoreUrl)
+        self._runs = [
+            (run, Run(contexts[run.label], RunDirectory(run.location), Cache(contexts[run.label].cache_location)))
+            for run in study.runs
+        ]
+        self._guessed: set[str] = set()
+        """Labels of the runs whose choice of samples was made up."""
         self._sizes: dict[str, dict[str, float]] = {}
         self._choices: dict[tuple[str, ...], set[str]] = {}
         """Selections that are not done, by fingerprints of the trajectories that they choose from."""
@@ -216,44 +195,40 @@ class _Counting:
     def counts(self, stages: tuple[Stage, ...]) -> tuple[StageCount, ...]:
         return tuple(self._stage(stage) for stage in stages)
 
-    def _stage(self, stage: Any) -> StageCount:
+    def _stage(self, stage: Stage) -> StageCount:
         count = StageCount(stage.name)
-        seen: set[tuple[str, str]] = set()
-        for run, context in self._runs:
-            manifest = self._manifests[run.label]
-            recorded = Recorded(run.location, stage.name)
-            planned = Run(context, RunDirectory(run.location), manifest)
+        seen: set[str] = set()
+        for planned, run in self._runs:
             try:
-                plans = stage.plan(planned)
-            except LookupError:  # it reads a result that is not there yet
+                units = [plan.make() for plan in stage.plan(run)]
+            except NotDone:  # it reads a result that is not there yet
                 count.unknown_runs += 1
                 continue
-            for plan in plans:
-                try:
-                    unit = plan.make()
-                except LookupError:  # so does this one, or it depends on a unit that was not known
-                    count.unknown_runs += 1
-                    break
+            for unit in units:
                 count.separate += 1
-                count.at_most |= manifest.guessed
-                real = recorded.find(unit)
+                count.at_most |= planned.label in self._guessed
+                real = _recorded(run, stage.name, unit)
                 result = {} if real is None else real.result
                 if stage.name == "selection" and real is None:
-                    result = {"chosen": _made_up(manifest, context, unit.fingerprint)}
-                    manifest.guessed = True
-                    trajectories = (manifest.read("trajectories", p.name) for p in context.calibration_prompts)
-                    upstream = tuple(record.fingerprint for record in trajectories if record is not None)
-                    self._choices.setdefault(upstream, set()).add(unit.fingerprint)
-                manifest.plan(stage.name, unit.name, unit.fingerprint, result)
-                if (unit.name, unit.fingerprint) not in seen or self._copies:
-                    count.disk_bytes += self._unit_bytes(run, context).get(stage.name, 0.0)
-                if (unit.name, unit.fingerprint) not in seen:
-                    seen.add((unit.name, unit.fingerprint))
+                    result = {"chosen": self._made_up(planned.label, run, unit.fingerprint)}
+                run.records.add(_planned(stage.name, unit.name, unit.fingerprint, result))
+                if unit.fingerprint not in seen:
+                    seen.add(unit.fingerprint)
                     count.done += real is not None
+                    count.disk_bytes += self._unit_bytes(planned, run.context).get(stage.name, 0.0)
         count.shared = len(seen)
         # Choices from different trajectories have nothing in common, whatever they are.
         count.at_most &= any(len(chosen) > 1 for chosen in self._choices.values())
         return count
+
+    def _made_up(self, label: str, run: Run, fingerprint: str) -> list[dict[str, Any]]:
+        """As many samples as will be chosen, different for every selection."""
+        self._guessed.add(label)
+        trajectories = (run.records.read("trajectories", p.name) for p in run.context.calibration_prompts)
+        upstream = tuple(record.fingerprint for record in trajectories if record is not None)
+        self._choices.setdefault(upstream, set()).add(fingerprint)
+        run.records.add(_planned("trajectories", fingerprint, fingerprint, {}))
+        return [{"prompt": fingerprint, "step": index} for index in range(run.context.config.selection.num_samples)]
 
     def _unit_bytes(self, run: StudyRun, context: RunContext) -> dict[str, float]:
         """Bytes of one unit of each stage on average; seeds do not matter."""
@@ -285,21 +260,14 @@ def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
     }
 
 
-class Recorded:
-    """What of one stage a run's directory, which need not exist, says to be done."""
-
-    def __init__(self, run: Location, stage: str) -> None:
-        self._records = Manifest(run).read_stage(stage)
-
-    def find(self, unit: StageUnit) -> UnitRecord | None:
-        """The unit's record, if it is of this fingerprint."""
-        record = self._records.get(unit.name)
-        if record is None or isinstance(record, DamagedRecord):  # the driver will say what is wrong, and do it again
-            return None
-        return record if record.fingerprint == unit.fingerprint else None
+def _planned(stage: str, unit: str, fingerprint: str, result: Mapping[str, Any]) -> UnitRecord:
+    return UnitRecord(stage, unit, fingerprint, None, (), dict(result), 0.0, "", "", 0, 1, "")
 
 
-def _made_up(manifest: PlannedManifest, context: RunContext, fingerprint: str) -> list[dict[str, Any]]:
-    """As many samples as will be chosen, different for every selection."""
-    manifest.plan("trajectories", fingerprint, fingerprint, {})
-    return [{"prompt": fingerprint, "step": index} for index in range(context.config.selection.num_samples)]
+def _recorded(run: Run, stage: str, unit: StageUnit) -> UnitRecord | None:
+    """The unit's record, if it is done; of one that is damaged the driver will say what is wrong, and do it again."""
+    try:
+        record = run.cache.read(stage, unit.fingerprint)
+    except DamagedRecord:
+        return None
+    return None if record is not None and unit.in_run and not run.directory.has(unit.payload.checkpoint) else record

@@ -12,9 +12,9 @@ from pipeline.status import details, state_text
 from pipeline.study.expansion import STUDY_FILE
 from pipeline.terminal import new_table, say, say_sentence, say_table
 from storage.location import Location
-from storage.open_store import open_store
+from storage.lock import driver_of
+from storage.place import Place, open_place
 from storage.run_directory import RunDirectory
-from storage.run_store import RunStore
 
 _AT_ONCE = 8
 """Runs that are read at a time: in a bucket that is a matter of waiting."""
@@ -22,15 +22,15 @@ _AT_ONCE = 8
 
 def is_study(location: Location) -> bool:
     """Whether a study lies there."""
-    return STUDY_FILE in open_store(location).names("")
+    return STUDY_FILE in open_place(location).names()
 
 
 def show_study_status(location: Location, console: Console) -> None:
     """Prints the status of the study at `location`; changes nothing."""
     directory = RunDirectory(location)
-    labels = list(_labels(directory.store))
+    labels = list(_labels(directory.place))
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="status") as pool:
-        driver = pool.submit(directory.store.driver)
+        driver = pool.submit(driver_of, directory.location)
         runs = dict(zip(labels, pool.map(lambda label: read_status(directory.location / label), labels), strict=True))
     finished = sum(not status.to_do for status in runs.values())
     say(console, ("study", "bold"), f"   {directory.location}")
@@ -58,11 +58,11 @@ def show_study_status(location: Location, console: Console) -> None:
     )
 
 
-def _labels(store: RunStore) -> Iterator[str]:
+def _labels(place: Place) -> Iterator[str]:
     """Of the runs that have begun, those of settings that the study had earlier too."""
-    for seed in sorted((name for name in store.subfolders("") if name.startswith("seed-")), key=_number):
-        for name in store.subfolders(seed):
-            if "config.json" in store.names(f"{seed}/{name}"):
+    for seed in sorted((name for name in place.subfolders() if name.startswith("seed-")), key=_number):
+        for name in place.subfolders(seed):
+            if "config.json" in place.names(f"{seed}/{name}"):
                 yield f"{seed}/{name}"
 
 

@@ -12,8 +12,8 @@ import pytest
 from benchmarks.full_size.__main__ import main, write_record
 from benchmarks.full_size.figures import STAGES, speed_up
 from benchmarks.full_size.tables import table
-from storage.manifest import Manifest
 from tests.errors import names
+from tests.pipeline.small_run import Recorded
 
 SMALL = ["--heads", "1", "--double", "1", "--single", "2", "--text-width", "128", "--vae-width", "32"]
 SHORT = ["--video", "48x64x5", "--steps", "2", "--samples", "2", "--segment-length", "1", "--threads", "1"]
@@ -66,13 +66,13 @@ def test_every_part_of_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[
 
     # Had the time been up after two units:
     for unit in ("reelquant-segment-001", "reelquant-auxiliary"):
-        Manifest(folder / "alone").remove("distillation", unit)
+        Recorded(folder / "alone").remove("distillation", unit)
     found = speed_up(folder / "run", folder / "alone")
     assert found is not None
     assert found["how"] == "projected from 2 of 4 units"
     assert found["alone_wall_s"] == pytest.approx(record["speed_up"]["alone_wall_s"], rel=2)
-    for unit in Manifest(folder / "alone").units("distillation"):
-        Manifest(folder / "alone").remove("distillation", unit)
+    for unit in Recorded(folder / "alone").units("distillation"):
+        Recorded(folder / "alone").remove("distillation", unit)
     assert speed_up(folder / "run", folder / "alone") is None
 
     # A second call goes on in the folder: everything is done, and another run stands beside the first.

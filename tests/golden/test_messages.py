@@ -33,7 +33,7 @@ from tests.pipeline import test_config, test_study
 from tests.pipeline.small_run import ROOT, call, small_run
 from tests.reelquant.checkpoint import test_schema
 from tests.reelquant.runtime import test_sparse_attention
-from tests.storage.test_run_store import NO_LOCATIONS
+from tests.storage.test_place import NO_LOCATIONS
 from tests.workers.test_component_check import CONFIG_MISTAKES, INDEX_MISTAKES, edit_tensors
 from workers.model_source import check_model
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from pipeline.config.method import parse_method
 from pipeline.config.schema import RunConfig
-from storage.atomic_files import create_directory, write_bytes_atomic
-from storage.manifest import OutputFile, UnitRecord
+from pipeline.run_units import evaluation_names
+from storage.atomic_files import create_directory
+from storage.cache import UnitRecord, fingerprint
 from storage.run_directory import RunDirectory
+from storage.unit_store import UnitAddress, UnitStore
+from tests.pipeline.small_run import list_units
 
 DOUBLE_LAYERS = (
     "norm1.linear", "norm1_context.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj",
@@ -109,33 +113,47 @@ class RunMaker:
         self.now += timedelta(seconds=4)
 
     def record(
-        self, stage: str, unit: str, result: dict[str, Any], outputs: Sequence[OutputFile] = (), **changes: Any
+        self,
+        stage: str,
+        unit: str,
+        result: dict[str, Any],
+        arrays: Mapping[str, Tensor] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        **changes: Any,
     ) -> None:
-        """One finished unit, in the manifest and in the event log."""
+        """One finished unit, in the cache and in the event log."""
         seconds, worker = changes.get("seconds", 2.5), f"worker-{hash_of(unit) % self.shape.num_workers}"
         self.event("unit_started", stage=stage, unit=unit, worker=worker)
         self.now += timedelta(seconds=seconds)
         self.event("unit_finished", stage=stage, unit=unit, seconds=seconds, attempt=1)
-        self.directory.manifest.write(
+        of, cache = fingerprint({stage: unit}), self.directory.cache
+        with UnitStore(UnitAddress(cache.location, self.directory.location, stage, unit, of)) as store:
+            for name, tensor in (arrays or {}).items():
+                store.write(f"{stage}/{unit}/{name}", tensor)
+            for name, content in (files or {}).items():
+                store.write_file(f"{stage}/{unit}/{name}", partial(_write, content=content))
+            outputs = store.publish()
+        cache.remove_record(stage, of)
+        cache.create(
             UnitRecord(
-                stage, unit, "f" * 32, tuple(outputs), result, seconds, "node-a", "cpu (x86_64)",
-                700 * 2**20, changes.get("attempt", 1), worker,
-            )
+                stage, unit, of, store.attempt, outputs, result, seconds, "node-a", "cpu (x86_64)", 700 * 2**20,
+                changes.get("attempt", 1), worker,
+            ),
+            self.directory.place,
         )  # fmt: skip
+        list_units(self.directory, stage, *(evaluation_names(self.config) if stage == "evaluation" else ()), unit)
 
     def trajectories(self) -> None:
         self.begin("trajectories", len(self.shape.prompts))
-        store, steps = self.directory.calibration_store, self.shape.num_steps
+        steps = self.shape.num_steps
         for index, prompt in enumerate(self.shape.prompts):
             name = f"prompt-{index:03d}"
-            outputs = [
-                *store.write(
-                    f"trajectories/{name}/latents", torch.randn(steps + 1, 4, 2, 3, 4, generator=self.generator)
-                ),
-                *store.write(f"trajectories/{name}/diffusion", torch.rand(steps, generator=self.generator)),
-            ]
+            arrays = {
+                "latents": torch.randn(steps + 1, 4, 2, 3, 4, generator=self.generator),
+                "diffusion": torch.rand(steps, generator=self.generator),
+            }
             result = {"prompt": prompt, "seconds_per_step": 0.2, "num_steps": steps}
-            self.record("trajectories", name, result, outputs)
+            self.record("trajectories", name, result, arrays)
 
     def selection(self, **changes: Any) -> None:
         self.begin("selection", 1)
@@ -180,17 +198,16 @@ class RunMaker:
                     name: self._block(method, name, position, (fell_back or {}).get(name.replace(".", "_")))
                     for position, name in enumerate(segment)
                 }
-                outputs = [self._artifact(method, name) for name in segment]
                 unit = f"{method}-segment-{index:03d}"
-                self.record("distillation", unit, {"method": method, "blocks": summaries}, outputs, seconds=30.0)
-            outputs = [self._artifact(method, "auxiliary")]
-            self.record("distillation", f"{method}-auxiliary", {"method": method, "blocks": {}}, outputs)
-
-    def _artifact(self, method: str, name: str) -> OutputFile:
-        path = self.directory.blocks(method) / f"{name}.safetensors"
-        create_directory(path.parent)
-        write_bytes_atomic(path, b"artifact of " + name.encode())
-        return OutputFile.describe(path, run=self.directory.path)
+                self.record(
+                    "distillation",
+                    unit,
+                    {"method": method, "blocks": summaries},
+                    files=artifacts(*segment),
+                    seconds=30.0,
+                )
+            result = {"method": method, "blocks": {}}
+            self.record("distillation", f"{method}-auxiliary", result, files=artifacts("auxiliary"))
 
     def _block(self, method: str, name: str, position: int, fell_back: str | None) -> dict[str, Any]:
         if method in ("rtn", "quarot"):
@@ -267,11 +284,11 @@ class RunMaker:
             result["recognized"] = model in ("full_precision", "s2q") or index % 2 == 0
         name = f"{model}-prompt-{index:03d}"
         stored = (video * 255).round().to(torch.uint8)
-        outputs = self.directory.calibration_store.write(f"evaluation/{name}/video", stored)
+        files = {}
         if self.shape.films:
             film = imwrite("<bytes>", stored.numpy(), extension=".mp4", plugin="pyav", codec="libx264", fps=24)
-            outputs = (*outputs, self.directory.store.put(f"evaluation/{name}.mp4", film))
-        self.record("evaluation", name, result, outputs)
+            files = {"film.mp4": film}
+        self.record("evaluation", name, result, {"video": stored}, files)
 
     def _video(self, index: int) -> Tensor:
         """A disc that moves over a gradient, `[F, H, W, 3]` in 0..1."""
@@ -285,6 +302,15 @@ class RunMaker:
                 torch.stack([0.2 + 0.5 * disc, 0.15 + 0.3 * x + 0.4 * disc, 0.35 + 0.2 * y - 0.2 * disc], -1)
             )
         return torch.stack(pictures).clamp(0, 1)
+
+
+def artifacts(*names: str) -> dict[str, bytes]:
+    """Files by name."""
+    return {f"{name}.safetensors": b"artifact of " + name.encode() for name in names}
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def hash_of(text: str) -> int:

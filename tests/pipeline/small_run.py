@@ -4,6 +4,7 @@ import contextlib
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from storage.cache import DamagedRecord, UnitRecord, fingerprint
+from storage.run_directory import ListedUnit, RunDirectory
+from storage.unit_store import UnitAddress, UnitStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +42,71 @@ def small_run(folder: Path, **changes: Any) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+class Recorded:
+    """The records of the units that a run has listed."""
+
+    def __init__(self, run: Path | RunDirectory) -> None:
+        self.directory = run if isinstance(run, RunDirectory) else RunDirectory(run)
+
+    def read(self, stage: str, unit: str) -> UnitRecord | None:
+        found = self.directory.records(stage).get((stage, unit))
+        assert not isinstance(found, DamagedRecord)
+        return found
+
+    def records(self, stage: str) -> list[UnitRecord]:
+        """By name."""
+        found = sorted(self.directory.records(stage).items())
+        return [record for _, record in found if isinstance(record, UnitRecord)]
+
+    def units(self, stage: str) -> list[str]:
+        return [record.unit for record in self.records(stage)]
+
+    def remove(self, stage: str, unit: str) -> None:
+        record = self.read(stage, unit)
+        assert record is not None
+        self.directory.cache.remove(record)
+
+    def file(self, name: str) -> Path:
+        """A file, or the folder of an array, by its logical name."""
+        stage, unit, inside = name.split("/", 2)
+        record = self.read(stage, unit)
+        assert record is not None
+        location = self.directory.cache.location
+        assert isinstance(location, Path)
+        return location / record.key / str(record.attempt) / inside
+
+
+def list_units(run: RunDirectory, stage: str, *units: str) -> None:
+    """Adds units to the run's list, as its driver does."""
+    listed = {name: list(found) for name, found in run.units().items()}
+    known = {unit.name for unit in listed.setdefault(stage, [])}
+    listed[stage] += [ListedUnit(unit, fingerprint({stage: unit})) for unit in units if unit not in known]
+    run.write_units(listed)
+
+
+def record_unit(
+    run: RunDirectory,
+    stage: str,
+    unit: str,
+    result: dict[str, Any],
+    *,
+    seconds: float = 1.0,
+    content: bytes | None = None,
+) -> UnitRecord:
+    """Records a unit with one small file, if any."""
+    of = fingerprint({stage: unit})
+    with UnitStore(UnitAddress(run.cache.location, run.location, stage, unit, of)) as store:
+        if content is not None:
+            store.write_file(f"{stage}/{unit}/file", partial(_write, content=content))
+        outputs = store.publish()
+    record = UnitRecord(stage, unit, of, store.attempt, outputs, result, seconds, "h", "cpu", 1, 1, "worker-0")
+    return run.cache.create(record, run.place)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def command(*arguments: str) -> list[str]:

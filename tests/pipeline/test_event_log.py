@@ -9,7 +9,7 @@ from tests.errors import raises
 
 def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
     EventLog(tmp_path).write("run_started", pid=1)
-    with (tmp_path / "events.jsonl").open("a") as file:
+    with (tmp_path / "logs" / "events.jsonl").open("a") as file:
         file.write('{"time": "2026-01-02T03:0')
     EventLog(tmp_path).write("run_started", pid=2)
     EventLog(tmp_path).write("run_finished")
@@ -20,8 +20,8 @@ def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
 
 def test_an_error_names_the_file(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
-    (tmp_path / "events.jsonl").symlink_to("/dev/full")
-    with raises(OSError, f"[Errno {errno.ENOSPC}]", tmp_path / "events.jsonl"):
+    (tmp_path / "logs" / "events.jsonl").symlink_to("/dev/full")
+    with raises(OSError, f"[Errno {errno.ENOSPC}]", tmp_path / "logs" / "events.jsonl"):
         log.write("run_started")
 
 

@@ -14,10 +14,9 @@ import psutil
 import pytest
 
 from pipeline.event_log import read_events
-from storage.manifest import Manifest
 from tests.cluster.ray_head import RayHead, ray_head
 from tests.needs import need_program
-from tests.pipeline.small_run import ROOT, call, command, files
+from tests.pipeline.small_run import ROOT, Recorded, call, command, files
 from tests.pipeline.test_run import copy_of, count, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -35,9 +34,9 @@ def half_of(finished: Path, folder: Path) -> tuple[str, Path]:
     config, run = copy_of(finished, folder), folder / "run"
     config.write_text(config.read_text().replace("num_workers: 2", "num_workers: 1"))
     for stage in ("distillation", "assembly", "evaluation"):
-        for record in Manifest(run).records(stage):
-            Manifest(run).remove(stage, record.unit)
-    for name in ("blocks", "checkpoint", "evaluation", "logs"):
+        for record in Recorded(run).records(stage):
+            Recorded(run).remove(stage, record.unit)
+    for name in ("checkpoint", "evaluation", "logs"):
         shutil.rmtree(run / name)
     return str(config), run
 
@@ -51,7 +50,7 @@ def test_a_driver_whose_clock_is_an_hour_behind_its_workers(head: RayHead, finis
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    told = datetime.fromisoformat(next(read_events(run / "logs"))["time"])
+    told = datetime.fromisoformat(next(read_events(run))["time"])
     assert timedelta(minutes=50) < datetime.now(UTC) - told < timedelta(minutes=70), "the driver's clock was changed"
     assert count(run, "trajectories") == {}, "records from an hour ahead are as good as any"
     assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")

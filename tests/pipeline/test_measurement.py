@@ -72,7 +72,7 @@ def test_one_unit_of_each_kind_stands_for_all(tmp_path: Path) -> None:
 
 def kind(stage: str, seconds: float, num: int) -> MeasuredKind:
     usage = Usage(seconds, 2.0, 0.0, None, 0, 0, None, None)
-    return MeasuredKind(stage, "unit", UnitOutput((), {}, "a GPU", 0, usage), num)
+    return MeasuredKind(stage, "unit", UnitOutput({}, "a GPU", 0, usage), num)
 
 
 def test_hours_follow_from_units_and_workers() -> None:

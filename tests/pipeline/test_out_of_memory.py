@@ -56,7 +56,7 @@ def test_short_memory_costs_no_byte_and_a_unit_that_cannot_be_done_keeps_only_it
     assert "the plan says" in limited.stdout
     assert "workers.num_workers" in limited.stdout
     assert "same command again" in limited.stdout
-    events = [e for e in read_events(run / "logs") if e.get("stage") == "distillation" and "attempt" in e]
+    events = [e for e in read_events(run) if e.get("stage") == "distillation" and "attempt" in e]
     told = {
         e["unit"]: [(o["attempt"], o.get("reason"), o.get("lean")) for o in events if o["unit"] == e["unit"]]
         for e in events

@@ -26,15 +26,14 @@ from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.checkpoint.writer import write_checkpoint
 from reelquant.families.hunyuan_video import FAMILY
 from reelquant.tokens import TokenLayout
-from storage.manifest import Manifest, OutputFile
-from storage.run_directory import RunDirectory
 from tests.errors import names, raises
-from tests.pipeline.small_run import ROOT, small_run
+from tests.pipeline.small_run import ROOT, Recorded, small_run
 from tests.reelquant.narrow_blocks import constants_of, streams_of
+from tests.unit_cache import UnitCache
 from workers.distillation_worker import DistillationWorker
 from workers.messages import DistillationSettings, PromptUnit, SampleUnit, SegmentUnit
 from workers.model_source import build_on_meta, transformer_config
-from workers.stored_calls import write_constants, write_streams
+from workers.stored_calls import write_constants
 
 REFERENCE = ROOT / "configs" / "models" / "hunyuanvideo-13b"
 
@@ -255,24 +254,25 @@ def test_checkpoint_has_the_planned_bytes(tmp_path: Path, tiny_model: Path, chan
     size = checkpoint_size(
         context.model, method, tensors=source_tensors(context.model), component_bytes=copied_bytes(tiny_model)
     )
-    directory = RunDirectory.open_or_create(context.config.run, {}, {})
-    store, width = directory.calibration_store, 96
-    store.write("trajectories/prompt-000/conditioning", torch.randn(3, width))
-    prefix, layout = "activations/sample/cond", TokenLayout(1, 2, 3, 3)
+    cache, width = UnitCache(tmp_path / "run"), 96
+    cache.write("trajectories", "prompt-000", {"conditioning": torch.randn(3, width)})
+    layout = TokenLayout(1, 2, 3, 3)
+    arrays: dict[str, torch.Tensor] = {}
     constants = constants_of(dict(context.model.config), layout, torch.randn(1, width))
-    write_constants(constants, lambda name, value: store.write(f"{prefix}/{name}", value))
+    write_constants(constants, lambda name, value: arrays.__setitem__(f"cond/{name}", value))
     for segment in context.segments:
-        stream = torch.randn(layout.num_tokens, width).bfloat16()
-        write_streams(store, prefix, segment[0], streams_of(stream, layout))
+        streams = streams_of(torch.randn(layout.num_tokens, width).bfloat16(), layout)
+        arrays.update({f"cond/{segment[0]}/{name}": stream for name, stream in streams.items()})
+    cache.write("activations", "sample", arrays)
     worker = DistillationWorker(
         DistillationSettings(
             context.source, (SampleUnit("sample", "prompt-000", 0),), (PromptUnit("prompt-000", ""),), False
         )
     )
-    outputs: list[OutputFile] = []
-    for blocks in (*context.segments, ()):
-        outputs += worker.run(SegmentUnit("unit", method, blocks), lambda *_: None).outputs
-    artifacts = [directory.path / output.path for output in outputs]
+    artifacts = []
+    for index, blocks in enumerate((*context.segments, ())):
+        written = cache.do(worker, "distillation", SegmentUnit(f"unit-{index}", method, blocks)).outputs
+        artifacts += [cache.outputs.file(f"distillation/unit-{index}/{output.path}") for output in written]
     spec = write_checkpoint(
         context.model.folder,
         tmp_path / "result",
@@ -298,7 +298,7 @@ def test_finished_run_took_what_the_plan_says(finished_run: Path) -> None:
     plan = plan_config(load_config(finished_run / "run.yaml"))
     run = finished_run / "run"
     for stage in plan.stages:
-        records = Manifest(run).records(stage.name)
+        records = Recorded(run).records(stage.name)
         assert stage.units == len(records), stage.name
         outputs = [output for record in records for output in record.outputs if not output.path.endswith(".mp4")]
         written = sum(output.num_bytes for output in outputs)
@@ -310,7 +310,7 @@ def test_finished_run_took_what_the_plan_says(finished_run: Path) -> None:
             measured = max(record.peak_memory_bytes for record in records)
             # One process serves several stages, and the C library keeps some of what was freed before: 370 MB were seen.
             assert 0.5 < stage.peak_memory_bytes / measured < 1.3, (stage.name, stage.peak_memory_bytes, measured)
-    record = Manifest(run).records("assembly")[0].result
+    record = Recorded(run).records("assembly")[0].result
     [size] = plan.checkpoints
     assert (size.transformer_bytes, size.source_bytes) == (record["transformer_bytes"], record["source_bytes"])
     assert plan.problems == []

@@ -18,8 +18,7 @@ from pipeline.report.page import write_report_of
 from pipeline.run_state import read_status
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.quantization.linear import QuantizedLinear
-from storage.manifest import Manifest
-from tests.pipeline.small_run import ROOT, call, small_run
+from tests.pipeline.small_run import ROOT, Recorded, call, small_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -61,10 +60,10 @@ def refined_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_checkpoint_has_what_was_refined(refined_run: Path) -> None:
     run = refined_run / "run"
-    record = Manifest(run).read("refinement", "refined")
+    record = Recorded(run).read("refinement", "refined")
     assert record is not None
-    assert Manifest(run).read("refinement", "rtn") is None
-    repaired = [run / output.path for output in record.outputs]
+    assert Recorded(run).read("refinement", "rtn") is None
+    repaired = [Recorded(run).file(f"refinement/refined/{output.path}") for output in record.outputs]
     assert repaired
     assert verify_checkpoint(run / "checkpoint").problems == []
     loaded = HunyuanVideoTransformer3DModel.from_pretrained(
@@ -93,9 +92,9 @@ def test_plan_status_and_report_know_the_stage(refined_run: Path) -> None:
     assert {name: stage.total for name, stage in status.items()} == {name: s.units for name, s in stages.items()}
     assert {name: stage.done for name, stage in status.items()} == {name: s.units for name, s in stages.items()}
     assert (stages["refinement"].units, stages["activations"].units) == (1, 6)
-    record = Manifest(run).read("refinement", "refined")
+    record = Recorded(run).read("refinement", "refined")
     assert record is not None
-    written = sum(load_bytes(run / output.path) for output in record.outputs)
+    written = sum(load_bytes(Recorded(run).file(f"refinement/refined/{output.path}")) for output in record.outputs)
     assert written <= stages["refinement"].disk_bytes
     assert stages["refinement"].peak_memory_bytes == pytest.approx(record.peak_memory_bytes, rel=0.4)
     text = re.sub(r"<[^>]+>", " ", write_report_of(run).read_text())
@@ -110,14 +109,15 @@ def load_bytes(path: Path) -> int:
 
 def test_damaged_repair_is_redone_and_gives_the_same_bytes(refined_run: Path) -> None:
     run = refined_run / "run"
-    record = Manifest(run).read("refinement", "refined")
+    record = Recorded(run).read("refinement", "refined")
     assert record is not None
-    path = run / record.outputs[0].path
+    name = f"refinement/refined/{record.outputs[0].path}"
+    path = Recorded(run).file(name)
     content = path.read_bytes()
     path.write_bytes(content[:-3])
     done = call("run", str(refined_run / "run.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "refinement/refined is redone" in done.stdout
-    assert path.read_bytes() == content
-    finished = [e["stage"] for e in read_events(run / "logs") if e["event"] == "unit_finished"]
+    assert Recorded(run).file(name).read_bytes() == content
+    finished = [e["stage"] for e in read_events(run) if e["event"] == "unit_finished"]
     assert (finished.count("refinement"), finished.count("assembly")) == (2, 2)

@@ -37,10 +37,10 @@ from pipeline.report.timeline import Bar, Timeline, read_timeline
 from pipeline.report.usage import usage_grid
 from pipeline.run_units import STAGES
 from reelquant.calibration.salience import select_salient
-from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
 from tests.errors import raises
 from tests.pipeline.report_run import COMMIT, LOSS_PER_METHOD, RunMaker, RunShape
+from tests.pipeline.small_run import Recorded
 
 SCRIPT = "<script>alert(1)</script>"
 SMALL = RunShape()
@@ -101,7 +101,7 @@ def evaluated(path: Path, shape: RunShape = SMALL, **changes: Any) -> RunMaker:
 
 def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Path, complete_page: _Page) -> None:
     page = complete_page
-    manifest = Manifest(complete)
+    manifest = Recorded(complete)
     for method in SMALL.methods:
         psnr = [manifest.read("evaluation", f"{method}-prompt-{i:03d}").result["psnr_db"] for i in range(3)]  # type: ignore[union-attr]
         assert f"{statistics.fmean(psnr):.2f} ± {statistics.stdev(psnr):.2f}" in page.text
@@ -245,7 +245,7 @@ def test_small_films_play_in_the_page_and_large_ones_beside_it(tmp_path: Path, m
     assert copied.name == "run-report.html"
     videos = _Page(copied.read_text(encoding="utf-8")).videos
     assert [(tmp_path / (v["src"] or "")).read_bytes() for v in videos] == [(path / a).read_bytes() for a in linked]
-    (path / linked[0]).unlink()
+    Recorded(path).file(f"evaluation/{Path(linked[0]).stem}/film.mp4").unlink()
     assert [video["src"] for video in _page_of(path).videos] == linked[1:]
 
 
@@ -257,7 +257,7 @@ def test_blocks_that_fell_back_are_named_on_top(tmp_path: Path) -> None:
 
 
 def _flip_a_byte_of_a_video(run: Path) -> str:
-    file = next((run / "calibration.zarr/evaluation/s2q-prompt-002/video").glob("c*"))
+    file = next(Recorded(run).file("evaluation/s2q-prompt-002/video").glob("c*"))
     raw = bytearray(file.read_bytes())
     raw[100] ^= 1
     file.write_bytes(raw)
@@ -265,12 +265,12 @@ def _flip_a_byte_of_a_video(run: Path) -> str:
 
 
 def _remove_a_video(run: Path) -> str:
-    next((run / "calibration.zarr/evaluation/s2q-prompt-002/video").glob("c*")).unlink()
+    next(Recorded(run).file("evaluation/s2q-prompt-002/video").glob("c*")).unlink()
     return "Cannot be shown: calibration array 'evaluation/s2q-prompt-002/video'"
 
 
 def _cut_a_record(run: Path) -> str:
-    file = run / "manifest/assembly/s2q.json"
+    file = Recorded(run).file("assembly/s2q/any").parents[1] / "record.json"
     file.write_bytes(file.read_bytes()[:50])
     return "Damaged records, left out below."
 
@@ -306,7 +306,9 @@ def test_records_of_an_older_configuration_are_left_out(tmp_path: Path) -> None:
     config["compare"], config["prompts"]["num_held_out"] = [], 2
     RunDirectory.open_or_create(run.directory.path, config, {}, update=True)
     run.event("run_started")
-    run.event("stage", stage="distillation", total=4, pending=0)
+    listed = run.directory.units()
+    listed["evaluation"] = tuple(unit for unit in listed["evaluation"] if not unit.name.endswith("prompt-002"))
+    run.directory.write_units({s: [u for u in units if "rtn" not in u.name] for s, units in listed.items()})
     data = read_run(run.directory.path)
     assert {name: (len(s.records), s.num_expected) for name, s in data.stages.items()} == {
         "trajectories": (3, 3),
@@ -325,7 +327,7 @@ def test_records_of_an_older_configuration_are_left_out(tmp_path: Path) -> None:
 def test_salience_is_normalized_as_the_selection_does_it(complete: Path) -> None:
     salience = read_salience(read_run(complete))
     assert salience is not None
-    result = Manifest(complete).read("selection", "selection").result  # type: ignore[union-attr]
+    result = Recorded(complete).read("selection", "selection").result  # type: ignore[union-attr]
     raw = {name: torch.tensor(scores).flatten() for name, scores in result["scores"].items()}
     expected = select_salient(raw["diffusion"], raw["latent"], len(salience.chosen)).tolist()
     ranked = salience.product.flatten().argsort()[::-1][: len(salience.chosen)].tolist()
@@ -367,7 +369,7 @@ def test_frames_are_those_of_the_store_and_their_difference(complete: Path) -> N
     assert "Worst" in worst.title
     unit = re.search(r"prompt-\d+", worst.title)
     assert unit is not None
-    videos = [data.store.read(f"evaluation/{m}-{unit[0]}/video").numpy() for m in ("full_precision", "s2q")]
+    videos = [data.outputs.read(f"evaluation/{m}-{unit[0]}/video").numpy() for m in ("full_precision", "s2q")]
     width = videos[0].shape[2]
     for strip, video in zip(worst.strips[:2], videos, strict=True):
         film = _decode(strip.picture.uri)
@@ -538,6 +540,6 @@ def test_report_of_an_opened_run(tmp_path: Path, digits_model: Path) -> None:
     )
     context = build_context(config, weights=False)
     directory = RunDirectory.open_or_create(config.run, config.identity(), {})
-    report = write_report(Run(context, directory, Manifest(directory)))
+    report = write_report(Run(context, directory, directory.cache))
     assert report == directory.report
     assert digits_model.name in _Page(report.read_text(encoding="utf-8")).text

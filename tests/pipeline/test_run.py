@@ -20,9 +20,8 @@ from imageio.v3 import immeta, imread
 
 from pipeline.event_log import read_events
 from pipeline.report.timeline import Bar, read_timeline
-from storage.manifest import Manifest
 from storage.run_directory import RunDirectory
-from tests.pipeline.small_run import ROOT, call, command, files, small_run
+from tests.pipeline.small_run import ROOT, Recorded, call, command, files, small_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -37,13 +36,13 @@ def copy_of(finished: Path, folder: Path) -> Path:
 
 def count(run: Path, stage: str) -> dict[str, int]:
     """How often each unit of a stage was finished, over all drivers."""
-    finished = [e["unit"] for e in read_events(run / "logs") if e["event"] == "unit_finished" and e["stage"] == stage]
+    finished = [e["unit"] for e in read_events(run) if e["event"] == "unit_finished" and e["stage"] == stage]
     return {unit: finished.count(unit) for unit in finished}
 
 
 def test_everything_is_there(finished_run: Path) -> None:
     run = finished_run / "run"
-    manifest = Manifest(run)
+    manifest = Recorded(run)
     units = {
         stage: [record.unit for record in manifest.records(stage)]
         for stage in ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
@@ -102,17 +101,17 @@ def test_a_run_that_ends_after_a_stage_goes_on_from_there(finished_run: Path, tm
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 units done now, 0 were done before" in done.stdout
     assert "checkpoint:" not in done.stdout
-    assert not (run / "blocks").exists()
+    assert Recorded(run).units("distillation") == []
     assert "This run is not finished" in (run / "report.html").read_text()
     done = call("run", config, "--until", "assembly")
     assert "5 units done now, 6 were done before" in done.stdout, done.stdout + done.stderr
     assert f"checkpoint: {run / 'checkpoint'}" in done.stdout
-    assert Manifest(run).units("evaluation") == []
+    assert Recorded(run).units("evaluation") == []
     assert files(run / "checkpoint") == files(finished_run / "run" / "checkpoint")
 
 
 def test_stages_overlap_where_their_inputs_allow(finished_run: Path) -> None:
-    bars = read_timeline(read_events(finished_run / "run" / "logs")).bars
+    bars = read_timeline(read_events(finished_run / "run")).bars
     together = {
         (one.stage, other.stage)
         for one in bars
@@ -133,7 +132,7 @@ def wait_for_overlap(run: Path, alive: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline and alive():
         under_way: set[tuple[str, str]] = set()
-        for event in read_events(run / "logs"):
+        for event in read_events(run):
             key = (event.get("stage", ""), event.get("unit", ""))
             (under_way.add if event["event"] == "unit_started" else under_way.discard)(key)
         if len({stage for stage, _ in under_way}) > 1:
@@ -146,7 +145,7 @@ def wait_for(run: Path, stage: str, alive: Callable[[], bool], *, since: int = 0
     """Until a unit of the stage is under way; the first `since` events are of earlier drivers."""
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline and alive():
-        events = list(read_events(run / "logs"))[since:]
+        events = list(read_events(run))[since:]
         if any(e["event"] == "unit_started" and e["stage"] == stage for e in events):
             return
         time.sleep(0.02)
@@ -187,7 +186,7 @@ def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: P
         wait_for(run, stage, lambda: driver.poll() is None, since=since)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        return len(list(read_events(run / "logs")))
+        return len(list(read_events(run)))
 
     driver, since = start(), 0
     kill_workers("trajectories")
@@ -201,7 +200,7 @@ def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: P
     driver = start()
     kill_workers("evaluation")
     assert driver.wait() == 0
-    failed = [e["stage"] for e in read_events(run / "logs") if e["event"] == "unit_failed"]
+    failed = [e["stage"] for e in read_events(run) if e["event"] == "unit_failed"]
     for stage in ("trajectories", "distillation", "evaluation"):
         assert failed.count(stage) >= 1, (stage, failed)  # the others may end before the kill comes
     for stage in ("trajectories", "selection", "activations", "distillation"):
@@ -212,13 +211,13 @@ def test_killed_workers_and_drivers_cost_no_byte(finished_run: Path, tmp_path: P
 @pytest.mark.slow
 def test_damage_is_named_and_only_the_damaged_units_are_redone(finished_run: Path, tmp_path: Path) -> None:
     config, run = copy_of(finished_run, tmp_path), tmp_path / "run"
-    sample = Manifest(run).records("activations")[1].unit
-    arrays = run / "calibration.zarr" / "activations" / sample
+    sample = Recorded(run).records("activations")[1].unit
+    arrays = Recorded(run).file(f"activations/{sample}/temb").parent
     chunk = max((p for p in arrays.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
     chunk.write_bytes(content)
-    artifact = next((run / "blocks" / "s2q").glob("single_transformer_blocks.4*"))
+    artifact = next((run / "cache" / "distillation").rglob("single_transformer_blocks.4*"))
     artifact.write_bytes(artifact.read_bytes()[:-7])
     before = {stage: count(run, stage) for stage in ("trajectories", "activations", "distillation", "evaluation")}
     done = call("run", str(config))

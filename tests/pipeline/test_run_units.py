@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.config.loading import parse_config
 from pipeline.context import Run, build_context
-from pipeline.event_log import EventLog
 from pipeline.plan import make_plan
 from pipeline.report.run_data import read_run
 from pipeline.run_state import read_status
@@ -18,10 +17,10 @@ from pipeline.run_units import STAGES
 from pipeline.runner import STAGES as DRIVEN
 from pipeline.stages.selection import Selection
 from pipeline.stages.trajectories import Trajectories
-from pipeline.study.preparation import PlannedManifest
 from reelquant.settings.recipe import PRESETS
-from storage.manifest import Manifest, UnitRecord
+from storage.cache import UnitRecord
 from storage.run_directory import RunDirectory
+from tests.pipeline.small_run import Recorded, list_units, record_unit
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "configs" / "prompts"
@@ -74,40 +73,24 @@ def run_of(folder: Path, method: Mapping[str, Any], options: Mapping[str, Any]) 
     }  # fmt: skip
     config = parse_config(values, "test")
     directory = RunDirectory.open_or_create(config.run, config.identity(), {})
-    return Run(build_context(config, weights=False), directory, directory.manifest)
+    return Run(build_context(config, weights=False), directory, directory.cache)
 
 
-def driven_units(run: Run, *, selected: bool) -> dict[str, list[str]]:
-    """What the driver would do, stage by stage, if all went well; the events of a driver that came as far are logged."""
-    planned = PlannedManifest(run.directory.location)
-    view = Run(run.context, run.directory, planned)
-    log = EventLog(run.directory.location / "logs")
-    log.write("run_started")
+def planned(stage: str, unit: str, **result: Any) -> UnitRecord:
+    return UnitRecord(stage, unit, "f", "1", (), result, 1.0, "h", "cpu", 1, 1, "w")
+
+
+def driven_units(run: Run) -> dict[str, list[str]]:
+    """What the driver would do, stage by stage, if all went well; it lists them."""
     units: dict[str, list[str]] = {}
-    samples = [
-        {"prompt": f"prompt-{i % 3:03d}", "step": 11 - i} for i in range(run.context.config.selection.num_samples)
-    ]
+    num_samples = run.context.config.selection.num_samples
+    samples = [{"prompt": f"prompt-{i % 3:03d}", "step": 11 - i} for i in range(num_samples)]
     for stage in DRIVEN:
-        if stage.name == "activations" and not selected:
-            break
-        units[stage.name] = [plan.name for plan in stage.plan(view)]
+        units[stage.name] = [plan.name for plan in stage.plan(run)]
         for name in units[stage.name]:
-            planned.plan(stage.name, name, "f", {"chosen": samples})
-        if units[stage.name]:
-            log.write("stage", stage=stage.name, total=len(units[stage.name]), pending=0)
-    log.close()
+            run.records.add(planned(stage.name, name, chosen=samples))
+        list_units(run.directory, stage.name, *units[stage.name])
     return units
-
-
-def record(run: Run, stage: str, unit: str) -> None:
-    result = {
-        "chosen": [
-            {"prompt": f"prompt-{i % 3:03d}", "step": 11 - i} for i in range(run.context.config.selection.num_samples)
-        ]
-    }
-    Manifest(run.directory).write(
-        UnitRecord(stage, unit, "f", (), result if stage == "selection" else {}, 1.0, "h", "cpu", 1, 1, "w")
-    )
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -117,15 +100,14 @@ def test_all_agree_on_the_units_of_a_run(preset: str, options: str, tmp_path: Pa
     place = run.directory.location
     early = {stage: found.total for stage, found in read_status(place).stages.items()}
     assert early == {stage: found.num_expected for stage, found in read_run(place).stages.items()}
-    units = driven_units(run, selected=True)
+    units = driven_units(run)
     assert tuple(units) == STAGES
     numbers = {stage: len(names) for stage, names in units.items()}
     assert early == {**numbers, "distillation": None}, "known from the configuration alone"
-    record(run, "selection", "selection")
     assert {stage: found.total for stage, found in read_status(place).stages.items()} == numbers
     for stage, names in units.items():
         for name in [*names, "of-an-older-configuration"]:
-            record(run, stage, name)
+            record_unit(run.directory, stage, name, {})
     status, report = read_status(place), read_run(place)
     assert status.to_do == {}
     assert {stage: found.done for stage, found in status.stages.items()} == numbers
@@ -133,29 +115,27 @@ def test_all_agree_on_the_units_of_a_run(preset: str, options: str, tmp_path: Pa
     assert all(found.complete for found in report.stages.values())
     for stage, names in units.items():
         if names:
-            Manifest(run.directory).remove(stage, names[-1])
-            assert read_status(place).to_do == ({stage: 1} if stage != "selection" else {"selection": 1})
+            Recorded(run.directory).remove(stage, names[-1])
+            assert read_status(place).to_do == {stage: 1}
             assert [s for s, found in read_run(place).stages.items() if not found.complete] == [stage]
-            record(run, stage, names[-1])
+            record_unit(run.directory, stage, names[-1], {})
 
 
 @pytest.mark.parametrize("options", ["compare", "compare refined", "sparse"])
 def test_plan_counts_the_units_that_the_driver_does(options: str, tmp_path: Path) -> None:
     run = run_of(tmp_path, {"preset": "rtn"}, OPTIONS[options])
-    planned = {stage.name: stage.units for stage in make_plan(run.context).stages}
-    assert planned == {stage: len(names) for stage, names in driven_units(run, selected=True).items()}
+    numbers = {stage.name: stage.units for stage in make_plan(run.context).stages}
+    assert numbers == {stage: len(names) for stage, names in driven_units(run).items()}
 
 
 def test_the_selection_gets_the_sigmas_of_the_feature_that_it_reads(tmp_path: Path) -> None:
     def selection(folder: str, **chosen: str) -> tuple[Any, str]:
         (tmp_path / folder).mkdir()
         run = run_of(tmp_path / folder, {"preset": "rtn"}, {"selection": {"num_samples": 4, **chosen}})
-        planned = PlannedManifest(run.directory.location)
-        view = Run(run.context, run.directory, planned)
-        for plan in Trajectories().plan(view):
-            planned.plan("trajectories", plan.name, "f", {})
-        [plan] = Selection().plan(view)
-        return Selection().settings(view), plan.make().fingerprint
+        for plan in Trajectories().plan(run):
+            run.records.add(planned("trajectories", plan.name))
+        [plan] = Selection().plan(run)
+        return Selection().settings(run), plan.make().fingerprint
 
     latent, first = selection("a", strategy="salience")
     unread, _ = selection("b", strategy="uniform", diffusion_feature="output")

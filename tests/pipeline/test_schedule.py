@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.context import Run
+from pipeline.done_units import DoneUnits
 from pipeline.event_log import EventLog, read_events
 from pipeline.schedule import DrivenRun, Schedule, Task
 from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all
-from storage.manifest import Manifest, OutputFile, UnitRecord, fingerprint
-from storage.run_directory import RunDirectory
+from storage.cache import Cache, UnitRecord, fingerprint
+from storage.run_directory import ListedUnit, RunDirectory
 
 Names = Mapping[str, tuple[str, ...]]
 """Units, and those that each depends on, as `stage/unit`."""
@@ -44,15 +46,20 @@ class PlainStage:
 
 
 def driven(path: Path, label: str = "") -> DrivenRun:
-    directory = RunDirectory.open_or_create(path, {}, {})
-    run = Run(None, directory, Manifest(directory))  # type: ignore[arg-type]  # these stages read no configuration
-    return DrivenRun(run, EventLog(directory.logs), label)
+    """A run; those side by side share a cache."""
+    directory = RunDirectory.open_or_create(path, {}, {}, cache=path.parent / "cache")
+    run = Run(None, directory, Cache(path.parent / "cache"))  # type: ignore[arg-type]  # these stages read no configuration
+    return DrivenRun(run, EventLog(directory.location), label)
+
+
+def scheduled(runs: list[DrivenRun], stages: Sequence[PlainStage]) -> Schedule:
+    return Schedule(runs, stages, DoneUnits(lambda *_: None))
 
 
 def finish(schedule: Schedule, task: Task) -> None:
-    record = UnitRecord(task.stage.name, task.unit.name, task.unit.fingerprint, (), {}, 1.0, "h", "cpu", 1, 1, "w")
-    task.driven.run.manifest.write(record)
-    schedule.finished(task, record)
+    unit, run = task.unit, task.driven.run
+    record = UnitRecord(task.stage.name, unit.name, unit.fingerprint, "1", (), {}, 1.0, "h", "cpu", 1, 1, "w")
+    schedule.finished(task, run.cache.create(record, run.directory.place))
 
 
 def names(tasks: list[Task]) -> list[str]:
@@ -70,7 +77,7 @@ def stages(**changes: Any) -> list[PlainStage]:
 
 def test_a_unit_begins_when_its_inputs_are_done_whatever_the_stage(tmp_path: Path) -> None:
     run = driven(tmp_path / "run")
-    schedule = Schedule([run], stages())
+    schedule = scheduled([run], stages())
     tasks = {task.pool_name: task for task in schedule.take_ready()}
     assert list(tasks) == ["first/a", "first/b", "third/free"]
     assert [task.priority for task in tasks.values()] == [0, 0, 2]
@@ -86,7 +93,7 @@ def test_a_unit_begins_when_its_inputs_are_done_whatever_the_stage(tmp_path: Pat
     finish(schedule, tasks["first/b"])
     assert names(schedule.take_ready()) == ["second/both", "fourth/x"]
     assert schedule.counts.done == {"first": 2, "second": 1, "third": 1}
-    told = [(e["stage"], e["total"], e["pending"]) for e in read_events(run.run.directory.logs)]
+    told = [(e["stage"], e["total"], e["pending"]) for e in read_events(run.run.directory.location)]
     assert told == [("first", 2, 2), ("second", 2, 2), ("third", 2, 2), ("fourth", 1, 1)]
 
 
@@ -100,26 +107,53 @@ def complete(schedule: Schedule) -> list[str]:
 
 
 def test_what_is_done_is_kept_and_nothing_is_built_on_older_records(tmp_path: Path) -> None:
-    run = driven(tmp_path / "run")
-    assert len(complete(Schedule([run], stages()))) == 7
-    again = Schedule([run], stages())
+    assert len(complete(scheduled([driven(tmp_path / "run")], stages()))) == 7
+    again = scheduled([driven(tmp_path / "run")], stages())
     assert complete(again) == []
     assert again.counts.kept.total() == 7
-    changed = Schedule([run], stages(version=1))
+    run = driven(tmp_path / "run")
+    changed = scheduled([run], stages(version=1))
     first = changed.take_ready()
     assert names(first) == ["first/a", "first/b"], (
         "the records of second/a and of fourth/x are of an older configuration"
     )
-    assert changed.view("").manifest.read("second", "a") is None
+    assert run.run.records.read("second", "a") is None
     for task in first:
         finish(changed, task)
     assert complete(changed) == ["second/a", "second/both", "third/late", "fourth/x"]
     assert changed.counts.kept == {"third": 1}
 
 
+def test_the_run_lists_its_units_as_they_become_known(tmp_path: Path) -> None:
+    run = driven(tmp_path / "run")
+    schedule = scheduled([run], stages())
+    tasks = {task.pool_name: task for task in schedule.take_ready()}
+    listed = run.run.directory.units()
+    assert {stage: [unit.name for unit in units] for stage, units in listed.items()} == {
+        "first": ["a", "b"], "second": ["a", "both"], "third": ["free", "late"],
+    }  # fmt: skip
+    assert listed["first"][0] == ListedUnit("a", tasks["first/a"].unit.fingerprint)
+    assert listed["second"][1] == ListedUnit("both", None, ("first/a", "first/b"))
+    complete(scheduled([driven(tmp_path / "run")], stages()))
+    listed = run.run.directory.units()
+    assert listed["second"][1].needs == ("first/a", "first/b")
+    assert all(unit.fingerprint is not None for units in listed.values() for unit in units)
+    assert len(run.run.directory.records()) == 7
+
+
+def test_a_unit_is_told_the_fingerprints_of_what_it_reads(tmp_path: Path) -> None:
+    run = driven(tmp_path / "run")
+    schedule = scheduled([run], stages())
+    first = {task.pool_name: task for task in schedule.take_ready()}
+    finish(schedule, first["first/a"])
+    [second] = schedule.take_ready()
+    assert second.address.inputs == {"first/a": first["first/a"].unit.fingerprint}
+    assert (second.address.stage, second.address.fingerprint) == ("second", second.unit.fingerprint)
+
+
 def test_a_unit_that_is_given_up_keeps_only_its_own_dependents_back(tmp_path: Path) -> None:
     run = driven(tmp_path / "run")
-    schedule = Schedule([run], stages())
+    schedule = scheduled([run], stages())
     tasks = {task.pool_name: task for task in schedule.take_ready()}
     assert schedule.failed(tasks["first/b"]) == [run]
     finish(schedule, tasks["first/a"])
@@ -129,44 +163,29 @@ def test_a_unit_that_is_given_up_keeps_only_its_own_dependents_back(tmp_path: Pa
 
 def test_a_unit_of_two_runs_is_done_once(tmp_path: Path) -> None:
     one, two = driven(tmp_path / "one", "one"), driven(tmp_path / "two", "two")
-    schedule = Schedule([one, two], stages())
+    schedule = scheduled([one, two], stages())
     tasks = schedule.take_ready()
     assert names(tasks) == ["one/first/a", "one/first/b", "one/third/free"]
     assert schedule.failed(tasks[1]) == [one, two]
     finish(schedule, tasks[0])
-    assert schedule.counts.adopted == {"first": 1}
-    adopted = two.run.manifest.read("first", "a")
-    assert adopted is not None
-    assert adopted.worker == "adopted from one"
+    assert schedule.counts.shared == {"first": 1}
+    found = two.run.records.read("first", "a")
+    assert found is not None
+    assert found == one.run.records.read("first", "a")
 
 
-def test_a_shared_unit_whose_files_are_lost_is_done_anew_by_the_run_that_waited_for_it(tmp_path: Path) -> None:
-    one, two, three = (driven(tmp_path / name, name) for name in ("one", "two", "three"))
-    schedule = Schedule([one, two, three], [PlainStage("first", {"a": ()})])
-    [task] = schedule.take_ready()
-    output = one.run.directory.path / "a.bin"
-    output.write_bytes(b"content")
-    described = OutputFile.describe(output, run=one.run.directory.path)
-    record = UnitRecord("first", "a", task.unit.fingerprint, (described,), {}, 1.0, "h", "cpu", 1, 1, "w")
-    one.run.manifest.write(record)
-    output.unlink()
-    schedule.finished(task, record)
-    [again] = schedule.take_ready()
-    assert again.pool_name == "two/first/a", "once, although two runs wait for it"
-    problems = [e["problems"] for e in read_events(one.run.directory.logs) if e["event"] == "unit_damaged"]
-    assert "a.bin" in problems[0][0]
-    finish(schedule, again)
-    adopted = three.run.manifest.read("first", "a")
-    assert adopted is not None
-    assert adopted.worker == "adopted from two"
-    assert (schedule.counts.done.total(), schedule.counts.adopted.total()) == (2, 1)
-    assert schedule.take_ready() == []
+def test_a_checkpoint_is_made_for_every_run_of_its_own(tmp_path: Path) -> None:
+    class InRun(PlainStage):
+        def _unit(self, run: Run, name: str) -> StageUnit:
+            return replace(super()._unit(run, name), in_run=True)
+
+    one, two = driven(tmp_path / "one", "one"), driven(tmp_path / "two", "two")
+    schedule = scheduled([one, two], [InRun("assembly", {"a": ()})])
+    assert names(schedule.take_ready()) == ["one/assembly/a", "two/assembly/a"]
 
 
-def test_what_another_run_has_done_before_is_adopted(tmp_path: Path) -> None:
-    two = driven(tmp_path / "two", "two")
-    complete(Schedule([two], stages()))
-    one = driven(tmp_path / "one", "one")
-    schedule = Schedule([one, two], stages())
-    assert complete(schedule) == [], "although the other comes later in the list"
-    assert schedule.counts.adopted.total() == schedule.counts.kept.total() == 7
+def test_what_another_run_has_done_before_is_kept(tmp_path: Path) -> None:
+    complete(scheduled([driven(tmp_path / "two", "two")], stages()))
+    schedule = scheduled([driven(tmp_path / "one", "one"), driven(tmp_path / "two", "two")], stages())
+    assert complete(schedule) == []
+    assert schedule.counts.kept.total() == 14

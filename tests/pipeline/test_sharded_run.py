@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pipeline.event_log import read_events
-from storage.manifest import Manifest
-from tests.pipeline.small_run import ROOT, call, command, files, small_run
+from tests.pipeline.small_run import ROOT, Recorded, call, command, files, small_run
 from tests.pipeline.test_run import wait_for, worker_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -18,7 +17,7 @@ WORKERS = {"num_workers": 2, "sharding": "fsdp", "gpus_per_replica": 2}
 
 def outputs(run: Path, stage: str) -> dict[str, object]:
     """Files and checksums of every unit."""
-    return {record.unit: record.outputs for record in Manifest(run).records(stage)}
+    return {record.unit: record.outputs for record in Recorded(run).records(stage)}
 
 
 def assert_same_calibration(run: Path, finished: Path) -> None:
@@ -28,7 +27,7 @@ def assert_same_calibration(run: Path, finished: Path) -> None:
         "activations",
     ):  # the replica does the selection too: it would lose its place
         assert outputs(run, stage) == outputs(finished, stage)
-        devices = {record.worker for record in Manifest(run).records(stage)}
+        devices = {record.worker for record in Recorded(run).records(stage)}
         assert devices <= {"worker-0.0", "worker-0.1"}
 
 
@@ -44,9 +43,9 @@ def test_a_sharded_run_gives_the_bytes_of_an_unsharded_one(finished_run: Path, t
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_calibration(tmp_path / "run", finished_run / "run")
     assert files(tmp_path / "run" / "checkpoint") == files(finished_run / "run" / "checkpoint")
-    videos = [files(folder / "run" / "calibration.zarr" / "evaluation") for folder in (tmp_path, finished_run)]
+    videos = [outputs(folder / "run", "evaluation") for folder in (tmp_path, finished_run)]
     assert videos[0] == videos[1]
-    workers = {record.unit: record.worker for record in Manifest(tmp_path / "run").records("evaluation")}
+    workers = {record.unit: record.worker for record in Recorded(tmp_path / "run").records("evaluation")}
     full = {"full_precision-prompt-000", "step_weights"}
     assert {unit: worker == "worker-0.0" for unit, worker in workers.items()} == {
         **dict.fromkeys(full, True), "s2q-prompt-000": False, "s2q-velocity-000": False,
@@ -68,7 +67,7 @@ def test_a_rank_killed_in_a_unit_costs_no_byte(finished_run: Path, tmp_path: Pat
     finally:
         if driver.poll() is None:
             driver.kill()
-    failed = [event for event in read_events(run / "logs") if event["event"] == "unit_failed"]
+    failed = [event for event in read_events(run) if event["event"] == "unit_failed"]
     assert {event["stage"] for event in failed} >= {"trajectories"}
     assert all(event["will_retry"] for event in failed)
     assert_same_calibration(run, finished_run / "run")
@@ -83,7 +82,7 @@ def test_two_gpus_select_what_one_selects(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         done = call("run", str(small_run(tmp_path / name, workers=workers)), "--until", "selection")
         assert done.returncode == 0, done.stdout + done.stderr
-        found[name] = Manifest(tmp_path / name / "run").records("selection")[0].result["scores"]
+        found[name] = Recorded(tmp_path / name / "run").records("selection")[0].result["scores"]
     assert found["one"].keys() == found["two"].keys()
     for feature, rows in found["one"].items():
         for row, expected in zip(found["two"][feature], rows, strict=True):

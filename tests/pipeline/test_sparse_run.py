@@ -10,9 +10,8 @@ import pytest
 
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.plan import plan_config
-from storage.manifest import Manifest
 from tests.errors import names, raises
-from tests.pipeline.small_run import call, small_run
+from tests.pipeline.small_run import Recorded, call, small_run
 
 METHOD: dict[str, Any] = {
     "preset": "s2q_quantsparse", "rotation_block": 64, "epochs": 1, "attention_distillation": "both",
@@ -31,7 +30,7 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
     evaluation = {"settings": {"wide": {"density": 0.6}}}
     done = call("run", str(small_run(tmp_path, method=METHOD, bits=BITS, evaluation=evaluation)))
     assert done.returncode == 0, done.stdout + done.stderr
-    manifest = Manifest(tmp_path / "run")
+    manifest = Recorded(tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint"
     stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
     # Of the three steps the first is protected: the noise levels are 1, 0.857 and 0.6.
@@ -50,14 +49,14 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
         assert video.result["effective_density"] == forced.result["effective_density"] == expected
         assert video.result["psnr_db"] > 15
         assert all(0 < error < 0.1 for error in forced.result["prompts"]["prompt-000"]["velocity_error"])
-    for segment in (tmp_path / "run" / "manifest" / "distillation").glob("s2q_quantsparse-segment-*.json"):
-        for block in json.loads(segment.read_text())["result"]["blocks"].values():
+    for segment in manifest.records("distillation"):
+        for block in segment.result["blocks"].values():
             assert set(block["attention_losses"]) == {"global", "local"}
     report = (tmp_path / "run" / "report.html").read_text()
     assert "s2q_quantsparse" in report
     assert "s2q_quantsparse, other settings" in report
-    refined = tmp_path / "run" / "manifest" / "refinement" / "s2q_quantsparse.json"
-    measured = json.loads(refined.read_text())["result"]["residual"]
+    [refined] = manifest.records("refinement")
+    measured = refined.result["residual"]
     assert measured["refresh_steps"] in ([0, 1], [0, 2])
     assert (sparse["refresh_at"], sparse["residual"]["gain"]) == (measured["refresh_at"], measured["gain"])
     assert len(measured["gain"]) == 2

@@ -13,10 +13,12 @@ from pipeline.config.loading import parse_config
 from pipeline.event_log import EventLog
 from pipeline.run_state import read_status
 from pipeline.status import show_status
-from storage.manifest import Manifest, OutputFile, UnitRecord
+from storage.cache import fingerprint
 from storage.run_directory import RunDirectory
 from tests.errors import raises
+from tests.pipeline.small_run import Recorded, list_units, record_unit
 
+DAMAGED = {"trajectories": "prompt-000", "selection": "selection"}
 CONFIG: dict[str, Any] = {
     "model": "a model that is nowhere",
     "prompts": {"calibration": "c.txt", "num_calibration": 2, "held_out": "h.txt", "num_held_out": 1},
@@ -32,21 +34,18 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.open_or_create(tmp_path / "run", config, {})
 
 
-def finish(run: RunDirectory, stage: str, unit: str, *, seconds: float = 2.0, **result: Any) -> Path:
-    output = run.path / "blocks" / stage / unit
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(unit.encode())
-    Manifest(run).write(
-        UnitRecord(
-            stage=stage, unit=unit, fingerprint="0" * 32, outputs=(OutputFile.describe(output, run=run.path),),
-            result=result, seconds=seconds, host="h", device="cpu", peak_memory_bytes=1, attempt=1, worker="worker-0",
-        )
-    )  # fmt: skip
-    return output
+def finish(
+    run: RunDirectory, stage: str, unit: str, *, seconds: float = 2.0, listed: bool = True, **result: Any
+) -> Path:
+    """Folder of the unit in the cache."""
+    record = record_unit(run, stage, unit, result, seconds=seconds, content=unit.encode())
+    if listed:
+        list_units(run, stage, unit)
+    return run.path / "cache" / record.key
 
 
 def log_at(run: RunDirectory, second: float, event: str, **values: Any) -> None:
-    EventLog(run.logs)
+    EventLog(run.location)
     line = {"time": f"2026-01-02T03:{int(second) // 60:02d}:{second % 60:06.3f}+00:00", "event": event, **values}
     with (run.logs / "events.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -71,8 +70,8 @@ def half_done(run: RunDirectory) -> None:
     log_at(run, 93, "unit_started", stage="activations", unit="prompt-000-step-003")
     finish(run, "trajectories", "prompt-000", seconds=10)
     finish(run, "trajectories", "prompt-001", seconds=14)
-    chosen = [{"prompt": "prompt-000", "step": 3}, {"prompt": "prompt-001", "step": 11}]
-    finish(run, "selection", "selection", seconds=0.5, chosen=chosen)
+    finish(run, "selection", "selection", seconds=0.5)
+    list_units(run, "activations", "prompt-000-step-003", "prompt-001-step-011")
 
 
 def shown(path: Path, width: int = 80) -> str:
@@ -159,8 +158,8 @@ def test_running_run_is_not_disturbed(run: RunDirectory) -> None:
 
 def test_only_units_of_the_configuration_count(run: RunDirectory) -> None:
     half_done(run)
-    finish(run, "trajectories", "prompt-007")
-    finish(run, "assembly", "quarot")
+    finish(run, "trajectories", "prompt-007", listed=False)
+    finish(run, "assembly", "quarot", listed=False)
     text = shown(run.path)
     assert rows(text)["Trajectories"][0] == "2/2"
     assert rows(text)["Assembly"][0] == "0/2"
@@ -168,8 +167,9 @@ def test_only_units_of_the_configuration_count(run: RunDirectory) -> None:
 
 def test_damage_is_seen(run: RunDirectory) -> None:
     half_done(run)
-    (run.path / "blocks" / "trajectories" / "prompt-000").write_bytes(b"prompt-00X")
-    record = run.path / "manifest" / "selection" / "selection.json"
+    folders = [run.path / "cache" / stage / fingerprint({stage: unit}) for stage, unit in DAMAGED.items()]
+    next(folders[0].rglob("file")).write_bytes(b"prompt-00X")
+    record = folders[1] / "record.json"
     record.write_text(record.read_text()[:-20])
     text = shown(run.path)
     assert "damaged  trajectories: prompt-000; a resume redoes them" in text
@@ -182,7 +182,7 @@ def test_methods_without_calibration_data(tmp_path: Path) -> None:
     run = RunDirectory.open_or_create(tmp_path / "run", config, {})
     assert read_status(run.path).stages["activations"].total == 0
     log_at(run, 0, "run_started")
-    log_at(run, 1, "stage", stage="distillation", total=10, pending=10)
+    list_units(run, "distillation", *(f"unit-{index}" for index in range(10)))
     status = read_status(run.path)
     assert (status.stages["activations"].total, status.stages["distillation"].total) == (0, 10)
 
@@ -224,5 +224,5 @@ def test_finished_run(finished_run: Path, tmp_path: Path) -> None:
     text = shown(run)
     assert "finished" in text
     assert "All units are done." in text
-    Manifest(run).remove("evaluation", "s2q-prompt-000")
+    Recorded(run).remove("evaluation", "s2q-prompt-000")
     assert read_status(run).to_do == {"evaluation": 1}

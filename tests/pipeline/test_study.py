@@ -26,11 +26,12 @@ from pipeline.runner import stages_until
 from pipeline.study.command import do_study, plan_study
 from pipeline.study.expansion import load_study, slug_of
 from pipeline.study.preparation import prepare_study
-from storage.manifest import Manifest
-from storage.open_store import open_store
-from storage.run_directory import RunDirectory, RunLocked
+from storage.location import parse_location
+from storage.lock import RunLocked
+from storage.place import open_place
+from storage.run_directory import RunDirectory
 from tests.errors import names, raises
-from tests.pipeline.small_run import ROOT, call, files, small_run
+from tests.pipeline.small_run import ROOT, Recorded, call, files, small_run
 from tests.s3_server import S3Server, new_prefix
 
 BASE: dict[str, Any] = {"run": "ignored", "model": "m", "prompts": {"calibration": "c.txt", "held_out": "h.txt"}}
@@ -274,10 +275,10 @@ def test_until_distillation_block_errors_are_compared(tmp_path: Path) -> None:
     assert found["naive <b>"]["block_errors"] is None, "its method reads no activations"
     first, second = (found[name]["block_errors"] for name in ("gptq 0.01", "gptq 0.1"))
     assert first["basis"] == second["basis"], "the same samples"
-    assert found["gptq 0.01"]["distilled_on"] == [Manifest(runs["gptq-0.01"]).records("distillation")[0].device]
+    assert found["gptq 0.01"]["distilled_on"] == [Recorded(runs["gptq-0.01"]).records("distillation")[0].device]
     measured = {
         block: summary["loss_after"]
-        for record in Manifest(runs["gptq-0.01"]).records("distillation")
+        for record in Recorded(runs["gptq-0.01"]).records("distillation")
         for block, summary in record.result["blocks"].items()
     }
     assert first["losses"] == measured
@@ -289,9 +290,7 @@ def test_until_distillation_block_errors_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_runs_in_a_bucket_have_what_they_share_as_copies(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_in_a_bucket_share_their_units(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place = new_prefix("study")
     gptq = {"name": "gptq {method.damping}", "set": {"method": "gptq"}, "axes": {"method.damping": [0.01, 0.1]}}
@@ -300,21 +299,18 @@ def test_runs_in_a_bucket_have_what_they_share_as_copies(
     assert plan_study(path, (), console)
     assert do_study(path, (), console, update=False, stages=stages_until("activations"))
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "in a bucket every run has its own copy" in said
-    assert "5 units done now, 5 adopted from other runs" in said
+    assert "5 units done now, 5 shared with other runs" in said
     runs = [RunDirectory.open(f"{place}/seed-3/gptq-{damping}") for damping in ("0.01", "0.1")]
-    first, second = (run.manifest.read("activations", run.manifest.units("activations")[0]) for run in runs)
-    assert first is not None
-    assert second is not None
-    assert second.worker == "adopted from seed-3/gptq-0.01"
-    assert [output.checksum for output in first.outputs] == [output.checksum for output in second.outputs]
+    first, second = (Recorded(run).records("activations")[0] for run in runs)
+    assert first == second
+    assert runs[0].cache.location == runs[1].cache.location == parse_location(place) / "cache"
     assert f"report:  {place}/study.html" in said
 
     monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])
     copied = CliRunner().invoke(app, ["report", place])
     assert copied.exit_code == 0, copied.output
     for key in ("study.html", "results.csv"):
-        assert (tmp_path / f"study-{key}").read_bytes() == open_store(place).read(key)
+        assert (tmp_path / f"study-{key}").read_bytes() == open_place(place).read(key)
     shown = CliRunner().invoke(app, ["status", place]).output
     assert re.search(r"^seed-3/gptq-0\.1 +5 +- +distillation \?, assembly 1, evaluation 6$", shown, re.MULTILINE), shown
     assert "stopped: no driver" in shown
@@ -322,13 +318,15 @@ def test_runs_in_a_bucket_have_what_they_share_as_copies(
     with RunDirectory(place).lock():
         assert f"running: process {os.getpid()} on host" in CliRunner().invoke(app, ["status", place]).output
 
-    # A lost object of one run comes back from the other.
+    # A lost object is made anew, once.
     lost = max(second.outputs, key=lambda output: output.num_bytes).path
-    runs[1].store.remove(lost)
+    runs[1].cache.place.remove(f"{second.key}/{second.attempt}/{lost}")
     assert do_study(path, (), console, update=False, stages=stages_until("activations"))
     said = console.file.getvalue().removeprefix(said)  # type: ignore[attr-defined]
-    assert "0 units done now, 1 adopted from other runs, 9 were done before" in said
-    assert runs[1].store.checksum(lost) == runs[0].store.checksum(lost)
+    assert "1 unit done now, 1 shared with other runs, 8 were done before" in said
+    [again] = [found for found in Recorded(runs[0]).records("activations") if found.unit == second.unit]
+    assert again.attempt != second.attempt
+    assert again.outputs[0].checksum == second.outputs[0].checksum
 
 
 @pytest.mark.ray
@@ -349,7 +347,7 @@ def test_a_whole_study(tmp_path: Path) -> None:
     finished = [
         (event["stage"], event["unit"], name)
         for name, run in runs.items()
-        for event in read_events(run / "logs")
+        for event in read_events(run)
         if event["event"] == "unit_finished"
     ]
     for stage, expected in (("trajectories", 2), ("selection", 1), ("activations", 2)):
@@ -358,16 +356,11 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert sorted(shared) == [
         "full_precision-prompt-000", "noise_floor-prompt-000", "noise_floor-velocity-000", "step_weights",
     ]  # fmt: skip
-    latents = [next((run / "calibration.zarr/trajectories/prompt-000/latents").glob("c*")) for run in runs.values()]
-    assert latents[0].samefile(latents[1])
-    assert latents[0].samefile(latents[2])
+    shared = [Recorded(run).read("trajectories", "prompt-001") for run in runs.values()]
+    assert shared[0] is not None
+    assert shared[0] == shared[1] == shared[2]
     for name in ("naive-b", "gptq-0.01"):
         assert not read_status(runs[name]).to_do
-        manifest = Manifest(runs[name])
-        record = manifest.read("trajectories", "prompt-001")
-        assert record is not None
-        assert record.worker == "adopted from seed-3/diverges"
-        assert manifest.missing_or_damaged(record, deep=True) == []
 
     results = json.loads((study / "results.json").read_text())
     by_name = {setting["name"]: setting["seeds"]["3"] for setting in results["settings"]}
@@ -401,14 +394,15 @@ def test_a_whole_study(tmp_path: Path) -> None:
     before = files(runs["gptq-0.01"] / "checkpoint")
     document["settings"] = document["settings"][1:]
     path.write_text(yaml.safe_dump(document, sort_keys=False))
-    lost = next((runs["naive-b"] / "calibration.zarr/trajectories/prompt-000/latents").glob("c*"))
+    lost = next(Recorded(runs["naive-b"]).file("trajectories/prompt-000/latents").glob("c*"))
     lost.unlink()
     console = Console(file=io.StringIO(), width=500)
     assert do_study(path, (), console, update=False)
     again = console.file.getvalue()  # type: ignore[attr-defined]
     assert "seed-3/naive-b/trajectories/prompt-000 is redone" in again
-    assert "0 units done now, 1 adopted from other runs" in again
-    assert lost.samefile(runs["gptq-0.01"] / lost.relative_to(runs["naive-b"]))
+    assert "1 unit done now, 1 shared with other runs" in again
+    assert not lost.exists(), "another attempt"
+    assert next(Recorded(runs["naive-b"]).file("trajectories/prompt-000/latents").glob("c*")).exists()
     assert files(runs["gptq-0.01"] / "checkpoint") == before
     with RunDirectory(study).lock(), raises(RunLocked, os.getpid()):
         do_study(path, (), console, update=False)

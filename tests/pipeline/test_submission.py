@@ -21,7 +21,7 @@ from pipeline.cli import app
 from pipeline.config.loading import ConfigError
 from pipeline.event_log import read_events
 from pipeline.submission import job_of
-from storage.open_store import open_store
+from storage.place import open_place
 from tests.cluster.ray_head import RayHead, free_ports, ray_head
 from tests.errors import names, raises
 from tests.pipeline.small_run import ROOT, command, files, small_run
@@ -57,7 +57,7 @@ def submission_id(output: str) -> str:
 
 def wait_for(run: Path, event: str, stage: str) -> None:
     deadline = time.monotonic() + 120
-    while not any(e["event"] == event and e["stage"] == stage for e in read_events(run / "logs") if "unit" in e):
+    while not any(e["event"] == event and e["stage"] == stage for e in read_events(run) if "unit" in e):
         assert time.monotonic() < deadline, f"no {event} in {stage}"
         time.sleep(0.05)
 
@@ -86,7 +86,7 @@ def test_a_job_left_alone_then_stopped_then_submitted_again_gives_the_same_bytes
     assert shown.returncode == 143, "a stopped job is no success"
     assert shown.stdout.count("Trajectories: 2/2") == 1
     assert "SIGTERM received" not in shown.stdout, "no dump of Ray's core"
-    assert not any(event["event"] == "run_finished" for event in read_events(run / "logs"))
+    assert not any(event["event"] == "run_finished" for event in read_events(run))
     again = head.call("submit", config, "--address", head.dashboard)
     assert (again.returncode, again.stderr) == (0, ""), again.stdout
     assert submission_id(again.stdout) != job
@@ -106,14 +106,12 @@ def test_a_study_in_a_bucket_as_a_job_then_once_more(s3: S3Server, tmp_path: Pat
         first = head.call(*arguments, "activations")
         assert (first.returncode, first.stderr) == (0, ""), first.stdout
         assert re.search(
-            r"^6 units done now, 3 adopted from other runs, 0 were done before$", first.stdout, re.MULTILINE
+            r"^6 units done now, 3 shared with other runs, 0 were done before$", first.stdout, re.MULTILINE
         )
         again = head.call(*arguments, "distillation")
         assert (again.returncode, again.stderr) == (0, ""), again.stdout
-        assert re.search(
-            r"^[1-9]\d* units done now, 0 adopted from other runs, 9 were done", again.stdout, re.MULTILINE
-        )
-    assert open_store(place).read("study.json")
+        assert re.search(r"^[1-9]\d* units done now, 0 shared with other runs, 9 were done", again.stdout, re.MULTILINE)
+    assert open_place(place).read("study.json")
     shown = CliRunner().invoke(app, ["status", place]).output
     assert re.search(r"^seed-0/naive .* assembly 1, evaluation 4$", shown, re.MULTILINE), shown
 

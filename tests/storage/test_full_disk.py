@@ -1,4 +1,4 @@
-"""A disk that fills up: the error names path and bytes, nothing half-written stays, the old array is intact."""
+"""A disk that fills up: the error names path and bytes, nothing half-written stays, older arrays are intact."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from storage.atomic_files import write_bytes_atomic
-from storage.calibration_store import CalibrationStore
 from tests.errors import names, raises
+from tests.storage.stores import U, done, unit_store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,29 +19,31 @@ _LIMITED_WRITER = """
 import resource, signal, sys, torch
 from pathlib import Path
 from storage.atomic_files import write_bytes_atomic
-from storage.calibration_store import CalibrationStore
+from tests.storage.stores import unit_store
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 run = Path(sys.argv[1])
-store = CalibrationStore(run / "calibration.zarr")
-store.write("a", torch.ones(1000, 10))
-for action in (
-    lambda: store.write("a", torch.ones(1000, 1000)),
-    lambda: store.write("new/b", torch.ones(1000, 1000)),
-    lambda: write_bytes_atomic(run / "file", bytes(400_000)),
-):
+
+
+def write_array():
+    with unit_store(run) as store:
+        store.write("trajectories/u/a", torch.ones(1000, 10))
+        print(store.folder)
+        store.write("trajectories/u/b", torch.ones(1000, 1000))
+
+
+for action in (write_array, lambda: write_bytes_atomic(run / "file", bytes(400_000))):
     try:
         action()
     except OSError as error:
         print(error)
     else:
         sys.exit("no error")
-assert store.read("a").sum() == 10_000
 """
 
 
 def test_file_size_limit(tmp_path: Path) -> None:
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-W", "error", "-c", _LIMITED_WRITER, str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
@@ -49,14 +51,11 @@ def test_file_size_limit(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    paths = (tmp_path / "calibration.zarr/a", tmp_path / "calibration.zarr/new/b", tmp_path / "file")
-    for line, path, num_bytes in zip(lines, paths, (4_000_000, 4_000_000, 400_000), strict=True):
+    assert finished.returncode == 0, finished.stderr
+    folder, *lines = finished.stdout.splitlines()
+    for line, path, num_bytes in zip(lines, (f"{folder}/b", tmp_path / "file"), (4_000_000, 400_000), strict=True):
         assert names(line, "File too large", num_bytes, "bytes are free", path)
-    assert sorted(file.name for file in tmp_path.rglob("*")) == [
-        "a", "c.0.0", "calibration.zarr", "new", "zarr.json", "zarr.json", "zarr.json",
-    ]  # fmt: skip
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.fixture
@@ -76,17 +75,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_disk_that_is_full(small_disk: Path) -> None:
-    store = CalibrationStore(small_disk / "calibration.zarr")
     old = torch.arange(1000)
-    store.write("a", old)
-    before = sorted(small_disk.rglob("*"))
-    for name in ("a", "b"):
-        with raises(OSError, store.root / name, 4000000, "bytes are free") as got:
-            store.write(name, torch.ones(1000, 1000))
-        assert got.value.filename == str(store.root / name)
+    kept = done(small_disk, "old", a=old)
+    before = sorted(path for path in small_disk.rglob("*") if path.is_file())
+    with pytest.raises(OSError) as got, unit_store(small_disk) as store:  # noqa: PT011 - looked at below
+        store.write(U + "a", torch.ones(1000, 1000))
+    assert names(str(got.value), store.folder / "a", 4000000, "bytes are free")
+    assert got.value.filename == str(store.folder / "a")
     with raises(OSError, small_disk / "file", 2000000):
         write_bytes_atomic(small_disk / "file", bytes(2_000_000))
-    assert sorted(small_disk.rglob("*")) == before
-    assert torch.equal(store.read("a"), old)
-    store.write("b", torch.ones(100, 1000))
-    assert store.read("b").sum() == 100_000
+    assert sorted(path for path in small_disk.rglob("*") if path.is_file()) == before
+    made = done(small_disk, "u", a=torch.ones(100, 1000))
+    reader = unit_store(small_disk, "v", old=kept.fingerprint, u=made.fingerprint)
+    assert torch.equal(reader.read("trajectories/old/a"), old)
+    assert reader.read(U + "a").sum() == 100_000

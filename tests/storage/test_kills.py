@@ -15,20 +15,20 @@ import psutil
 import pytest
 import torch
 
-from storage import zarr_array
+from storage import arrays
 from storage.atomic_files import sweep_partial_files
-from storage.calibration_store import CalibrationStore
-from storage.local_store import LocalStore
-from storage.manifest import Manifest, UnitRecord
-from storage.run_directory import RunDirectory, RunLocked
+from storage.folder import Folder
+from storage.lock import RunLocked
+from storage.run_directory import RunDirectory
 from tests.errors import raises
+from tests.storage.stores import record_of, unit_store
 
 NUM_KILLS = 12
 NUM_FILES = 300
 
 # Each process is forked from a server that has torch and zarr loaded: some milliseconds instead of two seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["storage.run_directory", "storage.zarr_array"])
+_CONTEXT.set_forkserver_preload(["storage.run_directory", "storage.arrays"])
 
 
 class Victim:
@@ -52,23 +52,19 @@ class Victim:
         self.connection.close()
 
 
-def write_arrays(connection: Connection, root: Path, first: int) -> None:
-    store = CalibrationStore(root)
-    zarr_array.CHUNK_BYTES = 2**18
-    for number in itertools.count(first):
-        store.write("x/a", torch.full((1000 + number % 5, 700), float(number % 256), dtype=torch.bfloat16))
-        connection.send(number)
-
-
 def write_units(connection: Connection, path: Path) -> None:
     run = RunDirectory.open_or_create(path, {"seed": 1}, {})
+    arrays.CHUNK_BYTES = 2**16
     with run.lock():
-        run.sweep_partial_files()
+        run.sweep()
         connection.send(os.getpid())
         for number in itertools.count():
             unit = f"unit-{number % 7}"
-            outputs = run.calibration_store.write(f"x/{unit}", torch.full((300, 300), float(number)))
-            run.manifest.write(UnitRecord("s", unit, "0" * 32, outputs, {"n": number}, 0.1, "h", "cpu", 0, 1, "w"))
+            with unit_store(path, unit) as store:
+                store.write(f"trajectories/{unit}/a", torch.full((300, 300), float(number)))
+                record = record_of(store, unit, result={"n": number})
+                store.cache.remove(record)  # as one that is found damaged
+                store.cache.create(record, store.run)
             connection.send(unit)
 
 
@@ -91,10 +87,10 @@ def put_folders_in_place(connection: Connection, root: Path) -> None:
         for index in range(NUM_FILES):
             (folder / str(index)).touch()
 
-    store = LocalStore(root)
+    place = Folder(root)
     while True:
         with contextlib.suppress(OSError):
-            store.publish("array", write)
+            place.put_folder("checkpoint", write, last="0")
             connection.send("in place")
 
 
@@ -112,29 +108,6 @@ def race_for_the_lock(connection: Connection, path: Path) -> None:
         connection.send(str(error))
 
 
-def test_killed_array_writer_leaves_a_whole_array_or_none(tmp_path: Path) -> None:
-    store = CalibrationStore(tmp_path / "calibration.zarr")
-    seen, written = [], 0
-    for attempt in range(NUM_KILLS):
-        victim = Victim(write_arrays, store.root, written)
-        written = victim.receive() + 1
-        time.sleep(0.0013 * attempt)
-        victim.kill()
-        if not (store.root / "x/a").exists():
-            seen.append("absent")
-            continue
-        tensor = store.read("x/a")
-        (value,) = tensor.unique().tolist()
-        assert value >= written - 1
-        assert tensor.shape == (1000 + int(value) % 5, 700)
-        seen.append("whole")
-    assert "whole" in seen
-    stray = list((store.root / "x").glob(".*.partial"))
-    assert stray, "no kill hit a write"
-    assert store.sweep_partial_files() == tuple(sorted(f"x/{path.name}" for path in stray))
-    assert {path.name for path in (store.root / "x").iterdir()} <= {"a", "zarr.json"}
-
-
 def test_a_sweep_never_leaves_half_of_what_a_living_writer_puts_in_place(tmp_path: Path) -> None:
     victim, swept = Victim(put_folders_in_place, tmp_path), 0
     writer = psutil.Process(victim.process.pid)
@@ -145,13 +118,14 @@ def test_a_sweep_never_leaves_half_of_what_a_living_writer_puts_in_place(tmp_pat
         writer.suspend()
         while writer.status() != psutil.STATUS_STOPPED:
             time.sleep(0.001)
-        assert [len(list(folder.iterdir())) for folder in tmp_path.glob("array")] in ([], [NUM_FILES])
+        assert [len(list(folder.iterdir())) for folder in tmp_path.glob("checkpoint")] in ([], [NUM_FILES])
         writer.resume()
     victim.kill()
     assert swept, "no sweep met a writer"
 
 
 def test_killed_driver_leaves_records_whose_outputs_are_whole_and_a_free_lock(tmp_path: Path) -> None:
+    dead = 0
     for attempt in range(NUM_KILLS):
         victim = Victim(write_units, tmp_path / "run")
         victim.receive()
@@ -161,18 +135,16 @@ def test_killed_driver_leaves_records_whose_outputs_are_whole_and_a_free_lock(tm
         run = RunDirectory.open(tmp_path / "run")
         with run.lock():
             pass
-        manifest = Manifest(run)
-        for record in manifest.records("s"):
-            problems = manifest.missing_or_damaged(record, deep=True)
-            if not (run.calibration_store.root / "x" / record.unit).exists():
-                assert problems
+        dead += len(list(run.cache.dead_attempts()))
+        found = [run.cache.read(*entry) for entry in run.cache.entries()]
+        for record in found:
+            if record is None:
                 continue
-            values = run.calibration_store.read(f"x/{record.unit}").unique().tolist()
-            # An array that is not the record's was being redone when the kill came: whole, and the manifest says so.
-            assert len(values) == 1
-            assert values[0] % 7 == record.result["n"] % 7
-            assert (values == [float(record.result["n"])]) == (not problems)
-        assert manifest.records("s")
+            assert run.cache.problems(record, run.place, deep=True) == []
+            reader = run.outputs({(record.stage, record.unit): record})
+            assert reader.read(f"trajectories/{record.unit}/a").unique().tolist() == [record.result["n"]]
+        assert any(found)
+    assert dead, "no kill hit an attempt"
 
 
 def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
@@ -211,15 +183,3 @@ def test_two_processes_race_and_one_wins(tmp_path: Path) -> None:
             racer.kill()
         assert sorted(answer == "won" for answer in answers) == [False, True]
         assert any("is in use by " in answer for answer in answers)
-
-
-def test_concurrent_writers_of_one_name_leave_one_whole_array(tmp_path: Path) -> None:
-    store = CalibrationStore(tmp_path / "calibration.zarr")
-    writers = [Victim(write_arrays, store.root, 1000 * number) for number in range(3)]
-    for _ in range(15):
-        for writer in writers:
-            writer.receive()
-    for writer in writers:
-        writer.kill()
-    store.write("x/a", torch.ones(3))
-    assert store.read("x/a").sum() == 3

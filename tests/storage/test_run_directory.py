@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from storage.lock import RunLocked
 from storage.run_directory import (
     FORMAT_VERSION,
     RunConfigMismatch,
     RunDirectory,
-    RunFormatTooNew,
-    RunLocked,
+    RunFormatUnknown,
 )
 from tests.errors import raises
 
@@ -33,15 +33,11 @@ def test_parts_lie_where_the_design_says(tmp_path: Path, monkeypatch: pytest.Mon
     run = RunDirectory.open_or_create("run", CONFIG, {})
     assert run.path.is_absolute()
     base = tmp_path / "run"
-    assert run.calibration_store.root == base / "calibration.zarr"
-    assert run.manifest.root == base / "manifest"
+    assert run.cache.location == base / "cache"
     assert run.checkpoint() == base / "checkpoint"
     assert run.checkpoint("gptq") == base / "checkpoints" / "gptq"
-    assert run.blocks("gptq") == base / "blocks" / "gptq"
     assert (run.evaluation, run.logs, run.report) == (base / "evaluation", base / "logs", base / "report.html")
     for bad in ("../x", "a/b", "", "."):
-        with raises(ValueError, "method name", repr(bad)):
-            run.blocks(bad)
         with raises(ValueError, "method name", repr(bad)):
             run.checkpoint(bad)
 
@@ -72,16 +68,17 @@ def test_update_waits_for_no_driver(tmp_path: Path) -> None:
     assert run.config == CONFIG
 
 
-def test_newer_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, FORMAT_VERSION + 1])
+def test_another_format_is_refused(tmp_path: Path, version: int) -> None:
     run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
     file = run.path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"format_version": FORMAT_VERSION + 1}))
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"format_version": version}))
     for attempt in (RunDirectory.open, lambda path: RunDirectory.open_or_create(path, CONFIG, {}, update=True)):
-        with raises(RunFormatTooNew, tmp_path, "format 2", 1):
+        with raises(RunFormatUnknown, tmp_path, f"format {version}", FORMAT_VERSION, "another run directory"):
             attempt(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format_version": 1}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format_version": 2}'])
 def test_unreadable_config_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with raises(ValueError, tmp_path / "config.json"):
@@ -107,7 +104,17 @@ def test_what_a_kill_during_creation_leaves_is_no_obstacle(tmp_path: Path) -> No
     (tmp_path / "run.lock").write_bytes(b"")
     run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
     with run.lock():
-        assert run.sweep_partial_files() == (".config.json.12ab.partial",)
+        run.sweep()
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith("partial")] == []
+
+
+def test_a_sweep_removes_the_attempts_that_no_record_names(tmp_path: Path) -> None:
+    for place, swept in (("own", True), ("shared", False)):
+        cache = tmp_path / "shared" if place == "shared" else tmp_path / "run" / "cache"
+        run = RunDirectory.open_or_create(tmp_path / "run", CONFIG, {}, cache=cache)
+        (cache / "trajectories" / "f" / "1").mkdir(parents=True)
+        run.sweep()
+        assert (cache / "trajectories" / "f" / "1").exists() != swept
 
 
 def test_lock_excludes_and_frees(tmp_path: Path) -> None:

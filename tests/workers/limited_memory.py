@@ -11,8 +11,9 @@ from diffusers import HunyuanVideoTransformer3DModel
 
 from reelquant.settings.generation import LayerBits, Numerics
 from reelquant.settings.recipe import PRESETS
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from tests.reelquant.narrow_blocks import constants_of, layout_of, streams_of
+from tests.unit_cache import UnitCache
 from tests.workers.memory_limit import LIMITS, limit_memory
 from workers.distillation_worker import DistillationWorker
 from workers.hub_snapshot import model_folder
@@ -28,7 +29,7 @@ from workers.messages import (
 )
 from workers.model_source import family_of_model, linear_shapes, transformer_config
 from workers.shared_worker import SharedUnit
-from workers.stored_calls import write_constants, write_streams
+from workers.stored_calls import write_constants
 
 BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
 LATENTS = (8, 9, 32, 32) if not torch.cuda.is_available() else (8, 9, 64, 64)
@@ -46,10 +47,10 @@ class LimitedDistillation(DistillationWorker):
     stands until the next segment.
     """
 
-    def run(self, unit: SegmentUnit, progress: Progress) -> UnitOutput:
+    def run(self, unit: SegmentUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         self._more_mib = json.loads(os.environ.get(LIMITS, "{}")).get(unit.name)
         limit_memory(None)
-        return super().run(unit, progress)
+        return super().run(unit, progress, store)
 
     def _read_ahead(self) -> None:
         super()._read_ahead()
@@ -57,7 +58,7 @@ class LimitedDistillation(DistillationWorker):
         limit_memory(self._more_mib)
 
 
-def make_run(folder: Path, digits_model: Path) -> DistillationSettings:
+def make_run(folder: Path, digits_model: Path) -> tuple[DistillationSettings, UnitCache]:
     """A run that has what distillation reads: a model of two blocks, random streams of `NUM_TOKENS` tokens."""
     model = folder / "model"
     (model / "transformer").mkdir(parents=True)
@@ -68,21 +69,23 @@ def make_run(folder: Path, digits_model: Path) -> DistillationSettings:
     built.to(torch.bfloat16).save_pretrained(model / "transformer")
     family, config = family_of_model(model), transformer_config(model)
     heads, size = family.num_heads(config)
-    run = RunDirectory.open_or_create(folder / "run", {}, {})
+    cache = UnitCache(folder / "run")
     generator = torch.Generator().manual_seed(0)
-    store = run.calibration_store
-    store.write(f"trajectories/{PROMPT.name}/conditioning", torch.randn(1, heads * size, generator=generator))
-    prefix, layout = f"activations/{SAMPLE.name}/cond", layout_of(config, LATENTS, NUM_TEXT)
+    layout = layout_of(config, LATENTS, NUM_TEXT)
+    trajectory = {"conditioning": torch.randn(1, heads * size, generator=generator)}
     temb = torch.randn(1, heads * size, generator=generator)
-    write_constants(constants_of(config, layout, temb), lambda name, value: store.write(f"{prefix}/{name}", value))
+    arrays: dict[str, torch.Tensor] = {}
+    write_constants(constants_of(config, layout, temb), lambda name, value: arrays.__setitem__(f"cond/{name}", value))
     for block in BLOCKS:
         stream = torch.randn(NUM_TOKENS, heads * size, generator=generator).to(torch.bfloat16)
-        write_streams(store, prefix, block, streams_of(stream, layout))
-    source = RunSource(folder / "run", model, 0, Numerics("float32", 1, deterministic=True))
-    return DistillationSettings(source, (SAMPLE,), (PROMPT,), False)
+        arrays.update({f"cond/{block}/{name}": value for name, value in streams_of(stream, layout).items()})
+    cache.write("trajectories", PROMPT.name, trajectory)
+    cache.write("activations", SAMPLE.name, arrays)
+    source = RunSource(model, 0, Numerics("float32", 1, deterministic=True))
+    return DistillationSettings(source, (SAMPLE,), (PROMPT,), False), cache
 
 
-def shared_unit(settings: DistillationSettings, name: str, block: str) -> SharedUnit:
+def shared_unit(settings: DistillationSettings, cache: UnitCache, name: str, block: str) -> SharedUnit:
     """One block as a segment of its own."""
     model = model_folder(settings.source.model)
     family, config = family_of_model(model), transformer_config(model)
@@ -93,4 +96,5 @@ def shared_unit(settings: DistillationSettings, name: str, block: str) -> Shared
         if name.startswith(BLOCKS)
     }
     segment = SegmentUnit(name, MethodPlan(recipe, bits), (block,))
-    return SharedUnit(LimitedDistillation, settings, segment, name=f"distillation/{name}", planned_bytes=700 * 2**20)
+    address = cache.address("distillation", name)
+    return SharedUnit(LimitedDistillation, settings, segment, address, f"distillation/{name}", 700 * 2**20)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from reelquant.settings.generation import Numerics
+from storage.unit_store import UnitStore
 from tests.workers.memory_limit import LIMITS, limit_memory
 from workers.messages import Progress, UnitOutput
 from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
@@ -40,13 +41,13 @@ class LimitedReplica:
         self._is_new = True
         self._rows = [layer.chunk(num_ranks)[self._rank].clone() for layer in make_layers()]
 
-    def run(self, name: str, progress: Progress) -> UnitOutput:
+    def run(self, name: str, progress: Progress, store: UnitStore) -> UnitOutput:
         """The result; the device's name says which process made it."""
         with self._limited(name):
             total = apply(self._gathered, name, progress)
-        return UnitOutput((), {"sum": total}, f"{os.getpid()}.{self._rank}", 0)
+        return UnitOutput({"sum": total}, f"{os.getpid()}.{self._rank}", 0)
 
-    def shadow(self, name: str, progress: Progress) -> None:
+    def shadow(self, name: str, progress: Progress, store: UnitStore) -> None:
         """The same, for the other rank's sake."""
         with self._limited(name):
             apply(self._gathered, name, progress)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from reelquant.settings.generation import Generation, Numerics
+from tests.unit_cache import UnitCache
 from tests.workers import sharded_checks
 from workers.activation_worker import ActivationWorker
 from workers.evaluation_worker import EvaluationWorker
@@ -40,26 +41,23 @@ SAMPLES = [SampleUnit("sample-000", "prompt-000", 1), SampleUnit("sample-001", "
 BOUNDARIES = ("transformer_blocks.0", "transformer_blocks.2", "single_transformer_blocks.3")
 
 
-def ignore(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
 def main(run: Path, sharding: Sharding) -> None:
     """Does this rank's units, then shadows rank 0 or is shadowed."""
-    source = RunSource(run, MODEL, 0, Numerics("auto", 1))
+    source, cache = RunSource(MODEL, 0, Numerics("auto", 1)), UnitCache(run)
     rank = int(os.environ.get("RANK", "0"))
     own = slice(None) if os.environ.get("WORLD_SIZE") == "1" else slice(rank, rank + 1)
     trajectories = TrajectoryWorker(TrajectorySettings(source, GENERATION, 4, 256, sharding))
     for prompt in PROMPTS[own]:
-        trajectories.run(prompt, ignore)
+        cache.do(trajectories, "trajectories", prompt)
     again = PromptUnit("prompt-002", PROMPTS[1].prompt)
-    trajectories.run(again, ignore) if rank == 0 else trajectories.shadow(again, ignore)
+    cache.do(trajectories, "trajectories", again) if rank == 0 else cache.shadow(trajectories, "trajectories", again)
     del trajectories
     activations = ActivationWorker(ActivationSettings(source, GENERATION, BOUNDARIES, sharding))
     for sample in SAMPLES[own]:
-        activations.run(sample, ignore)
+        cache.do(activations, "activations", sample)
     third = SampleUnit("sample-002", "prompt-002", 1)
-    activations.run(third, ignore) if rank == 0 else activations.shadow(third, ignore)
+    cache.see("trajectories", again.name)
+    cache.do(activations, "activations", third) if rank == 0 else cache.shadow(activations, "activations", third)
     del activations
     evaluation = EvaluationWorker(EvaluationSettings(source, GENERATION, None, films=False, sharding=sharding))
     name, first = "full_precision-False", PROMPTS[:1]
@@ -72,10 +70,11 @@ def main(run: Path, sharding: Sharding) -> None:
     ]
     for unit in units:
         if rank == 0:
-            result = {**evaluation.run(unit, ignore).result, "seconds_per_step": None}
+            result = {**cache.do(evaluation, "evaluation", unit).result, "seconds_per_step": None}
             (run / f"{unit.name}.json").write_text(json.dumps(result))
         else:
-            evaluation.shadow(unit, ignore)
+            cache.shadow(evaluation, "evaluation", unit)
+            cache.see("evaluation", unit.name)
 
 
 if __name__ == "__main__":

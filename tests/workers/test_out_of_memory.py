@@ -41,16 +41,17 @@ from workers.out_of_memory import OutOfMemory
 from workers.shared_worker import SharedWorker
 
 folder, model, tight, hopeless = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-settings = make_run(folder, model)
+settings, cache = make_run(folder, model)
 
 def do(worker, name, block):
     try:
-        output = worker.run(shared_unit(settings, name, block), lambda *_: None)
+        output = worker.run(shared_unit(settings, cache, name, block), lambda *_: None)
     except OutOfMemory as error:
         return {"error": str(error)}
     [file] = output.outputs
     blocks = [found["losses"] for found in output.result["blocks"].values()]
-    return {"lean": output.lean, "losses": blocks, "data": (folder / "run" / file.path).read_bytes().hex()}
+    [attempt] = (folder / "run").glob(f"cache/*/*/{output.attempt}")
+    return {"lean": output.lean, "losses": blocks, "data": (attempt / file.path).read_bytes().hex()}
 
 usual = SharedWorker(None)
 told = {"usual": [do(usual, "a", block) for block in BLOCKS]}
@@ -115,13 +116,13 @@ from pathlib import Path
 from tests.workers.limited_memory import BLOCKS, make_run, shared_unit
 from workers.distillation_worker import DistillationWorker
 
-settings = make_run(Path(sys.argv[1]), Path(sys.argv[2]))
-worker, unit = DistillationWorker(settings), shared_unit(settings, "a", BLOCKS[0]).payload
-worker.run(unit, lambda *_: None)
+settings, cache = make_run(Path(sys.argv[1]), Path(sys.argv[2]))
+worker, unit = DistillationWorker(settings), shared_unit(settings, cache, "a", BLOCKS[0]).payload
+cache.do(worker, "distillation", unit)
 idle = torch.empty(8 * 2**30, dtype=torch.uint8, device="cuda")
 del idle
 before = torch.cuda.memory_reserved()
-worker.run(unit, lambda *_: None)
+cache.do(worker, "distillation", unit)
 print(json.dumps({"before": before, "after": torch.cuda.memory_reserved()}))
 """,
         *(str(tmp_path / "made"), str(digits_model)),
@@ -145,14 +146,14 @@ class Watched(LimitedDistillation):
         torch.cuda.reset_peak_memory_stats()
         self.base = torch.cuda.memory_allocated()
 
-settings = make_run(Path(sys.argv[1]), Path(sys.argv[2]))
+settings, cache = make_run(Path(sys.argv[1]), Path(sys.argv[2]))
 peaks = []
 for save in (False, False, True):  # the first one makes the workspaces of libraries
     worker = Watched(settings)
     if save:
         worker.save_memory()
     for block in BLOCKS:
-        worker.run(shared_unit(settings, "a", block).payload, lambda *_: None)
+        cache.do(worker, "distillation", shared_unit(settings, cache, "a", block).payload)
         peaks.append((torch.cuda.max_memory_allocated() - worker.base) / 2**20)
 print(json.dumps({"usual": peaks[2:4], "lean": peaks[4:]}))
 """,
@@ -186,9 +187,9 @@ def test_a_pool_tries_with_less_memory_then_in_a_new_process_then_gives_up(
     for name, value in {**EXACT_MALLOC, "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(LIMITS, json.dumps({"first": TIGHT, "second": TIGHT, "hopeless": HOPELESS}))
-    settings, recorder = make_run(tmp_path / "made", digits_model), Recorder()
+    (settings, cache), recorder = make_run(tmp_path / "made", digits_model), Recorder()
     blocks = {"first": BLOCKS[0], "second": BLOCKS[1], "hopeless": BLOCKS[0], "last": BLOCKS[1]}
-    units = [Unit(name, shared_unit(settings, name, block)) for name, block in blocks.items()]
+    units = [Unit(name, shared_unit(settings, cache, name, block)) for name, block in blocks.items()]
     with ray_session(SessionSettings(num_cpus=1)), pytest.raises(UnitsFailed) as caught:
         run_units(SharedWorker, None, units, num_workers=1, stall_timeout_s=120.0, events=recorder, max_attempts=9)
     assert recorder.events == {

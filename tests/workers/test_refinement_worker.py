@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,9 @@ from reelquant.settings.attention import Residual, SparseAttention
 from reelquant.settings.generation import Generation, LayerBits, Numerics, StepProtection
 from reelquant.settings.recipe import PRESETS
 from reelquant.tokens import band_width
-from storage.run_directory import RunDirectory
+from storage.unit_store import UnitStore
 from tests.reelquant.narrow_blocks import layout_of
+from tests.unit_cache import UnitCache
 from workers.activation_worker import ActivationWorker
 from workers.distillation_worker import DistillationWorker
 from workers.messages import (
@@ -75,8 +77,8 @@ class Prepared:
         built = HunyuanVideoTransformer3DModel.from_config(json.loads(config.read_text()))
         built.to(torch.bfloat16).save_pretrained(self.model / "transformer")
         self.weights = source_weights(self.model / "transformer")
-        self.source = RunSource(folder / "run", self.model, 0, Numerics("float32", 1))
-        RunDirectory.open_or_create(self.source.run, {}, {})
+        self.source = RunSource(self.model, 0, Numerics("float32", 1))
+        self.cache = UnitCache(folder / "run")
         self.blocks = FAMILY.block_names(transformer_config(self.model))
         linears = linear_shapes(transformer_config(self.model), FAMILY)
         bits = {
@@ -90,13 +92,20 @@ class Prepared:
     def _calibrate(self) -> list[str]:
         trajectories = TrajectoryWorker(TrajectorySettings(self.source, GENERATION, 4, 16))
         for prompt in PROMPTS:
-            trajectories.run(prompt, lambda *_: None)
+            self.cache.do(trajectories, "trajectories", prompt)
         activations = ActivationWorker(ActivationSettings(self.source, GENERATION, (self.blocks[0], self.blocks[2])))
         for sample in SAMPLES:
-            activations.run(sample, lambda *_: None)
+            self.cache.do(activations, "activations", sample)
         worker = DistillationWorker(DistillationSettings(self.source, SAMPLES, PROMPTS, False))
-        units = [SegmentUnit("s", self.method, blocks) for blocks in (self.blocks[:2], self.blocks[2:], ())]
-        return [output.path for unit in units for output in worker.run(unit, lambda *_: None).outputs]
+        cut = {"first": self.blocks[:2], "second": self.blocks[2:], "auxiliary": ()}
+        units = [SegmentUnit(name, self.method, blocks) for name, blocks in cut.items()]
+        found = {unit.name: self.cache.do(worker, "distillation", unit).outputs for unit in units}
+        return [f"distillation/{name}/{output.path}" for name, outputs in found.items() for output in outputs]
+
+    def files(self, repaired: Sequence[str] = ()) -> list[Path]:
+        """Local paths of the artifacts, those of repaired blocks in place of the others."""
+        names = {Path(name).name: f"refinement/rtn/{name}" for name in repaired}
+        return [self.cache.outputs.file(names.get(Path(name).name, name)) for name in self.artifacts]
 
     def refine(
         self,
@@ -110,14 +119,18 @@ class Prepared:
         seen: list[tuple[int, int]] = []
         method = replace(self.method, recipe=replace(RTN, **recipe), protection=protection)
         unit = RefinementUnit("rtn", method, self.artifacts, sparse)
-        output = worker.run(unit, lambda done, total: seen.append((done, total)))
+        output = self.cache.do(worker, "refinement", unit, lambda done, total: seen.append((done, total)))
         assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
         return output
 
 
+def by_name(paths: list[Path]) -> dict[str, Path]:
+    return {path.name.removesuffix(".safetensors"): path for path in paths}
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, digits_model: Path) -> Any:
-    """Read only, but for `blocks/rtn/repaired`."""
+    """Read only, but for the refinement."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield Prepared(tmp_path_factory.mktemp("refinement"), digits_model)
     torch.set_num_threads(threads)
@@ -135,9 +148,7 @@ def test_repair_and_correction_end_up_in_a_sound_checkpoint(prepared: Prepared, 
         assert (block["after"] < block["before"]) == (name in accepted)
     last = drift[prepared.blocks[-1]]
     assert min(last["before"], last["after"]) < last["without"], last
-    run = RunDirectory(prepared.source.run).path
-    repaired = {Path(file.path).name: file.path for file in output.outputs}
-    artifacts = [run / repaired.get(Path(path).name, path) for path in prepared.artifacts]
+    artifacts = prepared.files(repaired=[file.path for file in output.outputs])
     velocity = output.result["velocity_correction"]
     correction = None if velocity is None else VelocityCorrection.from_dict(velocity)
     folder = tmp_path / "checkpoint"
@@ -147,8 +158,7 @@ def test_repair_and_correction_end_up_in_a_sound_checkpoint(prepared: Prepared, 
     assert verify_checkpoint(folder).problems == []
     loaded = HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=F32)
     for name in accepted:
-        old = load_file(run / "blocks" / "rtn" / f"{name}.safetensors")
-        new = load_file(run / "blocks" / "rtn" / "repaired" / f"{name}.safetensors")
+        old, new = (load_file(by_name(paths)[name]) for paths in (prepared.files(), artifacts))
         changed = {key for key in new if key not in old or not torch.equal(new[key], old[key])}
         outputs = {f"{name}.{output.layer}" for level in FAMILY.output_layers(name) for output in level}
         assert changed <= {f"{layer}.{suffix}" for layer in outputs for suffix in ("weight_scale", "bias")}
@@ -172,7 +182,7 @@ def test_velocity_correction_is_fitted_and_never_worse_on_prompts_left_out(prepa
     assert (result["velocity_correction"] is None) == (velocity["ridge"] is None)
     if result["velocity_correction"] is not None:
         correction = VelocityCorrection.from_dict(result["velocity_correction"])
-        stored = RunDirectory(prepared.source.run).calibration_store.read("trajectories/prompt-000/timesteps")
+        stored = prepared.cache.outputs.read("trajectories/prompt-000/timesteps")
         assert correction.timesteps == tuple(stored.tolist())
         assert len(correction.gain[0]) == 8
 
@@ -208,13 +218,11 @@ def test_gains_and_refreshes_are_measured_on_the_quantized_model(prepared: Prepa
     assert len(found.gain or ()) == steps - 1
     assert found.error_after <= found.error_before
 
-    run = RunDirectory(prepared.source.run).path
-    model = quantized_transformer(
-        prepared.model, prepared.weights, [run / path for path in prepared.artifacts], device=CPU, dtype=F32
-    )
+    model = quantized_transformer(prepared.model, prepared.weights, prepared.files(), device=CPU, dtype=F32)
     layout = layout_of(model.config, (8, 2, 8, 12), 0)
     every = torch.arange(layout.num_video)
     worker = RefinementWorker(RefinementSettings(prepared.source, GENERATION, SAMPLES, PROMPTS))
+    worker._store = UnitStore(prepared.cache.address("refinement", "rtn"))
     drift = ResidualDrift(steps)
     for prompt in PROMPTS[:MEASURED_PROMPTS]:
         seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in prepared.blocks}
@@ -264,8 +272,9 @@ def test_protected_steps_are_repaired_with_their_own_bits(prepared: Prepared) ->
 
 def test_stored_latents_give_the_full_precision_velocity_in_float32_only(prepared: Prepared) -> None:
     """Why the full-precision model runs again: in bfloat16 the latents of two steps are too coarse for their difference."""
-    store = RunDirectory(prepared.source.run).calibration_store
+    store = prepared.cache.outputs
     worker = RefinementWorker(RefinementSettings(prepared.source, GENERATION, SAMPLES, PROMPTS))
+    worker._store = UnitStore(prepared.cache.address("refinement", "rtn"))
     model = full_precision_transformer(prepared.model, prepared.weights, device=CPU, dtype=F32)
     found = torch.stack(list(worker._velocities(model, PROMPTS[0], lambda: None)))
     latents = store.read("trajectories/prompt-000/latents")
@@ -280,8 +289,7 @@ def test_stored_latents_give_the_full_precision_velocity_in_float32_only(prepare
 
 
 def test_quantized_model_is_the_checkpoint(prepared: Prepared, tmp_path: Path) -> None:
-    run = RunDirectory(prepared.source.run).path
-    artifacts = [run / path for path in prepared.artifacts]
+    artifacts = prepared.files()
     write_checkpoint(prepared.model, tmp_path / "checkpoint", artifacts=artifacts, bits="W3A5", method="rtn")
     loaded = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "checkpoint" / "transformer", torch_dtype=F32)
     built = quantized_transformer(prepared.model, prepared.weights, artifacts, device=CPU, dtype=F32)
@@ -290,7 +298,7 @@ def test_quantized_model_is_the_checkpoint(prepared: Prepared, tmp_path: Path) -
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in built.state_dict().items())
     assert not any(parameter.requires_grad for parameter in built.parameters())
     for name in prepared.blocks:
-        path = run / "blocks" / "rtn" / f"{name}.safetensors"
+        path = by_name(artifacts)[name]
         block = quantized_block(prepared.model, prepared.weights, name, path, device=CPU, dtype=F32)
         stream, temb = torch.randn(1, 20, 32), torch.randn(1, 32)
         with torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 from cluster.actor_pool import Unit, UnitsFailed, run_units
 from cluster.session import SessionSettings, ray_session
 from tests.errors import names
+from tests.unit_cache import UnitCache
 from tests.workers.limited_replica import LimitedReplica, apply, make_layers
 from tests.workers.memory_limit import LIMITS
 from tests.workers.test_out_of_memory import EXACT_MALLOC, Recorder
@@ -28,8 +29,14 @@ def test_a_rank_out_of_memory_costs_its_replica_and_its_unit_is_done_by_new_proc
     monkeypatch.setenv(LIMITS, json.dumps({"in pieces": (None, SHORT), "hopeless": (SHORT, SHORT)}))
     started, recorder = tmp_path / "started", Recorder()
     started.mkdir()
+    cache = UnitCache(tmp_path / "run")
     units = [
-        Unit(name, SharedUnit(LimitedReplica, started, name, name=f"trajectories/{name}", planned_bytes=700 * 2**20))
+        Unit(
+            name,
+            SharedUnit(
+                LimitedReplica, started, name, cache.address("trajectories", "u"), f"trajectories/{name}", 700 * 2**20
+            ),
+        )
         for name in ("a", "b", "c", "in pieces", "d", "hopeless", "e")
     ]
     with ray_session(SessionSettings(num_cpus=2)), pytest.raises(UnitsFailed) as caught:

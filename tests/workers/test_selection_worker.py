@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reelquant.settings.generation import Numerics
-from storage.run_directory import RunDirectory
 from tests.errors import raises
+from tests.unit_cache import UnitCache
 from workers.candidates import STRATEGIES
 from workers.messages import PromptUnit, RunSource, SelectionSettings, SelectionUnit
 from workers.selection_worker import SelectionWorker, choose, pooled
@@ -120,15 +120,14 @@ def test_block_scores_are_normalized_per_block_then_averaged() -> None:
 
 
 def test_the_worker_stores_all_scores_and_chooses(tmp_path: Path) -> None:
-    run = RunDirectory.open_or_create(tmp_path / "run", {}, {})
+    run = UnitCache(tmp_path / "run")
     prompts = tuple(PromptUnit(f"prompt-{i:03d}", f"prompt {i}") for i in range(3))
     for index, prompt in enumerate(prompts):
-        for name in ("diffusion", "latent", "weight_error"):
-            run.calibration_store.write(f"trajectories/{prompt.name}/{name}", torch.arange(4.0) + 10 * index + 1)
-        run.calibration_store.write(f"trajectories/{prompt.name}/block_input", torch.rand(4, 2) + index)
-    source = RunSource(run.path, tmp_path, 0, Numerics("float32", 1))
+        arrays = dict.fromkeys(("diffusion", "latent", "weight_error"), torch.arange(4.0) + 10 * index + 1)
+        run.write("trajectories", prompt.name, {**arrays, "block_input": torch.rand(4, 2) + index})
+    source = RunSource(tmp_path, 0, Numerics("float32", 1))
     worker = SelectionWorker(SelectionSettings(source, "salience", "weight_error", 2))  # all features are recorded
-    result = worker.run(SelectionUnit("selection", prompts), lambda *_: None).result
+    result = run.do(worker, "selection", SelectionUnit("selection", prompts)).result
     assert result["chosen"] == [{"prompt": "prompt-002", "step": 3}, {"prompt": "prompt-002", "step": 2}]
     assert set(result["scores"]) == {"diffusion", "latent", "block_input", "weight_error"}
     assert result["scores"]["latent"][1] == [11.0, 12.0, 13.0, 14.0]
@@ -136,7 +135,7 @@ def test_the_worker_stores_all_scores_and_chooses(tmp_path: Path) -> None:
 
 def test_the_worker_takes_the_network_s_change_from_the_stored_latents(tmp_path: Path) -> None:
     """Latents whose predictions change at steps 1 and 2 alone, in a schedule whose steps grow towards the end."""
-    run = RunDirectory.open_or_create(tmp_path / "run", {}, {})
+    run = UnitCache(tmp_path / "run")
     prompts, sigmas = (PromptUnit("prompt-000", "a"),), (1.0, 0.95, 0.8, 0.5, 0.0)
     generator = torch.Generator().manual_seed(0)
     first, second, third, noise = (torch.randn(2, 3, generator=generator) for _ in range(4))
@@ -145,14 +144,13 @@ def test_the_worker_takes_the_network_s_change_from_the_stored_latents(tmp_path:
         velocity = (latents[-1] - prediction) / sigmas[step]
         latents.append(latents[-1] + (sigmas[step + 1] - sigmas[step]) * velocity)
     stored = {"latents": torch.stack(latents), "diffusion": torch.arange(4.0), "latent": torch.tensor([3.0, 1, 2, 4])}
-    for name, values in stored.items():
-        run.calibration_store.write(f"trajectories/prompt-000/{name}", values)
-    source = RunSource(run.path, tmp_path, 0, Numerics("float32", 1))
+    run.write("trajectories", "prompt-000", stored)
+    source = RunSource(tmp_path, 0, Numerics("float32", 1))
     unit = SelectionUnit("selection", prompts)
 
     def chosen_by(feature: str, sigmas: tuple[float, ...]) -> dict[str, Any]:
         settings = SelectionSettings(source, "salience", "latent", 2, ("latent",), feature, sigmas)
-        return dict(SelectionWorker(settings).run(unit, lambda *_: None).result)
+        return dict(run.do(SelectionWorker(settings), "selection", unit).result)
 
     plain, denoised = chosen_by("latent", ()), chosen_by("denoised", sigmas)
     assert [c["step"] for c in plain["chosen"]] == [3, 2]
@@ -166,18 +164,15 @@ def test_the_worker_takes_the_network_s_change_from_the_stored_latents(tmp_path:
 
 
 def test_the_worker_reads_what_the_trajectories_recorded(tmp_path: Path) -> None:
-    run = RunDirectory.open_or_create(tmp_path / "run", {}, {})
+    run = UnitCache(tmp_path / "run")
     prompts = tuple(PromptUnit(f"prompt-{i:03d}", f"prompt {i}") for i in range(3))
     for prompt in prompts:
-        for name in ("diffusion", "latent"):
-            run.calibration_store.write(f"trajectories/{prompt.name}/{name}", torch.rand(4))
+        run.write("trajectories", prompt.name, {name: torch.rand(4) for name in ("diffusion", "latent")})
     settings = [
-        SelectionSettings(
-            RunSource(run.path, tmp_path, seed, Numerics("float32", 1)), "uniform", "latent", 4, ("latent",)
-        )
+        SelectionSettings(RunSource(tmp_path, seed, Numerics("float32", 1)), "uniform", "latent", 4, ("latent",))
         for seed in (0, 0, 1, 2, 3)
     ]
-    results = [SelectionWorker(s).run(SelectionUnit("selection", prompts), lambda *_: None).result for s in settings]
+    results = [run.do(SelectionWorker(s), "selection", SelectionUnit("selection", prompts)).result for s in settings]
     assert set(results[0]["scores"]) == {"diffusion", "latent"}
     assert [c["step"] for c in results[0]["chosen"]] == [0, 1, 2, 3]
     assert results[0] == results[1]

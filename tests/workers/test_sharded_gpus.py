@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage.run_directory import RunDirectory
 from tests.needs import need_module
+from tests.unit_cache import UnitCache
 from tests.workers.replica_ranks import BOUNDARIES, PROMPTS, SAMPLES
 from tests.workers.test_sharded_model import run_ranks, store
 
@@ -35,7 +35,7 @@ def test_a_shared_model_gives_the_results_of_the_whole_one(
         need_module("deepspeed", extra="tests")
     run_ranks("tests.workers.replica_ranks", str(tmp_path), kind, offload)
     assert store(tmp_path).keys() == store(unsharded).keys()
-    found, expected = (RunDirectory(run).calibration_store for run in (tmp_path, unsharded))
+    found, expected = (UnitCache(run).load().outputs for run in (tmp_path, unsharded))
     names = [f"trajectories/{prompt.name}" for prompt in PROMPTS]
     for name in [f"{stem}/{feature}" for stem in names for feature in ("latent", "block_input", "weight_error")]:
         torch.testing.assert_close(found.read(name), expected.read(name), rtol=1e-3, atol=0, msg=name)

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tests.errors import raises
 from tests.needs import need_module
-from tests.workers.replica_ranks import GENERATION, MODEL, PROMPTS, ignore
+from tests.unit_cache import UnitCache, ignore
+from tests.workers.replica_ranks import GENERATION, MODEL, PROMPTS
 from workers.generation import generate
 from workers.process_group import join_process_group
 from workers.sharded_model import offload_components
@@ -60,7 +61,8 @@ def run_ranks(*arguments: str, num_ranks: int = NUM_RANKS) -> None:
 
 def store(run: Path) -> dict[str, bytes]:
     """All that was written."""
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    results = {path.name: path.read_bytes() for path in sorted(run.glob("*.json"))}
+    return {**results, **UnitCache(run).load().contents()}
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from storage.unit_store import UnitAddress, UnitStore
 from tests.errors import raises
 from workers import hub_snapshot, shared_worker
 from workers.kept_pipeline import full_precision, let_go
 from workers.messages import Progress, UnitOutput
 from workers.sharding import Sharding
 from workers.shared_worker import SharedUnit, SharedWorker
+
+NOWHERE = UnitAddress(Path("nowhere"), Path("nowhere"), "idle", "unit", "f")
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class Plain:
         self._settings = settings
         Plain.made.append(settings.name)
 
-    def run(self, unit: int, progress: Callable[[int, int], None]) -> UnitOutput:
+    def run(self, unit: int, progress: Callable[[int, int], None], store: UnitStore) -> UnitOutput:
         progress(1, 1)
-        return UnitOutput((), {self._settings.name: unit + sum(self._settings.numbers)}, "cpu", 0)
+        return UnitOutput({self._settings.name: unit + sum(self._settings.numbers)}, "cpu", 0)
 
 
 def test_fetching_a_model_may_take_longer_than_loading_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +55,8 @@ def test_fetching_a_model_may_take_longer_than_loading_it(monkeypatch: pytest.Mo
         def __init__(self, settings: None) -> None:
             assert enough.wait(60)
 
-        def run(self, unit: None, progress: Progress) -> UnitOutput:
-            return UnitOutput((), {}, "cpu", 0)
+        def run(self, unit: None, progress: Progress, store: UnitStore) -> UnitOutput:
+            return UnitOutput({}, "cpu", 0)
 
     def progress(done: int, total: int) -> None:
         reported.append((done, total))
@@ -61,7 +64,7 @@ def test_fetching_a_model_may_take_longer_than_loading_it(monkeypatch: pytest.Mo
             enough.set()
 
     with hub_snapshot.fetching():  # before the reports begin, however slow this thread is
-        SharedWorker(None).run(SharedUnit(Fetching, None, None), progress)
+        SharedWorker(None).run(SharedUnit(Fetching, None, None, NOWHERE), progress)
     assert set(reported) == {(0, 1)}
 
 
@@ -70,7 +73,7 @@ def test_one_worker_as_long_as_the_settings_are_equal() -> None:
     worker, calls = SharedWorker(None), []
 
     def do(name: str, unit: int) -> Any:
-        shared = SharedUnit(Plain, Settings(name, (1, 2)), unit)
+        shared = SharedUnit(Plain, Settings(name, (1, 2)), unit, NOWHERE)
         [result] = worker.run(shared, lambda done, total: calls.append((done, total))).result.items()
         return result
 
@@ -100,11 +103,11 @@ class Opener:
         device = torch.device("cpu")
         self._pipeline = full_precision(settings.model, device=device, dtype=settings.dtype, sharding=Sharding())
 
-    def run(self, unit: str, progress: Callable[[int, int], None]) -> UnitOutput:
+    def run(self, unit: str, progress: Callable[[int, int], None], store: UnitStore) -> UnitOutput:
         Opener.seen.append(weakref.ref(self._pipeline.transformer))
         if unit == "too much":
             raise MemoryError
-        return UnitOutput((), {}, "cpu", 0)
+        return UnitOutput({}, "cpu", 0)
 
 
 @pytest.fixture
@@ -120,13 +123,13 @@ def test_one_pipeline_from_stage_to_stage_until_others_need_the_memory(digits_mo
     worker = SharedWorker(None)
 
     def do(stage: str, unit: str = "unit", dtype: torch.dtype = torch.float32) -> weakref.ref[Any]:
-        worker.run(SharedUnit(Opener, Opening(digits_model, dtype, stage), unit), lambda done, total: None)
+        worker.run(SharedUnit(Opener, Opening(digits_model, dtype, stage), unit, NOWHERE), lambda done, total: None)
         return Opener.seen[-1]
 
     first = do("trajectories")
     assert first() is not None
     assert do("activations")() is first()
-    worker.run(SharedUnit(Plain, Settings("distillation", (1,)), 1), lambda done, total: None)
+    worker.run(SharedUnit(Plain, Settings("distillation", (1,)), 1, NOWHERE), lambda done, total: None)
     gc.collect()
     assert first() is None, "a worker of another kind has all memory"
     second = do("evaluation")

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from storage.unit_store import UnitAddress, UnitStore
 from workers.messages import UnitOutput
 from workers.shared_worker import SharedUnit, SharedWorker
 from workers.usage import measured
@@ -38,14 +39,15 @@ class SlowToMake:
         time.sleep(0.3)
         SlowToMake.made += 1
 
-    def run(self, unit: float, progress: object) -> UnitOutput:
+    def run(self, unit: float, progress: object, store: UnitStore) -> UnitOutput:
         time.sleep(unit)
-        return UnitOutput((), {}, "cpu", 1)
+        return UnitOutput({}, "cpu", 1)
 
 
 def test_the_construction_of_a_worker_is_told_apart_from_its_unit() -> None:
     worker = SharedWorker(None)
-    unit = SharedUnit(SlowToMake, None, 0.1)
+    address = UnitAddress(Path("nowhere"), Path("nowhere"), "idle", "unit", "f")
+    unit = SharedUnit(SlowToMake, None, 0.1, address)
     times, usages = [time.perf_counter()], []
     for _ in range(2):
         usages.append(worker.run(unit, lambda done, total: None).usage)

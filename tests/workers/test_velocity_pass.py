@@ -20,8 +20,7 @@ from reelquant.metrics import velocity_sqnr_db
 from reelquant.quantization.weight_grid import fit_per_channel
 from reelquant.settings.attention import Residual
 from reelquant.settings.generation import Generation, Numerics
-from storage.calibration_store import CalibrationStore
-from storage.run_directory import RunDirectory
+from tests.unit_cache import UnitCache, ignore
 from workers.evaluation_worker import EvaluationWorker
 from workers.messages import EvaluationSettings, EvaluationUnit, PromptUnit, RunSource, StepWeightsUnit, VelocityUnit
 from workers.model_source import family_of_model, open_pipeline
@@ -41,21 +40,17 @@ CPU = torch.device("cpu")
 SPARSE = SparseAttentionSpec(density=0.6, online=True, interval=3, dense_above=0.9, residual=Residual(order=1, rank=8))
 
 
-def ignore(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory; its checkpoints are made by `checkpoint`, its trajectories by `trajectories`."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> UnitCache:
+    """A run; its checkpoints are made by `checkpoint`, its trajectories by `trajectories`."""
     folder = tmp_path_factory.mktemp("velocity") / "run"
-    RunDirectory.open_or_create(folder, {}, {})
-    return folder
+    folder.mkdir()
+    return UnitCache(folder)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(run: Path, digits_model: Path) -> Callable[[str], str]:
-    """Folder below the run of a checkpoint `dense` or `sparse` with eight rounded layers."""
+def checkpoint(run: UnitCache, digits_model: Path) -> Callable[[str], str]:
+    """Logical name of a checkpoint `dense` or `sparse` with eight rounded layers."""
     names = [f"single_transformer_blocks.{i}.{layer}" for i in range(4) for layer in ("proj_out", "proj_mlp")]
     tensors, specs = {}, {}
     with safe_open(digits_model / "transformer/diffusion_pytorch_model.safetensors", framework="pt") as source:
@@ -67,38 +62,38 @@ def checkpoint(run: Path, digits_model: Path) -> Callable[[str], str]:
                 name, codes=grid.round(weight), grid=grid, bias=bias, activation_bits=8, activation_clip=torch.ones(1)
             )
             tensors.update(packed)
-    write_block_artifact(run / "block.safetensors", tensors, specs)
+    write_block_artifact(run.run / "block.safetensors", tensors, specs)
 
     def write(kind: str) -> str:
-        if not (run / kind).is_dir():
+        if not (run.run / kind).is_dir():
             sparse = SPARSE if kind == "sparse" else None
-            artifacts = [run / "block.safetensors"]
+            artifacts = [run.run / "block.safetensors"]
             write_checkpoint(
-                digits_model, run / kind, artifacts=artifacts, bits="W4A8", method="rtn", sparse_attention=sparse
+                digits_model, run.run / kind, artifacts=artifacts, bits="W4A8", method="rtn", sparse_attention=sparse
             )
-        return kind
+        return run.put_checkpoint(kind)
 
     return write
 
 
 @pytest.fixture(scope="module")
-def worker(run: Path, digits_model: Path) -> EvaluationWorker:
-    source = RunSource(run, digits_model, 0, Numerics("float32", 1))
+def worker(digits_model: Path) -> EvaluationWorker:
+    source = RunSource(digits_model, 0, Numerics("float32", 1))
     return EvaluationWorker(EvaluationSettings(source, GENERATION, None, films=False, seed=5))
 
 
 @pytest.fixture(scope="module")
-def trajectories(run: Path, worker: EvaluationWorker) -> dict[str, dict[str, Any]]:
+def trajectories(run: UnitCache, worker: EvaluationWorker) -> dict[str, dict[str, Any]]:
     """Results of the full-precision units, whose trajectories are in the store."""
     found = {}
     for prompt in PROMPTS:
         unit = EvaluationUnit(f"full_precision-{prompt.name}", prompt, None, keep_latents=True, keep_velocity=True)
-        found[prompt.name] = dict(worker.run(unit, ignore).result)
+        found[prompt.name] = dict(run.do(worker, "evaluation", unit).result)
     return found
 
 
-def stored(run: Path, prompt: PromptUnit, array: str) -> Tensor:
-    return CalibrationStore(run / "calibration.zarr").read(f"evaluation/full_precision-{prompt.name}/{array}")
+def stored(run: UnitCache, prompt: PromptUnit, array: str) -> Tensor:
+    return run.outputs.read(f"evaluation/full_precision-{prompt.name}/{array}")
 
 
 def velocity_unit(prompts: Sequence[PromptUnit], folder: str) -> VelocityUnit:
@@ -107,7 +102,7 @@ def velocity_unit(prompts: Sequence[PromptUnit], folder: str) -> VelocityUnit:
 
 
 def test_stored_trajectories_follow_from_their_velocities(
-    run: Path, trajectories: dict[str, dict[str, Any]], digits_model: Path
+    run: UnitCache, trajectories: dict[str, dict[str, Any]], digits_model: Path
 ) -> None:
     pipeline = open_pipeline(digits_model, device=CPU, dtype=torch.float32)
     latents, velocity = stored(run, PROMPTS[0], "latents"), stored(run, PROMPTS[0], "velocity")
@@ -124,7 +119,7 @@ def test_stored_trajectories_follow_from_their_velocities(
 
 
 def test_the_full_precision_model_on_its_own_trajectory_has_no_error_and_gets_what_is_stored(
-    run: Path, trajectories: dict[str, dict[str, Any]], digits_model: Path
+    run: UnitCache, trajectories: dict[str, dict[str, Any]], digits_model: Path
 ) -> None:
     pipeline = open_pipeline(digits_model, device=CPU, dtype=torch.float32)
     latents, velocity = stored(run, PROMPTS[1], "latents"), stored(run, PROMPTS[1], "velocity")
@@ -151,15 +146,17 @@ def test_the_full_precision_model_on_its_own_trajectory_has_no_error_and_gets_wh
 
 
 def test_errors_are_those_computed_by_hand(
-    run: Path,
+    run: UnitCache,
     worker: EvaluationWorker,
     trajectories: dict[str, dict[str, Any]],
     checkpoint: Callable[[str], str],
     digits_model: Path,
 ) -> None:
-    found = worker.run(velocity_unit(PROMPTS[:1], checkpoint("dense")), ignore).result["prompts"]["prompt-000"]
+    found = run.do(worker, "evaluation", velocity_unit(PROMPTS[:1], checkpoint("dense"))).result["prompts"][
+        "prompt-000"
+    ]
     reference = open_pipeline(digits_model, device=CPU, dtype=torch.float32)
-    quantized = open_pipeline(run / "dense", device=CPU, dtype=torch.float32)
+    quantized = open_pipeline(run.run / "dense", device=CPU, dtype=torch.float32)
     embeds, pooled, mask = reference.encode_prompt(PROMPTS[0].prompt, max_sequence_length=32)
     latents = stored(run, PROMPTS[0], "latents")
     reference.scheduler.set_timesteps(sigmas=torch.linspace(1, 0, STEPS + 1)[:-1].tolist())
@@ -181,13 +178,14 @@ def test_errors_are_those_computed_by_hand(
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_several_prompts_at_once_are_as_one_by_one(
     kind: str,
+    run: UnitCache,
     worker: EvaluationWorker,
     trajectories: dict[str, dict[str, Any]],
     checkpoint: Callable[[str], str],
 ) -> None:
-    together = worker.run(velocity_unit(PROMPTS, checkpoint(kind)), ignore).result
+    together = run.do(worker, "evaluation", velocity_unit(PROMPTS, checkpoint(kind))).result
     for prompt in PROMPTS:
-        alone = worker.run(velocity_unit([prompt], kind), ignore).result
+        alone = run.do(worker, "evaluation", velocity_unit([prompt], checkpoint(kind))).result
         [single] = alone["prompts"].values()
         # Activations are rounded: last digits of a product decide a code here and there.
         assert together["prompts"][prompt.name]["velocity_error"] == pytest.approx(single["velocity_error"], rel=0.02)
@@ -197,10 +195,10 @@ def test_several_prompts_at_once_are_as_one_by_one(
 
 
 def test_sparse_steps_carry_their_state(
-    worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]], checkpoint: Callable[[str], str]
+    run: UnitCache, worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]], checkpoint: Callable[[str], str]
 ) -> None:
     errors = [
-        worker.run(velocity_unit(PROMPTS[:1], checkpoint(kind)), ignore).result["prompts"]["prompt-000"]
+        run.do(worker, "evaluation", velocity_unit(PROMPTS[:1], checkpoint(kind))).result["prompts"]["prompt-000"]
         for kind in ("dense", "sparse")
     ]
     dense, sparse = (found["velocity_error"] for found in errors)
@@ -210,7 +208,7 @@ def test_sparse_steps_carry_their_state(
 
 
 def test_closed_loop_latents_are_compared_step_by_step(
-    run: Path, worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]], checkpoint: Callable[[str], str]
+    run: UnitCache, worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]], checkpoint: Callable[[str], str]
 ) -> None:
     unit = EvaluationUnit(
         "rtn-prompt-000",
@@ -220,8 +218,8 @@ def test_closed_loop_latents_are_compared_step_by_step(
         compare_latents=True,
         keep_latents=True,
     )
-    result = worker.run(unit, ignore).result
-    own = CalibrationStore(run / "calibration.zarr").read("evaluation/rtn-prompt-000/latents").double()
+    result = run.do(worker, "evaluation", unit).result
+    own = run.outputs.read("evaluation/rtn-prompt-000/latents").double()
     reference = stored(run, PROMPTS[0], "latents").double()
     expected = [float((a - b).square().sum() / a.square().sum()) for a, b in zip(reference, own, strict=True)]
     assert expected[0] == 0, "the noise is the same"
@@ -230,11 +228,11 @@ def test_closed_loop_latents_are_compared_step_by_step(
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_weights_of_the_steps_are_their_effects_on_the_final_latents(
-    rows: int, run: Path, worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]]
+    rows: int, run: UnitCache, worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]]
 ) -> None:
     names = ("evaluation/full_precision-prompt-002",)
     unit = StepWeightsUnit("weights", PROMPTS[2:3], names, (0, 2, 3), rows)
-    result = worker.run(unit, ignore).result
+    result = run.do(worker, "evaluation", unit).result
     effects = dict(result["effects"])
     assert list(effects) == [0, 2, 3]
     weights = result["weights"]
@@ -248,7 +246,7 @@ def test_weights_of_the_steps_are_their_effects_on_the_final_latents(
 
 
 def test_passes_of_guidance_are_measured_beside_their_combination(
-    run: Path, worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]], digits_model: Path
+    run: UnitCache, worker: EvaluationWorker, trajectories: dict[str, dict[str, Any]], digits_model: Path
 ) -> None:
     """The small model under true classifier-free guidance: two passes a step."""
     pipeline = open_pipeline(digits_model, device=CPU, dtype=torch.float32)
@@ -291,7 +289,7 @@ def test_rounded_outputs_are_those_of_rounded_weights(digits_model: Path) -> Non
 
 
 def test_a_quantizers_error_lasts_and_the_effect_does_not_depend_on_its_size(
-    run: Path, trajectories: dict[str, dict[str, Any]], digits_model: Path
+    run: UnitCache, trajectories: dict[str, dict[str, Any]], digits_model: Path
 ) -> None:
     pipeline = open_pipeline(digits_model, device=CPU, dtype=torch.float32)
     trajectory = Trajectory(PROMPTS[3].prompt, stored(run, PROMPTS[3], "latents"), stored(run, PROMPTS[3], "velocity"))

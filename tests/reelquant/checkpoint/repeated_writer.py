@@ -5,7 +5,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from reelquant.checkpoint.writer import write_checkpoint
-from storage.local_store import LocalStore
+from storage.folder import Folder
 
 
 def write(source: Path, output: Path, artifacts: list[Path]) -> None:
@@ -14,7 +14,7 @@ def write(source: Path, output: Path, artifacts: list[Path]) -> None:
     def write_folder(folder: Path) -> None:
         write_checkpoint(source, folder, artifacts=artifacts, bits="W4A6", method="test", max_shard_bytes=1)
 
-    LocalStore(output.parent).publish(output.name, write_folder)
+    Folder(output.parent).put_folder(output.name, write_folder, last="model_index.json")
 
 
 def write_on_and_on(connection: Connection, source: Path, output: Path, artifacts: list[Path]) -> None:
