@@ -301,6 +301,25 @@ def verify(
 
 
 @command()
+def gc(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A path or s3://bucket/prefix, such as RUN/cache.")],
+    runs: Annotated[
+        list[str],
+        typer.Option("--runs", metavar="RUN", help="A run or study that uses it; repeatable. Name all of them."),
+    ],
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it, instead of only saying what it is.")] = False,
+) -> None:
+    """Find units in a cache that no named run needs any more. Nothing younger than a day is removed."""
+    console = Console()
+    with _errors(console):
+        from pipeline.collect_garbage import show_garbage
+        from storage.location import parse_location
+
+        places = [parse_location(run).absolute() for run in runs]
+        show_garbage(parse_location(cache).absolute(), places, console, delete=delete)
+
+
+@command()
 def schema(
     key: Annotated[
         str, typer.Argument(metavar="KEY", help="Only this key and those inside it, such as method.attention.")

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from storage.atomic_files import atomic_path, create_directory, sha256_file, write_bytes_atomic
 from storage.cache import UnitRecord
 from storage.location import Location
-from storage.place import open_place
+from storage.open_place import open_place
 from storage.run_directory import EVALUATION, REPORT, RunDirectory
 
 STAGE = "assembly"

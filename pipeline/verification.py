@@ -14,7 +14,7 @@ from reelquant.checkpoint.file_digests import DIGESTS_NAME
 from reelquant.checkpoint.reader import is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
 from storage.location import Location, StoreUrl
-from storage.place import open_place
+from storage.open_place import open_place
 from storage.scratch import scratch_folder
 from workers.assembly_worker import INDEX
 

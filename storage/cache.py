@@ -24,8 +24,9 @@ from typing import Any
 from storage.atomic_files import json_bytes
 from storage.hashed_files import HashedFiles
 from storage.location import Location
+from storage.open_place import open_place
 from storage.output_file import OutputFile
-from storage.place import Place, open_place
+from storage.place import Place
 
 FORMAT_VERSION = 2
 """Version of a record, and of all that a fingerprint stands for."""

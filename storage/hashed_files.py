@@ -14,7 +14,8 @@ import json
 
 from storage.line_log import LineLog, open_log, read_log
 from storage.location import Location
-from storage.place import FileState, open_place
+from storage.open_place import open_place
+from storage.place import FileState
 
 NAME = "hashed.jsonl"
 """Directly in the directory of the cache, and of a run for its checkpoints."""

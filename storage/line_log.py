@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from storage.location import Location
-from storage.place import Place, open_place
+from storage.open_place import open_place
+from storage.place import Place
 
 PART_BYTES = 64 * 1024
 """Of one object."""

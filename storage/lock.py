@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from storage.location import Location
-from storage.place import open_place
+from storage.open_place import open_place
 
 LOCK_FILE = "run.lock"
 """Directly in the directory of a run or a study."""

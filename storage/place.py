@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from storage.location import Location, StoreUrl, parse_location
+from storage.location import Location
 from storage.output_file import OutputFile
 
 WriteLocally = Callable[[Path], object]
@@ -92,29 +91,3 @@ class Place(Protocol):
 
     def copied(self, scratch: Path) -> Path:
         """All files as a local folder: itself, or a copy below ``scratch`` that nobody has verified."""
-
-
-@cache
-def _bucket(url: StoreUrl) -> Place:
-    try:
-        from storage.bucket import Bucket
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("obstore"):
-            raise
-        raise ValueError(
-            f"{url} needs the package obstore, which is not installed: pip install -e '.[application,s3]', or give a local "
-            "path or one on a mounted shared file system"
-        ) from error
-    return Bucket(url)
-
-
-def open_place(location: str | Path | StoreUrl) -> Place:
-    """The place at a location; nothing is read or written yet.
-
-    Raises:
-        ValueError: a location of another kind, or s3:// without the package for it.
-    """
-    from storage.folder import Folder
-
-    place = parse_location(location)
-    return _bucket(place) if isinstance(place, StoreUrl) else Folder(place)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from storage.atomic_files import sha256_file
 from storage.cache import Cache, UnitRecord
 from storage.location import Location, StoreUrl
+from storage.open_place import open_place
 from storage.output_file import OutputFile
-from storage.place import StoreUnreachable, open_place
+from storage.place import StoreUnreachable
 from storage.scratch import scratch_root
 
 if TYPE_CHECKING:  # torch and zarr are imported where an array is touched

@@ -26,7 +26,8 @@ from storage.atomic_files import json_bytes, sweep_partial_files
 from storage.cache import Cache, DamagedRecord, UnitRecord, checked_name
 from storage.location import Location, StoreUrl, local_path, parse_location
 from storage.lock import LOCK_FILE, driving
-from storage.place import Place, open_place
+from storage.open_place import open_place
+from storage.place import Place
 from storage.recorded_outputs import RecordedOutputs
 
 FORMAT_VERSION = 2

@@ -17,7 +17,7 @@ from pipeline.hub_model import FoundModel
 from pipeline.terminal import human_bytes
 from storage.location import Location, StoreUrl
 from storage.lock import driver_of
-from storage.place import open_place
+from storage.open_place import open_place
 from storage.run_directory import RunDirectory
 
 RESERVE_FRAC = 0.01

@@ -18,7 +18,7 @@ from pipeline.study.results import StudyResults
 from pipeline.study.tables import TABLE as TABLE
 from pipeline.study.tables import study_grid
 from storage.atomic_files import json_bytes
-from storage.place import open_place
+from storage.open_place import open_place
 
 _STYLE = Path(pipeline.report.__path__[0])
 PAGE, DOCUMENT = "study.html", "results.json"

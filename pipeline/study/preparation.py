@@ -200,11 +200,16 @@ class _Counting:
         seen: set[str] = set()
         for planned, run in self._runs:
             try:
-                units = [plan.make() for plan in stage.plan(run)]
+                plans = stage.plan(run)
             except NotDone:  # it reads a result that is not there yet
                 count.unknown_runs += 1
                 continue
-            for unit in units:
+            for plan in plans:
+                try:
+                    unit = plan.make()
+                except LookupError:  # so does this one, or it depends on a unit that was not known
+                    count.unknown_runs += 1
+                    break
                 count.separate += 1
                 count.at_most |= planned.label in self._guessed
                 real = _recorded(run, stage.name, unit)

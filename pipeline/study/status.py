@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from pipeline.study.expansion import STUDY_FILE
 from pipeline.terminal import new_table, say, say_sentence, say_table
 from storage.location import Location
 from storage.lock import driver_of
-from storage.place import Place, open_place
+from storage.open_place import open_place
 from storage.run_directory import RunDirectory
 
 _AT_ONCE = 8
@@ -28,7 +27,7 @@ def is_study(location: Location) -> bool:
 def show_study_status(location: Location, console: Console) -> None:
     """Prints the status of the study at `location`; changes nothing."""
     directory = RunDirectory(location)
-    labels = list(_labels(directory.place))
+    labels = run_labels(location)
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="status") as pool:
         driver = pool.submit(driver_of, directory.location)
         runs = dict(zip(labels, pool.map(lambda label: read_status(directory.location / label), labels), strict=True))
@@ -58,12 +57,12 @@ def show_study_status(location: Location, console: Console) -> None:
     )
 
 
-def _labels(place: Place) -> Iterator[str]:
-    """Of the runs that have begun, those of settings that the study had earlier too."""
-    for seed in sorted((name for name in place.subfolders() if name.startswith("seed-")), key=_number):
-        for name in place.subfolders(seed):
-            if "config.json" in place.names(f"{seed}/{name}"):
-                yield f"{seed}/{name}"
+def run_labels(location: Location) -> list[str]:
+    """Labels of a study's runs that have begun, those of settings that the study had earlier too."""
+    place = open_place(location)
+    seeds = sorted((name for name in place.subfolders() if name.startswith("seed-")), key=_number)
+    labels = [f"{seed}/{name}" for seed in seeds for name in place.subfolders(seed)]
+    return [label for label in labels if "config.json" in place.names(label)]
 
 
 def _number(seed: str) -> tuple[int, str]:

@@ -77,7 +77,7 @@ def test_configuration_survives_its_json(tmp_path: Path) -> None:
     again = RunConfig.model_validate({**config.identity(), "run": "r"})
     assert again == config
     about_the_model = {"model_revision", "model_commit", "model_variant"}
-    assert set(config.model_dump()) - set(config.identity()) == {"run", "workers", "cluster", *about_the_model}
+    assert set(config.model_dump()) - set(config.identity()) == {"run", "cache", "workers", "cluster", *about_the_model}
 
 
 def float_fields() -> list[list[str]]:

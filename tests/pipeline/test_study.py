@@ -28,7 +28,7 @@ from pipeline.study.expansion import load_study, slug_of
 from pipeline.study.preparation import prepare_study
 from storage.location import parse_location
 from storage.lock import RunLocked
-from storage.place import open_place
+from storage.open_place import open_place
 from storage.run_directory import RunDirectory
 from tests.errors import names, raises
 from tests.pipeline.small_run import ROOT, Recorded, call, files, small_run

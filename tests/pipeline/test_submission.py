@@ -21,7 +21,7 @@ from pipeline.cli import app
 from pipeline.config.loading import ConfigError
 from pipeline.event_log import read_events
 from pipeline.submission import job_of
-from storage.place import open_place
+from storage.open_place import open_place
 from tests.cluster.ray_head import RayHead, free_ports, ray_head
 from tests.errors import names, raises
 from tests.pipeline.small_run import ROOT, command, files, small_run

@@ -1,6 +1,6 @@
 """For processes of their own, which need not import what their test imports."""
 
-from storage.place import open_place
+from storage.open_place import open_place
 
 
 def put_once(place: str, content: str) -> bool:

@@ -18,7 +18,8 @@ import zarr
 from storage.line_log import open_log
 from storage.location import StoreUrl, parse_location
 from storage.lock import LOCK_FILE, driver_of
-from storage.place import StoreUnreachable, open_place
+from storage.open_place import open_place
+from storage.place import StoreUnreachable
 from storage.recorded_outputs import DamagedArray
 from storage.run_directory import RunDirectory
 from tests.errors import names, raises
@@ -233,7 +234,7 @@ def test_a_bucket_that_is_not_there(s3: S3Server) -> None:
 
 def test_without_the_package_the_message_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "obstore.py").write_text("raise ModuleNotFoundError(\"No module named 'obstore'\", name='obstore')\n")
-    program = "from storage.place import open_place; open_place('s3://bucket/run')"
+    program = "from storage.open_place import open_place; open_place('s3://bucket/run')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60, check=False,

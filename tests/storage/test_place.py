@@ -13,7 +13,8 @@ from storage.cache import Cache, DamagedRecord
 from storage.line_log import open_log, read_log
 from storage.location import Location, StoreUrl, local_path, parse_location
 from storage.lock import driver_of
-from storage.place import Place, open_place
+from storage.open_place import open_place
+from storage.place import Place
 from storage.recorded_outputs import DamagedArray
 from storage.run_directory import ListedUnit, RunConfigMismatch, RunDirectory
 from tests.errors import names, raises
