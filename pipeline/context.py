@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,11 @@ class RunContext:
 
     @property
     def segments(self) -> tuple[tuple[str, ...], ...]:
-        """The block list, cut."""
+        """The block list, cut into as few segments as their length allows, of lengths that differ by one block at most."""
         blocks, length = self.model.blocks, self.config.distillation.segment_length
-        step = len(blocks) if length == "all" else length
-        return tuple(blocks[i : i + step] for i in range(0, len(blocks), step))
+        num = 1 if length == "all" else -(-len(blocks) // length)
+        bounds = [-(-len(blocks) * index // num) for index in range(num + 1)]
+        return tuple(blocks[begin:end] for begin, end in pairwise(bounds))
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -161,8 +161,9 @@ class DistillationConfig(Section):
     """How the block list is cut, and what happens to a block that diverges."""
 
     segment_length: int | Literal["all"] = 8
-    """Consecutive blocks per worker: 1 is fully parallel, `all` sequential. A sample's activations are stored once a segment:
-    40 samples of HunyuanVideo at 720p take 106 GiB with 8, which suits 8 GPUs, and 199 GiB with 4."""
+    """Consecutive blocks per worker, at most: 1 is fully parallel, `all` sequential; segments differ by one block at most. A
+    sample's activations are stored once a segment: 40 samples of HunyuanVideo at 720p take 106 GiB with 8, which suits 8 GPUs,
+    and 199 GiB with 4."""
     on_failure: Literal["error", "gptq"] = "error"
     """`gptq` rounds a block whose loss becomes NaN without learning, and reports it."""
 

@@ -262,6 +262,18 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(finished_run: Pat
     assert "0 units done now" in again.stdout
 
 
+def test_two_runs_that_share_a_cache_share_their_units(finished_run: Path, tmp_path: Path) -> None:
+    copy_of(finished_run, tmp_path)
+    other = small_run(tmp_path, run=str(tmp_path / "other"), cache=str(tmp_path / "run" / "cache"))
+    done = call("run", str(other))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 unit done now, 14 were done before" in done.stdout, "its checkpoint alone"
+    assert files(tmp_path / "other" / "checkpoint") == files(finished_run / "run" / "checkpoint")
+    assert not (tmp_path / "other" / "cache").exists()
+    for path in (other, tmp_path / "run.yaml"):
+        assert "0 units done now, 15 were done before" in call("run", str(path)).stdout
+
+
 def test_a_finished_run_does_nothing_and_needs_no_ray(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,15 @@ def test_all_agree_on_the_units_of_a_run(preset: str, options: str, tmp_path: Pa
             record_unit(run.directory, stage, names[-1], {})
 
 
+@pytest.mark.parametrize(
+    ("length", "lengths"), [(1, [1] * 9), (2, [2, 2, 2, 2, 1]), (4, [3, 3, 3]), (5, [5, 4]), (8, [5, 4]), ("all", [9])]
+)
+def test_segments_differ_by_one_block_at_most(length: int | str, lengths: list[int], tmp_path: Path) -> None:
+    context = run_of(tmp_path, {"preset": "rtn"}, {"distillation": {"segment_length": length}}).context
+    assert tuple(block for segment in context.segments for block in segment) == context.model.blocks
+    assert [len(segment) for segment in context.segments] == lengths
+
+
 @pytest.mark.parametrize("options", ["compare", "compare refined", "sparse"])
 def test_plan_counts_the_units_that_the_driver_does(options: str, tmp_path: Path) -> None:
     run = run_of(tmp_path, {"preset": "rtn"}, OPTIONS[options])
