@@ -89,8 +89,7 @@ def generate(
 def watched_calls(pipeline: Any, family: Family, see: SeeCall) -> Iterator[None]:
     """While open, `see` is shown every call of the transformers of `pipeline`, a branch at a time."""
     with ExitStack() as stack:
-        for role in family.transformers:
-            transformer = getattr(pipeline, role.component)
+        for transformer in (getattr(pipeline, name) for name in family.transformers):
             names: list[str] = []
             if hasattr(transformer, "cache_context"):
                 named = functools.partial(_named, names, transformer.cache_context)

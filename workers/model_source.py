@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_components, read_json
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_components, read_json, transformer_names
 from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.families.family import Family, VideoSize, empty_transformer, family_of_architecture
 from reelquant.settings.generation import Generation
@@ -133,10 +133,16 @@ def _transformer_problems(model: Path) -> list[str]:
     path = model / "transformer" / "config.json"
     try:
         family, config = family_of_model(model), transformer_config(model)
+        transformers = transformer_names(read_components(model))
     except ValueError as error:
         return [str(error)]
     if "quantization_config" in config:
         return [f"{path} is quantized already; calibration starts from the 16-bit model"]
+    if others := [name for name in transformers if name not in family.transformers]:
+        return [
+            f"{model / MODEL_INDEX} names the transformers {', '.join(others)} too, which would stay in 16 bits: of "
+            f"{family.name}, {', '.join(family.transformers)} can be quantized"
+        ]
     try:
         build_on_meta(config, family)
         problem = None if family.refusal is None else family.refusal(config)

@@ -18,7 +18,7 @@ from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.file_digests import DIGESTS_NAME, describe_files
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.layer_packing import open_block_artifact
-from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files, plain_index
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files, plain_index, read_components, transformer_names
 from reelquant.checkpoint.reader import TRANSFORMER, is_checkpoint, read_config, read_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor, write_file
 from reelquant.checkpoint.schema import QuantizationSpec
@@ -174,6 +174,10 @@ def _other_files(source: Path, variant: str | None) -> tuple[dict[str, Path], li
     files, problems = list_files(source, variant=variant)
     if not problems and f"{TRANSFORMER}/config.json" not in files:
         problems = [f"{source / MODEL_INDEX} names no {TRANSFORMER}"]
+    if not problems:
+        names = transformer_names(read_components(source))
+        others = [name for name in names if name != TRANSFORMER and name.startswith(TRANSFORMER)]
+        problems = [f"{name} is a transformer too, and would stay in 16 bits" for name in others]
     return {name: path for name, path in files.items() if not name.startswith(f"{TRANSFORMER}/")}, problems
 
 

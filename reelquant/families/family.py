@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,20 +99,6 @@ class PromptTemplate:
 
 
 @dataclass(frozen=True)
-class Role:
-    """A transformer of the pipeline."""
-
-    component: str = "transformer"
-
-
-class BlockRows(Protocol):
-    """A part of a block's tokens, computed alone."""
-
-    def __call__(self, block: nn.Module, call: Arguments, rows: Tensor) -> Tensor:
-        """The output of `block` at `rows` of video and text, joined: `[1, R, d]`."""
-
-
-@dataclass(frozen=True)
 class FusedBlock:
     """A family's block as a program of fused operations."""
 
@@ -149,7 +135,8 @@ class Family:
     """Kinds of linears outside the blocks by patterns of their names, the first that fits; others stay in 16 bits."""
     guidance: Guidance = "one_pass"
     """Calls of a step: one; two, of which the pipeline calls the one `uncond`; or one of a batch, whose first half is that."""
-    transformers: tuple[Role, ...] = (Role(),)
+    transformers: tuple[str, ...] = ("transformer",)
+    """Components of the pipeline that are quantized; a pipeline with others beside them is refused."""
     side_multiple: int = 1
     """The pipeline takes heights and widths that this divides."""
     channel_axis: int = 1
@@ -172,7 +159,8 @@ class Family:
     """Arguments of the next block by places in a block's output, where diffusers' own registry does not say."""
     processor: Callable[[AttentionCore | None], Any] | None = None
     """Attention processor with a core, diffusers' own for None; without it a core takes the place of torch's attention."""
-    rows: BlockRows | None = None
+    rows: Callable[[nn.Module, Arguments, Tensor], Tensor] | None = None
+    """`(block, arguments, rows)`: the output of a block at some of its tokens, video and text joined, `[1, R, d]`."""
     fused: FusedBlock | None = None
 
     def block_names(self, config: Config) -> tuple[str, ...]:

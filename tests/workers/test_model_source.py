@@ -46,6 +46,15 @@ def test_another_architecture_and_a_quantized_model_are_refused(model: Path) -> 
     assert names("\n".join(model_problems(model)), model / "transformer", "quantized")
 
 
+def test_a_second_transformer_is_not_passed_over(model: Path) -> None:
+    """A pipeline with an expert for the later steps: half of it would stay as it is."""
+    shutil.copytree(model / "transformer", model / "transformer_2")
+    index = json.loads((model / "model_index.json").read_text())
+    index["transformer_2"] = index["transformer"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    assert names("\n".join(model_problems(model)), "transformer_2", "HunyuanVideo", 16)
+
+
 def test_a_truncated_file_and_nan_weights_are_named(model: Path) -> None:
     tensors = load_file(weights(model))
     name = "single_transformer_blocks.2.proj_out.weight"

@@ -249,6 +249,16 @@ def test_a_source_that_lacks_components_is_refused_with_all_of_them(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_second_transformer_is_not_passed_over(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    shutil.copytree(source / "transformer", source / "transformer_2")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps({**index, "transformer_2": index["transformer"]}))
+    with raises(ValueError, "transformer_2", 16):
+        write_checkpoint(source, tmp_path / "output", artifacts=tiny_artifacts, bits="W4A8", method="x")
+    assert not (tmp_path / "output").exists()
+
+
 def test_unusable_source_weights_are_refused(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
     shards = sorted((source / "transformer").glob("*.safetensors"))

@@ -2,6 +2,7 @@
 the linears, a core takes the place of attention, and noise levels are those of the family's scheduler."""
 
 import copy
+import functools
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -27,8 +28,10 @@ from reelquant.tokens import band_width
 from tests.reelquant.families.tiny_models import TINY, Tiny
 
 
-def block_calls(tiny: Tiny) -> dict[str, BlockCall]:
-    return find_block_calls(tiny.family, tiny.model().config)
+@functools.cache
+def block_calls(name: str) -> dict[str, BlockCall]:
+    """Of a tiny model by the family's name."""
+    return find_block_calls(TINY[name].family, TINY[name].model().config)
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's rotary tables are always in float32
@@ -68,7 +71,7 @@ class TestFamily:
 
     def test_blocks_are_replayed_bit_for_bit_from_one_recorded_call(self, tiny: Tiny) -> None:
         model, _, entries, constants, exits = self.recorded(tiny)
-        calls, names = block_calls(tiny), tiny.family.block_names(model.config)
+        calls, names = block_calls(tiny.family.name), tiny.family.block_names(model.config)
         assert list(calls) == list(names)
         assert set(constants.calls) == set(tiny.family.blocks)
         streams = entries[names[0]]
@@ -83,7 +86,7 @@ class TestFamily:
     def test_groups_partition_the_linears_and_read_equal_tensors(self, tiny: Tiny) -> None:
         model, _, entries, constants, _ = self.recorded(tiny)
         config = model.config
-        calls = block_calls(tiny)
+        calls = block_calls(tiny.family.name)
         for name in tiny.family.block_names(config):
             block = model.get_submodule(name)
             linears = [layer for layer, module in block.named_modules() if isinstance(module, nn.Linear)]
@@ -119,7 +122,7 @@ class TestFamily:
         layout = constants.layout
         assert layout.num_video == tiny.family.layout(model.config, call, 0).num_video
         for name in {block_list(n): n for n in reversed(tiny.family.block_names(model.config))}.values():
-            block, call_block = copy.deepcopy(model.get_submodule(name)), block_calls(tiny)[name]
+            block, call_block = copy.deepcopy(model.get_submodule(name)), block_calls(tiny.family.name)[name]
             calls: list[torch.Size] = []
             heads = "st" * (tiny.settings["num_attention_heads"] // 2)
 
@@ -160,7 +163,7 @@ class TestFamily:
     def test_a_core_that_changes_attention_changes_the_block(self, tiny: Tiny) -> None:
         model, _, entries, constants, exits = self.recorded(tiny)
         name = tiny.family.block_names(model.config)[0]
-        block, call_block = model.get_submodule(name), block_calls(tiny)[name]
+        block, call_block = model.get_submodule(name), block_calls(tiny.family.name)[name]
         call_block.set_core(block, lambda _item, q, _k, _v: q * 0)
         with torch.no_grad():
             found = call_block(block, entries[name], constants)
