@@ -214,7 +214,6 @@ def empty_block(config: Mapping[str, Any], family: Family, name: str) -> nn.Modu
     Raises:
         ValueError: the model has no block `name`, or its family does not support it.
     """
-    family.check(config)
     family.check_block(config, name)
     # Blocks of a list are alike, but for the last one in some families.
     modules, _, index = name.rpartition(".")

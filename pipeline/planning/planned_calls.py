@@ -26,11 +26,6 @@ class PlannedCall:
     """In front of any block."""
     constants: Constants
 
-    @property
-    def stream_tensors(self) -> list[Tensor]:
-        """The streams' tensors."""
-        return list(self.streams.values())
-
 
 def planned_arguments(
     context: RunContext, counts: TokenCounts, dtype: torch.dtype, *, num_text: int, batch: int = 1

@@ -59,7 +59,7 @@ def activation_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
     if not reads_activations(context.config) or counts.problems:
         return 0
     call = planned_call(context, counts, dtype)
-    streams = sum(array_bytes(tuple(stream.shape), torch.bfloat16) for stream in call.stream_tensors)
+    streams = sum(array_bytes(tuple(stream.shape), torch.bfloat16) for stream in call.streams.values())
     total = len(GROUP_METADATA) + len(context.segments) * (streams + len(GROUP_METADATA))
 
     def write(_name: str, value: Tensor) -> None:

@@ -185,22 +185,14 @@ class Family:
             return None
         return next((kind for pattern, kind in self.outside.items() if fnmatch.fnmatchcase(layer, pattern)), None)
 
-    def check(self, config: Config) -> None:
-        """Whether the family supports a configuration of its architecture.
-
-        Raises:
-            ValueError: it does not; says why.
-        """
-        problem = None if self.refusal is None else self.refusal(config)
-        if problem is not None:
-            raise ValueError(problem)
-
     def check_block(self, config: Config, block: str) -> None:
-        """Whether a model has a block of that name.
+        """Whether a model is supported and has a block of that name.
 
         Raises:
-            ValueError: names those that there are.
+            ValueError: why it is not; or which blocks there are.
         """
+        if self.refusal is not None and (problem := self.refusal(config)) is not None:
+            raise ValueError(problem)
         if block not in self.block_names(config):
             there = " and ".join(f"{name}.0-{config[key] - 1}" for name, key in self.blocks.items())
             raise ValueError(f"no block {block!r}: this {self.name} has {there}")

@@ -14,20 +14,20 @@ Compiled code sees none of this: the hooks are not traced, and what reads the cu
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from reelquant.calibration.block_call import arguments
 from reelquant.diffusers_internals import at_end_of_call
 from reelquant.tokens import Grid
 
@@ -121,7 +121,7 @@ class GenerationTracker:
 
     @not_traced
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        bound = arguments(module, args, kwargs)
         hidden, timestep, conditioning = (bound[name] for name in _ARGUMENTS)
         grid = (0, 0, 0) if self._grid is None else self._grid(bound)
         self.begin(conditioning, float(timestep.flatten()[0]), hidden, grid)
@@ -190,8 +190,3 @@ def _drop(tracker: weakref.ref[GenerationTracker], key: tuple[int, int], dead: w
     known = None if alive is None else alive._states.get(key)
     if alive is not None and known is not None and known[0] is dead:
         alive._states.pop(key, None)
-
-
-@lru_cache(maxsize=16)
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
