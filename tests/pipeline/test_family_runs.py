@@ -13,6 +13,7 @@ import reelquant  # noqa: F401
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.context import build_context
 from reelquant.checkpoint.reader import quantized_layers
+from storage.run_directory import RunDirectory
 from tests.errors import raises
 from tests.pipeline.small_run import call, small_run
 from tests.reelquant.families import tiny_pipelines
@@ -29,7 +30,7 @@ METHOD = {
     "velocity_correction": True,
     "attention": {"density": 0.6, "dense_steps": 1, "interval": 2, "residual": {"rank": 4}},
 }
-STEPS = {"num_inference_steps": 3, "guidance_scale": 3.0, "max_sequence_length": 16}
+STEPS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "max_sequence_length": 16}
 
 
 def generated(pipeline: Any, family: str) -> torch.Tensor:
@@ -39,15 +40,28 @@ def generated(pipeline: Any, family: str) -> torch.Tensor:
     return found
 
 
+def fitted(run: Path) -> dict[str, Any]:
+    """The result of the refinement."""
+    [record] = RunDirectory(run).manifest.records("refinement")
+    return dict(record.result)
+
+
 @pytest.mark.parametrize("family", GENERATION)
 def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_path: Path) -> None:
     make: Callable[[Path], Path] = getattr(tiny_pipelines, family)
     model = make(tmp_path / "model")
-    (tmp_path / "calibration.txt").touch()
+    (tmp_path / "prompts.txt").write_text("".join(f"the digit {i}\n" for i in range(3)))
     config = small_run(
         tmp_path,
         model=str(model),
         generation={**GENERATION[family], **STEPS},
+        prompts={
+            "calibration": str(tmp_path / "prompts.txt"),
+            "num_calibration": 3,
+            "held_out": str(tmp_path / "held_out.txt"),
+            "num_held_out": 1,
+        },
+        selection={"num_samples": 2, "recorded_features": ["block_input", "latent"]},
         method=METHOD,
         evaluation={"films": False, "velocity_prompts": 1},
     )
@@ -55,10 +69,17 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_
     assert plan.returncode == 0, plan.stdout + plan.stderr
     run = call("run", str(config))
     assert run.returncode == 0, run.stdout + run.stderr
+    context = build_context(load_config(config))
+    store = RunDirectory(tmp_path / "run").calibration_store
+    times = store.read("trajectories/prompt-000/timesteps").tolist()
+    planned = context.model.noise_levels(STEPS["num_inference_steps"])
+    assert [context.model.family.noise_level(time) for time in times] == pytest.approx(planned, abs=1e-6)
+    assert planned == sorted(planned, reverse=True)
     checkpoint = tmp_path / "run" / "checkpoint"
     verified = call("verify", str(checkpoint))
     assert verified.returncode == 0, verified.stdout + verified.stderr
     stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
+    assert isinstance(fitted(tmp_path / "run")["velocity"]["error_after"], float)
     assert set(stored["sparse_attention"]["head_kinds"]) == {f"transformer_blocks.{i}" for i in range(3)}
     pipeline = DiffusionPipeline.from_pretrained(str(checkpoint))
     pipeline.set_progress_bar_config(disable=True)
