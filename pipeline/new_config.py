@@ -16,6 +16,7 @@ from pipeline.config.loading import ConfigError, load_yaml, parse_config, parse_
 from pipeline.config.schema import BitsConfig
 from pipeline.context import build_context
 from pipeline.hub_model import FoundModel, find_model, pinned
+from pipeline.planning.token_counts import size_problems
 from reelquant.checkpoint.pipeline_files import list_files
 from reelquant.settings.generation import Generation
 from storage.location import expand_home
@@ -69,7 +70,8 @@ def write_config(
     text = _text(_values(file, given, overrides))
     context = build_context(parse_config(load_yaml(text, str(file)), str(file)), weights=False)
     found = context.model.found
-    if problems := found.problems or (list_files(found.folder, variant=variant)[1] if variant else ()):
+    lacking = list_files(found.folder, variant=variant)[1] if variant else ()
+    if problems := found.problems or lacking or size_problems(context):
         raise ConfigError(problems)
     with file.open("x", encoding="utf-8") as opened:
         opened.write(text)

@@ -56,7 +56,7 @@ def count_tokens(context: RunContext) -> TokenCounts:
         call = model.family.inputs(model.config, counts.size)
     counts.latent_shape = tuple(call["hidden_states"].shape[1:])
     counts.layout = model.family.layout(model.config, call, generation.max_sequence_length)
-    counts.problems += _grid_problems(context, spatial=spatial, temporal=temporal)
+    counts.problems += size_problems(context)
     made = read_json(model.folder / "vae" / "config.json").get("latent_channels")
     if made is not None and made != int(model.config["in_channels"]):
         counts.problems.append(
@@ -83,8 +83,10 @@ def band_problems(context: RunContext, counts: TokenCounts) -> list[str]:
     return problems
 
 
-def _grid_problems(context: RunContext, *, spatial: int, temporal: int) -> list[str]:
+def size_problems(context: RunContext) -> list[str]:
+    """Sizes of the video that the model's pipeline, VAE or patches cannot take."""
     generation, patch = context.config.generation, patches(context.model.family, context.model.config)
+    temporal, spatial = compression(context.model.folder)
     problems = []
     for key, size in (("height", patch[1]), ("width", patch[2])):
         value, asked = getattr(generation, key), context.model.family.side_multiple
