@@ -42,7 +42,9 @@ SIZE = VideoSize(frames=4, height=8, width=12, num_text=7)
 
 def block_calls(family: Family, config: Config) -> dict[str, BlockCall]:
     """How the blocks of a model are called, by name in model order."""
-    return _block_calls(family.architecture, json.dumps(dict(config), sort_keys=True, default=list))
+    # Where a model was loaded from, as it was named, changes nothing.
+    decides = {name: value for name, value in config.items() if name != "_name_or_path"}
+    return _block_calls(family.architecture, json.dumps(decides, sort_keys=True, default=list))
 
 
 @lru_cache(maxsize=8)
