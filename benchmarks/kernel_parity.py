@@ -27,7 +27,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.dit_step.kernel_table import REST, class_of
 from benchmarks.dit_step.models import make_sparse, quantize_in_place, sparse_spec
-from benchmarks.harness import markdown, parser, settings_of, write_record
+from benchmarks.harness import ROOT, markdown, parser, settings_of, write_record
 from reelquant.metrics import psnr_db
 from reelquant.ops.band_attention.op import Precision
 from reelquant.ops.implementation import reference_only
@@ -45,7 +44,6 @@ from reelquant.runtime.sparse_attention import AttentionPrecision
 from reelquant.settings.generation import Generation
 from workers.generation import generate
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "hunyuanvideo-digits"
 PROMPTS = ROOT / "configs" / "prompts" / "digits_held_out.txt"
 BAR_DB = 40.0
