@@ -50,7 +50,7 @@ class Sizes:
 
 FULL = Sizes()
 """HunyuanVideo's at 720 x 1280, 61 frames."""
-SMALL = Sizes(grid=(4, 10, 12), text=16, heads=2, head_dim=64, product=64, copy=2**12)
+SMALL = Sizes(grid=(3, 7, 9), text=8, heads=2, head_dim=64, product=64, copy=2**12)
 """For a CPU, where it shows that the script works."""
 
 

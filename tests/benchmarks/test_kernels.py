@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # minutes where other tests run beside it
 def test_every_kernel_is_measured_and_right(tmp_path: Path) -> None:
     output = tmp_path / "kernels.json"
     command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cpu", "--small", "--budget", "1e9"]
