@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from storage.cache import DamagedRecord, UnitRecord, fingerprint
+from storage.recorded_outputs import RecordedOutputs
 from storage.run_directory import ListedUnit, RunDirectory
 from storage.unit_store import UnitAddress, UnitStore
 
@@ -67,6 +68,12 @@ class Recorded:
         record = self.read(stage, unit)
         assert record is not None
         self.directory.cache.remove(record)
+
+    @property
+    def outputs(self) -> RecordedOutputs:
+        """What the units have written."""
+        records = (record for stage in self.directory.units() for record in self.records(stage))
+        return self.directory.outputs({(record.stage, record.unit): record for record in records})
 
     def file(self, name: str) -> Path:
         """A file, or the folder of an array, by its logical name."""

@@ -13,9 +13,8 @@ import reelquant  # noqa: F401
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.context import build_context
 from reelquant.checkpoint.reader import quantized_layers
-from storage.run_directory import RunDirectory
 from tests.errors import raises
-from tests.pipeline.small_run import call, small_run
+from tests.pipeline.small_run import Recorded, call, small_run
 from tests.reelquant.families import tiny_pipelines
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")]
@@ -42,7 +41,7 @@ def generated(pipeline: Any, family: str) -> torch.Tensor:
 
 def fitted(run: Path) -> dict[str, Any]:
     """The result of the refinement."""
-    [record] = RunDirectory(run).manifest.records("refinement")
+    [record] = Recorded(run).records("refinement")
     return dict(record.result)
 
 
@@ -70,8 +69,7 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_
     run = call("run", str(config))
     assert run.returncode == 0, run.stdout + run.stderr
     context = build_context(load_config(config))
-    store = RunDirectory(tmp_path / "run").calibration_store
-    times = store.read("trajectories/prompt-000/timesteps").tolist()
+    times = Recorded(tmp_path / "run").outputs.read("trajectories/prompt-000/timesteps").tolist()
     planned = context.model.noise_levels(STEPS["num_inference_steps"])
     assert [context.model.family.noise_level(time) for time in times] == pytest.approx(planned, abs=1e-6)
     assert planned == sorted(planned, reverse=True)

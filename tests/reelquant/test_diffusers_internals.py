@@ -18,6 +18,7 @@ from diffusers import (
     ModelMixin,
     WanTransformer3DModel,
 )
+from diffusers.hooks import _helpers
 from diffusers.models import modeling_utils
 from diffusers.quantizers import auto
 from packaging.requirements import Requirement
@@ -28,6 +29,7 @@ from reelquant.diffusers_internals import (
     TESTED_DIFFUSERS,
     MovedInterfaceError,
     at_end_of_call,
+    block_streams,
     execution_device,
     float32_modules,
     ignored_keys,
@@ -157,6 +159,21 @@ def test_components_that_may_be_absent() -> None:
     assert "transformer_2" in optional_components(diffusers.WanPipeline), changed(interface)
 
 
+def test_what_a_block_hands_to_the_next_one() -> None:
+    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformerBlock
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+    class Sharded(WanTransformerBlock):  # type: ignore[misc]
+        """As FSDP makes one."""
+
+    interface = "hooks._helpers.TransformerBlockRegistry"
+    both = {0: "hidden_states", 1: "encoder_hidden_states"}
+    assert block_streams(HunyuanVideoTransformerBlock) == both, changed(interface)
+    assert block_streams(Sharded) == {0: "hidden_states"}, changed(interface)
+    with raises(ValueError, "Linear"):
+        block_streams(nn.Linear)
+
+
 class Moved:
     """A model's class of a diffusers without any of the interfaces."""
 
@@ -174,6 +191,7 @@ class Moved:
         (ModelMixin, "_no_split_modules", lambda: unsplit_classes(nn.Linear(1, 1))),
         (modeling_utils, "no_init_weights", no_initial_weights),
         (CacheMixin, "_reset_stateful_cache", lambda: at_end_of_call(nn.Linear(1, 1), lambda: None)),
+        (_helpers, "TransformerBlockRegistry", lambda: block_streams(nn.Linear)),
         (None, "_execution_device", lambda: execution_device(Moved())),
         (None, "_optional_components", lambda: optional_components(Moved)),
     ],
