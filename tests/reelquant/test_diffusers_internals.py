@@ -163,7 +163,7 @@ def test_what_a_block_hands_to_the_next_one() -> None:
     from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformerBlock
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-    class Sharded(WanTransformerBlock):  # type: ignore[misc]
+    class Sharded(WanTransformerBlock):
         """As FSDP makes one."""
 
     interface = "hooks._helpers.TransformerBlockRegistry"
