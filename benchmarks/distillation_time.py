@@ -39,8 +39,9 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from benchmarks.harness import free_memory, gib, markdown, parser, peak_bytes, settings_of, synchronize, write_record
 from benchmarks.random_model import fill_randomly, random_stream, transformer_config
 from reelquant.calibration.block_call import Constants, Streams
-from reelquant.calibration.block_distillation import Sample, calibrated_copy, learn, prepare_targets
+from reelquant.calibration.block_distillation import calibrated_copy, learn, prepare_targets
 from reelquant.calibration.input_groups import block_calls
+from reelquant.calibration.sample import Sample
 from reelquant.families.attention_core import plain_core
 from reelquant.families.hunyuan_video import FAMILY
 from reelquant.settings.generation import LayerBits, Numerics

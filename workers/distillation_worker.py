@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.block_rounding import RoundedLayer
 from reelquant.calibration.calibrated_layers import best_clip
 from reelquant.calibration.input_groups import block_calls
+from reelquant.calibration.sample import Sample
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.reader import source_weights

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import BlockRepair, RepairSample, repair_block
 from reelquant.calibration.input_groups import block_calls
 from reelquant.calibration.residual_drift import MeasuredResidual, ResidualDrift, measured_residual
+from reelquant.calibration.sample import Sample
 from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, fit_velocity
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact

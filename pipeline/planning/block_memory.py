@@ -23,8 +23,8 @@ from pipeline.planning.model_size import planned_layers
 from pipeline.planning.planned_calls import planned_call
 from pipeline.planning.store_size import conditioning_width, num_conditioning_rows
 from pipeline.planning.token_counts import TokenCounts
-from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import RepairSample, repair_block
+from reelquant.calibration.sample import Sample
 from reelquant.calibration.segment_distillation import distill_segment
 from reelquant.calibration.without_values import META
 from reelquant.quantization.linear import replace_linear_layers, share_group_tensors

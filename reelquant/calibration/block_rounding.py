@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.calibration.block_call import BlockCall, Constants, Streams
-from reelquant.calibration.block_distillation import Sample, SampleView
 from reelquant.calibration.calibrated_layers import CalibratedGroup, CalibratedLinear
+from reelquant.calibration.sample import Sample, SampleView
 from reelquant.metrics import sqnr_db
 from reelquant.quantization.gptq import asymmetric_target, gptq_round
 from reelquant.quantization.weight_grid import WeightGrid

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.calibration.block_call import BlockCall, Constants, Streams, by_token, joined
-from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.host_memory import moved_all
+from reelquant.calibration.sample import Sample
 from reelquant.families.family import OutputLayer
 from reelquant.quantization.input_transform import least_activation_bits
 from reelquant.quantization.linear import QuantizedLinear

@@ -13,7 +13,6 @@ from reelquant.calibration.block_call import BlockCall
 from reelquant.calibration.block_distillation import (
     BlockDiverged,
     BlockResult,
-    Sample,
     calibrated_copy,
     learn,
     mean_loss,
@@ -22,6 +21,7 @@ from reelquant.calibration.block_distillation import (
 )
 from reelquant.calibration.block_rounding import RoundedLayer, group_inputs, layer_sqnr, round_block
 from reelquant.calibration.host_memory import moved_all
+from reelquant.calibration.sample import Sample
 from reelquant.calibration.sparse_block import CalibrationCore, drop_missed_attention, keep_missed_attention
 from reelquant.families.attention_core import plain_core
 from reelquant.settings.generation import LayerBits

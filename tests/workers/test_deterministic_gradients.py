@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from reelquant.calibration.block_distillation import Sample
+from reelquant.calibration.sample import Sample
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.settings.recipe import Recipe
 from tests.reelquant.calibration.test_saved_tensors import LEARNING

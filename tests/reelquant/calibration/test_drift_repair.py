@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.calibration.block_call import joined
-from reelquant.calibration.block_distillation import Sample
 from reelquant.calibration.drift_repair import (
     LARGEST_GAIN,
     RepairMoments,
@@ -16,6 +15,7 @@ from reelquant.calibration.drift_repair import (
     relative_error,
     repair_block,
 )
+from reelquant.calibration.sample import Sample
 from reelquant.checkpoint.layer_packing import pack_layer
 from reelquant.quantization.linear import QuantizedLinear, replace_linear_layers
 from reelquant.quantization.weight_grid import fit_per_channel

@@ -13,7 +13,6 @@ from reelquant.calibration.attention_distillation import global_attention_loss
 from reelquant.calibration.block_call import joined
 from reelquant.calibration.block_distillation import (
     BlockDiverged,
-    Sample,
     calibrated_copy,
     learn,
     mean_loss,
@@ -21,6 +20,7 @@ from reelquant.calibration.block_distillation import (
     step_error,
     weighted_error,
 )
+from reelquant.calibration.sample import Sample
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer
 from reelquant.quantization.linear import replace_linear_layers
