@@ -135,7 +135,8 @@ class RecordedSteps:
             steps = self._values.setdefault(name, [])
             if isinstance(value, Tensor):
                 same = bool(steps) and steps[0].shape == value.shape and torch.equal(steps[0], value)
-                steps.append(steps[0] if same else value.detach().clone())
+                # The first is compared with; others would fill the device step by step.
+                steps.append(steps[0] if same else value.detach().cpu() if steps else value.detach().clone())
             else:
                 steps.append(value)
 
@@ -155,7 +156,7 @@ class RecordedSteps:
             elif all(torch.equal(v[0].cpu(), x.to(v.dtype)) for v, x in zip(values, latents, strict=False)):
                 of_latents.append(name)
             else:
-                changing[name] = torch.stack(values)
+                changing[name] = torch.stack([value.cpu() for value in values])
         write_steps(write, constant, changing, of_latents)
 
 

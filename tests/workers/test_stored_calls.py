@@ -1,0 +1,90 @@
+"""Calls come back from the store as they were: values, structure, and what is one tensor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelquant.calibration.block_call import Constants
+from reelquant.tokens import TokenLayout
+from storage.calibration_store import CalibrationStore
+from tests.errors import raises
+from workers.stored_calls import (
+    RecordedSteps,
+    StoredConstants,
+    StoredSteps,
+    TreeWriter,
+    decoded,
+    encoded,
+    rebuilt,
+    write_constants,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_a_tree_comes_back_with_its_structure() -> None:
+    shared = torch.randn(2, 3)
+    tree = {"a": (shared, [1, 2.5, None, "x"], {"b": shared.T, "c": shared}), "d": torch.tensor([True, False])}
+    arrays: dict[str, Tensor] = {}
+    writer = TreeWriter(arrays.__setitem__)
+    structure = decoded(encoded({name: writer.structure(value, name) for name, value in tree.items()}))
+    assert sorted(arrays) == ["a.0", "a.2.b", "d"], "one tensor is one array"
+    found = {name: rebuilt(value, arrays.__getitem__) for name, value in structure.items()}
+    assert isinstance(found["a"], tuple)
+    assert found["a"][1] == [1, 2.5, None, "x"]
+    assert torch.equal(found["a"][2]["b"], shared.T)
+    assert found["a"][2]["c"] is found["a"][0]
+    with raises(ValueError, "e.f", "object"):
+        writer.structure({"f": object()}, "e")
+
+
+def test_equal_constants_of_samples_are_one_tensor(tmp_path: Path) -> None:
+    store, layout = CalibrationStore(tmp_path / "calibration.zarr"), TokenLayout(1, 2, 3, 4)
+    table = torch.randn(6, 2)
+    for name in ("one", "two"):
+        calls: dict[str, Any] = {
+            "blocks": {"temb": torch.randn(1, 8), "rotary": (table.clone(), -table), "scale": 0.1},
+            "others": {"rotary_emb": (table.clone(), -table)},
+        }
+
+        def write(array: str, value: Tensor, name: str = name) -> None:
+            store.write(f"{name}/{array}", value)
+
+        write_constants(Constants(calls, layout), write)
+    reader = StoredConstants(store, CPU)
+    one, two = reader.read("one"), reader.read("two")
+    assert one.layout == two.layout == layout
+    assert one.calls["blocks"]["rotary"][0] is two.calls["others"]["rotary_emb"][0]
+    assert torch.equal(one.calls["blocks"]["rotary"][1], -table)
+    assert not torch.equal(one.calls["blocks"]["temb"], two.calls["blocks"]["temb"])
+    assert two.calls["blocks"]["scale"] == 0.1
+
+
+def test_what_is_the_same_in_all_steps_is_one_tensor_and_latents_are_kept_once(tmp_path: Path) -> None:
+    store, text = CalibrationStore(tmp_path / "calibration.zarr"), torch.randn(1, 5, 4)
+    latents = [torch.randn(2, 3) for _ in range(4)]
+    steps = RecordedSteps()
+    for step in range(3):
+        hidden = latents[step].bfloat16().unsqueeze(0)
+        call = {"hidden_states": hidden, "timestep": torch.tensor([900.0 - step]), "text": text.clone(), "size": (1, 2)}
+        steps.add({**call, "return_dict": True})
+    store.write("trajectories/p/latents", torch.stack(latents))
+    written: list[str] = []
+
+    def write(name: str, value: Tensor) -> None:
+        written.append(name)
+        store.write(f"trajectories/p/cond/{name}", value)
+
+    steps.write(write, latents)
+    assert sorted(written) == ["calls", "text", "timestep"]
+    stored = StoredSteps(store, "p", "cond", CPU)
+    calls = [stored.call(step, torch.bfloat16) for step in range(3)]
+    assert all(call["text"] is calls[0]["text"] for call in calls)
+    assert torch.equal(calls[0]["text"], text)
+    for step, found in enumerate(calls):
+        assert torch.equal(found["hidden_states"], latents[step].bfloat16().unsqueeze(0))
+        assert float(found["timestep"]) == 900.0 - step
+        assert found["size"] == (1, 2)
+        assert found["return_dict"] is False
