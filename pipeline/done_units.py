@@ -12,7 +12,7 @@ from pipeline.context import Run
 from pipeline.stages.stage import StageUnit
 from storage.cache import DamagedRecord, UnitRecord
 from storage.hashed_files import HashedFiles
-from storage.location import Location
+from storage.location import Location, StoreUrl
 
 
 class DoneUnits:
@@ -42,6 +42,8 @@ class DoneUnits:
     def finished(self, run: Run, record: UnitRecord) -> None:
         """A worker has done it: whoever wrote the files has hashed them."""
         place, folder = run.cache.files_of(record, run.directory.place)
+        if isinstance(place.location, StoreUrl):  # e_tags say more
+            return
         hashed = self._hashed_of(place.location)
         for output in record.outputs:
             key = f"{folder}/{output.path}" if folder else output.path

@@ -33,6 +33,7 @@ from pipeline.stages.selection import Selection
 from pipeline.stages.stage import Stage
 from pipeline.stages.trajectories import Trajectories
 from storage.cache import Cache
+from storage.lock import using
 from storage.run_directory import RunDirectory
 
 STAGES: tuple[Stage, ...] = (
@@ -117,6 +118,8 @@ def driven_runs(runs: Mapping[str, Run]) -> Iterator[list[DrivenRun]]:
     started = {"host": socket.gethostname(), "pid": os.getpid(), **provenance()}
     with contextlib.ExitStack() as locks:
         found = []
+        for cache in {run.cache.location: run.cache for run in runs.values()}.values():
+            locks.enter_context(using(cache.location, cache.sweep))
         for label, run in runs.items():
             locks.enter_context(run.directory.lock())
             run.directory.sweep()

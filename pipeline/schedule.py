@@ -182,7 +182,8 @@ class Schedule:
         with driven.run.records.needs() as needs:
             unit = plan.make()
         self._note(driven, stage, ListedUnit(plan.name, unit.fingerprint, tuple(needs)))
-        record = self._done.find(driven.run, stage.name, unit)
+        under_way = _key(driven, stage, unit) in self._takers
+        record = None if under_way else self._done.find(driven.run, stage.name, unit)
         if record is not None:
             self.counts.kept[stage.name] += 1
             self._settled(stage, driven.full_name(unit.name))

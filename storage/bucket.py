@@ -81,13 +81,15 @@ class Bucket:
                 "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
             },
         )
-        self._listing: dict[str, FileState] | None = None
+        self._listing: tuple[str, dict[str, FileState]] | None = None
+        """Beginning of the keys of a folder, and what was in it."""
 
     @property
     def location(self) -> StoreUrl:
         return self._url
 
     def read(self, key: str) -> bytes:
+        self._look_up(key)
         with self._explained(f"reading {key}"):
             return bytes(obstore.get(self._store, key).bytes())
 
@@ -100,20 +102,28 @@ class Bucket:
                 raise
 
     def stat(self, key: str) -> FileState:
-        if self._listing is None:
-            with self._explained(f"looking at {key}"):
-                return _state(obstore.head(self._store, key))
-        if key not in self._listing:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._url / key))
-        return self._listing[key]
+        if (known := self._look_up(key)) is not None:
+            return known
+        with self._explained(f"looking at {key}"):
+            return _state(obstore.head(self._store, key))
 
     @contextlib.contextmanager
-    def listed(self) -> Iterator[None]:
-        self._listing = {str(found["path"]): _state(found) for found in self._all("")}
+    def listed(self, folder: str = "") -> Iterator[None]:
+        before, prefix = self._listing, f"{folder}/" if folder else ""
+        if before is None or not prefix.startswith(before[0]):
+            self._listing = prefix, {str(found["path"]): _state(found) for found in self._all(folder)}
         try:
             yield
         finally:
-            self._listing = None
+            self._listing = before
+
+    def _look_up(self, key: str) -> FileState | None:
+        """The state of a file of the listed folder; None of another one. Raises FileNotFoundError."""
+        if (listing := self._listing) is None or not key.startswith(listing[0]):
+            return None
+        if key not in listing[1]:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._url / key))
+        return listing[1][key]
 
     def checksum(self, key: str) -> str:
         digest = hashlib.sha256()
@@ -159,13 +169,15 @@ class Bucket:
 
     def local(self, key: str, outputs: Sequence[OutputFile], scratch: Path) -> Path:
         folder = scratch / key
-        for output in outputs:
-            name = f"{key}/{output.path}" if key else output.path
-            if (folder / output.path).exists():
-                continue
-            if self._download(name, output.num_bytes, folder / output.path) != output.checksum:
-                (folder / output.path).unlink()
+
+        def fetch(output: OutputFile) -> None:
+            name, target = f"{key}/{output.path}" if key else output.path, folder / output.path
+            if not target.exists() and self._download(name, output.num_bytes, target) != output.checksum:
+                target.unlink()
                 raise ValueError(f"{self._url / name}: SHA-256 differs from the record")
+
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch") as pool:
+            list(pool.map(fetch, outputs))
         return folder
 
     def copied(self, scratch: Path) -> Path:

@@ -141,7 +141,8 @@ class Cache:
             hashed: knows which files of the record's place look as they did when they were hashed last, and is told.
         """
         place, folder = self.files_of(record, run)
-        found = (_problem(place, _joined(folder, output.path), output, deep, hashed) for output in record.outputs)
+        with place.listed(folder or str(record.result.get("checkpoint", ""))):
+            found = [_problem(place, _joined(folder, output.path), output, deep, hashed) for output in record.outputs]
         problems = [problem for problem in found if problem]
         if hashed is not None:
             hashed.flush()
@@ -152,6 +153,11 @@ class Cache:
         for stage in self.place.subfolders():
             for fingerprint in self.place.subfolders(stage):
                 yield stage, fingerprint
+
+    def sweep(self) -> None:
+        """Remove the attempts that no record names, while nobody else writes into the cache."""
+        for key in list(self.dead_attempts()):
+            self.place.remove(key)
 
     def dead_attempts(self) -> Iterator[str]:
         """Keys of the attempts that no record names: of killed workers, or of units at work now."""

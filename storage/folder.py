@@ -52,7 +52,7 @@ class Folder:
         found = path.stat()
         return FileState(found.st_size, mtime_ns=found.st_mtime_ns)
 
-    def listed(self) -> contextlib.AbstractContextManager[None]:
+    def listed(self, folder: str = "") -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def checksum(self, key: str) -> str:

@@ -16,16 +16,19 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from storage.atomic_files import create_directory
 from storage.location import Location
 from storage.open_place import open_place
 
 LOCK_FILE = "run.lock"
 """Directly in the directory of a run or a study."""
+USERS_FILE = "users.lock"
+"""Directly in a folder's cache: its drivers hold it together."""
 
 _BOTH = "both drivers may go on, which does some work twice and no harm"
 
@@ -56,6 +59,26 @@ def driving(location: Location) -> Iterator[None]:
     """
     with _locked(location / LOCK_FILE) if isinstance(location, Path) else _announced(location):
         yield
+
+
+@contextlib.contextmanager
+def using(cache: Location, alone: Callable[[], object]) -> Iterator[None]:
+    """Use a cache, beside other drivers perhaps; in a folder ``alone`` is called first if there are none."""
+    if not isinstance(cache, Path):
+        yield
+        return
+    create_directory(cache)
+    descriptor = os.open(cache / USERS_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone()
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        _held_locks.add(descriptor)
+        yield
+    finally:
+        _held_locks.discard(descriptor)
+        os.close(descriptor)
 
 
 def driver_of(location: Location) -> Driver:

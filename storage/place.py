@@ -54,8 +54,9 @@ class Place(Protocol):
     def stat(self, key: str) -> FileState:
         """Raises FileNotFoundError; ValueError for a link that leads out."""
 
-    def listed(self) -> contextlib.AbstractContextManager[None]:
-        """For the body's time, :meth:`stat` may answer from what was there at its beginning: many requests become one."""
+    def listed(self, folder: str = "") -> contextlib.AbstractContextManager[None]:
+        """For the body's time, what is asked of the files below a folder may be answered from what was there at its beginning:
+        many requests become one."""
 
     def checksum(self, key: str) -> str:
         """SHA-256 of a file, which is read for it; 64 hex digits. Raises FileNotFoundError."""

@@ -247,12 +247,9 @@ class RunDirectory:
         return bool(self.place.names(folder))
 
     def sweep(self) -> None:
-        """Remove what killed writers left, while holding :meth:`lock`: unfinished files in the run, and attempts in its own
-        cache. In a bucket nothing is unfinished, and ``gc`` removes attempts."""
+        """Remove the unfinished files that killed writers left, while holding :meth:`lock`; in a bucket there are none."""
         if isinstance(self.location, Path):
             sweep_partial_files(self.location)
-            if self.cache.location == self.location / CACHE:
-                sweep_attempts(self.cache)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Be the driver of this run. Raises RunLocked (:mod:`storage.lock`)."""
@@ -304,12 +301,6 @@ class RunDirectory:
             raise ValueError(
                 f"{self.location} is not empty and not a run (holds {shown}): give a new or empty directory"
             )
-
-
-def sweep_attempts(cache: Cache) -> None:
-    """Remove the attempts that no record names, while nobody else writes into the cache."""
-    for key in list(cache.dead_attempts()):
-        cache.place.remove(key)
 
 
 def _as_seen_from(run: Location, cache: Location | None) -> str:

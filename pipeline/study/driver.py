@@ -22,7 +22,7 @@ from pipeline.study.expansion import STUDY_FILE
 from pipeline.study.preparation import PreparedStudy, directory_problems
 from pipeline.terminal import say
 from storage.atomic_files import create_directory, json_bytes
-from storage.run_directory import RunConfigMismatch, RunDirectory, sweep_attempts
+from storage.run_directory import RunConfigMismatch, RunDirectory
 
 FORMAT_VERSION = 1
 
@@ -71,9 +71,6 @@ def run_study(
         document = {"format_version": FORMAT_VERSION, "study": prepared.study.written.model_dump(mode="json")}
         directory.place.put(STUDY_FILE, json_bytes({**document, "provenance": provenance()}))
         runs = _open_runs(prepared, update=update)
-        cache = next(iter(runs.values())).cache
-        if isinstance(cache.location, Path) and cache.location.parent == directory.location:
-            sweep_attempts(cache)
         outcome = StudyOutcome(runs)
         with driven_runs(runs) as driven:
             schedule = drive(driven, stages, console, set_aside=_SetAside(console, outcome.failures))

@@ -57,8 +57,11 @@ class TestPlace:
         place.put("a/c/d.json", b"")
         assert (place.names("a"), place.subfolders("a"), place.names()) == (["b.json"], ["c"], [])
         assert [(key, num_bytes) for key, num_bytes, _ in place.files("a")] == [("a/b.json", 5), ("a/c/d.json", 0)]
-        with place.listed():
+        with place.listed("a"):
             assert place.stat("a/b.json").num_bytes == 5
+            assert place.read("a/b.json") == b"other"
+            place.put("ab", b"beside the folder")
+            assert place.stat("ab").num_bytes == 17
             with pytest.raises(FileNotFoundError):
                 place.stat("a/c")
         for _ in range(2):
