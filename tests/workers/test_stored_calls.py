@@ -8,8 +8,8 @@ from torch import Tensor
 
 from reelquant.calibration.block_call import Constants
 from reelquant.tokens import TokenLayout
-from storage.calibration_store import CalibrationStore
 from tests.errors import raises
+from tests.unit_cache import UnitCache
 from workers.stored_calls import (
     RecordedSteps,
     StoredConstants,
@@ -41,20 +41,18 @@ def test_a_tree_comes_back_with_its_structure() -> None:
 
 
 def test_equal_constants_of_samples_are_one_tensor(tmp_path: Path) -> None:
-    store, layout = CalibrationStore(tmp_path / "calibration.zarr"), TokenLayout(1, 2, 3, 4)
+    cache, layout = UnitCache(tmp_path), TokenLayout(1, 2, 3, 4)
     table = torch.randn(6, 2)
     for name in ("one", "two"):
         calls: dict[str, Any] = {
             "blocks": {"temb": torch.randn(1, 8), "rotary": (table.clone(), -table), "scale": 0.1},
             "others": {"rotary_emb": (table.clone(), -table)},
         }
-
-        def write(array: str, value: Tensor, name: str = name) -> None:
-            store.write(f"{name}/{array}", value)
-
-        write_constants(Constants(calls, layout), write)
-    reader = StoredConstants(store, CPU)
-    one, two = reader.read("one"), reader.read("two")
+        arrays: dict[str, Tensor] = {}
+        write_constants(Constants(calls, layout), arrays.__setitem__)
+        cache.write("activations", name, {f"cond/{array}": value for array, value in arrays.items()})
+    reader = StoredConstants(CPU)
+    one, two = (reader.read(cache.outputs, f"activations/{name}/cond") for name in ("one", "two"))
     assert one.layout == two.layout == layout
     assert one.calls["blocks"]["rotary"][0] is two.calls["others"]["rotary_emb"][0]
     assert torch.equal(one.calls["blocks"]["rotary"][1], -table)
@@ -63,23 +61,19 @@ def test_equal_constants_of_samples_are_one_tensor(tmp_path: Path) -> None:
 
 
 def test_what_is_the_same_in_all_steps_is_one_tensor_and_latents_are_kept_once(tmp_path: Path) -> None:
-    store, text = CalibrationStore(tmp_path / "calibration.zarr"), torch.randn(1, 5, 4)
+    cache, text = UnitCache(tmp_path), torch.randn(1, 5, 4)
     latents = [torch.randn(2, 3) for _ in range(4)]
     steps = RecordedSteps()
     for step in range(3):
         hidden = latents[step].bfloat16().unsqueeze(0)
         call = {"hidden_states": hidden, "timestep": torch.tensor([900.0 - step]), "text": text.clone(), "size": (1, 2)}
         steps.add({**call, "return_dict": True})
-    store.write("trajectories/p/latents", torch.stack(latents))
-    written: list[str] = []
-
-    def write(name: str, value: Tensor) -> None:
-        written.append(name)
-        store.write(f"trajectories/p/cond/{name}", value)
-
-    steps.write(write, latents)
+    written: dict[str, Tensor] = {}
+    steps.write(written.__setitem__, latents)
     assert sorted(written) == ["calls", "text", "timestep"]
-    stored = StoredSteps(store, "p", "cond", CPU)
+    arrays = {f"cond/{name}": value for name, value in written.items()}
+    cache.write("trajectories", "p", {**arrays, "latents": torch.stack(latents)})
+    stored = StoredSteps(cache.outputs, "p", "cond", CPU)
     calls = [stored.call(step, torch.bfloat16) for step in range(3)]
     assert all(call["text"] is calls[0]["text"] for call in calls)
     assert torch.equal(calls[0]["text"], text)
