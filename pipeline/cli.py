@@ -132,7 +132,7 @@ def run(
         with phase(console, "Checking configuration, model and machine"):
             from pipeline.config.loading import load_config
             from pipeline.plan import fetched, plan_config
-            from pipeline.report.page import write_report
+            from pipeline.report.page import write_report_at
             from pipeline.runner import open_run, run_stages, stages_until
             from storage.location import StoreUrl
 
@@ -141,10 +141,10 @@ def run(
             planned.require_feasible()
         planned = fetched(planned, console, update=update)
         opened = open_run(planned.context, update=update)
-        summary = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes, rehash=rehash)
+        counts = run_stages(opened, console, stages=stages, planned_bytes=planned.worker_bytes, rehash=rehash)
         with phase(console, "Writing the report"):
-            report = write_report(opened)
-        done, kept = sum(summary.done.values()), sum(summary.kept.values())
+            report = write_report_at(opened.directory.location)
+        done, kept = counts.done.total(), counts.kept.total()
         say(console, f"{counted(done, 'unit')} done now, {kept} were done before")
         directory, assembled = opened.directory, any(stage == "assembly" for stage, _ in opened.records.all())
         if assembled:

@@ -67,7 +67,7 @@ class DoneUnits:
             return None  # another run of the cache has it, this one has not yet
         self._damaged(run, stage, unit.name, problems)
         if not unit.in_run:
-            run.cache.remove_record(stage, unit.fingerprint)
+            run.cache.remove(stage, unit.fingerprint)
         return None
 
     def _hashed_of(self, location: Location) -> HashedFiles:

@@ -120,12 +120,12 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     # Shapes that cannot run cannot be counted either.
     peaks = {} if counts.problems else stage_peaks(context, counts, dtype)
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, peaks=peaks)
-    disk = disk_of(config.run)
+    disk = disk_of(config.cache or config.run)
     no_run = _run_problems(config, model.folder, update=update)
     machine = [
         *cache_problems(model.found),
         *worker_problems(config),
-        *(no_run or disk_problems(config.run, sum(s.disk_bytes for s in stages), disk)),
+        *(no_run or disk_problems(config.cache or config.run, sum(s.disk_bytes for s in stages), disk)),
     ]
     lacking, machine = (machine, []) if shapes_only else ([], machine)
     notes = [
@@ -145,7 +145,8 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
 
 
 def _run_problems(config: RunConfig, model: Path, *, update: bool) -> list[str]:
-    return run_problems(config.run, model) or refusals(config, update=update)
+    cache = [] if config.cache is None else run_problems(config.cache, model, key="cache")
+    return [*(run_problems(config.run, model) or refusals(config, update=update)), *cache]
 
 
 def _stages(

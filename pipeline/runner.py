@@ -15,7 +15,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -23,7 +23,7 @@ from pipeline.context import Run, RunContext
 from pipeline.drive import drive
 from pipeline.event_log import EventLog
 from pipeline.provenance import provenance
-from pipeline.schedule import DrivenRun
+from pipeline.schedule import Counts, DrivenRun
 from pipeline.stages.activations import Activations
 from pipeline.stages.assembly import Assembly
 from pipeline.stages.distillation import Distillation
@@ -45,16 +45,6 @@ STAGES: tuple[Stage, ...] = (
     Assembly(),
     Evaluation(),
 )
-
-
-@dataclass
-class RunSummary:
-    """What a call of `run_stages` did."""
-
-    done: dict[str, int] = field(default_factory=dict)
-    """Units done now, by stage."""
-    kept: dict[str, int] = field(default_factory=dict)
-    """Units that were done before, by stage."""
 
 
 def open_run(context: RunContext, *, update: bool) -> Run:
@@ -90,7 +80,7 @@ def run_stages(
     stages: tuple[Stage, ...] = STAGES,
     planned_bytes: Mapping[str, int] | None = None,
     rehash: bool = False,
-) -> RunSummary:
+) -> Counts:
     """Does all of the stages that is not done yet, under the run's lock.
 
     Args:
@@ -105,7 +95,7 @@ def run_stages(
         planned = replace(driven, planned_bytes=planned_bytes or {})
         counts = drive([planned], stages, console, rehash=rehash).counts
         driven.log.write("run_finished")
-    return RunSummary(dict(counts.done), dict(counts.kept))
+    return counts
 
 
 @contextlib.contextmanager

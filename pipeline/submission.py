@@ -27,6 +27,7 @@ from pipeline.provenance import commit
 from pipeline.study.expansion import load_study
 from pipeline.terminal import say
 from storage.location import Location
+from storage.run_directory import CACHE
 
 EXCLUDES = ("/tests", "/docs", "/benchmarks", "/.venv")
 """Of the checkout, what no job needs; what .gitignore names stays behind too."""
@@ -53,7 +54,7 @@ def job_of(path: Path, overrides: Sequence[str], *, update: bool = False, until:
     for override in overrides:
         set_value(values, *parse_override(override), where=f"--set {override!r}")
     config = parse_config(values, str(path))
-    problems = [*_place_problems("run", config.run), *_run_problems(config)]
+    problems = [*_place_problems("run", config.run), *_cache_problems(config), *_run_problems(config)]
     if problems:
         raise ConfigError(problems)
     values.pop("cluster", None)
@@ -66,6 +67,9 @@ def _study_job(path: Path, values: dict[str, Any], overrides: Sequence[str], opt
     study = load_study(path, overrides)
     # What is the same in all runs is said once.
     found = [*_place_problems("study", study.location), *(p for run in study.runs for p in _run_problems(run.config))]
+    first = study.runs[0].config
+    if first.cache != study.location / CACHE:
+        found += _cache_problems(first)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
     base = study.written.base()
@@ -145,11 +149,15 @@ def _write(text: str) -> None:
 def _place_problems(key: str, place: Location) -> list[str]:
     if place.is_absolute():
         return []
-    example = f"--set run=/mnt/runs/{place.name}" if key == "run" else f"{key}: /mnt/runs/{place.name}"
+    example = f"{key}: /mnt/runs/{place.name}" if key == "study" else f"--set {key}=/mnt/runs/{place.name}"
     return [
         f"{key}: {place} is relative, and a job's working directory is a cache that Ray clears: give s3://bucket/prefix, or an "
         f"absolute path that every node of the cluster sees, such as {example}"
     ]
+
+
+def _cache_problems(config: RunConfig) -> list[str]:
+    return [] if config.cache is None else _place_problems("cache", config.cache)
 
 
 def _run_problems(config: RunConfig) -> list[str]:

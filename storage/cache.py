@@ -112,18 +112,14 @@ class Cache:
                 standing = self.read(record.stage, record.fingerprint)
                 # The run has this checkpoint by now, of other bytes perhaps: those of another version of a library.
                 if record.attempt is None and standing is not None and standing.outputs != record.outputs:
-                    self.remove(record)
+                    self.remove(record.stage, record.fingerprint)
                 elif standing is not None:
                     return standing
             else:
                 return record
 
-    def remove(self, record: UnitRecord) -> None:
-        """Declare a unit not done; its files stay."""
-        self.remove_record(record.stage, record.fingerprint)
-
-    def remove_record(self, stage: str, fingerprint: str) -> None:
-        """As :meth:`remove`, of one that may be damaged; fine if there is none."""
+    def remove(self, stage: str, fingerprint: str) -> None:
+        """Declare a unit not done; its files stay. Fine if it is not."""
         self.place.remove(f"{entry_key(stage, fingerprint)}/{RECORD}")
 
     def files_of(self, record: UnitRecord, run: Place) -> tuple[Place, str]:

@@ -109,9 +109,7 @@ class UnitCache:
         return RecordedOutputs(self.run / "cache", self.run, lambda stage, unit: self.records.get((stage, unit)))
 
     def _record(self, stage: str, unit: str, output: UnitOutput, store: UnitStore) -> None:
-        of = store.cache.read(stage, fingerprint({stage: unit}))
-        if of is not None:  # done again
-            store.cache.remove(of)
+        store.cache.remove(stage, fingerprint({stage: unit}))  # it may be done again
         record = UnitRecord(
             stage, unit, fingerprint({stage: unit}), output.attempt, output.outputs, dict(output.result), 0.0, "h", "cpu", 0, 1,
             "w",

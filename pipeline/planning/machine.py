@@ -26,10 +26,10 @@ RESERVE_FRAC = 0.01
 
 @dataclass(frozen=True)
 class Disk:
-    """Room for the run directory."""
+    """Room for the run directory, or for the cache where that is elsewhere."""
 
     existing_bytes: int
-    """What the run directory holds already."""
+    """What is there already."""
     free_bytes: int | None
     """Free on its file system; None in a bucket, which is never full."""
 
@@ -47,23 +47,31 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if folder.exists())
 
 
-def run_problems(run: Location, model: Path) -> list[str]:
-    """Why nothing can be written where the run directory is to be, or must not."""
+def run_problems(run: Location, model: Path, *, key: str = "run") -> list[str]:
+    """Why nothing can be written where the run directory is to be, or must not.
+
+    Args:
+        key: of the configuration, which says where: also that of a cache.
+    """
     if isinstance(run, StoreUrl):
         return []
     if run.resolve().is_relative_to(model.resolve()):
-        return [f"run: {run} lies inside the model {model}, whose folder must not change: give another run directory"]
+        return [
+            f"{key}: {run} lies inside the model {model}, whose folder must not change: give another {key} directory"
+        ]
     there = run.absolute()
     while not os.path.lexists(there):
         there = there.parent
     if not there.is_dir():
         inside = "is" if there == run.absolute() else f"lies inside {there}, which is"
-        return [f"run: {run} {inside} no folder: give another run directory"]
+        return [f"{key}: {run} {inside} no folder: give another {key} directory"]
     try:
         with tempfile.TemporaryFile(dir=there):
             return []
     except OSError as error:
-        return [f"run: {there} is not writable ({error.strerror}), so {run} cannot be made: give another run directory"]
+        return [
+            f"{key}: {there} is not writable ({error.strerror}), so {run} cannot be made: give another {key} directory"
+        ]
 
 
 def refusals(config: RunConfig, *, update: bool) -> list[str]:

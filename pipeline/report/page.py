@@ -14,7 +14,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.context import Run
 from pipeline.event_log import OUT_OF_MEMORY
 from pipeline.report import plots, run_plots
 from pipeline.report.calibration import CalibratedBlock, Refined, read_blocks, read_refined, read_salience
@@ -51,11 +50,6 @@ class Tile:
     label: str
     value: str
     note: str
-
-
-def write_report(run: Run) -> Location:
-    """Writes the report of an opened run; returns where."""
-    return write_report_at(run.directory.location)
 
 
 def write_report_of(path: Path) -> Path:

@@ -57,8 +57,8 @@ def do_study(
     console.line()
     show_results(results, console)
     console.line()
-    done = counted(outcome.done, "unit")
-    say(console, f"{done} done now, {outcome.shared} shared with other runs, {outcome.kept} were done before")
+    done, shared, kept = (units.total() for units in (outcome.counts.done, outcome.counts.shared, outcome.counts.kept))
+    say(console, f"{counted(done, 'unit')} done now, {shared} shared with other runs, {kept} were done before")
     say(console, f"results: {place / TABLE}")
     say(console, f"report:  {place / PAGE}")
     if isinstance(place, StoreUrl):

@@ -16,7 +16,7 @@ from pipeline.context import Run
 from pipeline.drive import drive
 from pipeline.provenance import provenance
 from pipeline.runner import STAGES, driven_runs, open_run
-from pipeline.schedule import DrivenRun, Task
+from pipeline.schedule import Counts, DrivenRun, Task
 from pipeline.stages.stage import Stage
 from pipeline.study.expansion import STUDY_FILE
 from pipeline.study.preparation import PreparedStudy, directory_problems
@@ -45,12 +45,8 @@ class StudyOutcome:
 
     runs: Mapping[str, Run]
     """By label, those set aside too, with the records of what is done."""
-    done: int = 0
-    """Units done now."""
-    shared: int = 0
-    """Units done now by another run that has them too."""
-    kept: int = 0
-    """Units that were done before."""
+    counts: Counts = field(default_factory=Counts)
+    """Units done, shared and kept."""
     failures: dict[str, Failure] = field(default_factory=dict)
     """By label, the first of each run."""
 
@@ -77,8 +73,7 @@ def run_study(
             for run in driven:
                 if run.label not in outcome.failures:
                     run.log.write("run_finished")
-    counts = schedule.counts
-    outcome.done, outcome.shared, outcome.kept = counts.done.total(), counts.shared.total(), counts.kept.total()
+            outcome.counts = schedule.counts
     return outcome
 
 

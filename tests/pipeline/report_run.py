@@ -133,7 +133,7 @@ class RunMaker:
             for name, content in (files or {}).items():
                 store.write_file(f"{stage}/{unit}/{name}", partial(_write, content=content))
             outputs = store.publish()
-        cache.remove_record(stage, of)
+        cache.remove(stage, of)
         cache.create(
             UnitRecord(
                 stage, unit, of, store.attempt, outputs, result, seconds, "node-a", "cpu (x86_64)", 700 * 2**20,

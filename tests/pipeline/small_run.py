@@ -67,7 +67,7 @@ class Recorded:
     def remove(self, stage: str, unit: str) -> None:
         record = self.read(stage, unit)
         assert record is not None
-        self.directory.cache.remove(record)
+        self.directory.cache.remove(stage, record.fingerprint)
 
     @property
     def outputs(self) -> RecordedOutputs:

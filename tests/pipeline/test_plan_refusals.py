@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config.loading import load_config
 from pipeline.config.schema import RunConfig
+from pipeline.plan import plan_config
 from pipeline.planning.machine import lock_notes, refusals
 from pipeline.study.expansion import STUDY_FILE, load_study
 from pipeline.study.preparation import prepare_study
@@ -40,6 +41,15 @@ def with_foreign_files(run: Path, config: RunConfig) -> None:
 def with_a_damaged_configuration(run: Path, config: RunConfig) -> None:
     run.mkdir()
     (run / "config.json").write_text("{")
+
+
+def test_a_cache_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    model = load_config(small_run(tmp_path)).model
+    for cache in (tmp_path / "file" / "cache", model / "cache"):
+        plan = plan_config(load_config(small_run(tmp_path, cache=str(cache))))
+        [problem] = plan.problems
+        assert problem.startswith(f"cache: {cache} ")
 
 
 @pytest.mark.parametrize(

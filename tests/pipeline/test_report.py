@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config.schema import RunConfig
-from pipeline.context import Run, build_context
 from pipeline.fetching import fetch_report
 from pipeline.report import films, run_plots
 from pipeline.report.calibration import layer_kinds, read_blocks, read_salience, sqnr_map
@@ -30,7 +29,7 @@ from pipeline.report.figure import figure_labels, figure_text, ticks
 from pipeline.report.frames import compare_frames
 from pipeline.report.grid import Cell, Grid, GridRow, Heading, cells, grid
 from pipeline.report.measurements import ModelMeasurements, measure, measure_noise_floor, table
-from pipeline.report.page import write_report, write_report_of
+from pipeline.report.page import write_report_at, write_report_of
 from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
 from pipeline.report.run_data import read_run
 from pipeline.report.timeline import Bar, Timeline, read_timeline
@@ -538,8 +537,7 @@ def test_report_of_an_opened_run(tmp_path: Path, digits_model: Path) -> None:
             },
         }
     )
-    context = build_context(config, weights=False)
     directory = RunDirectory.open_or_create(config.run, config.identity(), {})
-    report = write_report(Run(context, directory, directory.cache))
+    report = write_report_at(directory.location)
     assert report == directory.report
     assert digits_model.name in _Page(report.read_text(encoding="utf-8")).text

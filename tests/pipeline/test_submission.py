@@ -193,12 +193,13 @@ def problems_of(path: Path, *overrides: str) -> str:
 def test_what_a_job_could_not_do_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     path = small_run(tmp_path)
     text = problems_of(
-        path, "run=runs/demo", "cluster.address=local", "workers.num_workers=0", "model=models/nowhere",
+        path, "run=runs/demo", "cache=runs/units", "cluster.address=local", "workers.num_workers=0", "model=models/nowhere",
         "prompts.held_out=../h.txt", "prompts.num_calibration=500",
         "prompts.calibration=configs/prompts/digits_calibration.txt", "evaluation.recognizer=tests/pipeline",
     ).splitlines()  # fmt: skip
     for key, value in (
-        ("run", "runs/demo"), ("cluster.address", "'local'"), ("workers.num_workers", "0"), ("model", "models/nowhere"),
+        ("run", "runs/demo"), ("cache", "runs/units"),
+        ("cluster.address", "'local'"), ("workers.num_workers", "0"), ("model", "models/nowhere"),
         ("prompts.held_out", "../h.txt"), ("evaluation.recognizer", "tests/pipeline"), ("prompts.num_calibration", "500"),
     ):  # fmt: skip
         assert [line for line in text if key in line and value in line], (key, text)
@@ -248,6 +249,7 @@ def test_what_the_job_of_a_study_could_not_do_is_refused_before_it_is_sent(tmp_p
     place, model = problems_of(path).splitlines()
     assert names(place, "study", "runs/study", "/mnt/runs/study")
     assert names(model, "model", "models/nowhere")
+    assert names(problems_of(study_file(tmp_path), "cache=runs/units"), "cache", "runs/units", "/mnt/runs/units")
     wrong = study_file(tmp_path, settings=[{"name": "naive", "set": {"method": "x"}}])
     assert names(problems_of(wrong), "setting 'naive'", "method")
 

@@ -73,7 +73,7 @@ def test_the_first_record_stands_and_readers_see_its_attempt_alone(cache: Cache)
     assert found is not None
     assert found.attempt == "1"
     assert list(cache.dead_attempts()) == [f"{first.key}/2"]
-    cache.remove(first)
+    cache.remove(first.stage, first.fingerprint)
     assert create(cache, second) == second
     assert list(cache.dead_attempts()) == [f"{first.key}/1"]
 
@@ -150,8 +150,8 @@ def test_what_is_no_record_is_named_with_the_way_out(cache: Cache, content: byte
     cache.place.put("s/f/record.json", content)
     with raises(DamagedRecord, f"{cache.location}/s/f/record.json", "delete"):
         cache.read("s", "f")
-    cache.remove_record("s", "f")
-    cache.remove_record("s", "f")
+    cache.remove("s", "f")
+    cache.remove("s", "f")
     assert cache.read("s", "f") is None
 
 

@@ -93,7 +93,7 @@ def test_damage_is_found_by_the_reader_and_by_the_check(run: Path, shape: str, f
     assert problem.startswith(f"{victim.key}/{victim.attempt}/{output.path}: ")
     assert torch.equal(store.read("trajectories/other/x"), tensor)
 
-    store.cache.remove(victim)
+    store.cache.remove(victim.stage, victim.fingerprint)
     again = done(run, "u", x=tensor)
     assert again.outputs == victim.outputs
     assert again.attempt != victim.attempt

@@ -63,7 +63,7 @@ def write_units(connection: Connection, path: Path) -> None:
             with unit_store(path, unit) as store:
                 store.write(f"trajectories/{unit}/a", torch.full((300, 300), float(number)))
                 record = record_of(store, unit, result={"n": number})
-                store.cache.remove(record)  # as one that is found damaged
+                store.cache.remove(record.stage, record.fingerprint)  # as one that is found damaged
                 store.cache.create(record, store.run)
             connection.send(unit)
 

@@ -187,7 +187,7 @@ class TestPlace:
         short, absent = cache.problems(record, run, deep=False)
         assert names(short, data, 400003, 400004)
         assert names(absent, metadata, "missing")
-        cache.remove(record)
+        cache.remove(record.stage, record.fingerprint)
         with raises(ValueError, "trajectories/u", data, 400003, 400004, metadata):
             cache.create(record, run)
 

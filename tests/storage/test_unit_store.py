@@ -275,7 +275,7 @@ def test_only_what_the_record_of_an_input_names_is_read(tmp_path: Path) -> None:
     assert store.read("trajectories/v/a").sum() == 3
     with raises(DamagedArray, "trajectories/v/b"):
         store.read("trajectories/v/b")
-    store.cache.remove(record)
+    store.cache.remove(record.stage, record.fingerprint)
     with raises(DamagedArray, "trajectories/v", "not done"):
         unit_store(tmp_path, v=record.fingerprint).read("trajectories/v/a")
 
