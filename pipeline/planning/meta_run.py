@@ -95,6 +95,8 @@ class _Dispatch(TorchDispatchMode):
         given = kwargs or {}
         if _gives_view(func):
             return func(*args, **given)
+        if isinstance(out := given.get("out"), Tensor) and out.device == META:
+            return out  # allocates nothing; not every release of torch knows all of them on the meta device
         if (known_answer := answer(func, args)) is not None:
             return known_answer()
         if func is torch.ops.aten._to_copy.default and args[0].device == META and given.get("device") == _CPU:
@@ -107,15 +109,15 @@ class _Dispatch(TorchDispatchMode):
             return args[0]
         if known:
             shape, strides, dtype = known
-            out: Any = torch.empty_strided(shape, strides, dtype=dtype, device=META)
+            made: Any = torch.empty_strided(shape, strides, dtype=dtype, device=META)
         else:
-            out = func(*args, **given)
+            made = func(*args, **given)
             if len(_made) < MOST_OPERATIONS:
-                _learn(key, func, args, out)
-        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+                _learn(key, func, args, made)
+        for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self._live.see(leaf)
-        return out
+        return made
 
 
 @cache

@@ -67,6 +67,19 @@ def test_attention_is_fused(keywords: bool) -> None:
     assert peak_on_meta(work) < row * 16 + row + 2 * (row * 16) + 2 * (3 * 11 * 16 * 4) + 100
 
 
+def test_a_result_in_a_given_tensor_takes_nothing() -> None:
+    """Also of operations without a meta kernel, as torch 2.11's `addmm` with a dtype of its own for the result."""
+    library = torch.library.Library("reelquant_tests", "FRAGMENT")
+    library.define("negate(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")
+    x, gram = torch.empty(64, 32, device=META), torch.empty(32, 32, device=META)
+
+    def work() -> None:
+        assert torch.ops.reelquant_tests.negate(x, out=gram) is gram
+        torch.addmm(gram, x.T, x, out=gram)
+
+    assert peak_on_meta(work, holding=[x, gram]) == 4 * (64 * 32 + 32 * 32)
+
+
 def test_a_backward_pass_keeps_its_inputs() -> None:
     layers = nn.Sequential(nn.Linear(64, 64, bias=False), nn.GELU(), nn.Linear(64, 64, bias=False)).to(META)
     x = empty(100, 64)
