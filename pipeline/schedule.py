@@ -223,9 +223,10 @@ class Schedule:
                 self._open.append(item)
 
     def _note(self, driven: DrivenRun, stage: Stage, *units: ListedUnit) -> None:
-        known = self._listed[driven.label].setdefault(stage.name, {})
-        known.update({unit.name: unit for unit in units})
-        self._changed[driven.label] = driven
+        stages = self._listed[driven.label]
+        if stage.name not in stages or any(stages[stage.name].get(unit.name) != unit for unit in units):
+            stages.setdefault(stage.name, {}).update({unit.name: unit for unit in units})
+            self._changed[driven.label] = driven
 
 
 def _key(driven: DrivenRun, stage: Stage, unit: StageUnit) -> Key:
