@@ -81,8 +81,8 @@ class Bucket:
                 "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
             },
         )
-        self._listing: tuple[str, dict[str, FileState]] | None = None
-        """Beginning of the keys of a folder, and what was in it."""
+        self._listings: dict[object, tuple[str, dict[str, FileState]]] = {}
+        """Beginning of the keys of a folder, and what was in it; those of several threads may overlap in any order."""
 
     @property
     def location(self) -> StoreUrl:
@@ -109,21 +109,24 @@ class Bucket:
 
     @contextlib.contextmanager
     def listed(self, folder: str = "") -> Iterator[None]:
-        before, prefix = self._listing, f"{folder}/" if folder else ""
-        if before is None or not prefix.startswith(before[0]):
-            self._listing = prefix, {str(found["path"]): _state(found) for found in self._all(folder)}
+        prefix, token = f"{folder}/" if folder else "", object()
+        if self._listing_of(prefix) is None:
+            self._listings[token] = prefix, {str(found["path"]): _state(found) for found in self._all(folder)}
         try:
             yield
         finally:
-            self._listing = before
+            self._listings.pop(token, None)
+
+    def _listing_of(self, key: str) -> dict[str, FileState] | None:
+        return next((found for prefix, found in list(self._listings.values()) if key.startswith(prefix)), None)
 
     def _look_up(self, key: str) -> FileState | None:
-        """The state of a file of the listed folder; None of another one. Raises FileNotFoundError."""
-        if (listing := self._listing) is None or not key.startswith(listing[0]):
+        """The state of a file of a listed folder; None of another one. Raises FileNotFoundError."""
+        if (listing := self._listing_of(key)) is None:
             return None
-        if key not in listing[1]:
+        if key not in listing:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._url / key))
-        return listing[1][key]
+        return listing[key]
 
     def checksum(self, key: str) -> str:
         digest = hashlib.sha256()

@@ -37,6 +37,26 @@ with RunDirectory(sys.argv[1]).lock():
 """
 
 
+def test_what_was_listed_counts_no_longer_than_its_body(s3: S3Server) -> None:
+    """Also where bodies of several threads overlap, which share the place of a cache."""
+    place = open_place(new_prefix("cache"))
+    for key in ("a/x", "b/x"):
+        place.put(key, b"content")
+    first, second = place.listed("a"), place.listed("b")
+    first.__enter__()
+    second.__enter__()
+    place.remove("a/x")
+    assert place.stat("a/x").num_bytes == 7
+    first.__exit__(None, None, None)
+    with pytest.raises(FileNotFoundError):
+        place.stat("a/x")
+    second.__exit__(None, None, None)
+    place.remove("b/x")
+    for key in ("a/x", "b/x"):
+        with pytest.raises(FileNotFoundError):
+            place.stat(key)
+
+
 def test_an_outage_is_waited_out(s3: S3Server) -> None:
     place = open_place(new_prefix("run"))
     place.put("a", b"before")
