@@ -89,7 +89,9 @@ def list_units(run: RunDirectory, stage: str, *units: str) -> None:
     """Adds units to the run's list, as its driver does."""
     listed = {name: list(found) for name, found in run.units().items()}
     known = {unit.name for unit in listed.setdefault(stage, [])}
-    listed[stage] += [ListedUnit(unit, fingerprint({stage: unit})) for unit in units if unit not in known]
+    listed[stage] += [
+        ListedUnit(unit, fingerprint({stage: unit})) for unit in dict.fromkeys(units) if unit not in known
+    ]
     run.write_units(listed)
 
 
