@@ -1,4 +1,4 @@
-"""A run directory with what the workers write: real Zarr arrays, manifest records and events, without any model."""
+"""A run directory with what the workers write: real Zarr arrays, records and events, without any model."""
 
 from __future__ import annotations
 

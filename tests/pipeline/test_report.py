@@ -100,12 +100,12 @@ def evaluated(path: Path, shape: RunShape = SMALL, **changes: Any) -> RunMaker:
 
 def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Path, complete_page: _Page) -> None:
     page = complete_page
-    manifest = Recorded(complete)
+    recorded = Recorded(complete)
     for method in SMALL.methods:
-        psnr = [manifest.read("evaluation", f"{method}-prompt-{i:03d}").result["psnr_db"] for i in range(3)]  # type: ignore[union-attr]
+        psnr = [recorded.read("evaluation", f"{method}-prompt-{i:03d}").result["psnr_db"] for i in range(3)]  # type: ignore[union-attr]
         assert f"{statistics.fmean(psnr):.2f} ± {statistics.stdev(psnr):.2f}" in page.text
         assert f"{min(psnr):.2f} (prompt-{psnr.index(min(psnr)):03d})" in page.text
-        ssim = [manifest.read("evaluation", f"{method}-prompt-{i:03d}").result["ssim"] for i in range(3)]  # type: ignore[union-attr]
+        ssim = [recorded.read("evaluation", f"{method}-prompt-{i:03d}").result["ssim"] for i in range(3)]  # type: ignore[union-attr]
         assert f"{statistics.fmean(ssim):.4f} ± {statistics.stdev(ssim):.4f}" in page.text
     for shown in ("6.49 GiB", "from 23.88 GiB in 16 bits", "3.68 ×", "3 of 3 (100 %)", "0123abcd", "torch", "2.13.0"):
         assert shown in page.text
@@ -113,7 +113,7 @@ def test_complete_run_shows_every_section_and_the_measured_numbers(complete: Pat
     assert "fell back" not in page.text
     assert COMMIT not in page.text, "a hash takes no line of its own"
     # What is copied from the page loads: the folder's name is a string of Python.
-    path = f"{complete.name}/{manifest.read('assembly', 's2q').result['checkpoint']}"  # type: ignore[union-attr]
+    path = f"{complete.name}/{recorded.read('assembly', 's2q').result['checkpoint']}"  # type: ignore[union-attr]
     assert f"from_pretrained({json.dumps(path)}, dtype=torch.bfloat16)" in page.text
     figures = [address for address in page.addresses if address.startswith("data:image/svg")]
     assert len(figures) == 7  # strips, salience, its parts, losses, SQNR, Gantt chart, timeline

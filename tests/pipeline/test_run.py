@@ -42,20 +42,20 @@ def count(run: Path, stage: str) -> dict[str, int]:
 
 def test_everything_is_there(finished_run: Path) -> None:
     run = finished_run / "run"
-    manifest = Recorded(run)
+    recorded = Recorded(run)
     units = {
-        stage: [record.unit for record in manifest.records(stage)]
+        stage: [record.unit for record in recorded.records(stage)]
         for stage in ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")
     }
     assert {stage: len(names) for stage, names in units.items()} == {
         "trajectories": 2, "selection": 1, "activations": 3, "distillation": 4, "assembly": 1, "evaluation": 4,
     }  # fmt: skip
-    result = manifest.records("assembly")[0].result
+    result = recorded.records("assembly")[0].result
     assert result["bits"] == "W4A8"
     assert result["compression"] > 3.2
-    scores = manifest.records("selection")[0].result["scores"]
+    scores = recorded.records("selection")[0].result["scores"]
     assert all(len(rows) == 2 and len(rows[0]) == 3 for rows in scores.values())
-    fidelity = next(r.result for r in manifest.records("evaluation") if r.unit.startswith("s2q"))
+    fidelity = next(r.result for r in recorded.records("evaluation") if r.unit.startswith("s2q"))
     assert 5 < fidelity["psnr_db"] < 60
     films = sorted((run / "evaluation").glob("*.mp4"))
     assert [film.stem for film in films] == ["full_precision-prompt-000", "s2q-prompt-000"]

@@ -30,7 +30,7 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
     evaluation = {"settings": {"wide": {"density": 0.6}}}
     done = call("run", str(small_run(tmp_path, method=METHOD, bits=BITS, evaluation=evaluation)))
     assert done.returncode == 0, done.stdout + done.stderr
-    manifest = Recorded(tmp_path / "run")
+    recorded = Recorded(tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint"
     stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
     # Of the three steps the first is protected: the noise levels are 1, 0.857 and 0.6.
@@ -41,7 +41,7 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
     assert all(len(kinds) == 3 and set(kinds) <= {"s", "t"} for kinds in sparse["head_kinds"].values())
     assert (sparse["interval"], sparse["residual"]["rank"], sparse["precision"]) == (2, 8, "int8_16")
     for model, density in (("s2q_quantsparse", 0.4), ("wide", 0.6)):
-        video, forced = (manifest.read("evaluation", f"{model}-{unit}") for unit in ("prompt-000", "velocity-000"))
+        video, forced = (recorded.read("evaluation", f"{model}-{unit}") for unit in ("prompt-000", "velocity-000"))
         assert video is not None
         assert forced is not None
         # One block of nine dense; of three steps two are refreshes, as by the interval.
@@ -49,13 +49,13 @@ def test_a_sparse_run_from_trajectories_to_a_checkpoint_that_runs_sparse(tmp_pat
         assert video.result["effective_density"] == forced.result["effective_density"] == expected
         assert video.result["psnr_db"] > 15
         assert all(0 < error < 0.1 for error in forced.result["prompts"]["prompt-000"]["velocity_error"])
-    for segment in manifest.records("distillation"):
+    for segment in recorded.records("distillation"):
         for block in segment.result["blocks"].values():
             assert set(block["attention_losses"]) == {"global", "local"}
     report = (tmp_path / "run" / "report.html").read_text()
     assert "s2q_quantsparse" in report
     assert "s2q_quantsparse, other settings" in report
-    [refined] = manifest.records("refinement")
+    [refined] = recorded.records("refinement")
     measured = refined.result["residual"]
     assert measured["refresh_steps"] in ([0, 1], [0, 2])
     assert (sparse["refresh_at"], sparse["residual"]["gain"]) == (measured["refresh_at"], measured["gain"])
