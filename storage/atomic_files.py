@@ -95,18 +95,13 @@ def write_bytes_atomic(path: Path, data: bytes, *, exclusive: bool = False) -> N
     sync_directory(path.parent)
 
 
-def write_json_atomic(path: Path, value: Any, *, exclusive: bool = False) -> None:
-    """Write ``value`` as JSON with sorted keys (equal values give equal bytes) through :func:`write_bytes_atomic`.
+def json_bytes(value: Any) -> bytes:
+    """``value`` as JSON with sorted keys: equal values give equal bytes.
 
     Raises:
         ValueError: ``value`` holds NaN or infinity, which JSON does not know.
         TypeError: ``value`` holds something that is not JSON.
     """
-    write_bytes_atomic(path, json_bytes(value), exclusive=exclusive)
-
-
-def json_bytes(value: Any) -> bytes:
-    """``value`` as JSON with sorted keys: equal values give equal bytes. Raises as :func:`write_json_atomic`."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 

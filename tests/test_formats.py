@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.fetching import fetch_checkpoint
-from pipeline.report.page import write_report_of
 from pipeline.run_state import read_status
 from reelquant.checkpoint.verify import verify_checkpoint
 from storage.run_directory import RunDirectory, RunFormatUnknown
 from tests.errors import raises
+from tests.pipeline.small_run import write_report_of
 from tools.make_fixtures import latents
 
 FIXTURES = Path(__file__).with_name("fixtures")

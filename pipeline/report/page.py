@@ -52,12 +52,6 @@ class Tile:
     note: str
 
 
-def write_report_of(path: Path) -> Path:
-    """As `write_report_at`, of a run in a folder."""
-    write_report_at(path)
-    return RunDirectory(path).report
-
-
 def write_report_at(location: Location) -> Location:
     """Writes the report of the run at `location`, complete or not, into the run; returns where.
 

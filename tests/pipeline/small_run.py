@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.report.page import write_report_at
 from storage.cache import DamagedRecord, UnitRecord, fingerprint
 from storage.recorded_outputs import RecordedOutputs
 from storage.run_directory import ListedUnit, RunDirectory
@@ -116,6 +117,12 @@ def record_unit(
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
+
+
+def write_report_of(run: Path) -> Path:
+    """Writes the report of a run, and returns its file."""
+    write_report_at(run)
+    return RunDirectory(run).report
 
 
 def command(*arguments: str) -> list[str]:

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from pipeline.config.loading import load_config
 from pipeline.event_log import read_events
 from pipeline.plan import plan_config
-from pipeline.report.page import write_report_of
 from pipeline.run_state import read_status
 from reelquant.checkpoint.verify import verify_checkpoint
 from reelquant.quantization.linear import QuantizedLinear
-from tests.pipeline.small_run import ROOT, Recorded, call, small_run
+from tests.pipeline.small_run import ROOT, Recorded, call, small_run, write_report_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -29,7 +29,7 @@ from pipeline.report.figure import figure_labels, figure_text, ticks
 from pipeline.report.frames import compare_frames
 from pipeline.report.grid import Cell, Grid, GridRow, Heading, cells, grid
 from pipeline.report.measurements import ModelMeasurements, measure, measure_noise_floor, table
-from pipeline.report.page import write_report_at, write_report_of
+from pipeline.report.page import write_report_at
 from pipeline.report.quantities import bytes_text, fraction_text, seconds_text, spread, spread_text
 from pipeline.report.run_data import read_run
 from pipeline.report.timeline import Bar, Timeline, read_timeline
@@ -39,7 +39,7 @@ from reelquant.calibration.salience import select_salient
 from storage.run_directory import RunDirectory
 from tests.errors import raises
 from tests.pipeline.report_run import COMMIT, LOSS_PER_METHOD, RunMaker, RunShape
-from tests.pipeline.small_run import Recorded
+from tests.pipeline.small_run import Recorded, write_report_of
 
 SCRIPT = "<script>alert(1)</script>"
 SMALL = RunShape()
