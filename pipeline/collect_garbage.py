@@ -10,13 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.study.status import is_study, run_labels
 from pipeline.terminal import counted, human_bytes, new_table, say, say_sentence, say_table
-from storage.cache import RECORD, Cache, entry_key
-from storage.hashed_files import NAME as HASHED
+from storage.cache import RECORD, Cache, entry_key, is_units
 from storage.location import Location
 from storage.run_directory import RunDirectory
 
@@ -46,10 +46,10 @@ def find_garbage(location: Location, runs: Sequence[Location]) -> list[Garbage]:
     needed, problems = set(), []
     for run in (directory for place in runs for directory in _runs_at(place)):
         units = run.units()
-        if run.cache.location != location:
+        if _resolved(run.cache.location) != _resolved(location):
             problems.append(f"{run.location} keeps its units in {run.cache.location}, not in {location}")
         elif not units:
-            problems.append(f"{run.location} has no units.json: run it once, so that its units are known")
+            problems.append(f"{run.location} has listed no units: run it once, so that they are known")
         needed |= {
             entry_key(s, u.fingerprint) for s, found in units.items() for u in found if u.fingerprint is not None
         }
@@ -59,19 +59,23 @@ def find_garbage(location: Location, runs: Sequence[Location]) -> list[Garbage]:
     return list(_candidates(cache, needed, dead))
 
 
+def _resolved(location: Location) -> Location:
+    return location.resolve() if isinstance(location, Path) else location
+
+
 def _runs_at(location: Location) -> list[RunDirectory]:
     if not is_study(location):
         return [RunDirectory.open(location)]
-    return [RunDirectory.open(location / label) for label in run_labels(location)]
+    return [RunDirectory.open(location / label) for label in run_labels(location, begun=False)]
 
 
 def _candidates(cache: Cache, needed: set[str], dead: set[str]) -> Iterator[Garbage]:
     sizes: Counter[str] = Counter()
     changed: dict[str, float] = {}
     for key, num_bytes, moment in cache.place.files():
-        parts = key.split("/")
-        if len(parts) < 3 or key == HASHED:
+        if not is_units(key):
             continue
+        parts = key.split("/")
         entry, attempt = "/".join(parts[:2]), "/".join(parts[:3])
         place = entry if entry not in needed else attempt
         if entry in needed and (attempt not in dead or parts[2] == RECORD):

@@ -123,8 +123,8 @@ class Schedule:
         """Of units under way: the other runs that have it."""
         self._settings: dict[tuple[str, str], Any] = {}
         self._ready: list[Task] = []
-        self._listed: dict[str, dict[str, dict[str, ListedUnit]]] = {driven.label: {} for driven in runs}
-        """By run, stage and name."""
+        self._listed = {driven.label: _listed_before(driven) for driven in runs}
+        """By run, stage and name: what was listed before, until its stage and then its unit are come to."""
         self._changed: dict[str, DrivenRun] = {}
         """Runs whose list of units is not written."""
 
@@ -172,7 +172,11 @@ class Schedule:
     def _list(self, item: _Item) -> list[UnitPlan]:
         driven, stage = item.driven, item.stage
         plans = stage.plan(driven.run)
-        self._note(driven, stage, *(ListedUnit(plan.name) for plan in plans))
+        known = self._listed[driven.label].get(stage.name, {})
+        kept = {plan.name: known.get(plan.name, ListedUnit(plan.name)) for plan in plans}
+        if list(known.values()) != list(kept.values()):
+            self._listed[driven.label].pop(stage.name, None)
+        self._note(driven, stage, *kept.values())
         self._open.extend(_Item(driven, stage, plan) for plan in plans)
         if plans:
             self._planned(stage, [driven.full_name(plan.name) for plan in plans])
@@ -211,7 +215,9 @@ class Schedule:
         item.missing = set(missing)
         if item.plan is not None:
             needs = tuple(sorted("/".join(key) for key in item.missing))
-            self._note(item.driven, item.stage, ListedUnit(item.plan.name, None, needs))
+            known = self._listed[item.driven.label].get(item.stage.name, {}).get(item.plan.name)
+            fingerprint = None if known is None else known.fingerprint
+            self._note(item.driven, item.stage, ListedUnit(item.plan.name, fingerprint, needs))
         for stage, name in item.missing:
             self._waiting[item.driven.label, stage, name].append(item)
 
@@ -227,6 +233,14 @@ class Schedule:
         if stage.name not in stages or any(stages[stage.name].get(unit.name) != unit for unit in units):
             stages.setdefault(stage.name, {}).update({unit.name: unit for unit in units})
             self._changed[driven.label] = driven
+
+
+def _listed_before(driven: DrivenRun) -> dict[str, dict[str, ListedUnit]]:
+    try:
+        found = driven.run.directory.units()
+    except ValueError:  # written anew
+        return {}
+    return {stage: {unit.name: unit for unit in units} for stage, units in found.items()}
 
 
 def _key(driven: DrivenRun, stage: Stage, unit: StageUnit) -> Key:

@@ -22,8 +22,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from storage.atomic_files import json_bytes
+from storage.hashed_files import NAME as HASHED
 from storage.hashed_files import HashedFiles
 from storage.location import Location
+from storage.lock import USERS_FILE
 from storage.open_place import open_place
 from storage.output_file import OutputFile
 from storage.place import Place
@@ -35,6 +37,8 @@ ALWAYS_HASHED_BYTES = 64 * 1024
 """Files up to this size (metadata, mostly) are hashed by every check, deep or not."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
+_ENTRY, _ATTEMPT = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{16}")
+"""Names of the folders of units and attempts; nothing else in a cache's folder is ever removed."""
 
 
 class DamagedRecord(ValueError):
@@ -148,7 +152,20 @@ class Cache:
         """Stage and fingerprint of every entry, done or not."""
         for stage in self.place.subfolders():
             for fingerprint in self.place.subfolders(stage):
-                yield stage, fingerprint
+                if _ENTRY.fullmatch(fingerprint):
+                    yield stage, fingerprint
+
+    def foreign(self) -> list[str]:
+        """Keys that no driver has put there: the folder is no cache, or not a cache alone."""
+        folders = [stage for stage in self.place.subfolders() if not stage.startswith(".")]
+        files = [name for name in self.place.names("") if not name.startswith(".") and name not in (HASHED, USERS_FILE)]
+        inside = [
+            f"{stage}/{name}"
+            for stage in folders
+            for name in (*self.place.subfolders(stage), *self.place.names(stage))
+            if not name.startswith(".") and not _ENTRY.fullmatch(name)
+        ]
+        return sorted([*files, *inside])
 
     def sweep(self) -> None:
         """Remove the attempts that no record names, while nobody else writes into the cache."""
@@ -165,7 +182,13 @@ class Cache:
             except ValueError:
                 continue
             named = None if record is None else record.attempt
-            yield from (f"{entry}/{attempt}" for attempt in attempts if attempt != named)
+            yield from (f"{entry}/{a}" for a in attempts if a != named and _ATTEMPT.fullmatch(a))
+
+
+def is_units(key: str) -> bool:
+    """Whether a key in a cache is that of a unit's record, or of a file of an attempt."""
+    parts = key.split("/")
+    return len(parts) > 2 and bool(_ENTRY.fullmatch(parts[1]) and (parts[2] == RECORD or _ATTEMPT.fullmatch(parts[2])))
 
 
 def entry_key(stage: str, fingerprint: str) -> str:

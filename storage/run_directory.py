@@ -121,7 +121,7 @@ class RunDirectory:
         Raises:
             RunConfigMismatch: the stored configuration differs; lists every differing key.
             RunFormatUnknown: written by a newer program, or one of format 1.
-            RunLocked: ``update`` while a driver is at work.
+            RunLocked: ``update``, or another ``cache``, while a driver is at work.
             ValueError: a URL of another kind, somebody else's folder, or an unreadable ``config.json``.
         """
         run = cls(location)
@@ -136,11 +136,14 @@ class RunDirectory:
             run._refuse_foreign_folder()
             with contextlib.suppress(FileExistsError):  # another driver was faster: compare with its file
                 run.place.put(_CONFIG_FILE, json_bytes(document), exclusive=True)
+                run.write_units({})
         if run._differences(document["config"], update=update):
             with run.lock():
+                run.write_units({})  # they were of the other configuration
                 run.place.put(_CONFIG_FILE, json_bytes(document))
         elif (stored := run._read_config_file())["cache"] != document["cache"]:
-            run.place.put(_CONFIG_FILE, json_bytes({**stored, "cache": document["cache"]}))
+            with run.lock():
+                run.place.put(_CONFIG_FILE, json_bytes({**stored, "cache": document["cache"]}))
         return run
 
     @classmethod
@@ -180,7 +183,7 @@ class RunDirectory:
         """The units that a driver has listed, by stage; a stage whose units are not known yet is not there.
 
         Raises:
-            ValueError: the file is not readable.
+            ValueError: the file is missing or not readable.
         """
         try:
             stages = json.loads(self.place.read(UNITS_FILE))["stages"]
@@ -188,11 +191,11 @@ class RunDirectory:
                 stage: tuple(ListedUnit(u["name"], u["fingerprint"], tuple(u["needs"])) for u in units)
                 for stage, units in stages.items()
             }
-        except FileNotFoundError:
-            return {}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
             path = self.location / UNITS_FILE
-            raise ValueError(f"{path} is not readable ({error!r}): run it again, and it is written anew") from error
+            raise ValueError(
+                f"{path} is not readable ({error!r}): run it again, and it is written anew; nothing that is done is lost"
+            ) from error
 
     def records(self, *stages: str) -> dict[tuple[str, str], UnitRecord | DamagedRecord]:
         """Records of the listed units, of these stages or of all, by stage and unit; in place of a damaged one, the error that

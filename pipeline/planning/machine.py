@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel
 from pipeline.terminal import human_bytes
+from storage.cache import Cache
 from storage.location import Location, StoreUrl
 from storage.lock import driver_of
 from storage.open_place import open_place
@@ -55,6 +56,9 @@ def run_problems(run: Location, model: Path, *, key: str = "run") -> list[str]:
     """
     if isinstance(run, StoreUrl):
         return []
+    if key == "cache" and run.is_dir() and (foreign := Cache(run).foreign()):
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        return [f"cache: {run} holds {shown}, which no run has put there: give a new or empty folder, or a run's cache"]
     if run.resolve().is_relative_to(model.resolve()):
         return [
             f"{key}: {run} lies inside the model {model}, whose folder must not change: give another {key} directory"

@@ -57,12 +57,13 @@ def show_study_status(location: Location, console: Console) -> None:
     )
 
 
-def run_labels(location: Location) -> list[str]:
-    """Labels of a study's runs that have begun, those of settings that the study had earlier too."""
+def run_labels(location: Location, *, begun: bool = True) -> list[str]:
+    """Labels of a study's runs that have begun, those of settings that the study had earlier too; without `begun` of all of
+    its folders, also of what is no run."""
     place = open_place(location)
     seeds = sorted((name for name in place.subfolders() if name.startswith("seed-")), key=_number)
     labels = [f"{seed}/{name}" for seed in seeds for name in place.subfolders(seed)]
-    return [label for label in labels if "config.json" in place.names(label)]
+    return [label for label in labels if not begun or "config.json" in place.names(label)]
 
 
 def _number(seed: str) -> tuple[int, str]:

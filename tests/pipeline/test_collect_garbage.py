@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.collect_garbage import find_garbage
 from storage.cache import UnitRecord, fingerprint
 from storage.folder import Folder
 from storage.location import Location, parse_location
 from storage.run_directory import RunDirectory
-from tests.errors import names
+from tests.errors import names, raises
 from tests.pipeline.small_run import call, list_units, record_unit
 from tests.s3_server import new_prefix
+
+DEAD = "d" * 16
+"""The attempt of a killed worker."""
 
 
 def grow_old(folder: Path, seconds: float = 25 * 3600) -> None:
@@ -37,7 +41,7 @@ def runs(tmp_path: Path) -> tuple[RunDirectory, RunDirectory]:
     first, second = run_of(tmp_path / "first", cache, "a", "shared"), run_of(tmp_path / "second", cache, "b")
     list_units(second, "trajectories", "shared")
     record_unit(first, "trajectories", "older", {}, content=b"of another configuration")
-    dead = cache / "trajectories" / fingerprint({"trajectories": "a"}) / "dead"
+    dead = cache / "trajectories" / fingerprint({"trajectories": "a"}) / DEAD
     dead.mkdir()
     (dead / "file").write_bytes(b"of a killed worker")
     grow_old(cache)
@@ -50,7 +54,7 @@ def kept(run: RunDirectory) -> dict[str, UnitRecord | None]:
 
 def test_what_no_run_lists_goes_when_asked_for(runs: tuple[RunDirectory, RunDirectory], tmp_path: Path) -> None:
     first, second = runs
-    arguments = ("gc", str(tmp_path / "cache"), "--runs", str(first.path), "--runs", str(second.path))
+    arguments = ("gc", str(tmp_path / "first" / ".." / "cache"), "--runs", str(first.path), "--runs", str(second.path))
     before = sorted(tmp_path.rglob("*"))
     asked = call(*arguments)
     assert asked.returncode == 0, asked.stdout
@@ -59,7 +63,7 @@ def test_what_no_run_lists_goes_when_asked_for(runs: tuple[RunDirectory, RunDire
     done = call(*arguments, "--delete")
     assert done.returncode == 0, done.stdout
     gone = [path for path in before if not path.exists()]
-    assert {path.parent.name if path.is_file() else path.name for path in gone} >= {"dead"}
+    assert {path.parent.name if path.is_file() else path.name for path in gone} >= {DEAD}
     assert first.cache.read("trajectories", fingerprint({"trajectories": "older"})) is None
     assert list(first.cache.dead_attempts()) == []
     for run in runs:
@@ -100,6 +104,17 @@ def test_runs_that_say_nothing_of_the_cache_are_refused(
     assert refused.returncode == 1
     assert str(place) in refused.stdout.replace("\n", "")
     assert sorted((tmp_path / "cache").rglob("*")) == before
+
+
+def test_a_study_s_folder_that_is_no_run_is_refused(runs: tuple[RunDirectory, RunDirectory], tmp_path: Path) -> None:
+    first, _ = runs
+    (tmp_path / "study" / "seed-0").mkdir(parents=True)
+    (tmp_path / "study" / "study.json").write_text("{}")
+    place = tmp_path / "study" / "seed-0" / "s2q"
+    run_of(place, tmp_path / "cache", "b")
+    (place / "config.json").unlink()
+    with raises(ValueError, place, "config.json"):
+        find_garbage(tmp_path / "cache", [first.path, tmp_path / "study"])
 
 
 @pytest.mark.usefixtures("s3")

@@ -43,10 +43,11 @@ def with_a_damaged_configuration(run: Path, config: RunConfig) -> None:
     (run / "config.json").write_text("{")
 
 
-def test_a_cache_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     model = load_config(small_run(tmp_path)).model
-    for cache in (tmp_path / "file" / "cache", model / "cache"):
+    (tmp_path / "photos" / "2020").mkdir(parents=True)
+    for cache in (tmp_path / "file" / "cache", model / "cache", tmp_path):
         plan = plan_config(load_config(small_run(tmp_path, cache=str(cache))))
         [problem] = plan.problems
         assert problem.startswith(f"cache: {cache} ")

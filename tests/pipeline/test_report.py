@@ -303,9 +303,9 @@ def test_records_of_an_older_configuration_are_left_out(tmp_path: Path) -> None:
     run = RunMaker(tmp_path / "run", SMALL).everything()
     config = run.config.identity()
     config["compare"], config["prompts"]["num_held_out"] = [], 2
+    listed = run.directory.units()
     RunDirectory.open_or_create(run.directory.path, config, {}, update=True)
     run.event("run_started")
-    listed = run.directory.units()
     listed["evaluation"] = tuple(unit for unit in listed["evaluation"] if not unit.name.endswith("prompt-002"))
     run.directory.write_units({s: [u for u in units if "rtn" not in u.name] for s, units in listed.items()})
     data = read_run(run.directory.path)

@@ -141,6 +141,23 @@ def test_the_run_lists_its_units_as_they_become_known(tmp_path: Path) -> None:
     assert len(run.run.directory.records()) == 7
 
 
+def test_what_was_listed_stays_until_it_is_come_to(tmp_path: Path) -> None:
+    """A driver that does the first stages alone, or is killed while a unit is redone, leaves the list of all."""
+    complete(scheduled([driven(tmp_path / "run")], stages()))
+    whole = driven(tmp_path / "run").run.directory.units()
+    assert complete(scheduled([driven(tmp_path / "run")], stages()[:1])) == []
+    run = driven(tmp_path / "run").run
+    assert run.directory.units() == whole
+    lost = run.directory.records("first")["first", "a"]
+    assert isinstance(lost, UnitRecord)
+    run.cache.remove(lost.stage, lost.fingerprint)
+    assert names(scheduled([driven(tmp_path / "run")], stages()).take_ready()) == ["first/a"]
+    found = run.directory.units()
+    assert {s: [u.fingerprint for u in units] for s, units in found.items()} == {
+        s: [u.fingerprint for u in units] for s, units in whole.items()
+    }
+
+
 def test_a_unit_is_told_the_fingerprints_of_what_it_reads(tmp_path: Path) -> None:
     run = driven(tmp_path / "run")
     schedule = scheduled([run], stages())

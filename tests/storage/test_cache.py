@@ -18,7 +18,7 @@ def cache(tmp_path: Path) -> Cache:
 
 def make_record(cache: Cache, content: bytes = b"x" * 110_000, **changes: Any) -> UnitRecord:
     assert isinstance(cache.location, Path)
-    of, attempt = fingerprint({"seed": 1}), changes.get("attempt", "1")
+    of, attempt = fingerprint({"seed": 1}), changes.get("attempt", "1" * 16)
     folder = cache.location / "evaluation" / of / attempt
     folder.mkdir(parents=True)
     (folder / "video.bin").write_bytes(content)
@@ -62,20 +62,22 @@ def test_record_round_trip(cache: Cache, tmp_path: Path) -> None:
     assert dataclasses.replace(back, result={}) == dataclasses.replace(record, result={})
     assert problems(cache, back, deep=True) == []
     files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(files) == [f"cache/{record.key}/1/video.bin", f"cache/{record.key}/record.json"]
+    assert sorted(files) == [f"cache/{record.key}/{record.attempt}/video.bin", f"cache/{record.key}/record.json"]
 
 
 def test_the_first_record_stands_and_readers_see_its_attempt_alone(cache: Cache) -> None:
-    first, second = (make_record(cache, content, attempt=name) for name, content in (("1", b"one"), ("2", b"other")))
+    first, second = (
+        make_record(cache, content, attempt=name) for name, content in (("1" * 16, b"one"), ("2" * 16, b"other"))
+    )
     assert create(cache, first) == first
     assert create(cache, second).outputs == first.outputs
     found = cache.read("evaluation", first.fingerprint)
     assert found is not None
-    assert found.attempt == "1"
-    assert list(cache.dead_attempts()) == [f"{first.key}/2"]
+    assert found.attempt == first.attempt
+    assert list(cache.dead_attempts()) == [f"{second.key}/{second.attempt}"]
     cache.remove(first.stage, first.fingerprint)
     assert create(cache, second) == second
-    assert list(cache.dead_attempts()) == [f"{first.key}/1"]
+    assert list(cache.dead_attempts()) == [f"{first.key}/{first.attempt}"]
 
 
 def test_a_checkpoint_s_record_is_that_of_the_run_that_has_it(cache: Cache, tmp_path: Path) -> None:
@@ -88,6 +90,26 @@ def test_a_checkpoint_s_record_is_that_of_the_run_that_has_it(cache: Cache, tmp_
         record = UnitRecord("assembly", "rtn", "f" * 32, None, outputs, {}, 1.0, "h", "cpu", 0, 1, "w")
         assert cache.create(record, Folder(tmp_path / "run")) == record
         assert cache.read("assembly", "f" * 32) == record
+
+
+def test_what_no_driver_has_put_there_is_named_and_never_removed(tmp_path: Path) -> None:
+    entry = Path("trajectories") / fingerprint({"a": 1})
+    for folder in (
+        "photos/2020/summer",
+        "run/cache/trajectories",
+        "run/checkpoint/vae",
+        entry / "notes",
+        entry / ("0" * 16),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_bytes(b"a")
+    (tmp_path / "letter.txt").write_text("dear")
+    cache = Cache(tmp_path)
+    assert cache.foreign() == ["letter.txt", "photos/2020", "run/cache", "run/checkpoint"]
+    before = set(tmp_path.rglob("*"))
+    cache.sweep()
+    dead = tmp_path / entry / ("0" * 16)
+    assert before - set(tmp_path.rglob("*")) == {dead, dead / "file"}
 
 
 def test_a_unit_without_its_outputs_is_not_done(cache: Cache) -> None:

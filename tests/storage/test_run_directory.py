@@ -9,6 +9,7 @@ from storage.cache import Cache
 from storage.lock import RunLocked, using
 from storage.run_directory import (
     FORMAT_VERSION,
+    ListedUnit,
     RunConfigMismatch,
     RunDirectory,
     RunFormatUnknown,
@@ -111,13 +112,29 @@ def test_what_a_kill_during_creation_leaves_is_no_obstacle(tmp_path: Path) -> No
 
 def test_attempts_that_no_record_names_go_where_nobody_else_uses_the_cache(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    dead = tmp_path / "cache" / "trajectories" / "f" / "1"
+    dead = tmp_path / "cache" / "trajectories" / ("f" * 32) / ("1" * 16)
     with using(cache.location, cache.sweep):
         dead.mkdir(parents=True)
         with using(cache.location, cache.sweep):
             assert dead.exists(), "it may be that of the other driver"
     with using(cache.location, cache.sweep):
         assert not dead.exists()
+
+
+def test_a_refused_driver_changes_nothing(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path / "run", CONFIG, {})
+    with run.lock(), raises(RunLocked, tmp_path / "run"):
+        RunDirectory.open_or_create(tmp_path / "run", CONFIG, {}, cache=tmp_path / "other")
+    assert run.cache.location == tmp_path / "run" / "cache"
+
+
+def test_a_list_of_units_that_is_gone_is_no_empty_one(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    assert run.units() == {}
+    run.write_units({"selection": [ListedUnit("selection", "f" * 32)]})
+    (tmp_path / "units.json").unlink()
+    with raises(ValueError, tmp_path / "units.json", "run it again"):
+        run.units()
 
 
 def test_lock_excludes_and_frees(tmp_path: Path) -> None:
