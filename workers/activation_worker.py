@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from reelquant.calibration.block_call import Constants, Recording, Streams
 from storage.unit_store import UnitStore
@@ -19,6 +18,7 @@ from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process
 from workers.sharded_model import release_blocks
 from workers.stored_calls import StoredSteps, write_constants, write_streams
+from workers.write_behind import WriteBehind
 
 
 class _LastBoundary(Exception):
@@ -46,28 +46,25 @@ class ActivationWorker:
         )
 
     def run(self, unit: SampleUnit, progress: Progress, store: UnitStore) -> UnitOutput:
-        """One forward pass a branch, at most up to the last boundary; `write_s` of its result is the time in the store."""
-        write_s = 0.0
+        """One forward pass a branch, at most up to the last boundary; `write_s` of its result is the time that it waited for
+        the store."""
+        with WriteBehind() as writer:
+            for branch in branches(self._family, self._settings.generation):
+                prefix = f"activations/{unit.name}/{branch}"
 
-        for branch in branches(self._family, self._settings.generation):
-            prefix = f"activations/{unit.name}/{branch}"
+                def keep(name: str, streams: Streams, prefix: str = prefix) -> None:
+                    # The copy waits for the GPU, not for the store.
+                    kept = {argument: stream.to(torch.bfloat16).cpu() for argument, stream in streams.items()}
+                    writer.put(partial(write_streams, store, prefix, name, kept))
 
-            def keep(name: str, streams: Streams, prefix: str = prefix) -> None:
-                nonlocal write_s
-                # The copy waits for the GPU: from here on it is the store's time.
-                kept = {argument: stream.to(torch.bfloat16).cpu() for argument, stream in streams.items()}
-                began = time.perf_counter()
-                write_streams(store, prefix, name, kept)
-                write_s += time.perf_counter() - began
+                constants = self._forward(unit, branch, store, keep, progress)
 
-            constants = self._forward(unit, branch, store, keep, progress)
+                def write(constants: Constants = constants, prefix: str = prefix) -> None:
+                    write_constants(constants, lambda name, value: store.write(f"{prefix}/{name}", value.cpu()))
 
-            def write(name: str, value: Tensor, prefix: str = prefix) -> None:
-                store.write(f"{prefix}/{name}", value.cpu())
-
-            write_constants(constants, write)
+                writer.put(write)
         return UnitOutput(
-            {"prompt": unit.prompt_name, "step": unit.step, "write_s": round(write_s, 3)},
+            {"prompt": unit.prompt_name, "step": unit.step, "write_s": round(writer.waited_s, 3)},
             device_name(self._device),
             peak_memory_bytes(self._device),
         )

@@ -73,6 +73,7 @@ def branch_run(run: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    shutil.copyfile(run / "config.json", partial / "config.json")
+    for name in ("config.json", "units.json"):
+        shutil.copyfile(run / name, partial / name)
     shutil.copytree(run / "cache", partial / "cache", copy_function=os.link)
     partial.rename(target)

@@ -79,27 +79,25 @@ def step_seconds(run: Path) -> list[float]:
 
 
 def store_figures(run: Path) -> dict[str, Any]:
-    """The store beside the forward pass that fills it, for one worker: bytes a second that it takes, and those that the pass
-    makes while it does not wait for it; and bytes a second that a distilling worker gets while it waits for them."""
+    """How long workers waited for the store: to take activations, which a thread writes, and to give them to the distillation,
+    which a thread reads ahead. `wait_frac` is both over the seconds of all units up to the distillation."""
     data = read_run(run)
     records = data.stages["activations"].records
-    num_bytes = _output_bytes(records)
-    write_s = sum(float(record.result["write_s"]) for record in records)
-    pass_s = sum(record.seconds for record in records) - write_s
     found: dict[str, Any] = {
-        "bytes": num_bytes,
-        "write_s": write_s,
-        "pass_s": pass_s,
-        "written_per_s": num_bytes / write_s,
-        "made_per_s": num_bytes / pass_s,
-        "bottleneck": "store" if write_s > pass_s else "forward pass",
+        "bytes": _output_bytes(records),
+        "write_wait_s": sum(float(record.result["write_s"]) for record in records),
+        "activations_s": sum(record.seconds for record in records),
     }
     distilled = [record for record in data.stages["distillation"].records if record.result["blocks"]]
     if distilled:
-        read_s = sum(float(record.result["read_s"]) for record in distilled)
-        entries = _entry_bytes(data, distilled)
-        found |= {"entry_bytes": entries, "read_wait_s": read_s, "read_per_s": entries / read_s if read_s else None}
-        found["read_wait_frac"] = read_s / sum(record.seconds for record in distilled)
+        calibration = [record for stage in STAGES[:-1] for record in data.stages[stage].records]
+        found |= {
+            "entry_bytes": _entry_bytes(data, distilled),
+            "read_wait_s": sum(float(record.result["read_s"]) for record in distilled),
+            "distillation_s": sum(record.seconds for record in distilled),
+            "calibration_s": sum(record.seconds for record in calibration),
+        }
+        found["wait_frac"] = (found["write_wait_s"] + found["read_wait_s"]) / found["calibration_s"]
     return found
 
 

@@ -49,13 +49,13 @@ def _part(stage: dict[str, Any]) -> str:
 
 
 def _store(runs: dict[str, Any]) -> Iterator[str]:
-    yield "| run | step with salience, s | a pass makes, GB/s | store takes, GB/s | slower | read, GB/s | waited for reads |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| run | step with salience, s | activations, GB | waited to write, s | waited to read, s | of calibration |"
+    yield "|---|---|---|---|---|---|"
     for label, run in runs.items():
         if store := run.get("store"):
-            waited = f"{100 * store['read_wait_frac']:.1f} %" if "read_wait_frac" in store else "-"
-            made, taken, read = (_rate(store.get(name)) for name in ("made_per_s", "written_per_s", "read_per_s"))
-            yield f"| {label} | {max(run['step_s']):.2f} | {made} | {taken} | {store['bottleneck']} | {read} | {waited} |"
+            wrote, read = (f"{store[name]:.2f}" if name in store else "-" for name in ("write_wait_s", "read_wait_s"))
+            waited = f"{100 * store['wait_frac']:.1f} %" if "wait_frac" in store else "-"
+            yield (f"| {label} | {max(run['step_s']):.2f} | {store['bytes'] / 1e9:.2f} | {wrote} | {read} | {waited} |")
 
 
 def _speed_up(runs: dict[str, Any]) -> Iterator[str]:
@@ -107,10 +107,6 @@ def _end(part: dict[str, Any]) -> str:
 
 def _gib(num_bytes: float | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
-
-
-def _rate(num_bytes: float | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 1e9:.2f}"
 
 
 def _seconds(seconds: float | None) -> str:
