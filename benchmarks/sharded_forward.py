@@ -96,7 +96,7 @@ def measure_rank(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {"load_s": time.perf_counter() - start, "held_bytes": held_bytes(device)}
     given = inputs(config, options.layout, rank=rank, device=device)
     output, result["plain"] = passes(lambda: model(**given)[0], device, options.repeats)
-    hooks = SalienceHooks(FAMILY, model, weight_bits=4, max_tokens=256)
+    hooks = SalienceHooks(FAMILY, [model], weight_bits=4, max_tokens=256)
 
     def watched() -> Tensor:
         hooks.begin(given, conditional=True)

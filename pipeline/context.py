@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from workers.model_source import (
     check_model,
     family_of_model,
     linear_shapes,
+    roles,
     transformer_config,
     video_size,
 )
@@ -97,6 +99,18 @@ class RunContext:
         """Calls of the transformer in one step for one video."""
         return branches(self.model.family, self.config.generation)
 
+    @cached_property
+    def steps(self) -> dict[str, tuple[int, ...]]:
+        """Steps of a generation by the transformer that serves them."""
+        return self.model.steps(self.config.generation.num_inference_steps)
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Transformer that serves each step; empty where there is only one."""
+        if len(self.steps) == 1:
+            return ()
+        return tuple(role for _, role in sorted((step, role) for role, steps in self.steps.items() for step in steps))
+
     def base_fingerprint(self) -> dict[str, Any]:
         """What every unit that runs the model depends on. Not on `deterministic`: what is done is right either way."""
         numerics = self.config.numerics.to_dict()
@@ -123,7 +137,8 @@ def model_facts(found: FoundModel, generation: Generation, *, variant: str | Non
     family, config = family_of_model(found.folder), transformer_config(found.folder)
     linears = linear_shapes(config, family)
     kinds = layer_kinds(family, config, linears)
-    return ModelFacts(found, family, config, linears, kinds, variant, _num_video(found.folder, family, generation))
+    num_video = _num_video(found.folder, family, generation)
+    return ModelFacts(found, family, config, linears, kinds, variant, num_video, roles(found.folder))
 
 
 def _num_video(model: Path, family: Family, generation: Generation) -> int | None:
@@ -177,7 +192,7 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         bits = resolve_bits(config.bits, model.kinds)
         problems += group_conflicts(model.family, model.config, bits)
         impossible = [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
-        problems += [*impossible, *_feature_problems(model, config)]
+        problems += [*impossible, *_feature_problems(model, config), *_role_problems(model, config)]
         if not impossible:
             levels = model.noise_levels(config.generation.num_inference_steps)
             methods = tuple(MethodPlan.of(recipe, bits, levels, model.blocks) for recipe in config.methods)
@@ -291,6 +306,22 @@ def _feature_problems(model: ModelFacts, config: RunConfig) -> list[str]:
             f"{numerics.dtype} (workers.num_gpus {config.workers.num_gpus:g}) rounds latents to bfloat16, too coarsely; "
             "set numerics.dtype: float32, or selection.diffusion_feature: latent"
         )
+    return problems
+
+
+def _role_problems(model: ModelFacts, config: RunConfig) -> list[str]:
+    """Transformers that serve too few steps to be calibrated."""
+    if len(model.roles) == 1:
+        return []
+    problems = []
+    for role, steps in model.steps(config.generation.num_inference_steps).items():
+        found = shortage(
+            config.selection.strategy,
+            num_samples=config.selection.num_samples,
+            num_prompts=config.prompts.num_calibration,
+            num_steps=len(steps),
+        )
+        problems += [] if found is None else [f"{role}, which serves {len(steps)} steps: {found}"]
     return problems
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.hub_model import FoundModel
 from reelquant.calibration.block_call import BlockCall
 from reelquant.calibration.input_groups import block_calls
+from reelquant.checkpoint.reader import TRANSFORMER
 from reelquant.families.family import Family
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
 
@@ -29,6 +30,8 @@ class ModelFacts:
     """Of the weight files."""
     num_video: int | None = None
     """Video tokens of the run's generations; None where they are not known."""
+    roles: tuple[str, ...] = (TRANSFORMER,)
+    """Components that are its transformers, in the order in which they serve; all are built as `config` says."""
 
     @property
     def folder(self) -> Path:
@@ -52,6 +55,15 @@ class ModelFacts:
             ValueError: the scheduler is unknown or cannot do what the pipeline asks of it.
         """
         return PipelineSchedule(self.folder, self.family, self.num_video)(num_steps)
+
+    def steps(self, num_steps: int) -> dict[str, tuple[int, ...]]:
+        """Steps of such a generation by the transformer that serves them.
+
+        Raises:
+            ValueError: as `noise_levels`.
+        """
+        served = PipelineSchedule(self.folder, self.family, self.num_video).transformers(num_steps)
+        return {role: tuple(step for step, by in enumerate(served) if by == role) for role in self.roles}
 
     def sigmas(self, num_steps: int) -> list[float]:
         """Sigmas of the latents of such a generation, noise to video, `[num_steps + 1]`.

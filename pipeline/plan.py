@@ -157,7 +157,7 @@ def _stages(
     checkpoints: tuple[CheckpointSize, ...],
     peaks: Mapping[str, int],
 ) -> tuple[StagePlan, ...]:
-    units = num_units(context.config, num_segments=len(context.segments))
+    units = num_units(context.config, num_segments=len(context.segments), num_roles=len(context.model.roles))
     disk_bytes = {
         "trajectories": trajectory_bytes(context, counts, dtype),
         "activations": activation_bytes(context, counts, dtype),

@@ -5,8 +5,8 @@
 | trajectories | one a calibration prompt | from the configuration |
 | selection | one | from the configuration |
 | activations | one a chosen sample, if a method reads activations | their number at once, their names after the selection |
-| distillation | a method's segments, and one for its linears outside the blocks | from the model's blocks |
-| refinement | one a method that asks for it | from the configuration |
+| distillation | by method and transformer: its segments, and one for its linears outside the blocks | from the model's blocks |
+| refinement | one a transformer and method that asks for it | from the model |
 | assembly | one a method | from the configuration |
 | evaluation | one a prompt and model: full precision, noise floor if asked for, methods, settings | from the configuration |
 | the same, teacher-forced | one for the weights of the steps; one a model and group of prompts | from the configuration |
@@ -33,19 +33,21 @@ AUXILIARY = "auxiliary"
 """Name of a method's part that lies outside the blocks."""
 
 
-def num_units(config: RunConfig, *, num_segments: int | None = None) -> dict[str, int | None]:
+def num_units(config: RunConfig, *, num_segments: int | None = None, num_roles: int = 1) -> dict[str, int | None]:
     """Units of every stage of a run.
 
     Args:
-        num_segments: segments of one method; None where the model's blocks are not known, nor then the distillation's units.
+        num_segments: segments of one transformer; None where the model's blocks are not known, nor then the distillation's
+            units.
+        num_roles: transformers of the pipeline.
     """
     methods = len(config.methods)
     return {
         "trajectories": config.prompts.num_calibration,
         "selection": 1,
-        "activations": config.selection.num_samples if reads_activations(config) else 0,
-        "distillation": None if num_segments is None else methods * len(part_names(num_segments)),
-        "refinement": len(refined_methods(config)),
+        "activations": num_roles * config.selection.num_samples if reads_activations(config) else 0,
+        "distillation": None if num_segments is None else methods * num_roles * len(part_names(num_segments)),
+        "refinement": num_roles * len(refined_methods(config)),
         "assembly": methods,
         "evaluation": len(evaluation_names(config)),
     }
@@ -62,13 +64,18 @@ def sample_name(prompt: str, step: int) -> str:
 
 
 def part_names(num_segments: int) -> list[str]:
-    """Names of the parts of one method's distillation."""
+    """Names of the parts of one transformer's distillation by one method."""
     return [*(f"segment-{index:03d}" for index in range(num_segments)), AUXILIARY]
 
 
-def part_name(method: str, part: str) -> str:
-    """Name of the unit that distills one part of a method."""
-    return f"{method}-{part}"
+def role_name(method: str, role: str) -> str:
+    """Name of what a method makes of one transformer: the method's own for the first, or only, one."""
+    return method if role == "transformer" else f"{method}-{role}"
+
+
+def part_name(method: str, role: str, part: str) -> str:
+    """Name of the unit that distills one part of a transformer by a method."""
+    return f"{role_name(method, role)}-{part}"
 
 
 def evaluation_name(model: str, prompt: str) -> str:

@@ -83,7 +83,7 @@ class ActivationWorker:
         progress: Progress,
     ) -> Constants:
         """Calls `see(name, streams)` with the streams in front of every boundary; returns what the blocks read besides."""
-        settings, transformer = self._settings, self._pipeline.transformer
+        settings, transformer = self._settings, getattr(self._pipeline, unit.role)
         call = StoredSteps(store, unit.prompt_name, branch, self._device).call(unit.step, self._dtype)
         recording = Recording(self._family, transformer, call, settings.boundaries)
         done, total = 0, len(settings.boundaries)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.checkpoint.verify import VerificationReport, verify_checkpoint
-from reelquant.checkpoint.writer import check_place, write_checkpoint
+from reelquant.checkpoint.writer import Calibrated, check_place, write_checkpoint
 from storage.unit_store import UnitStore
 from workers.hub_snapshot import model_folder
 from workers.messages import AssemblySettings, AssemblyUnit, Progress, UnitOutput
@@ -29,11 +31,17 @@ class AssemblyWorker:
         Raises:
             ValueError: the checkpoint is not sound, which it would be again; its place is as it was.
         """
-        run, artifacts = store.run.location, [store.file(name) for name in unit.artifacts]
+        run = store.run.location
+        transformers = {
+            role: Calibrated(
+                [store.file(name) for name in found.artifacts], found.sparse_attention, found.velocity_correction
+            )
+            for role, found in unit.transformers.items()
+        }
         reports: list[VerificationReport] = []
 
         def write(folder: Path) -> None:
-            self._write(folder, unit, artifacts)
+            self._write(folder, unit, transformers)
             progress(1, 2)
             reports.append(verify_checkpoint(folder))
             if problems := reports[-1].problems:
@@ -58,17 +66,19 @@ class AssemblyWorker:
             peak_memory_bytes(self._device),
         )
 
-    def _write(self, folder: Path, unit: AssemblyUnit, artifacts: list[Path]) -> None:
+    def _write(self, folder: Path, unit: AssemblyUnit, transformers: Mapping[str, Calibrated]) -> None:
+        first = transformers[TRANSFORMER]
         write_checkpoint(
             self._model,
             folder,
-            artifacts=artifacts,
+            artifacts=first.artifacts,
             bits=unit.bits_label,
             method=unit.method.name,
             variant=self._settings.source.variant,
             calibration=dict(self._settings.calibration),
-            sparse_attention=unit.sparse_attention,
+            sparse_attention=first.sparse_attention,
             step_protection=unit.method.protection,
-            velocity_correction=unit.velocity_correction,
+            velocity_correction=first.velocity_correction,
+            second=transformers.get(SECOND_TRANSFORMER),
             max_shard_bytes=self._settings.max_shard_bytes,
         )

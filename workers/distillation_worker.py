@@ -16,6 +16,7 @@ from reelquant.calibration.sample import Sample
 from reelquant.calibration.segment_distillation import DistilledBlock, distill_segment
 from reelquant.checkpoint.layer_packing import pack_layer, write_block_artifact
 from reelquant.checkpoint.reader import source_weights
+from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.weight_grid import fit_per_channel, fit_two_level
 from reelquant.settings.generation import LayerBits
@@ -42,9 +43,9 @@ class DistillationWorker:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._model = model_folder(settings.source.model)
-        self._weights = source_weights(self._model / "transformer", variant=settings.source.variant)
         self._family = family_of_model(self._model)
         self._calls = block_calls(self._family, transformer_config(self._model))
+        self._opened: dict[str, dict[str, StoredTensor]] = {}
         self._entries = ReadAhead()
         self._ahead: tuple[UnitStore, tuple[str, ...]] | None = None
         self._constants = StoredConstants(self._device)
@@ -76,22 +77,21 @@ class DistillationWorker:
             raise
 
     def _do(self, unit: SegmentUnit, progress: Progress, store: UnitStore) -> UnitOutput:
-        result: dict[str, Any] = {"method": unit.method.name, "blocks": {}}
+        result: dict[str, Any] = {"method": unit.method.name, "role": unit.role, "blocks": {}}
         if unit.blocks:
             for distilled in self._distill(unit, progress, store):
                 _write(store, f"distillation/{unit.name}/{distilled.name}", distilled.name, distilled.layers)
                 result["blocks"][distilled.name] = block_summary(distilled)
         else:
             self._read_ahead()
-            _write(store, f"distillation/{unit.name}/auxiliary", "", self._auxiliary_layers(unit.method))
+            _write(store, f"distillation/{unit.name}/auxiliary", "", self._auxiliary_layers(unit))
         result["read_s"] = round(self._read_s, 3)
         return UnitOutput(result, device_name(self._device), peak_memory_bytes(self._device))
 
     def _distill(self, unit: SegmentUnit, progress: Progress, store: UnitStore) -> Any:
-        method, source = unit.method, self._settings.source
+        method, source, weights = unit.method, self._settings.source, self._weights(unit.role)
         blocks = {
-            name: load_block(self._model, self._weights, name, device=self._device, dtype=self._dtype)
-            for name in unit.blocks
+            name: load_block(self._model, weights, name, device=self._device, dtype=self._dtype) for name in unit.blocks
         }
         bits = {name: bits_inside(method, name) for name in blocks}
         samples = [self._sample(prefix, unit, store) for prefix in self._prefixes(unit)]
@@ -133,8 +133,15 @@ class DistillationWorker:
         return tuple(
             f"activations/{sample.name}/{branch}"
             for sample in self._settings.samples
+            if sample.role == unit.role
             for branch in self._settings.branches
         )
+
+    def _weights(self, role: str) -> dict[str, StoredTensor]:
+        """Of a transformer by its component, from headers that are read once."""
+        if role not in self._opened:
+            self._opened[role] = source_weights(self._model / role, variant=self._settings.source.variant)
+        return self._opened[role]
 
     def _sample(self, prefix: str, unit: SegmentUnit, store: UnitStore) -> Sample:
         began = time.perf_counter()
@@ -153,12 +160,13 @@ class DistillationWorker:
         rows = [store.read(f"trajectories/{prompt.name}/conditioning") for prompt in self._settings.prompts]
         return torch.cat(rows).to(self._device, self._dtype)
 
-    def _auxiliary_layers(self, method: MethodPlan) -> dict[str, RoundedLayer]:
+    def _auxiliary_layers(self, unit: SegmentUnit) -> dict[str, RoundedLayer]:
         layers: dict[str, RoundedLayer] = {}
+        method, weights = unit.method, self._weights(unit.role)
         for name, bits in method.bits.items():
             if self._family.auxiliary_kind(name) is None:
                 continue
-            tensors = load_tensors(self._weights, name)
+            tensors = load_tensors(weights, name)
             weight = tensors["weight"].to(self._device).float()
             layout = method.recipe.weight_layout
             clip = best_clip(weight, bits.weight, layout) if method.recipe.clip == "learned" else 1.0

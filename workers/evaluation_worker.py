@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from workers.process import device_name, peak_memory_bytes, prepare_process, uni
 from workers.recognition import DigitRecognizer
 from workers.step_effects import Trajectory, interpolated, rounding_errors, step_effects
 from workers.velocity_pass import Velocities, latent_errors, velocity_errors
+from workers.velocity_watch import transformers
 
 OTHER_ATTENTION = "_native_math"
 """diffusers' name of the attention backend of the noise floor: plain matrix products and softmax. It holds the scores of all
@@ -97,8 +99,7 @@ class EvaluationWorker:
         video = generated.video.float() / 255
         steps = sorted(generated.step_seconds)
         result: dict[str, Any] = {"prompt": unit.prompt.prompt, "seconds_per_step": steps[len(steps) // 2]}
-        if sparse is not None:
-            result["effective_density"] = sparse.visited.density
+        result |= _density(sparse)
         if unit.keep_latents:
             self._store.write(f"{name}/latents", torch.stack(generated.latents))
         if unit.keep_velocity:
@@ -155,7 +156,7 @@ class EvaluationWorker:
                 names=unit.trajectories,
                 progress=progress,
             )
-        return {"prompts": errors, **({} if sparse is None else {"effective_density": sparse.visited.density})}
+        return {"prompts": errors, **_density(sparse)}
 
     def _step_weights(self, unit: StepWeightsUnit, progress: Progress) -> dict[str, Any]:
         """`weights` of all steps, and the `effects` that they are interpolated from, the mean over prompts."""
@@ -223,9 +224,16 @@ class EvaluationWorker:
         return self._opened[2]
 
 
-def _counted(pipeline: Any) -> SparseAttention | None:
-    """The sparse attention of a pipeline's transformer, its count of visited pairs at nothing."""
-    sparse: SparseAttention | None = getattr(pipeline.transformer, "sparse_attention", None)
-    if sparse is not None:
-        sparse.visited = Visited()
+def _counted(pipeline: Any) -> list[SparseAttention]:
+    """The sparse attention of a pipeline's transformers, its count of visited pairs at nothing."""
+    sparse = [model.sparse_attention for model in transformers(pipeline) if hasattr(model, "sparse_attention")]
+    for attention in sparse:
+        attention.visited = Visited()
     return sparse
+
+
+def _density(sparse: Sequence[SparseAttention]) -> dict[str, float]:
+    """The effective density of a generation; nothing where attention is dense."""
+    if not sparse:
+        return {}
+    return {"effective_density": sum((attention.visited for attention in sparse), Visited()).density}

@@ -6,15 +6,12 @@ torch.distributed.checkpoint: a rank's memory is its shards and, while the model
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import FullyShardedDataParallelPlugin, init_empty_weights
+from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -23,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from reelquant.checkpoint.reader import source_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor
-from reelquant.diffusers_internals import float32_modules, no_initial_weights, unsplit_classes
+from reelquant.diffusers_internals import unsplit_classes
+from workers.model_source import build_without_weights
 
 
 def open_fsdp(
@@ -83,19 +81,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def build_without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of `folder/config.json`: parameters on the meta device, buffers with their values, as diffusers builds it."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model_class = getattr(diffusers, config["_class_name"])
-    with _default_dtype(dtype), no_initial_weights(), init_empty_weights():
-        model: nn.Module = model_class.from_config(config)
-    kept = float32_modules(model_class)
-    for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
-    return model.requires_grad_(False).eval()
-
-
 def check_tensors(model: nn.Module, folder: Path, weights: Mapping[str, StoredTensor]) -> None:
     """Whether the weights in `folder` are all that `model` needs.
 
@@ -128,13 +113,3 @@ def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     owner.register_buffer(leaf, value, persistent=leaf not in owner._non_persistent_buffers_set)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

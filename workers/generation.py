@@ -20,13 +20,13 @@ from reelquant.calibration.block_call import arguments, of_element
 from reelquant.families.family import Family
 from reelquant.settings.generation import Generation
 from workers.messages import Progress
-from workers.velocity_watch import attribute, changed_velocities
+from workers.velocity_watch import attribute, changed_velocities, named_transformers
 
 CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type", "callback_on_step_end")
 """Names of the arguments with which a pipeline is called."""
 COND, UNCOND = "cond", "uncond"
-SeeCall = Callable[[str, dict[str, Any]], None]
-"""Called with the branch and the arguments of a transformer's call for one video."""
+SeeCall = Callable[[str, str, dict[str, Any]], None]
+"""Called with the transformer's component, the branch and the arguments of its call for one video."""
 
 
 @dataclass
@@ -89,16 +89,16 @@ def generate(
 def watched_calls(pipeline: Any, family: Family, see: SeeCall) -> Iterator[None]:
     """While open, `see` is shown every call of the transformers of `pipeline`, a branch at a time."""
     with ExitStack() as stack:
-        for transformer in (getattr(pipeline, name) for name in family.transformers):
+        for role, transformer in named_transformers(pipeline).items():
             names: list[str] = []
             if hasattr(transformer, "cache_context"):
                 named = functools.partial(_named, names, transformer.cache_context)
                 stack.enter_context(attribute(transformer, "cache_context", named))
 
-            def before(module: nn.Module, args: Any, kwargs: Any, names: list[str] = names) -> None:
+            def before(module: nn.Module, args: Any, kwargs: Any, role: str = role, names: list[str] = names) -> None:
                 call = arguments(module, args, kwargs)
                 for item, branch in enumerate(_branches(family, call, names)):
-                    see(branch, of_element(call, item, len(call["hidden_states"])))
+                    see(role, branch, of_element(call, item, len(call["hidden_states"])))
 
             stack.callback(transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
         yield

@@ -9,6 +9,7 @@ from typing import Any
 
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.checkpoint.inference_specs import VelocityCorrection
+from reelquant.checkpoint.reader import TRANSFORMER
 from reelquant.noise_schedule import threshold_after
 from reelquant.settings.generation import Generation, LayerBits, Numerics, StepProtection
 from reelquant.settings.recipe import Recipe
@@ -68,6 +69,8 @@ class TrajectorySettings:
     sharding: Sharding = Sharding()
     features: tuple[str, ...] = FEATURES
     """Which kinds of quantization salience to record."""
+    served: tuple[str, ...] = ()
+    """Transformer that serves each step, as the schedule says; empty for one that serves all."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class SelectionSettings:
     """Whose change the diffusion salience is (`reelquant.calibration.salience.diffusion_features`)."""
     sigmas: tuple[float, ...] = ()
     """`[T + 1]` of the trajectories' latents; empty for `latent`, whose salience the trajectories have recorded."""
+    pools: tuple[tuple[int, ...], ...] = ()
+    """Steps that each transformer serves, among which its `num_samples` are chosen; empty for one that serves all."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ class SampleUnit:
     name: str
     prompt_name: str
     step: int
+    role: str = TRANSFORMER
+    """Component that serves the step."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,8 @@ class SegmentUnit:
     blocks: tuple[str, ...]
     entry: str | None = None
     """Block whose stored stream they read; None: the first of them."""
+    role: str = TRANSFORMER
+    """Component that they are blocks of."""
 
 
 @dataclass(frozen=True)
@@ -195,13 +204,17 @@ class RefinementSettings:
 
 @dataclass(frozen=True)
 class RefinementUnit:
-    """One method whose blocks are all calibrated."""
+    """One transformer whose blocks are all calibrated by one method."""
 
     name: str
     method: MethodPlan
     artifacts: tuple[str, ...]
     """Logical names of the block artifacts."""
     sparse_attention: SparseAttentionSpec | None = None
+    role: str = TRANSFORMER
+    """Component of the pipeline."""
+    steps: tuple[int, ...] | None = None
+    """Steps that it serves; None for all."""
 
 
 @dataclass(frozen=True)
@@ -215,17 +228,25 @@ class AssemblySettings:
 
 
 @dataclass(frozen=True)
+class AssembledTransformer:
+    """What calibration has found for one transformer."""
+
+    artifacts: tuple[str, ...]
+    """Logical names of the block artifacts."""
+    sparse_attention: SparseAttentionSpec | None = None
+    velocity_correction: VelocityCorrection | None = None
+
+
+@dataclass(frozen=True)
 class AssemblyUnit:
     """One method's checkpoint."""
 
     name: str
     method: MethodPlan
     bits_label: str
-    artifacts: tuple[str, ...]
-    """Logical names of the block artifacts."""
+    transformers: Mapping[str, AssembledTransformer]
+    """By component of the pipeline."""
     checkpoint: str
-    sparse_attention: SparseAttentionSpec | None = None
-    velocity_correction: VelocityCorrection | None = None
 
 
 @dataclass(frozen=True)

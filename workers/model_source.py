@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_components, read_json, transformer_names
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.checkpoint.safetensors_file import StoredTensor
+from reelquant.diffusers_internals import float32_modules, no_initial_weights
 from reelquant.families.family import Family, VideoSize, empty_transformer, family_of_architecture
 from reelquant.settings.generation import Generation
 from workers.component_check import component_problems, pipeline_class_of, structure_problems
@@ -46,12 +51,18 @@ def read_pipeline(folder: Path, *, dtype: torch.dtype, variant: str | None = Non
 
 
 def transformer_config(model: Path) -> dict[str, Any]:
-    """`config.json` of the transformer.
+    """`config.json` of the transformer; a second one is built like the first (`check_model`).
 
     Raises:
         ValueError: the file is missing, or holds no JSON object.
     """
-    return read_json(model / "transformer" / "config.json")
+    return read_json(model / TRANSFORMER / "config.json")
+
+
+def roles(model: Path) -> tuple[str, ...]:
+    """Components that are the transformers of a pipeline, in the order in which they serve: one, or two."""
+    second = SECOND_TRANSFORMER in read_components(model)
+    return (TRANSFORMER, SECOND_TRANSFORMER) if second else (TRANSFORMER,)
 
 
 def family_of_model(model: Path) -> Family:
@@ -64,7 +75,7 @@ def family_of_model(model: Path) -> Family:
     try:
         return family_of_architecture(config.get("_class_name"))
     except ValueError as error:
-        raise ValueError(f"{model / 'transformer' / 'config.json'}: {error}") from None
+        raise ValueError(f"{model / TRANSFORMER / 'config.json'}: {error}") from None
 
 
 def load_tensors(
@@ -86,7 +97,7 @@ def load_block(
 
     Args:
         model: the pipeline folder.
-        weights: its transformer's, of `source_weights`.
+        weights: of the transformer that has the block, of `source_weights`.
     """
     block = empty_block(transformer_config(model), family_of_model(model), name)
     block.load_state_dict(load_tensors(weights, name, device=device, dtype=dtype), assign=True, strict=True)
@@ -130,25 +141,51 @@ def model_problems(model: Path, *, variant: str | None = None) -> list[str]:
 
 def _transformer_problems(model: Path) -> list[str]:
     """Whether the transformer's configuration is one that a family knows, not quantized, and agrees with itself."""
-    path = model / "transformer" / "config.json"
+    path = model / TRANSFORMER / "config.json"
     try:
         family, config = family_of_model(model), transformer_config(model)
-        transformers = transformer_names(read_components(model))
+        others = _second_problems(model, family, config)
     except ValueError as error:
         return [str(error)]
     if "quantization_config" in config:
         return [f"{path} is quantized already; calibration starts from the 16-bit model"]
-    if others := [name for name in transformers if name not in family.transformers]:
-        return [
-            f"{model / MODEL_INDEX} names the transformers {', '.join(others)} too, which would stay in 16 bits: of "
-            f"{family.name}, {', '.join(family.transformers)} can be quantized"
-        ]
+    if others:
+        return others
     try:
         build_on_meta(config, family)
         problem = None if family.refusal is None else family.refusal(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         return [f"{path}: no {family.architecture} can be built from it: {type(error).__name__}: {error}"]
     return [] if problem is None else [f"{path}: {problem}"]
+
+
+def _second_problems(model: Path, family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Why the transformers beside the first one cannot be quantized with it."""
+    index = model / MODEL_INDEX
+    known = (TRANSFORMER,) if family.boundary is None else (TRANSFORMER, SECOND_TRANSFORMER)
+    names = transformer_names(read_components(model))
+    if others := [name for name in names if name not in known]:
+        return [
+            f"{index} names the transformers {', '.join(others)} too, which would stay in 16 bits: of {family.name}, "
+            f"{', '.join(known)} can be quantized"
+        ]
+    if SECOND_TRANSFORMER not in names or family.boundary is None:
+        return []
+    second = read_json(model / SECOND_TRANSFORMER / "config.json")
+    differing = [key for key in sorted({*config, *second}) if key[0] != "_" and config.get(key) != second.get(key)]
+    boundary = read_json(index).get(family.boundary)
+    problems = []
+    if differing:
+        problems.append(
+            f"{model / SECOND_TRANSFORMER / 'config.json'} differs from that of {TRANSFORMER} in {', '.join(differing)}; "
+            "two transformers of one size are supported"
+        )
+    if not isinstance(boundary, int | float) or not 0 < boundary < 1:
+        problems.append(
+            f"{index}: {family.boundary} is {boundary!r}, but there are two transformers: it must lie between 0 and 1, the "
+            f"noise level below which {SECOND_TRANSFORMER} serves"
+        )
+    return problems
 
 
 def linear_shapes(config: Mapping[str, Any], family: Family) -> dict[str, tuple[int, int]]:
@@ -165,6 +202,29 @@ def build_on_meta(config: Mapping[str, Any], family: Family) -> nn.Module:
     """The whole transformer without memory."""
     model: nn.Module = empty_transformer(config, family.architecture)
     return model
+
+
+def build_without_weights(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of `folder/config.json`: parameters on the meta device, buffers with their values, as diffusers builds it."""
+    config = read_json(folder / "config.json")
+    model_class = getattr(diffusers, config["_class_name"])
+    with _default_dtype(dtype), no_initial_weights(), init_empty_weights():
+        model: nn.Module = model_class.from_config(config)
+    kept = float32_modules(model_class)
+    for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def empty_component(model: Path, name: str) -> nn.Module | None:
@@ -188,12 +248,19 @@ def compression(model: Path) -> tuple[int, int]:
     Raises:
         ValueError: there is no VAE, or it cannot be built and its configuration does not say so.
     """
-    names = ("temporal_compression_ratio", "spatial_compression_ratio")
-    found: dict[str, Any] = read_json(model / "vae" / "config.json")
-    if any(found.get(name) is None for name in names):
-        vae = empty_component(model, "vae")
-        found = {name: getattr(vae, name) for name in names}
-    temporal, spatial = (int(found[name]) for name in names)
+    config = read_json(model / "vae" / "config.json")
+    vae = None
+    found = []
+    for names in (
+        ("temporal_compression_ratio", "scale_factor_temporal"),
+        ("spatial_compression_ratio", "scale_factor_spatial"),
+    ):
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if value is None:
+            vae = vae or empty_component(model, "vae")
+            value = getattr(vae, names[0])
+        found.append(int(value))
+    temporal, spatial = found
     return temporal, spatial
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from reelquant.checkpoint.layer_packing import open_block_artifact
+from reelquant.checkpoint.reader import TRANSFORMER
 from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec
 from reelquant.quantization.linear import replace_linear_layers
 from reelquant.runtime.attach import attach_runtime
-from workers.model_source import build_on_meta, empty_block, family_of_model, transformer_config
+from workers.model_source import build_without_weights, empty_block, family_of_model, transformer_config
 
 
 def quantized_block(
@@ -66,7 +67,7 @@ def quantized_transformer(
         spec: gives it sparse attention, protected steps and a velocity correction, as far as it has them; its layers are
             not read.
     """
-    transformer = build_on_meta(transformer_config(model), family_of_model(model))
+    transformer = build_without_weights(model / TRANSFORMER, dtype)
     layers: dict[str, LayerSpec] = {}
     stored: dict[str, StoredTensor] = {}
     for path in artifacts:
@@ -83,7 +84,7 @@ def full_precision_transformer(
     model: Path, weights: Mapping[str, StoredTensor], *, device: torch.device, dtype: torch.dtype
 ) -> Any:
     """The source's transformer, without the rest of its pipeline; arguments as for `quantized_block`."""
-    transformer = build_on_meta(transformer_config(model), family_of_model(model))
+    transformer = build_without_weights(model / TRANSFORMER, dtype)
     _fill(transformer, {}, weights, device=device, dtype=dtype)
     return transformer
 
@@ -96,7 +97,8 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Replaces the linears that `layers` names and gives the module, which is on the meta device, its tensors one by one."""
+    """Replaces the linears that `layers` names and gives the module, whose parameters are on the meta device, its tensors one
+    by one."""
     replace_linear_layers(module, layers)
     own = {f"{layer}.{suffix}" for layer in layers for suffix in LAYER_SUFFIXES}
     # A quantized layer's full-precision weight has no place any more.
@@ -106,4 +108,8 @@ def _fill(
         if name.removesuffix(".weight") not in layers
     }
     module.load_state_dict(state, assign=True, strict=True)
+    for owner in module.modules():  # buffers that are in no file
+        for name in owner._non_persistent_buffers_set:
+            if (buffer := owner._buffers[name]) is not None:
+                owner.register_buffer(name, buffer.to(device), persistent=False)
     module.requires_grad_(False).eval()

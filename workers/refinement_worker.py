@@ -19,6 +19,7 @@ from reelquant.calibration.velocity_fit import LEAST_PROMPTS, VelocityMoments, f
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
 from reelquant.checkpoint.reader import source_weights
+from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, TORCH_DTYPES, layer_digest
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
@@ -45,19 +46,21 @@ class RefinementWorker:
         self._settings = settings
         self._device, self._dtype = prepare_process(settings.source.numerics)
         self._model = model_folder(settings.source.model)
-        self._weights = source_weights(self._model / "transformer", variant=settings.source.variant)
         self._family = family_of_model(self._model)
+        self._weights: dict[str, StoredTensor] = {}
+        self._steps: tuple[int, ...] | None = None
         self._config = transformer_config(self._model)
         self._calls = block_calls(self._family, self._config)
         self._branches = branches(self._family, settings.generation)
 
     def run(self, unit: RefinementUnit, progress: Progress, store: UnitStore) -> UnitOutput:
         """Repairs first: the residual is that of the repaired model, the velocity that of both."""
-        self._store = store
+        self._store, self._steps = store, unit.steps
+        self._weights = source_weights(self._model / unit.role, variant=self._settings.source.variant)
         names = tuple(self._calls) if unit.method.recipe.drift_repair else ()
         steps = self._num_steps() if unit.method.recipe.velocity_correction else 0
         measured = self._settings.prompts[:MEASURED_PROMPTS] if unit.method.recipe.attention.measures_residual else ()
-        total, done = len(names) + steps + sum(len(self._timesteps(prompt)) for prompt in measured), 0
+        total, done = len(names) + steps + sum(len(self._served(prompt)) for prompt in measured), 0
 
         def advance() -> None:
             nonlocal done
@@ -98,6 +101,7 @@ class RefinementWorker:
         samples = [
             self._sample(sample, branch, names[0], protection, constants)
             for sample in (self._settings.samples if names else ())
+            if sample.role == unit.role
             for branch in self._branches
         ]
         for name in names:
@@ -156,18 +160,20 @@ class RefinementWorker:
             self._model, self._weights, artifacts, device=self._device, dtype=self._dtype, spec=protected
         )
         prompts = self._settings.prompts[:MEASURED_PROMPTS]
-        num_steps = len(self._timesteps(prompts[0]))
-        drift = ResidualDrift(num_steps)
+        served = self._served(prompts[0])
+        drift = ResidualDrift(len(served))
         for prompt in prompts:
             steps = StoredSteps(self._store, prompt.name, COND, self._device)
-            watch = ResidualWatch(self._family, self._config, spec, steps.call(0, self._dtype))
+            watch = ResidualWatch(self._family, self._config, spec, steps.call(served[0], self._dtype))
             with watch.watching(model):
                 for _ in self._velocities(model, prompt, advance, only=(COND,)):
                     pass
             watch.add_to(drift)
-        levels = PipelineSchedule(self._model, self._family)(num_steps)
-        asked = method.recipe.attention
-        found = measured_residual(drift, spec, levels, gain=asked.calibrates_gain, placed=asked.places_refreshes)
+        levels = PipelineSchedule(self._model, self._family)(len(self._timesteps(prompts[0])))
+        own, asked = [levels[step] for step in served], method.recipe.attention
+        found = measured_residual(drift, spec, own, gain=asked.calibrates_gain, placed=asked.places_refreshes)
+        if found.refresh_steps is not None:
+            found = replace(found, refresh_steps=tuple(served[step] for step in found.refresh_steps))
         return found, replace(unit, sparse_attention=found.applied(spec))
 
     def _velocity(self, unit: RefinementUnit, artifacts: list[Path], advance: Callable[[], None]) -> dict[str, Any]:
@@ -194,7 +200,8 @@ class RefinementWorker:
             self._model, self._weights, artifacts, device=self._device, dtype=self._dtype, spec=spec
         )
         # bfloat16 has steps of 4 near 1000: two steps may have one timestep, and then share their correction.
-        stored = self._timesteps(prompts[0])
+        timesteps = self._timesteps(prompts[0])
+        stored = [timesteps[step] for step in self._served(prompts[0])]
         times = list(dict.fromkeys(stored))
         moments = VelocityMoments(len(prompts), len(times), len(references[0][0]))
         at = [time for time in stored for _ in self._branches]
@@ -217,18 +224,23 @@ class RefinementWorker:
     def _velocities(
         self, transformer: Any, prompt: PromptUnit, advance: Callable[[], None], only: Sequence[str] | None = None
     ) -> Iterator[Tensor]:
-        """`[C, ...]` of every step of one prompt and every branch, in order, from the stored latents; on the CPU.
+        """`[C, ...]` of every step that the transformer serves and every branch of one prompt, in order, from the stored
+        latents; on the CPU.
 
         Args:
             only: the branches, None for all.
         """
         calls = [StoredSteps(self._store, prompt.name, branch, self._device) for branch in only or self._branches]
-        for step in range(len(self._timesteps(prompt))):
+        for step in self._served(prompt):
             for branch in calls:
                 with torch.no_grad():
                     [velocity] = transformer(**branch.call(step, self._dtype))
                 yield velocity[0].movedim(self._family.channel_axis - 1, 0).cpu()
             advance()
+
+    def _served(self, prompt: PromptUnit) -> Sequence[int]:
+        """Steps of a trajectory that the unit's transformer serves."""
+        return range(len(self._timesteps(prompt))) if self._steps is None else self._steps
 
     def _timesteps(self, prompt: PromptUnit) -> list[float]:
         values: list[float] = self._store.read(f"trajectories/{prompt.name}/timesteps").tolist()
@@ -238,7 +250,7 @@ class RefinementWorker:
         """Forward passes of both models over all trajectories; 0 where they are too few to fit anything."""
         if len(self._settings.prompts) < LEAST_PROMPTS:
             return 0
-        return 2 * sum(len(self._timesteps(prompt)) for prompt in self._settings.prompts)
+        return 2 * sum(len(self._served(prompt)) for prompt in self._settings.prompts)
 
 
 def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:

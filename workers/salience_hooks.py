@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from reelquant.calibration.block_call import arguments, streams_of
 from reelquant.calibration.input_groups import block_calls
@@ -63,6 +64,7 @@ class SalienceHooks:
     """Collects, for every conditional call of a transformer (one a denoising step of one prompt), the features of `C_quant`.
 
     Args:
+        transformers: of one pipeline, alike; one of them is called in each step.
         features: which of them. `block_input` and `weight_error` hook every block or linear; without them a pass costs what
             it costs without hooks.
     """
@@ -70,15 +72,15 @@ class SalienceHooks:
     def __init__(
         self,
         family: Family,
-        transformer: nn.Module,
+        transformers: Sequence[nn.Module],
         *,
         weight_bits: int,
         max_tokens: int,
         features: Collection[str] = FEATURES,
     ) -> None:
-        self._family, self._transformer = family, transformer
+        self._family, self._transformers = family, transformers
         self._weight_bits, self._max_tokens = weight_bits, max_tokens
-        self._config: Any = transformer.config
+        self._config: Any = transformers[0].config
         self._watched = False
         self._valid: Tensor | None = None
         self._weight_error = torch.zeros(())
@@ -94,9 +96,17 @@ class SalienceHooks:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hooks are on the model while this is open; `begin` tells them of each call."""
+        handles = [handle for transformer in self._transformers for handle in self._hooked(transformer)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooked(self, transformer: nn.Module) -> list[RemovableHandle]:
         calls = block_calls(self._family, self._config)
-        blocks = {name: self._transformer.get_submodule(name) for name in calls}
-        handles = [self._transformer.register_forward_hook(self._end)]
+        blocks = {name: transformer.get_submodule(name) for name in calls}
+        handles = [transformer.register_forward_hook(self._end)]
         first = next(iter(calls))
         modulation = (group for level in calls[first].levels for group in level if group.stream == "conditioning")
         for group in list(modulation)[:1]:
@@ -107,11 +117,7 @@ class SalienceHooks:
         if "weight_error" in self.salience:
             linears = [layer for block in blocks.values() for layer in block.modules() if isinstance(layer, nn.Linear)]
             handles += [layer.register_forward_pre_hook(self._see_layer) for layer in linears]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return handles
 
     def begin(self, call: Mapping[str, Any], *, conditional: bool) -> None:
         """A call begins, with these arguments of one video; a conditional one is the last element of its batch."""

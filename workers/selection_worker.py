@@ -35,16 +35,20 @@ class SelectionWorker:
                 column.append(self._diffusion(prompt, read) if name == "diffusion" else read(prompt, name))
             progress(index + 1, len(unit.prompts))
         num_steps = len(columns["diffusion"][0])
-        scores = {name: pooled(name, torch.cat(column)) for name, column in columns.items()}
+        raw = {name: torch.cat(column) for name, column in columns.items()}
+        scores = {name: pooled(name, column) for name, column in raw.items()}
         generator = torch.Generator().manual_seed(unit_seed(self._settings.source.seed, "selection"))
-        chosen = choose(
-            self._settings.strategy,
-            scores["diffusion"],
-            scores[self._settings.quantization_feature],
-            num_steps=num_steps,
-            num_samples=self._settings.num_samples,
-            generator=generator,
-        )
+        chosen: list[int] = []
+        for steps in self._settings.pools or (range(num_steps),):
+            pool = [prompt * num_steps + step for prompt in range(len(unit.prompts)) for step in steps]
+            found = choose(
+                self._settings.strategy,
+                *(pooled(name, raw[name][pool]) for name in ("diffusion", self._settings.quantization_feature)),
+                num_steps=len(steps),
+                num_samples=self._settings.num_samples,
+                generator=generator,
+            )
+            chosen += [pool[candidate] for candidate in found]
         names, feature = [prompt.name for prompt in unit.prompts], self._settings.diffusion_feature
         result = {
             "strategy": self._settings.strategy,

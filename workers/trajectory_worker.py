@@ -18,6 +18,7 @@ from workers.out_of_memory import GENERATION_ADVICE, SHARDING_ADVICE
 from workers.process import device_name, peak_memory_bytes, prepare_process, unit_seed
 from workers.salience_hooks import SalienceHooks
 from workers.stored_calls import RecordedSteps
+from workers.velocity_watch import transformers
 
 
 class TrajectoryWorker:
@@ -47,7 +48,7 @@ class TrajectoryWorker:
         settings = self._settings
         hooks = SalienceHooks(
             self._family,
-            self._pipeline.transformer,
+            transformers(self._pipeline),
             weight_bits=settings.weight_bits,
             max_tokens=settings.salience_tokens,
             features=settings.features,
@@ -55,12 +56,20 @@ class TrajectoryWorker:
         seed = self._seed(unit)
         recorded = {branch: RecordedSteps() for branch in branches(self._family, settings.generation)}
 
-        def see(branch: str, call: dict[str, Any]) -> None:
+        served: list[str] = []
+
+        def see(role: str, branch: str, call: dict[str, Any]) -> None:
             recorded[branch].add(without_padding(self._family, call))
             hooks.begin(call, conditional=branch == COND)
+            served.extend([role] if branch == COND else [])
 
         with hooks.watching(), watched_calls(self._pipeline, self._family, see):
             generated = generate(self._pipeline, unit.prompt, settings.generation, seed=seed, progress=progress)
+        if settings.served and tuple(served) != settings.served:
+            raise ValueError(
+                f"the pipeline has called {', '.join(served)}, where its schedule and boundary say "
+                f"{', '.join(settings.served)}: which steps are whose is not known"
+            )
         latents = torch.stack(generated.latents)
         arrays = {
             "latents": latents,

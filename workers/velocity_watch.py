@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.diffusers_internals import execution_device
 from reelquant.settings.generation import Generation
 from workers.messages import Progress
@@ -65,10 +66,15 @@ def watched_velocities(pipeline: Any, watch: Watch) -> Iterator[None]:
         yield
 
 
-def transformers(pipeline: Any) -> list[nn.Module]:
-    """The transformers of a pipeline: one, or one for each part of the schedule."""
-    found = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [model for model in found if model is not None]
+def named_transformers(pipeline: Any) -> dict[str, Any]:
+    """The transformers of a pipeline by component: one, or one for each part of the schedule."""
+    found = {name: getattr(pipeline, name, None) for name in (TRANSFORMER, SECOND_TRANSFORMER)}
+    return {name: model for name, model in found.items() if model is not None}
+
+
+def transformers(pipeline: Any) -> list[Any]:
+    """The transformers of a pipeline, in the order in which they serve."""
+    return list(named_transformers(pipeline).values())
 
 
 def run_latents(

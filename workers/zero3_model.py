@@ -18,7 +18,8 @@ from torch import nn
 
 from reelquant.checkpoint.reader import source_weights
 from reelquant.diffusers_internals import no_initial_weights
-from workers.fsdp_model import build_without_weights, check_tensors
+from workers.fsdp_model import check_tensors
+from workers.model_source import build_without_weights
 from workers.sharding import Sharding
 
 # Where it finds no GPU, DeepSpeed compiles an operator for sums over the ranks of one CPU first, half a minute of every rank.

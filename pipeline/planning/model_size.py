@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config.loading import ConfigError
 from pipeline.model_facts import ModelFacts
 from reelquant.checkpoint.pipeline_files import list_files, read_components
-from reelquant.checkpoint.reader import TRANSFORMER, read_weights
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER, read_weights
 from reelquant.quantization.layer_spec import LayerSpec, TensorInfo, layer_tensors
 from reelquant.quantization.rotation import block_size
 from workers.messages import MethodPlan
@@ -29,9 +29,9 @@ class CheckpointSize:
     artifact_bytes: int
     """Tensors of all block artifacts."""
     transformer_bytes: int
-    """Tensors of `transformer/`."""
+    """Tensors of the transformers."""
     source_bytes: int
-    """The same transformer with 16 bits a number."""
+    """The same with 16 bits a number."""
     folder_bytes: int
     """The pipeline folder with its other components, which are copied."""
     num_layers: int
@@ -51,9 +51,14 @@ class CheckpointSize:
 
 
 def source_tensors(model: ModelFacts) -> dict[str, TensorInfo]:
-    """The transformer's tensors: from the headers of its weights, or from its architecture in bfloat16 without them."""
+    """The transformers' tensors by `<component>/<name>`: from the headers of their weights, or from their architecture in
+    bfloat16 without them."""
+    return {f"{role}/{name}": info for role in model.roles for name, info in _tensors_of(model, role).items()}
+
+
+def _tensors_of(model: ModelFacts, role: str) -> dict[str, TensorInfo]:
     try:
-        stored, problems = read_weights(model.folder / TRANSFORMER, variant=model.variant, alone=False)
+        stored, problems = read_weights(model.folder / role, variant=model.variant, alone=False)
     except ValueError:
         stored, problems = {}, ["no weights"]
     if not problems:
@@ -103,7 +108,7 @@ def checkpoint_size(
         component_bytes: `copied_bytes` of the model.
     """
     specs = planned_layers(model, method)
-    replaced = {f"{name}.weight" for name in specs}
+    replaced = {f"{role}/{name}.weight" for role in model.roles for name in specs}
     kept = [info for name, info in tensors.items() if name not in replaced]
     stored = [
         info
@@ -112,16 +117,16 @@ def checkpoint_size(
             name, spec, in_features=model.linears[name][1], out_features=model.linears[name][0]
         ).values()
     ]
-    artifacts = sum(map(tensor_bytes, stored))
+    artifacts = len(model.roles) * sum(map(tensor_bytes, stored))
     transformer = artifacts + sum(map(tensor_bytes, kept))
-    num_weights = sum(math.prod(model.linears[name]) for name in specs)
+    num_weights = len(model.roles) * sum(math.prod(model.linears[name]) for name in specs)
     return CheckpointSize(
         method=method.name,
         artifact_bytes=artifacts,
         transformer_bytes=transformer,
         source_bytes=_SOURCE_BYTES * (num_weights + sum(math.prod(info.shape) for info in kept)),
         folder_bytes=transformer + sum(component_bytes.values()),
-        num_layers=len(specs),
+        num_layers=len(model.roles) * len(specs),
         num_weights=num_weights,
     )
 
@@ -136,7 +141,7 @@ def repaired_bytes(model: ModelFacts, method: MethodPlan) -> int:
             out, inputs = model.linears[name]
             total += sum(map(tensor_bytes, layer_tensors(name, spec, in_features=inputs, out_features=out).values()))
             total += _SOURCE_BYTES * out * (name in outputs)
-    return total
+    return len(model.roles) * total
 
 
 def tensor_bytes(info: TensorInfo) -> int:
@@ -145,7 +150,7 @@ def tensor_bytes(info: TensorInfo) -> int:
 
 
 def copied_bytes(model: Path, *, variant: str | None = None) -> dict[str, int]:
-    """Bytes of every component but the transformer, which a checkpoint copies: of its files, or counted without them.
+    """Bytes of every component but the transformers, which a checkpoint copies: of its files, or counted without them.
 
     Components without weights of their own and files beside the components are left out where they are not there.
     """
@@ -153,7 +158,7 @@ def copied_bytes(model: Path, *, variant: str | None = None) -> dict[str, int]:
     files, _ = list_files(model, variant=variant)
     for name in components(model):
         own = [path for file, path in files.items() if file.startswith(f"{name}/")]
-        if name == TRANSFORMER or not own:
+        if name in (TRANSFORMER, SECOND_TRANSFORMER) or not own:
             continue
         counted[name] = sum(path.stat().st_size for path in own)
         if not any(path.suffix == ".safetensors" for path in own) and (model / name / "config.json").is_file():

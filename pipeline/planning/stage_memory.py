@@ -40,7 +40,7 @@ from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import read_components, transformer_names
 from reelquant.ops.implementation import reference_only
 from workers.evaluation_worker import OTHER_ATTENTION
-from workers.model_source import build_on_meta, empty_component
+from workers.model_source import build_on_meta, compression, empty_component
 from workers.salience_hooks import SalienceHooks
 from workers.step_effects import spread_steps
 
@@ -123,7 +123,7 @@ class StageMemory:
             return forward
         hooks = SalienceHooks(
             self._context.model.family,
-            self._transformer,
+            [self._transformer],
             weight_bits=selection.weight_error_bits or self._context.config.bits.weight,
             max_tokens=selection.weight_error_tokens,
             features=selection.features,
@@ -183,7 +183,7 @@ class StageMemory:
             return 0
         vae, size = cast(Any, to_dtype(built, self._dtype)), self._counts.size
         whole = (int(self._context.model.config["in_channels"]), size.frames, size.height, size.width)
-        tile = tuple(map(min, whole, (whole[0], *_tile_shape(vae))))
+        tile = tuple(map(min, whole, (whole[0], *_tile_shape(vae, *compression(self._context.model.folder)))))
         latents = torch.empty(1, *tile, dtype=self._dtype, device=META)
 
         def decode() -> None:
@@ -204,11 +204,10 @@ class StageMemory:
         return 0 if built is None else sum(p.numel() for p in built.parameters()) * self._dtype.itemsize
 
 
-def _tile_shape(vae: Any) -> tuple[int, int, int]:
+def _tile_shape(vae: Any, temporal: int, spatial: int) -> tuple[int, int, int]:
     """Latents `(F, H, W)` that a VAE decodes at once when it tiles: a first tile of time has one frame more than later ones."""
-    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
     return (
-        getattr(vae, "tile_sample_min_num_frames", vae.temporal_compression_ratio) // temporal + 1,
+        getattr(vae, "tile_sample_min_num_frames", temporal) // temporal + 1,
         vae.tile_sample_min_height // spatial,
         vae.tile_sample_min_width // spatial,
     )

@@ -67,7 +67,8 @@ def activation_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
         total += array_bytes(tuple(value.shape), value.dtype)
 
     write_constants(call.constants, write)
-    return context.config.selection.num_samples * (len(GROUP_METADATA) + len(context.branches) * total)
+    samples = len(context.model.roles) * context.config.selection.num_samples
+    return samples * (len(GROUP_METADATA) + len(context.branches) * total)
 
 
 def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.report.run_data import RunData
 from reelquant.calibration.salience import minmax
+from reelquant.checkpoint.reader import TRANSFORMER
 
 ScoreMap = NDArray[np.float64]
 """`[prompts, steps]`, 0 to 1."""
@@ -100,7 +101,8 @@ def read_salience(run: RunData) -> Salience | None:
 
 
 def read_blocks(run: RunData) -> dict[str, tuple[CalibratedBlock, ...]]:
-    """Blocks in model order, by method; a method without any calibrated segment has none."""
+    """Blocks in model order, by method, those of a second transformer behind its component's name; a method without any
+    calibrated segment has none."""
     found: dict[str, list[CalibratedBlock]] = {name: [] for name in run.method_names}
     for record in run.stages["distillation"].records:
         blocks = record.result["blocks"]
@@ -108,9 +110,10 @@ def read_blocks(run: RunData) -> dict[str, tuple[CalibratedBlock, ...]]:
         written = [PurePosixPath(output.path).name.removesuffix(".safetensors") for output in record.outputs]
         for name in sorted(blocks, key=lambda name: (written.index(name) if name in written else len(written), name)):
             summary = blocks[name]
+            role = record.result.get("role", TRANSFORMER)
             found[record.result["method"]].append(
                 CalibratedBlock(
-                    name,
+                    name if role == TRANSFORMER else f"{role}.{name}",
                     tuple(summary["losses"]),
                     summary["loss_before"],
                     summary["loss_after"],
@@ -122,7 +125,7 @@ def read_blocks(run: RunData) -> dict[str, tuple[CalibratedBlock, ...]]:
 
 
 def read_refined(run: RunData) -> dict[str, Refined]:
-    """By method; a method without refinement, or not yet refined, is not there."""
+    """By unit: the method, and the component of a second transformer; what is not yet refined is not there."""
     found = {}
     for record in run.stages["refinement"].records:
         drift = record.result["drift"]
@@ -137,7 +140,7 @@ def read_refined(run: RunData) -> dict[str, Refined]:
             )
             for name in order
         )
-        found[record.result["method"]] = Refined(blocks, record.result["velocity"], record.result.get("residual"))
+        found[record.unit] = Refined(blocks, record.result["velocity"], record.result.get("residual"))
     return found
 
 

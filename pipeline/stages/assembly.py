@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from pipeline.context import Run
-from pipeline.run_units import part_name
-from pipeline.stages.distillation import parts
-from pipeline.stages.stage import StageUnit, UnitPlan, require, require_all, unit
+from pipeline.run_units import role_name
+from pipeline.stages.distillation import distilled
+from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
 from reelquant.attention.sparse_spec import SparseAttentionSpec
 from reelquant.calibration.residual_drift import MeasuredResidual
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from storage.cache import UnitRecord
 from workers.assembly_worker import AssemblyWorker
-from workers.messages import AssemblySettings, AssemblyUnit, MethodPlan
+from workers.messages import AssembledTransformer, AssemblySettings, AssemblyUnit, MethodPlan
 
 
 class Assembly:
@@ -46,31 +46,47 @@ class Assembly:
         return [UnitPlan(method.name, partial(self._unit, run, method)) for method in run.context.methods]
 
     def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
-        records = require_all(run, "distillation", [part_name(method.name, name) for name, _ in parts(run)])
-        label = run.context.bits_label
-        artifacts = block_artifacts(records)
-        sparse, velocity, refined = sparse_attention(method, records), None, None
+        blocks = {role: distilled(run, method.name, role) for role in run.context.model.roles}
+        refined: dict[str, UnitRecord] = {}
         if method.recipe.is_refined:
-            refined = require(run, "refinement", method.name)
-            artifacts = with_repaired(artifacts, refined)
-            if sparse is not None and method.recipe.attention.measures_residual:
-                sparse = MeasuredResidual.from_dict(refined.result["residual"]).applied(sparse)
-            values = refined.result["velocity_correction"]
-            velocity = None if values is None else VelocityCorrection.from_dict(values)
+            names = [role_name(method.name, role) for role in blocks]
+            refined = dict(zip(blocks, require_all(run, "refinement", names), strict=True))
+        label = run.context.bits_label
         payload = AssemblyUnit(
-            method.name, method, label, artifacts, checkpoint_path(run, method.name), sparse, velocity
+            method.name,
+            method,
+            label,
+            {role: assembled(method, records, refined.get(role)) for role, records in blocks.items()},
+            checkpoint_path(run, method.name),
         )
         depends = {
             "model": run.context.model_fingerprint,
-            "blocks": [record.fingerprint for record in records],
+            "blocks": [record.fingerprint for records in blocks.values() for record in records],
             "bits": label,
             "max_shard_bytes": run.context.config.assembly.max_shard_bytes,
             "checkpoint": payload.checkpoint,
             "calibration": dict(self.settings(run).calibration),
             "inference": method.generation_values(),
-            "refinement": None if refined is None else refined.fingerprint,
+            "refinement": [record.fingerprint for record in refined.values()],
         }
         return unit(self.name, method.name, payload, depends, in_run=True)
+
+
+def assembled(method: MethodPlan, blocks: Sequence[UnitRecord], refined: UnitRecord | None) -> AssembledTransformer:
+    """One transformer of a checkpoint.
+
+    Args:
+        blocks: records of its distillation.
+        refined: the record of its refinement, None for a method without.
+    """
+    artifacts, sparse = block_artifacts(blocks), sparse_attention(method, blocks)
+    if refined is None:
+        return AssembledTransformer(artifacts, sparse)
+    if sparse is not None and method.recipe.attention.measures_residual:
+        sparse = MeasuredResidual.from_dict(refined.result["residual"]).applied(sparse)
+    values = refined.result["velocity_correction"]
+    velocity = None if values is None else VelocityCorrection.from_dict(values)
+    return AssembledTransformer(with_repaired(artifacts, refined), sparse, velocity)
 
 
 def block_artifacts(records: Sequence[UnitRecord]) -> tuple[str, ...]:

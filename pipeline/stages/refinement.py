@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from pipeline.context import Run
-from pipeline.run_units import part_name, refined_methods
+from pipeline.run_units import refined_methods, role_name
 from pipeline.stages.assembly import block_artifacts, sparse_attention
-from pipeline.stages.distillation import parts
+from pipeline.stages.distillation import distilled
 from pipeline.stages.selection import selected_samples
 from pipeline.stages.stage import StageUnit, UnitPlan, require_all, unit
 from workers.messages import MethodPlan, RefinementSettings, RefinementUnit
@@ -16,7 +16,7 @@ from workers.refinement_worker import MEASURED_PROMPTS, RefinementWorker
 
 
 class Refinement:
-    """One unit a method that asks for it; none if no method does."""
+    """One unit a transformer and method that asks for it; none if no method does."""
 
     name, title = "refinement", "Refinement"
     worker_class = RefinementWorker
@@ -29,22 +29,25 @@ class Refinement:
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:
-        """Each depends on its method's blocks, and on the calibration data that it reads."""
+        """Each depends on its transformer's blocks, and on the calibration data that it reads."""
         methods = {method.name: method for method in run.context.methods}
-        return [UnitPlan(name, partial(self._unit, run, methods[name])) for name in refined_methods(run.context.config)]
+        return [
+            UnitPlan(role_name(name, role), partial(self._unit, run, methods[name], role))
+            for name in refined_methods(run.context.config)
+            for role in run.context.model.roles
+        ]
 
-    def _unit(self, run: Run, method: MethodPlan) -> StageUnit:
-        settings = self.settings(run)
-        records = require_all(run, "distillation", [part_name(method.name, name) for name, _ in parts(run)])
+    def _unit(self, run: Run, method: MethodPlan, role: str) -> StageUnit:
+        settings, name = self.settings(run), role_name(method.name, role)
+        samples = [sample for sample in settings.samples if sample.role == role]
+        records = distilled(run, method.name, role)
         artifacts = block_artifacts(records)
         sparse = sparse_attention(method, records)
         depends: dict[str, Any] = {
             **run.context.base_fingerprint(),
             "blocks": [record.fingerprint for record in records],
             "inference": method.generation_values(),
-            "drift": [
-                record.fingerprint for record in require_all(run, "activations", [s.name for s in settings.samples])
-            ]
+            "drift": [record.fingerprint for record in require_all(run, "activations", [s.name for s in samples])]
             if method.recipe.drift_repair
             else None,
             "velocity": [
@@ -54,7 +57,7 @@ class Refinement:
             else None,
         }
         if method.recipe.drift_repair:  # read with the activations, whose fingerprints cover them
-            require_all(run, "trajectories", dict.fromkeys(sample.prompt_name for sample in settings.samples))
+            require_all(run, "trajectories", dict.fromkeys(sample.prompt_name for sample in samples))
         if method.recipe.attention.measures_residual:
             prompts = settings.prompts[:MEASURED_PROMPTS]
             depends["residual"] = {
@@ -63,4 +66,8 @@ class Refinement:
                 "density": None if sparse is None else sparse.density,
                 "trajectories": [r.fingerprint for r in require_all(run, "trajectories", [p.name for p in prompts])],
             }
-        return unit(self.name, method.name, RefinementUnit(method.name, method, artifacts, sparse), depends)
+        steps = run.context.steps[role] if run.context.served else None
+        if steps is not None:
+            depends["steps"] = steps
+        payload = RefinementUnit(name, method, artifacts, sparse, role, steps)
+        return unit(self.name, name, payload, depends)

@@ -29,6 +29,7 @@ class Selection:
             chosen.features,
             chosen.used_diffusion_feature,
             sigmas,
+            tuple(run.context.steps.values()) if run.context.served else (),
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:
@@ -46,6 +47,8 @@ class Selection:
         }
         if settings.diffusion_feature != "latent":
             depends |= {"diffusion_feature": settings.diffusion_feature, "sigmas": settings.sigmas}
+        if settings.pools:
+            depends["pools"] = settings.pools
         return unit(self.name, SELECTION, SelectionUnit(SELECTION, prompts), depends, shared=True)
 
 
@@ -55,5 +58,8 @@ def selected_samples(run: Run) -> tuple[SampleUnit, ...]:
     Raises:
         NotDone: before the selection.
     """
-    chosen = require(run, "selection", SELECTION).result["chosen"]
-    return tuple(SampleUnit(sample_name(c["prompt"], c["step"]), c["prompt"], c["step"]) for c in chosen)
+    served = {step: role for role, steps in run.context.steps.items() for step in steps}
+    return tuple(
+        SampleUnit(sample_name(c["prompt"], c["step"]), c["prompt"], c["step"], served[c["step"]])
+        for c in require(run, "selection", SELECTION).result["chosen"]
+    )

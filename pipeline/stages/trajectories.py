@@ -27,6 +27,7 @@ class Trajectories:
             selection.weight_error_tokens,
             context.sharding,
             selection.features,
+            context.served,
         )
 
     def plan(self, run: Run) -> list[UnitPlan]:

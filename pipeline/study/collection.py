@@ -99,8 +99,9 @@ def _result(run: Run, unit: str) -> Mapping[str, Any] | None:
 
 
 def _segments(run: Run) -> list[UnitRecord]:
-    """Records of the distillation units that hold blocks."""
-    names = [part_name(run.context.methods[0].name, part) for part, blocks in parts(run) if blocks]
+    """Records of the distillation units that hold blocks, those of the first transformer."""
+    method, role = run.context.methods[0].name, run.context.model.roles[0]
+    names = [part_name(method, role, part) for part, blocks in parts(run) if blocks]
     return [record for name in names if (record := run.records.read("distillation", name)) is not None]
 
 

@@ -232,8 +232,14 @@ class _Counting:
         trajectories = (run.records.read("trajectories", p.name) for p in run.context.calibration_prompts)
         upstream = tuple(record.fingerprint for record in trajectories if record is not None)
         self._choices.setdefault(upstream, set()).add(fingerprint)
-        run.records.add(_planned("trajectories", fingerprint, fingerprint, {}))
-        return [{"prompt": fingerprint, "step": index} for index in range(run.context.config.selection.num_samples)]
+        chosen: list[dict[str, Any]] = [
+            {"prompt": f"{fingerprint}-{index // len(steps)}", "step": steps[index % len(steps)]}
+            for steps in run.context.steps.values()
+            for index in range(run.context.config.selection.num_samples)
+        ]
+        for prompt in dict.fromkeys(sample["prompt"] for sample in chosen):
+            run.records.add(_planned("trajectories", prompt, fingerprint, {}))
+        return chosen
 
     def _unit_bytes(self, run: StudyRun, context: RunContext) -> dict[str, float]:
         """Bytes of one unit of each stage on average; seeds do not matter."""
@@ -256,10 +262,11 @@ def unit_bytes(context: RunContext, counts: TokenCounts) -> dict[str, float]:
         tensors=source_tensors(context.model),
         component_bytes=copied_bytes(context.model.folder, variant=context.model.variant),
     )
+    roles = len(context.model.roles)
     return {
         "trajectories": trajectory_bytes(context, counts, dtype) / len(context.calibration_prompts),
-        "activations": activation_bytes(context, counts, dtype) / config.selection.num_samples,
-        "distillation": size.artifact_bytes / (len(context.segments) + 1),
+        "activations": activation_bytes(context, counts, dtype) / (roles * config.selection.num_samples),
+        "distillation": size.artifact_bytes / (roles * (len(context.segments) + 1)),
         "assembly": size.folder_bytes,
         "evaluation": evaluation_bytes(context, counts) / len(evaluation_names(config)),
     }

@@ -16,6 +16,9 @@ from reelquant.quantization.layer_spec import TensorInfo, layer_tensors
 from reelquant.quantization.linear import QuantizedLinear
 
 TRANSFORMER = "transformer"
+"""The component that serves all steps, or the first ones of a pipeline with two transformers."""
+SECOND_TRANSFORMER = "transformer_2"
+"""The one that serves the later steps."""
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 

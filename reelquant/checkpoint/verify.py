@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what it says: every file of its components against its digest; of the transformer also headers, then
+"""Whether a checkpoint is what it says: every file of its components against its digest; of its transformers also headers, then
 every tensor's numbers and every layer's digest."""
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from torch import nn
 
 from reelquant.checkpoint.file_digests import digest_problems, read_digests
 from reelquant.checkpoint.layer_packing import value_problem
-from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files
-from reelquant.checkpoint.reader import TRANSFORMER, disagreements, quantized_layers, read_config, read_weights
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files, read_components, transformer_names
+from reelquant.checkpoint.reader import (
+    SECOND_TRANSFORMER,
+    TRANSFORMER,
+    disagreements,
+    quantized_layers,
+    read_config,
+    read_weights,
+)
 from reelquant.checkpoint.safetensors_file import StoredTensor, open_file
 from reelquant.checkpoint.schema import QUANT_METHOD, QuantizationSpec
 from reelquant.diffusers_internals import ignored_keys
@@ -59,11 +66,11 @@ class VerificationReport:
     bits: str = ""
     """Label such as `W4A6`."""
     layers: dict[str, LayerReport] = field(default_factory=dict)
-    """Quantized layers by name."""
+    """Quantized layers by name; those of a second transformer with `transformer_2.` in front."""
     total_bytes: int = 0
-    """Bytes of all tensors of the transformer."""
+    """Bytes of all tensors of the transformers."""
     source_bytes: int = 0
-    """Bytes that the transformer takes with 16 bits a number."""
+    """Bytes that the transformers take with 16 bits a number."""
     num_files: int = 0
     """Files that were compared with their digests in `reelquant.json`."""
     not_covered: tuple[str, ...] = ()
@@ -84,47 +91,61 @@ def verify_checkpoint(path: Path) -> VerificationReport:
     """Checks the pipeline folder `path`; what is wrong is reported, not raised.
 
     Of every component that `model_index.json` names: whether its files are there and can be read, and whether they have the
-    digests in `reelquant.json`, where there is one. Of the transformer, tensor by tensor: names, shapes and dtypes against the
+    digests in `reelquant.json`, where there is one. Of the transformers, tensor by tensor: names, shapes and dtypes against the
     model; that every number is finite, that scales are positive, that codes are in range, and that every layer has the
     digest which its description promises.
     """
     report = VerificationReport(path)
-    _check_transformer(report, path / TRANSFORMER)
+    names = _transformers(path)
+    for name in names:
+        problems = _check_transformer(report, path / name, "" if name == TRANSFORMER else f"{name}.")
+        report.problems += problems if len(names) == 1 else [f"{name}: {problem}" for problem in problems]
     if (path / TRANSFORMER / "config.json").is_file() or (path / MODEL_INDEX).is_file():
-        _check_files(report, path)
+        _check_files(report, path, names)
     report.problems[:] = dict.fromkeys(report.problems)
     return report
 
 
-def _check_transformer(report: VerificationReport, folder: Path) -> None:
+def _transformers(path: Path) -> tuple[str, ...]:
+    """The transformers that must be quantized; `transformer` where the index cannot say, whose problems are named elsewhere."""
+    try:
+        second = SECOND_TRANSFORMER in transformer_names(read_components(path))
+    except ValueError:
+        second = False
+    return (TRANSFORMER, SECOND_TRANSFORMER) if second else (TRANSFORMER,)
+
+
+def _check_transformer(report: VerificationReport, folder: Path, prefix: str) -> list[str]:
+    """Problems of the transformer in `folder`; its sound layers go into the report, their names after `prefix`."""
     try:
         config = read_config(folder)
         spec = _specification(config, folder)
         report.bits = spec.bits
         model = empty_model(config, spec)
-        stored, report.problems = read_weights(folder)
+        stored, problems = read_weights(folder)
     except ValueError as error:
-        report.problems.append(str(error))
-        return
+        return [str(error)]
     infos = {name: tensor.info for name, tensor in stored.items()}
-    report.problems += disagreements(model, infos, ignored=ignored_keys(model), all_read=not report.problems)
-    if report.problems:
-        return
-    _count(report, model, stored)
+    problems += disagreements(model, infos, ignored=ignored_keys(model), all_read=not problems)
+    if problems:
+        return problems
+    _count(report, model, stored, prefix)
     layers = quantized_layers(model)
     for name in sorted(stored):
         parent, _, suffix = name.rpartition(".")
         problem = value_problem(suffix if parent in layers else name, stored[name].read())
         if problem is not None:
-            report.problems.append(f"tensor {name}: {problem}")
+            problems.append(f"tensor {name}: {problem}")
     for name, layer in layers.items():
-        report.problems += _layer_problems(name, layer, stored)
+        problems += _layer_problems(name, layer, stored)
+    return problems
 
 
-def _check_files(report: VerificationReport, path: Path) -> None:
+def _check_files(report: VerificationReport, path: Path, transformers: tuple[str, ...]) -> None:
     files, problems = list_files(path)
-    others = {name: file for name, file in files.items() if not name.startswith(f"{TRANSFORMER}/")}
-    report.problems += [problem for problem in problems if not problem.startswith(str(path / TRANSFORMER))]
+    others = {name: file for name, file in files.items() if name.split("/")[0] not in transformers}
+    checked = tuple(str(path / name) for name in transformers)
+    report.problems += [problem for problem in problems if not problem.startswith(checked)]
     for file in others.values():
         try:
             if file.suffix == ".safetensors":
@@ -170,7 +191,7 @@ def _specification(config: Mapping[str, Any], folder: Path) -> QuantizationSpec:
     return QuantizationSpec.from_dict(quantization)
 
 
-def _count(report: VerificationReport, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+def _count(report: VerificationReport, model: nn.Module, stored: Mapping[str, StoredTensor], prefix: str) -> None:
     layers = quantized_layers(model)
     num_numbers = 0
     for name, tensor in stored.items():
@@ -181,9 +202,11 @@ def _count(report: VerificationReport, model: nn.Module, stored: Mapping[str, St
         num_weights = layer.in_features * layer.out_features
         num_numbers += num_weights
         taken = sum(stored[f"{name}.{suffix}"].info.num_bytes for suffix in layer.state_dict())
-        report.layers[name] = LayerReport(layer.spec.weight_bits, layer.spec.activation_bits, num_weights, taken)
-    report.total_bytes = sum(tensor.info.num_bytes for tensor in stored.values())
-    report.source_bytes = num_numbers * _SOURCE_BYTES
+        report.layers[prefix + name] = LayerReport(
+            layer.spec.weight_bits, layer.spec.activation_bits, num_weights, taken
+        )
+    report.total_bytes += sum(tensor.info.num_bytes for tensor in stored.values())
+    report.source_bytes += num_numbers * _SOURCE_BYTES
 
 
 def _layer_problems(name: str, empty: QuantizedLinear, stored: Mapping[str, StoredTensor]) -> list[str]:

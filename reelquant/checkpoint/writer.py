@@ -1,4 +1,4 @@
-"""Assembly of a checkpoint: a diffusers pipeline folder whose transformer has quantized layers.
+"""Assembly of a checkpoint: a diffusers pipeline folder whose transformers, one or two, have quantized layers.
 
 One file of weights is in memory at a time, never the model. The same inputs give the same bytes. `model_index.json`, without
 which no loader takes the folder, is written when all other files of the components are there.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,32 @@ from reelquant.checkpoint.file_digests import DIGESTS_NAME, describe_files
 from reelquant.checkpoint.inference_specs import VelocityCorrection
 from reelquant.checkpoint.layer_packing import open_block_artifact
 from reelquant.checkpoint.pipeline_files import MODEL_INDEX, list_files, plain_index, read_components, transformer_names
-from reelquant.checkpoint.reader import TRANSFORMER, is_checkpoint, read_config, read_weights
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER, is_checkpoint, read_config, read_weights
 from reelquant.checkpoint.safetensors_file import StoredTensor, write_file
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.quantization.layer_spec import LAYER_SUFFIXES, LayerSpec, group_problems, layer_tensors
 from reelquant.settings.generation import StepProtection
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the calibration found for one transformer."""
+
+    artifacts: Iterable[Path]
+    """Files of `layer_packing.write_block_artifact`; tensors of the source that none replaces are copied."""
+    sparse_attention: SparseAttentionSpec | None = None
+    velocity_correction: VelocityCorrection | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A transformer's folder before it is written."""
+
+    config: Mapping[str, Any]
+    spec: QuantizationSpec
+    tensors: Mapping[str, StoredTensor]
 
 
 def write_checkpoint(
@@ -40,6 +60,7 @@ def write_checkpoint(
     sparse_attention: SparseAttentionSpec | None = None,
     step_protection: StepProtection | None = None,
     velocity_correction: VelocityCorrection | None = None,
+    second: Calibrated | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> QuantizationSpec:
     """Writes the pipeline folder `output` from the pipeline folder `source` and the quantized layers of `artifacts`.
@@ -56,11 +77,13 @@ def write_checkpoint(
         variant: of the source's weight files, such as `fp16`; the checkpoint's have plain names.
         calibration: JSON values: where the layers come from.
         sparse_attention, step_protection, velocity_correction: of the generation, None for none.
+        second: of `transformer_2`, where the source has one; what is said before is of `transformer`, but for the protected
+            steps, which are of both.
         max_shard_bytes: size of the weight files, and the memory that writing them takes; a larger tensor has a file of its
             own.
 
     Returns:
-        the description that was written into `config.json`.
+        the description that was written into the `config.json` of `transformer`.
 
     Raises:
         ValueError: the source or an artifact is not usable, they do not fit each other, or `output` is something else;
@@ -73,39 +96,40 @@ def write_checkpoint(
         raise ValueError(f"{output}: is there already; choose another folder or remove it")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
-    config = read_config(source / TRANSFORMER)
-    if config.get("quantization_config") is not None:
-        raise ValueError(f"{source}: its transformer is quantized already; give the full-precision pipeline")
-    weights, problems = read_weights(source / TRANSFORMER, variant=variant, alone=False)
-    files, missing = _other_files(source, variant)
-    layers, replacements, artifact_problems = _read_artifacts(artifacts)
-    problems += missing + artifact_problems
-    if not problems:
-        problems = group_problems(layers) + _fit_problems(weights, replacements, layers)
+    parts = {TRANSFORMER: Calibrated(artifacts, sparse_attention, velocity_correction)}
+    if second is not None:
+        parts[SECOND_TRANSFORMER] = second
+    prepared: dict[str, _Prepared] = {}
+    files, problems = _other_files(source, parts, variant)
+    for name, part in parts.items():
+        config = read_config(source / name)
+        if config.get("quantization_config") is not None:
+            raise ValueError(f"{source}: its {name} is quantized already; give the full-precision pipeline")
+        layers, tensors, found = _prepare(source / name, part.artifacts, variant)
+        problems += found if second is None else [f"{name}: {problem}" for problem in found]
+        spec = QuantizationSpec(
+            bits=bits,
+            method=method,
+            layers=layers,
+            calibration=dict(calibration or {}),
+            sparse_attention=part.sparse_attention,
+            step_protection=step_protection,
+            velocity_correction=part.velocity_correction,
+        )
+        prepared[name] = _Prepared(config, spec, tensors)
     if problems:
         raise ValueError(f"{source} and its block artifacts give no checkpoint: " + "; ".join(problems))
-    spec = QuantizationSpec(
-        bits=bits,
-        method=method,
-        layers=layers,
-        calibration=dict(calibration or {}),
-        sparse_attention=sparse_attention,
-        step_protection=step_protection,
-        velocity_correction=velocity_correction,
-    )
-    # A layer's weight gives way; its bias stays, unless the artifact has one.
-    kept = {name: tensor for name, tensor in weights.items() if name not in {f"{layer}.weight" for layer in layers}}
-    transformer = output / TRANSFORMER
-    transformer.mkdir(parents=True)
     try:
-        _write_json(transformer / "config.json", {**config, "quantization_config": spec.to_dict()})
-        _write_shards(transformer, {**kept, **replacements}, max_shard_bytes)
+        for name, of in prepared.items():
+            (output / name).mkdir(parents=True)
+            _write_json(output / name / "config.json", {**of.config, "quantization_config": of.spec.to_dict()})
+            _write_shards(output / name, of.tensors, max_shard_bytes)
         _copy_files(files, output, variant)
         _write_json(output / DIGESTS_NAME, describe_files(output))
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
-    return spec
+    return prepared[TRANSFORMER].spec
 
 
 def check_place(source: Path, output: Path) -> None:
@@ -121,6 +145,21 @@ def check_place(source: Path, output: Path) -> None:
         raise ValueError(f"{output}: the checkpoint cannot be written over or into its source {source}")
     if output.exists() and not is_checkpoint(output):
         raise ValueError(f"{output}: exists and is no checkpoint of reelquant; choose another folder or remove it")
+
+
+def _prepare(
+    folder: Path, artifacts: Iterable[Path], variant: str | None
+) -> tuple[dict[str, LayerSpec], dict[str, StoredTensor], list[str]]:
+    """Quantized layers and all tensors of a transformer's folder, and what is wrong with them."""
+    weights, problems = read_weights(folder, variant=variant, alone=False)
+    layers, replacements, artifact_problems = _read_artifacts(artifacts)
+    problems += artifact_problems
+    if not problems:
+        problems = group_problems(layers) + _fit_problems(weights, replacements, layers)
+    # A layer's weight gives way; its bias stays, unless the artifact has one.
+    replaced = {f"{layer}.weight" for layer in layers}
+    kept = {name: tensor for name, tensor in weights.items() if name not in replaced}
+    return layers, {**kept, **replacements}, problems
 
 
 def _read_artifacts(
@@ -169,16 +208,17 @@ def _fit_problems(
     return problems
 
 
-def _other_files(source: Path, variant: str | None) -> tuple[dict[str, Path], list[str]]:
-    """All files of a source but the transformer's, which are written anew; and what it lacks."""
+def _other_files(source: Path, quantized: Iterable[str], variant: str | None) -> tuple[dict[str, Path], list[str]]:
+    """All files of a source but those of the transformers `quantized`, which are written anew; and what it lacks."""
     files, problems = list_files(source, variant=variant)
-    if not problems and f"{TRANSFORMER}/config.json" not in files:
-        problems = [f"{source / MODEL_INDEX} names no {TRANSFORMER}"]
     if not problems:
+        problems = [
+            f"{source / MODEL_INDEX} names no {name}" for name in quantized if f"{name}/config.json" not in files
+        ]
         names = transformer_names(read_components(source))
-        others = [name for name in names if name != TRANSFORMER and name.startswith(TRANSFORMER)]
-        problems = [f"{name} is a transformer too, and would stay in 16 bits" for name in others]
-    return {name: path for name, path in files.items() if not name.startswith(f"{TRANSFORMER}/")}, problems
+        others = [name for name in names if name not in quantized and name.startswith(TRANSFORMER)]
+        problems += [f"{name} is a transformer too, and would stay in 16 bits" for name in others]
+    return {name: path for name, path in files.items() if name.split("/")[0] not in quantized}, problems
 
 
 def _copy_files(files: Mapping[str, Path], target: Path, variant: str | None) -> None:

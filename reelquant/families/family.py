@@ -37,6 +37,7 @@ FAMILIES = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "LTXVideoTransformer3DModel": "ltx_video",
     "MochiTransformer3DModel": "mochi",
+    "WanTransformer3DModel": "wan",
 }
 """Module in this package by the architecture that it declares."""
 
@@ -135,8 +136,9 @@ class Family:
     """Kinds of linears outside the blocks by patterns of their names, the first that fits; others stay in 16 bits."""
     guidance: Guidance = "one_pass"
     """Calls of a step: one; two, of which the pipeline calls the one `uncond`; or one of a batch, whose first half is that."""
-    transformers: tuple[str, ...] = ("transformer",)
-    """Components of the pipeline that are quantized; a pipeline with others beside them is refused."""
+    boundary: str | None = None
+    """Key of the pipeline's `model_index.json` with the noise level down to which `transformer` serves and below which
+    `transformer_2` does, in pipelines with both; a pipeline with a second transformer is refused where there is none."""
     side_multiple: int = 1
     """The pipeline takes heights and widths that this divides."""
     channel_axis: int = 1

@@ -26,6 +26,9 @@ class Visited:
         self.pairs += pairs
         self.of += of
 
+    def __add__(self, other: Visited) -> Visited:
+        return Visited(self.pairs + other.pairs, self.of + other.of)
+
     @property
     def density(self) -> float:
         """Share of the maps that was visited; a refresh counts as dense, not more. NaN before any pass."""

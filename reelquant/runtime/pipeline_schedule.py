@@ -9,6 +9,8 @@ from typing import Any
 
 import diffusers
 
+from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_components, read_json
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.families.family import Family
 from reelquant.noise_schedule import USUAL_SHIFT, shifted_levels
 
@@ -27,7 +29,8 @@ class PipelineSchedule:
             num_video: video tokens of the generation, on which some families' schedules depend; None for the longest video
                 for which the schedule changes.
         """
-        self._config, self._family, self._num_video = pipeline / SCHEDULER_CONFIG, family, num_video
+        self._folder, self._family, self._num_video = pipeline, family, num_video
+        self._config = pipeline / SCHEDULER_CONFIG
 
     def __call__(self, num_steps: int) -> list[float]:
         """Noise levels of a generation with `num_steps` steps, falling.
@@ -42,6 +45,17 @@ class PipelineSchedule:
             logger.warning("%s does not exist: taking flow matching with shift %g for it", self._config, USUAL_SHIFT)
             return shifted_levels(num_steps)
         return self._family.noise_levels(self._scheduler(), num_steps, self._num_video)
+
+    def transformers(self, num_steps: int) -> list[str]:
+        """Component of the pipeline that serves each step of a generation.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        if self._family.boundary is None or SECOND_TRANSFORMER not in read_components(self._folder):
+            return [TRANSFORMER] * num_steps
+        boundary = read_json(self._folder / MODEL_INDEX)[self._family.boundary]
+        return [TRANSFORMER if level >= boundary else SECOND_TRANSFORMER for level in self(num_steps)]
 
     def sigmas(self, num_steps: int) -> list[float]:
         """Sigmas `[num_steps + 1]` of the latents of a generation, noise to video, falling; the last is 0.

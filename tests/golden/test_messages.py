@@ -150,7 +150,7 @@ def of_models(folder: Path, sound: Path) -> dict[str, str]:
     model = Path(shutil.copytree(sound, folder / "model"))
     cases = [("model_index.json", changes) for changes, _ in INDEX_MISTAKES]
     cases += [("transformer/config.json", changes) for changes in CONFIG_MISTAKES]
-    cases += [("transformer/config.json", {"_class_name": "WanTransformer3DModel"})]
+    cases += [("transformer/config.json", {"_class_name": "AllegroTransformer3DModel"})]
     cases += [("transformer/config.json", {"quantization_config": {"quant_method": "reelquant"}})]
     found = {}
     for file, changes in cases:

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:In CPU autocas
 GENERATION: dict[str, dict[str, Any]] = {
     "ltx_video": {"height": 32, "width": 64, "num_frames": 9},
     "mochi": {"height": 32, "width": 48, "num_frames": 7},
+    "wan_2_2": {"height": 64, "width": 96, "num_frames": 9},
 }
 METHOD = {
     "preset": "s2q_quantsparse",
@@ -29,7 +30,7 @@ METHOD = {
     "velocity_correction": True,
     "attention": {"density": 0.6, "dense_steps": 1, "interval": 2, "residual": {"rank": 4}},
 }
-STEPS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "max_sequence_length": 16}
+STEPS: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 16}
 
 
 def generated(pipeline: Any, family: str) -> torch.Tensor:
@@ -37,12 +38,6 @@ def generated(pipeline: Any, family: str) -> torch.Tensor:
         "the digit 3", **GENERATION[family], **STEPS, generator=torch.Generator().manual_seed(1), output_type="pt"
     ).frames
     return found
-
-
-def fitted(run: Path) -> dict[str, Any]:
-    """The result of the refinement."""
-    [record] = Recorded(run).records("refinement")
-    return dict(record.result)
 
 
 @pytest.mark.parametrize("family", GENERATION)
@@ -76,21 +71,29 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_
     checkpoint = tmp_path / "run" / "checkpoint"
     verified = call("verify", str(checkpoint))
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    stored = json.loads((checkpoint / "transformer" / "config.json").read_text())["quantization_config"]
-    assert isinstance(fitted(tmp_path / "run")["velocity"]["error_after"], float)
-    assert set(stored["sparse_attention"]["head_kinds"]) == {f"transformer_blocks.{i}" for i in range(3)}
     pipeline = DiffusionPipeline.from_pretrained(str(checkpoint))
     pipeline.set_progress_bar_config(disable=True)
-    inside = {name for name in quantized_layers(pipeline.transformer) if name.startswith("transformer_blocks.")}
-    linears = {n for n, m in pipeline.transformer.named_modules() if type(m) is torch.nn.Linear}
-    assert inside
-    assert not any(name.startswith("transformer_blocks.") for name in linears), "every linear of a block is quantized"
+    roles, blocks = context.model.roles, context.model.blocks
+    refined = Recorded(tmp_path / "run").records("refinement")
+    assert len(refined) == len(roles)
+    assert all(isinstance(record.result["velocity"]["error_after"], float) for record in refined)
+    steps = [record.result["step"] for record in Recorded(tmp_path / "run").records("activations")]
+    assert [sum(step in own for step in steps) for own in context.steps.values()] == [2] * len(roles)
+    for role in roles:
+        stored = json.loads((checkpoint / role / "config.json").read_text())["quantization_config"]
+        assert set(stored["sparse_attention"]["head_kinds"]) == set(blocks)
+        transformer = getattr(pipeline, role)
+        inside = {name for name in quantized_layers(transformer) if name.startswith(tuple(blocks))}
+        linears = {n for n, m in transformer.named_modules() if type(m) is torch.nn.Linear}
+        assert inside
+        assert not any(name.startswith(tuple(blocks)) for name in linears), "every linear of a block is quantized"
     video = generated(pipeline, family)
     assert bool(video.isfinite().all())
     assert torch.equal(video, generated(pipeline, family)), "a generation leaves nothing behind"
-    sparse = pipeline.transformer.sparse_attention
-    assert 0 < sparse.visited.density < 1
-    sparse.enabled = False
+    for role in roles:
+        sparse = getattr(pipeline, role).sparse_attention
+        assert 0 < sparse.visited.density < 1
+        sparse.enabled = False
     assert not torch.equal(video, generated(pipeline, family))
     exact = DiffusionPipeline.from_pretrained(str(model))
     exact.set_progress_bar_config(disable=True)

@@ -16,7 +16,7 @@ from tests.reelquant.conftest import write_artifacts
 from tests.unit_cache import UnitCache
 from tests.workers.test_component_check import edit_tensors
 from workers.assembly_worker import INDEX, AssemblyWorker
-from workers.messages import AssemblySettings, AssemblyUnit, MethodPlan, RunSource
+from workers.messages import AssembledTransformer, AssemblySettings, AssemblyUnit, MethodPlan, RunSource
 
 RTN = PRESETS["rtn"]
 BLOCK, LAYER, KEPT = "single_transformer_blocks.1", "proj_mlp", "x_embedder.proj.bias"
@@ -32,7 +32,9 @@ def test_an_unsound_checkpoint_is_an_error_that_no_other_attempt_mends_and_repla
     [artifact] = write_artifacts(transformer, {BLOCK: [((LAYER,), 4, 6, "per_channel", False)]}, tmp_path)
     name = run.write_file("distillation", "s", artifact.name, lambda path: shutil.copy(artifact, path))
     worker = AssemblyWorker(AssemblySettings(RunSource(model, 0, Numerics("float32", 1)), 2**30))
-    unit = AssemblyUnit("rtn", MethodPlan(RTN, {}), "W4A6", (name,), "checkpoint")
+    unit = AssemblyUnit(
+        "rtn", MethodPlan(RTN, {}), "W4A6", {"transformer": AssembledTransformer((name,))}, "checkpoint"
+    )
     assert run.do(worker, "assembly", unit).result["bits"] == "W4A6"
     before = files(run.run)
     assert f"checkpoint/{INDEX}" in before

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from reelquant.checkpoint.reader import source_weights
 from tests.errors import names
+from tests.reelquant.families import tiny_pipelines
 from workers.model_source import load_block, model_problems, open_pipeline
 
 
@@ -40,8 +41,8 @@ def test_missing_parts_are_named_together(model: Path) -> None:
 def test_another_architecture_and_a_quantized_model_are_refused(model: Path) -> None:
     path = model / "transformer" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "_class_name": "WanTransformer3DModel"}))
-    assert names("\n".join(model_problems(model)), "WanTransformer3DModel")
+    path.write_text(json.dumps({**config, "_class_name": "AllegroTransformer3DModel"}))
+    assert names("\n".join(model_problems(model)), "AllegroTransformer3DModel")
     path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "reelquant"}}))
     assert names("\n".join(model_problems(model)), model / "transformer", "quantized")
 
@@ -53,6 +54,18 @@ def test_a_second_transformer_is_not_passed_over(model: Path) -> None:
     index["transformer_2"] = index["transformer"]
     (model / "model_index.json").write_text(json.dumps(index))
     assert names("\n".join(model_problems(model)), "transformer_2", "HunyuanVideo", 16)
+
+
+def test_two_transformers_of_one_size_and_a_boundary_are_needed(tmp_path: Path) -> None:
+    model = tiny_pipelines.wan_2_2(tmp_path / "model")
+    assert model_problems(model) == []
+    index = json.loads((model / "model_index.json").read_text())
+    for boundary in (None, 1.5):
+        (model / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": boundary}))
+        assert names("\n".join(model_problems(model)), "boundary_ratio", boundary, "transformer_2")
+    path = model / "transformer_2" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 2}))
+    assert names("\n".join(model_problems(model)), path, "num_layers")
 
 
 def test_a_truncated_file_and_nan_weights_are_named(model: Path) -> None:

@@ -78,7 +78,7 @@ def transformer() -> Any:
 
 def seen(transformer: Any, features: tuple[str, ...]) -> tuple[SalienceHooks, int]:
     """Two passes with the hooks of `features`, and how many of them are on blocks and linears."""
-    hooks = SalienceHooks(FAMILY, transformer, weight_bits=4, max_tokens=16, features=features)
+    hooks = SalienceHooks(FAMILY, [transformer], weight_bits=4, max_tokens=16, features=features)
     inputs = {
         "hidden_states": torch.randn(1, 4, 1, 4, 6, generator=torch.Generator().manual_seed(1)),
         "encoder_hidden_states": torch.ones(1, 5, 16),

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from reelquant.checkpoint.layer_packing import read_block_artifact, write_block_artifact
 from reelquant.checkpoint.reader import read_weights
 from reelquant.checkpoint.verify import verify_checkpoint
-from reelquant.checkpoint.writer import write_checkpoint
-from tests.errors import raises
+from reelquant.checkpoint.writer import Calibrated, write_checkpoint
+from tests.errors import names, raises
+from tests.workers.test_component_check import edit_tensors
 
 
 def write(source: Path, output: Path, artifacts: list[Path], *, max_shard_bytes: int = 10**9) -> Path:
@@ -257,6 +258,40 @@ def test_a_second_transformer_is_not_passed_over(tiny_source: Path, tiny_artifac
     with raises(ValueError, "transformer_2", 16):
         write_checkpoint(source, tmp_path / "output", artifacts=tiny_artifacts, bits="W4A8", method="x")
     assert not (tmp_path / "output").exists()
+
+
+def test_two_transformers_are_written_and_verified_each(
+    tiny_source: Path, tiny_artifacts: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source, output = Path(shutil.copytree(tiny_source, tmp_path / "source")), tmp_path / "output"
+    shutil.copytree(source / "transformer", source / "transformer_2")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps({**index, "transformer_2": index["transformer"]}))
+    second = Calibrated(tiny_artifacts[:1])
+    write_checkpoint(source, output, artifacts=tiny_artifacts, bits="W4A6", method="test", second=second)
+    one, report = verify_checkpoint(tiny_checkpoint), verify_checkpoint(output)
+    assert report.problems == []
+    both = [name for name in report.layers if not name.startswith("transformer_2.")]
+    others = [name.removeprefix("transformer_2.") for name in report.layers if name.startswith("transformer_2.")]
+    assert both == list(one.layers)
+    assert 0 < len(others) < len(both)
+    assert set(others) <= set(both)
+    assert report.source_bytes == 2 * one.source_bytes
+    assert one.total_bytes < report.total_bytes < 2 * one.source_bytes
+    layer = others[0]
+    weights = next(
+        path
+        for path in sorted((output / "transformer_2").glob("*.safetensors"))
+        if f"{layer}.weight_scale" in load_file(path)
+    )
+    edit_tensors(weights, lambda tensors: tensors[f"{layer}.weight_scale"].fill_(torch.nan))
+    assert names("\n".join(verify_checkpoint(output).problems), "transformer_2", layer)
+    shutil.rmtree(output / "transformer_2")
+    assert names("\n".join(verify_checkpoint(output).problems), output / "transformer_2")
+    with raises(ValueError, tiny_source / "transformer_2"):
+        write_checkpoint(
+            tiny_source, tmp_path / "other", artifacts=tiny_artifacts, bits="W4A6", method="test", second=second
+        )
 
 
 def test_unusable_source_weights_are_refused(tiny_source: Path, tiny_artifacts: list[Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from reelquant.families.family import Arguments, Config, Family, VideoSize
 from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
 from reelquant.families.ltx_video import FAMILY as LTX_VIDEO
 from reelquant.families.mochi import FAMILY as MOCHI
+from reelquant.families.wan import FAMILY as WAN
 from reelquant.tokens import Grid
 
 
@@ -21,21 +22,6 @@ def falling(scheduler: Any, num_steps: int, _num_video: int | None) -> list[floa
 
 def level(timestep: float) -> float:
     return timestep / 1000
-
-
-def _wan_grid(config: Config, call: Arguments) -> Grid:
-    frames, height, width = call["hidden_states"].shape[-3:]
-    patch = config["patch_size"]
-    return frames // patch[0], height // patch[1], width // patch[2]
-
-
-def _wan_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.empty(size.batch, config["in_channels"], size.frames, size.height, size.width),
-        "timestep": torch.empty(size.batch),
-        "encoder_hidden_states": torch.empty(size.batch, size.num_text, config["text_dim"]),
-        "return_dict": False,
-    }
 
 
 def _hunyuan_video_15_grid(config: Config, call: Arguments) -> Grid:
@@ -72,11 +58,6 @@ def _cogvideox_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
     }
 
 
-WAN = Family(
-    name="Wan", architecture="WanTransformer3DModel", blocks={"blocks": "num_layers"}, self_attention="attn1", text="apart",
-    grid=_wan_grid, inputs=_wan_inputs, noise_level=level, noise_levels=falling, guidance="two_passes",
-    outside={"condition_embedder.*": "embedder"},
-)  # fmt: skip
 HUNYUAN_VIDEO_15 = Family(
     name="HunyuanVideo-1.5", architecture="HunyuanVideo15Transformer3DModel", blocks={"transformer_blocks": "num_layers"},
     self_attention="attn", text="after", grid=_hunyuan_video_15_grid, inputs=_hunyuan_video_15_inputs, noise_level=level,

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from tests.reelquant.families.tiny_models import TINY
 
@@ -49,3 +49,28 @@ def mochi(folder: Path) -> Path:
         **_text_parts(16),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def wan(folder: Path, *, boundary: float | None = None) -> Path:
+    """A `WanPipeline`; with a boundary one of two transformers, as Wan2.2-A14B."""
+    torch.manual_seed(0)
+    tiny = replace(TINY["Wan"], settings={**TINY["Wan"].settings, "num_attention_heads": 4})
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    first, second = tiny.model(), tiny.model()
+    for parameter in second.parameters():
+        parameter.data = parameter.data * 0.9
+    diffusers.WanPipeline(
+        tokenizer=tokenizer, text_encoder=UMT5EncoderModel(config), vae=vae, scheduler=tiny.scheduler, transformer=first,
+        transformer_2=None if boundary is None else second, boundary_ratio=boundary,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def wan_2_2(folder: Path) -> Path:
+    """Two transformers, of which the second serves the second half of four steps."""
+    return wan(folder, boundary=0.8)
