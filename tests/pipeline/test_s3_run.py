@@ -4,7 +4,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -54,11 +53,12 @@ def shown(*arguments: str) -> str:
     return result.output
 
 
-def wait_for(what: str, found: Callable[[], Any], driver: psutil.Popen) -> None:
+def wait_for_word(log: Path, word: str, driver: psutil.Popen) -> None:
+    """Until the driver says it: looks at its output, as looking into the bucket would keep the server from serving."""
     deadline = time.monotonic() + 150
-    while not found():
-        assert time.monotonic() < deadline, f"no {what}"
-        assert driver.poll() is None, f"the driver ended before there was {what}"
+    while word not in log.read_text():
+        assert time.monotonic() < deadline, f"no {word!r}"
+        assert driver.poll() is None, f"the driver ended before it said {word!r}: {log.read_text()}"
         time.sleep(0.1)
 
 
@@ -79,7 +79,7 @@ def times_finished(run: Location, stage: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("outage_s", [6, pytest.param(30, marks=pytest.mark.slow)])
-def test_kills_damage_and_an_outage_cost_no_byte(
+def test_a_kill_damage_an_outage_and_a_second_driver_cost_no_byte(
     finished_run: Path,
     tmp_path: Path,
     s3: S3Server,
@@ -89,31 +89,32 @@ def test_kills_damage_and_an_outage_cost_no_byte(
 ) -> None:
     run = RunDirectory(new_prefix("run"))
     config = str(small_run(tmp_path, run=str(run.location)))
-    outputs = {name: tmp_path / f"{name}.log" for name in ("killed", "driver")}
-
-    def units(stage: str) -> set[str]:
-        return set(Recorded(run).units(stage)) if run.place.names() else set()
-
+    outputs = {name: tmp_path / f"{name}.log" for name in ("killed", "first", "second")}
     killed = start(outputs["killed"], "run", config)
     # What lies outside the blocks may be done before the last activations are; a segment is not.
-    wait_for("calibrated segment", lambda: any("segment" in name for name in units("distillation")), killed)
+    wait_for_word(outputs["killed"], "segment-", killed)
     killed.kill()
     killed.wait()
     assert f"process {killed.pid} " in (driver_of(run.location).died or "")
-    before = {stage: units(stage) for stage in ("trajectories", "activations", "distillation")}
+    before = {stage: set(Recorded(run).units(stage)) for stage in ("trajectories", "activations", "distillation")}
     sample = damage_one_of(run)
 
-    driver = start(outputs["driver"], "run", config)
-    wait_for("word of the damage", lambda: f"activations/{sample} is redone" in outputs["driver"].read_text(), driver)
+    first = start(outputs["first"], "run", config)
+    wait_for_word(outputs["first"], f"activations/{sample} is redone", first)
+    second = start(outputs["second"], "run", config)
+    wait_for_word(outputs["second"], "is in use by", second)
     s3.cut()
     time.sleep(outage_s)
     s3.connect()
-    assert driver.wait() == 0, outputs["driver"].read_text()
+    for name, driver in (("first", first), ("second", second)):
+        assert driver.wait() == 0, outputs[name].read_text()
+    assert f"is in use by process {first.pid} on host" in outputs["second"].read_text()
+    assert "is in use by" not in outputs["first"].read_text()
 
-    assert units("activations") == before["activations"]
+    assert set(Recorded(run).units("activations")) == before["activations"]
     finished = {stage: times_finished(run.location, stage) for stage in before}
     assert all(finished[stage][unit] == 1 for stage in before for unit in before[stage] - {sample})
-    assert finished["activations"][sample] == 2
+    assert finished["activations"][sample] in (2, 3), "by either driver, or by both"
     monkeypatch.chdir(tmp_path)
     assert "All units are done" in shown("status", str(run.location))
     assert "sound" in shown("verify", f"{run.location}/checkpoint")
@@ -124,32 +125,12 @@ def test_kills_damage_and_an_outage_cost_no_byte(
     assert_secret_is_nowhere(run, tmp_path)
 
 
-def test_two_drivers_end_in_one_sound_checkpoint_and_the_second_is_told_of_the_first(
-    finished_run: Path, tmp_path: Path, s3: S3Server, start: Callable[..., psutil.Popen]
-) -> None:
-    run = RunDirectory(new_prefix("run"))
-    config = str(small_run(tmp_path, run=str(run.location)))
-    outputs = {name: tmp_path / f"{name}.log" for name in ("first", "second")}
-    first = start(outputs["first"], "run", config)
-    wait_for("first driver", lambda: driver_of(run.location).at_work, first)
-    second = start(outputs["second"], "run", config)
-    assert first.wait() == 0, outputs["first"].read_text()
-    assert second.wait() == 0, outputs["second"].read_text()
-    assert f"is in use by process {first.pid} on host" in outputs["second"].read_text()
-    assert "is in use by" not in outputs["first"].read_text()
-    assert "sound" in shown("verify", f"{run.location}/checkpoint")
-    shown("fetch", str(run.location), str(tmp_path / "checkpoint"))
-    assert files(tmp_path / "checkpoint") == files(finished_run / "run" / "checkpoint")
-    assert "All units are done" in shown("status", str(run.location))
-
-
 def test_expired_credentials_stop_a_run_with_a_sentence(
     tmp_path: Path, s3: S3Server, start: Callable[..., psutil.Popen]
 ) -> None:
-    run = RunDirectory(new_prefix("run"))
-    config, log = str(small_run(tmp_path, run=str(run.location))), tmp_path / "driver.log"
-    driver = start(log, "run", config)
-    wait_for("trajectory", lambda: run.place.names() and Recorded(run).units("trajectories"), driver)
+    log = tmp_path / "driver.log"
+    driver = start(log, "run", str(small_run(tmp_path, run=new_prefix("run"))))
+    wait_for_word(log, "Trajectories: 1/2", driver)
     s3.credentials_expired = True
     try:
         assert driver.wait() == 1
