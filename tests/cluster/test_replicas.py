@@ -48,14 +48,12 @@ def test_units_of_different_affinity_share_no_round(tmp_path: Path) -> None:
     assert {name: rank for name, (_, rank) in results.items()} == {"a": 0, "b": 0, "c": 1}
 
 
-@pytest.mark.parametrize(
-    ("how", "victim"), [("runtime", 0), ("SIGKILL", 0), ("SIGKILL", 1), ("sleep", 1), ("SIGSTOP", 0), ("SIGSTOP", 1)]
-)
+@pytest.mark.parametrize(("how", "victim"), [("runtime", 0), ("SIGKILL", 1), ("SIGSTOP", 0)])
 def test_a_rank_that_fails_ends_all_and_each_unit_is_tried_again_alone(how: str, victim: int, tmp_path: Path) -> None:
     recorder = Recorder()
     units = together("a", "b", "c", "d")
     units[victim] = Unit("victim", ("fail_first", "victim", how))
-    limit = silence_s(1.5) if how in ("sleep", "SIGSTOP") else 60.0
+    limit = silence_s(1.5) if how == "SIGSTOP" else 60.0
     results = run(units, tmp_path, stall_timeout_s=limit, events=recorder)
     names = [unit.name for unit in units]
     assert list(results) == names
