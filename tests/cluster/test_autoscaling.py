@@ -173,8 +173,8 @@ def test_a_cloud_without_machines_is_waited_for(tmp_path: Path, monkeypatch: pyt
         autoscaling_head(GPU_NODES, provider=f"{NoMachines.__module__}.{NoMachines.__name__}") as head,
         session_in(head, tmp_path, monkeypatch) as marks,
     ):
-        with raises(WorkersFailed, "14 s", "1 worker", "placement_timeout_s"):
-            run(SampleWorker, doubles(1), marks, num_workers=1, placement_timeout_s=14, events=watcher)
+        with raises(WorkersFailed, "10 s", "1 worker", "placement_timeout_s"):
+            run(SampleWorker, doubles(1), marks, num_workers=1, placement_timeout_s=10, events=watcher)
         log = (head.directory / "ray" / "session_latest" / "logs" / "monitor.log").read_text()
     assert names(watcher.told[-1], "monitor.log")
     assert "InsufficientInstanceCapacity" in log
