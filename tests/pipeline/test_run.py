@@ -3,11 +3,9 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,26 +63,6 @@ def test_everything_is_there(finished_run: Path) -> None:
     assert "<html" in report
     assert "How busy it was" in report
     assert "Gantt chart of 15 attempts at units on 2 workers" in report
-
-
-def test_the_checkpoint_loads_in_a_fresh_process_and_saves_again(finished_run: Path, tmp_path: Path) -> None:
-    program = f"""
-import torch, reelquant
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained({str(finished_run / "run" / "checkpoint")!r})
-frames = pipeline("the digit 4 moving left", height=48, width=64, num_frames=9, num_inference_steps=2,
-                  generator=torch.Generator().manual_seed(0), output_type="pt").frames
-assert frames.shape == (1, 9, 3, 48, 64) and bool(torch.isfinite(frames).all())
-pipeline.save_pretrained({str(tmp_path / "again")!r})
-again = DiffusionPipeline.from_pretrained({str(tmp_path / "again")!r})
-first, second = pipeline.transformer.state_dict(), again.transformer.state_dict()
-assert first.keys() == second.keys()
-assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first)
-print(sum(k.endswith("weight_packed") for k in first), "quantized")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"\d\d quantized", done.stdout)
 
 
 @pytest.mark.slow
@@ -262,24 +240,19 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(finished_run: Pat
     assert "0 units done now" in again.stdout
 
 
-def test_two_runs_that_share_a_cache_share_their_units(finished_run: Path, tmp_path: Path) -> None:
-    copy_of(finished_run, tmp_path)
-    other = small_run(tmp_path, run=str(tmp_path / "other"), cache=str(tmp_path / "run" / "cache"))
+def test_two_runs_that_share_a_cache_share_their_units(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = copy_of(finished_run, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    other = small_run(tmp_path / "elsewhere", run=str(tmp_path / "other"), cache=str(tmp_path / "run" / "cache"))
     done = call("run", str(other))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 unit done now, 14 were done before" in done.stdout, "its checkpoint alone"
     assert files(tmp_path / "other" / "checkpoint") == files(finished_run / "run" / "checkpoint")
     assert not (tmp_path / "other" / "cache").exists()
-    for path in (other, tmp_path / "run.yaml"):
-        assert "0 units done now, 15 were done before" in call("run", str(path)).stdout
-
-
-def test_a_finished_run_does_nothing_and_needs_no_ray(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = copy_of(finished_run, tmp_path)
-    monkeypatch.setattr("pipeline.drive.ray_session", None)
-    done = call("run", str(config))
-    assert done.returncode == 0
-    assert "0 units done now" in done.stdout
+    monkeypatch.setattr("pipeline.drive.ray_session", None)  # a finished run needs none
+    done = call("run", str(finished))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 units done now, 15 were done before" in done.stdout
     assert not torch.cuda.is_initialized()

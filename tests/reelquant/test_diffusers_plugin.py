@@ -36,8 +36,14 @@ DIGITS_GROUPS = {
 }
 
 FRESH_PROCESS = """
-import sys, torch
+import sys
 import reelquant
+assert not {"torch", "diffusers"} & sys.modules.keys()
+from reelquant.diffusers_plugin import ReelquantConfig, ReelquantQuantizer  # imports the tables, which ask for it
+from diffusers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING["reelquant"] is ReelquantQuantizer
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["reelquant"] is ReelquantConfig
+import torch
 from diffusers import DiffusionPipeline
 
 def generate(path):
