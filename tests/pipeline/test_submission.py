@@ -125,16 +125,20 @@ def test_a_job_that_fails_gives_its_exit_code_and_its_words(head: RayHead, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("entrypoint", "exit_code"), [("exit 3", 3), ("kill -9 $$", 137), ("true", 0)])
-def test_exit_codes_of_drivers(client: JobClient, entrypoint: str, exit_code: int, tmp_path: Path) -> None:
-    request = JobRequest(new_submission_id("exit codes"), f"echo {exit_code} comes; {entrypoint}", tmp_path)
-    client.submit(request)
-    output: list[str] = []
-    end = client.follow(request.submission_id, output.append)
-    assert end.exit_code == exit_code
-    assert end.status == ("FAILED" if exit_code else "SUCCEEDED")
-    assert f"{exit_code} comes\n" in "".join(output)
-    assert client.stop(request.submission_id) == end, "an ended job is left as it is"
+def test_exit_codes_of_drivers(client: JobClient, tmp_path: Path) -> None:
+    entrypoints = {3: "exit 3", 137: "kill -9 $$", 0: "true"}
+    requests = {
+        code: JobRequest(new_submission_id("exit codes"), f"echo {code} comes; {entrypoint}", tmp_path)
+        for code, entrypoint in entrypoints.items()
+    }
+    for request in requests.values():
+        client.submit(request)
+    for code, request in requests.items():
+        output: list[str] = []
+        end = client.follow(request.submission_id, output.append)
+        assert (end.exit_code, end.status) == (code, "FAILED" if code else "SUCCEEDED")
+        assert f"{code} comes\n" in "".join(output)
+        assert client.stop(request.submission_id) == end, "an ended job is left as it is"
 
 
 def test_a_job_has_the_time_to_stop_that_it_needs(client: JobClient, tmp_path: Path) -> None:
