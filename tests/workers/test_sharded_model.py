@@ -23,10 +23,12 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from tests.errors import raises
 from tests.needs import need_module
 from tests.unit_cache import UnitCache, ignore
+from tests.workers import replica_ranks
 from tests.workers.replica_ranks import GENERATION, MODEL, PROMPTS
 from workers.generation import generate
 from workers.process_group import join_process_group
 from workers.sharded_model import offload_components
+from workers.sharding import Sharding
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
@@ -67,9 +69,11 @@ def store(run: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def unsharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Three trajectories, the activations of three samples, a reference and a noise floor, by one process."""
+    """Three trajectories, the activations of three samples, a reference and a noise floor, by this process."""
     run = tmp_path_factory.mktemp("none")
-    run_ranks("tests.workers.replica_ranks", str(run), "none", num_ranks=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")
+        replica_ranks.main(run, Sharding())
     return store(run)
 
 
