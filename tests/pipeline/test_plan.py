@@ -546,7 +546,7 @@ def test_memory_is_counted_once_for_seeds_of_a_study_and_anew_for_what_changes_i
 
 
 def test_plan_fits_eighty_columns(tmp_path: Path) -> None:
-    config = small(tmp_path, compare=["rtn", "quarot", "smoothquant", "gptq"])
+    config = small(tmp_path, method="rtn", compare=["quarot", "smoothquant", "gptq"])
     for line in shown(plan_config(config)).splitlines():
         assert len(line.rstrip()) <= 80 or line.startswith(("run", "model")), line
 
