@@ -88,6 +88,10 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_
     video = generated(pipeline, family)
     assert bool(video.isfinite().all())
     assert torch.equal(video, generated(pipeline, family)), "a generation leaves nothing behind"
+    pipeline.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(str(tmp_path / "again"))
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(video, generated(again, family))
     for role in roles:
         sparse = getattr(pipeline, role).sparse_attention
         assert 0 < sparse.visited.density < 1

@@ -34,7 +34,6 @@ def test_one_unit_of_each_kind_stands_for_all(tmp_path: Path) -> None:
         evaluation={"velocity_prompts": 3, "prompts_per_pass": 2, "weight_steps": 2, "videos": 2},
         distillation={"segment_length": "all"},
         bits={"weight": 4, "activation": 8, "exceptions": [{"pattern": "single_transformer_blocks.5.*", "weight": 8}]},
-        workers={"num_workers": 2},
     )
     (tmp_path / "held_out.txt").write_text("".join(f"the digit {digit} moving right\n" for digit in range(3)))
     before = sorted(tmp_path.rglob("*"))
@@ -66,7 +65,7 @@ def test_one_unit_of_each_kind_stands_for_all(tmp_path: Path) -> None:
         assert sum(kind.num for kind in measurement.kinds if kind.stage == stage) == units[stage], stage
     assert all(kind.seconds > 0 for kind in measurement.kinds)
     assert all(
-        line in shown(measurement) for line in ("Trajectories", "  quantsparse-transformer_blocks.1", "2 workers")
+        line in shown(measurement) for line in ("Trajectories", "  quantsparse-transformer_blocks.1", "1 worker")
     )
 
 

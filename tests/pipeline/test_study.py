@@ -318,16 +318,6 @@ def test_runs_in_a_bucket_share_their_units(s3: S3Server, tmp_path: Path, monkey
     with RunDirectory(place).lock():
         assert f"running: process {os.getpid()} on host" in CliRunner().invoke(app, ["status", place]).output
 
-    # A lost object is made anew, once.
-    lost = max(second.outputs, key=lambda output: output.num_bytes).path
-    runs[1].cache.place.remove(f"{second.key}/{second.attempt}/{lost}")
-    assert do_study(path, (), console, update=False, stages=stages_until("activations"))
-    said = console.file.getvalue().removeprefix(said)  # type: ignore[attr-defined]
-    assert "1 unit done now, 1 shared with other runs, 8 were done before" in said
-    [again] = [found for found in Recorded(runs[0]).records("activations") if found.unit == second.unit]
-    assert again.attempt != second.attempt
-    assert again.outputs[0].checksum == second.outputs[0].checksum
-
 
 @pytest.mark.ray
 @pytest.mark.slow
