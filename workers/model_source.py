@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -287,4 +290,11 @@ def empty_block(config: Mapping[str, Any], family: Family, name: str) -> nn.Modu
     key = family.blocks[modules]
     is_last = int(index) + 1 == config[key]
     short = {**config, **dict.fromkeys(family.blocks.values(), 1), key: 1 if is_last else 2}
-    return build_on_meta(short, family).get_submodule(f"{modules}.0")
+    return copy.deepcopy(_built(json.dumps(short), family.architecture).get_submodule(f"{modules}.0"))
+
+
+@lru_cache(maxsize=8)
+def _built(config: str, architecture: str) -> nn.Module:
+    """A transformer without memory, of which blocks are copied: building one takes longer than a block's copy."""
+    model: nn.Module = empty_transformer(json.loads(config), architecture)
+    return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from pipeline.planning.meta_run import to_dtype
 from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_call import Constants, Recording, Streams
 from reelquant.calibration.without_values import META, answers
+from reelquant.families.family import Config, Family, VideoSize, family_of_architecture
 from workers.model_source import build_on_meta
 
 
@@ -31,18 +34,28 @@ def planned_arguments(
     context: RunContext, counts: TokenCounts, dtype: torch.dtype, *, num_text: int, batch: int = 1
 ) -> dict[str, Any]:
     """Arguments of a call of the transformer on the meta device."""
-    model = context.model
+    size = replace(counts.size, num_text=num_text, batch=batch)
+    return _arguments(context.model.family, context.model.config, size, dtype)
+
+
+def planned_call(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> PlannedCall:
+    """The call with the longest text among the calibration prompts; recorded once a process for calls of the same shapes."""
+    size = replace(counts.size, num_text=max(counts.text.values(), default=1), batch=1)
+    return _recorded(json.dumps(dict(context.model.config)), context.model.family.architecture, size, dtype)
+
+
+def _arguments(family: Family, config: Config, size: VideoSize, dtype: torch.dtype) -> dict[str, Any]:
     with META:
-        call = model.family.inputs(model.config, replace(counts.size, num_text=num_text, batch=batch))
+        call = family.inputs(config, size)
     cast = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, call)
     return {**cast, "timestep": call["timestep"]}
 
 
-def planned_call(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> PlannedCall:
-    """The call with the longest text among the calibration prompts."""
-    family = context.model.family
-    call = planned_arguments(context, counts, dtype, num_text=max(counts.text.values(), default=1))
-    short = {**context.model.config, **dict.fromkeys(family.blocks.values(), 1)}
+@lru_cache(maxsize=64)
+def _recorded(config: str, architecture: str, size: VideoSize, dtype: torch.dtype) -> PlannedCall:
+    family, whole = family_of_architecture(architecture), json.loads(config)
+    call = _arguments(family, whole, size, dtype)
+    short = {**whole, **dict.fromkeys(family.blocks.values(), 1)}
     transformer = to_dtype(build_on_meta(short, family), dtype)
     recording = Recording(family, transformer, call, family.block_names(short)[:1])
     seen: list[Streams] = []
