@@ -39,7 +39,12 @@ def test_a_shared_model_gives_the_results_of_the_whole_one(
     names = [f"trajectories/{prompt.name}" for prompt in PROMPTS]
     for name in [f"{stem}/{feature}" for stem in names for feature in ("latent", "block_input", "weight_error")]:
         torch.testing.assert_close(found.read(name), expected.read(name), rtol=1e-3, atol=0, msg=name)
-    arrays = [f"activations/{sample.name}/{block}" for sample in SAMPLES for block in BOUNDARIES]
+    arrays = [
+        f"activations/{sample.name}/cond/{block}/{stream}"
+        for sample in SAMPLES
+        for block in BOUNDARIES
+        for stream in ("hidden_states", "encoder_hidden_states")
+    ]
     for name in [*arrays, *(f"{stem}/latents" for stem in names)]:
         first, second = found.read(name).float(), expected.read(name).float()
         assert (first - second).norm() <= 1e-2 * second.norm(), name
