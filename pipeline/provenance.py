@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+TRANSFORMERS = "num_transformers"
+"""Key of a run's provenance: transformers of its pipeline, one where it is not there."""
+
 
 def provenance() -> dict[str, Any]:
     """Versions and commit of this program; in a submitted job, where there is no git, the commit comes with the job."""

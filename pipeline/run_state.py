@@ -10,6 +10,7 @@ from typing import Any
 from cluster.units import headline
 from pipeline.config.loading import parse_config
 from pipeline.event_log import OUT_OF_MEMORY, read_events
+from pipeline.provenance import TRANSFORMERS
 from pipeline.run_units import STAGES, num_units
 from storage.cache import DamagedRecord, UnitRecord
 from storage.location import Location
@@ -73,7 +74,8 @@ def read_status(location: Location) -> RunStatus:
     """
     directory = RunDirectory.open(location)
     config = parse_config({**directory.config, "run": str(location)}, f"{location}/config.json")
-    events, listed, totals = list(read_events(directory.location)), directory.units(), num_units(config)
+    events, listed = list(read_events(directory.location)), directory.units()
+    totals = num_units(config, num_roles=directory.provenance.get(TRANSFORMERS, 1))
     driver = driver_of(directory.location)
     stages = {name: StageStatus(name, total=len(listed[name]) if name in listed else totals[name]) for name in STAGES}
     records = _read_records(directory, stages)

@@ -22,7 +22,7 @@ from rich.console import Console
 from pipeline.context import Run, RunContext
 from pipeline.drive import drive
 from pipeline.event_log import EventLog
-from pipeline.provenance import provenance
+from pipeline.provenance import TRANSFORMERS, provenance
 from pipeline.schedule import Counts, DrivenRun
 from pipeline.stages.activations import Activations
 from pipeline.stages.assembly import Assembly
@@ -55,7 +55,8 @@ def open_run(context: RunContext, *, update: bool) -> Run:
     """
     config = context.config
     cache = context.cache_location
-    directory = RunDirectory.open_or_create(config.run, config.identity(), provenance(), update=update, cache=cache)
+    made_by = {**provenance(), TRANSFORMERS: len(context.model.roles)}
+    directory = RunDirectory.open_or_create(config.run, config.identity(), made_by, update=update, cache=cache)
     return Run(context, directory, Cache(cache))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.config.loading import parse_config
 from pipeline.config.method import parse_method
 from pipeline.event_log import read_events
+from pipeline.provenance import TRANSFORMERS
 from pipeline.run_units import STAGES, num_units
 from storage.cache import DamagedRecord, UnitRecord
 from storage.location import Location
@@ -74,7 +75,7 @@ def read_run(location: Location) -> RunData:
     directory = RunDirectory.open(location)
     listed, events = directory.units(), tuple(read_events(directory.location))
     config = parse_config({**directory.config, "run": str(location)}, f"{location}/config.json")
-    totals = num_units(config)
+    totals = num_units(config, num_roles=directory.provenance.get(TRANSFORMERS, 1))
     found: dict[tuple[str, str], UnitRecord] = {}
     problems: list[str] = []
     for key, record in directory.records(*STAGES).items():

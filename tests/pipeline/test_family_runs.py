@@ -12,6 +12,9 @@ from diffusers import DiffusionPipeline
 import reelquant  # noqa: F401
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.context import build_context
+from pipeline.report.run_data import read_run
+from pipeline.run_state import read_status
+from pipeline.runner import open_run
 from reelquant.checkpoint.reader import quantized_layers
 from tests.errors import raises
 from tests.pipeline.small_run import Recorded, call, small_run
@@ -101,6 +104,17 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_
     exact.set_progress_bar_config(disable=True)
     error = (video - generated(exact, family)).norm() / video.norm()
     assert 0 < float(error) < 0.5
+
+
+def test_units_of_two_transformers_are_counted_before_they_are_listed(tmp_path: Path) -> None:
+    model = tiny_pipelines.wan_2_2(tmp_path / "model")
+    generation = {**GENERATION["wan_2_2"], **STEPS}
+    config = load_config(small_run(tmp_path, model=str(model), generation=generation, method=METHOD))
+    run = open_run(build_context(config), update=False)
+    totals = {name: stage.total for name, stage in read_status(run.directory.location).stages.items()}
+    assert totals["activations"] == 2 * config.selection.num_samples
+    assert totals["refinement"] == 2
+    assert totals == {name: stage.num_expected for name, stage in read_run(run.directory.location).stages.items()}
 
 
 def test_what_a_family_does_not_declare_is_refused(tmp_path: Path) -> None:
