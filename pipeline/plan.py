@@ -29,6 +29,7 @@ from pipeline.planning.machine import (
 )
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_result import Plan, StagePlan
+from pipeline.planning.planned_calls import call_problems
 from pipeline.planning.stage_memory import stage_peaks
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
 from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
@@ -115,6 +116,8 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     checkpoints = tuple(
         checkpoint_size(model, method, tensors=tensors, component_bytes=copied) for method in context.methods
     )
+    if not counts.problems:
+        counts.problems += call_problems(context, counts, dtype)
     if not counts.problems:
         counts.problems += band_problems(context, counts)
     # Shapes that cannot run cannot be counted either.

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.terminal import PlainTable, human_bytes, new_table, say, say_sentence, say_table
 from reelquant.checkpoint.file_digests import DIGESTS_NAME
-from reelquant.checkpoint.reader import is_checkpoint
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER, is_checkpoint
 from reelquant.checkpoint.verify import LayerReport, VerificationReport, verify_checkpoint
 from storage.location import Location, StoreUrl
 from storage.open_place import open_place
@@ -52,7 +52,7 @@ def _show(checkpoint: Location, folder: Path, console: Console) -> bool:
         console.line()
         say(
             console,
-            f"{human_bytes(report.total_bytes)} in transformer/, {report.compression:.2f} times smaller than the "
+            f"{human_bytes(report.total_bytes)} in {_folders(report)}, {report.compression:.2f} times smaller than the "
             f"{human_bytes(report.source_bytes)} of 16 bits",
         )
     for problem in report.problems[:_SHOWN_PROBLEMS]:
@@ -136,3 +136,9 @@ def _fetched(url: StoreUrl, scratch: Path) -> Path:
             "RUN/checkpoints/METHOD"
         )
     return place.copied(scratch)
+
+
+def _folders(report: VerificationReport) -> str:
+    """Folders of the quantized transformers."""
+    second = any(name.startswith(f"{SECOND_TRANSFORMER}.") for name in report.layers)
+    return f"{TRANSFORMER}/ and {SECOND_TRANSFORMER}/" if second else f"{TRANSFORMER}/"

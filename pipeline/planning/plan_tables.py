@@ -87,7 +87,7 @@ def _stage_table(plan: Plan) -> PlainTable:
 
 
 def _checkpoint_table(plan: Plan) -> PlainTable:
-    table = new_table("Checkpoint", "Bits", "Layers", "Bits/weight", "transformer/", "Smaller", "Folder", left=2)
+    table = new_table("Checkpoint", "Bits", "Layers", "Bits/weight", "Transformer", "Smaller", "Folder", left=2)
     for size in plan.checkpoints:
         table.add_row(
             size.method,

@@ -44,6 +44,19 @@ def planned_call(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -
     return _recorded(json.dumps(dict(context.model.config)), context.model.family.architecture, size, dtype)
 
 
+def call_problems(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> list[str]:
+    """Why the transformer cannot take the videos of a run, as its own code says it."""
+    try:
+        planned_call(context, counts, dtype)
+    except (RuntimeError, ValueError, IndexError) as error:
+        size = counts.size
+        return [
+            f"generation: {context.model.family.name} cannot take latents of {size.frames} x {size.height} x {size.width} "
+            f"({error}): set generation.height, generation.width or generation.num_frames to less"
+        ]
+    return []
+
+
 def _arguments(family: Family, config: Config, size: VideoSize, dtype: torch.dtype) -> dict[str, Any]:
     with META:
         call = family.inputs(config, size)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.report.run_data import RunData
 from reelquant.calibration.salience import minmax
-from reelquant.checkpoint.reader import TRANSFORMER
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 
 ScoreMap = NDArray[np.float64]
 """`[prompts, steps]`, 0 to 1."""
@@ -159,8 +159,10 @@ def sqnr_map(blocks: tuple[CalibratedBlock, ...], kinds: list[str]) -> NDArray[n
 
 
 def short_name(block: str) -> str:
-    """`single_transformer_blocks.12` -> `S12`, `transformer_blocks.3` -> `3`; other names lose all but the last part."""
+    """`single_transformer_blocks.12` -> `S12`, `transformer_2.blocks.3` -> `2/3`; others keep the last part alone."""
     family, _, index = block.rpartition(".")
+    if family.startswith(f"{SECOND_TRANSFORMER}."):
+        return f"2/{index}"
     return f"S{index}" if family.startswith("single") else index
 
 

@@ -231,8 +231,10 @@ def _block_axis(
 ) -> None:
     shown = ticks(len(blocks), most)
     axes.set_xticks([i + offset for i in shown], [short_name(blocks[i].name) for i in shown])
-    both = any(short_name(block.name).startswith("S") for block in blocks)
-    axes.set_xlabel("block (S: single-stream)" if both else "block")
+    kinds = {"S": "S: single-stream", "2": "2/: of the second transformer"}
+    first = {name[0] for block in blocks if not (name := short_name(block.name)).isdigit()}
+    explained = ", ".join(text for kind, text in kinds.items() if kind in first)
+    axes.set_xlabel(f"block ({explained})" if explained else "block")
 
 
 def _exact_cells(axes: Axes, values: NDArray[np.float64]) -> None:

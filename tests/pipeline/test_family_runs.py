@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline
 import reelquant  # noqa: F401
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.context import build_context
+from pipeline.plan import plan_config
 from pipeline.report.run_data import read_run
 from pipeline.run_state import read_status
 from pipeline.runner import open_run
 from reelquant.checkpoint.reader import quantized_layers
-from tests.errors import raises
+from tests.errors import names, raises
 from tests.pipeline.small_run import Recorded, call, small_run
 from tests.reelquant.families import tiny_pipelines
 
@@ -115,6 +116,15 @@ def test_units_of_two_transformers_are_counted_before_they_are_listed(tmp_path: 
     assert totals["activations"] == 2 * config.selection.num_samples
     assert totals["refinement"] == 2
     assert totals == {name: stage.num_expected for name, stage in read_run(run.directory.location).stages.items()}
+
+
+def test_a_video_that_the_model_has_no_positions_for_is_named(tmp_path: Path) -> None:
+    model = tiny_pipelines.wan(tmp_path / "model")
+    generation = {**GENERATION["wan_2_2"], **STEPS, "width": 1056}
+    plan = plan_config(
+        load_config(small_run(tmp_path, model=str(model), generation=generation, method={"preset": "rtn"}))
+    )
+    assert names("\n".join(plan.problems), "Wan", "3 x 8 x 132", "generation.width")
 
 
 def test_what_a_family_does_not_declare_is_refused(tmp_path: Path) -> None:
