@@ -251,17 +251,19 @@ def compression(model: Path) -> tuple[int, int]:
     Raises:
         ValueError: there is no VAE, or it cannot be built and its configuration does not say so.
     """
-    config = read_json(model / "vae" / "config.json")
-    vae = None
-    found = []
+    config: Mapping[str, Any] = read_json(model / "vae" / "config.json")
+    vae, found = None, []
     for names in (
         ("temporal_compression_ratio", "scale_factor_temporal"),
         ("spatial_compression_ratio", "scale_factor_spatial"),
     ):
         value = next((config[name] for name in names if config.get(name) is not None), None)
-        if value is None:
+        if value is None:  # older files leave out what is the class's default
             vae = vae or empty_component(model, "vae")
-            value = getattr(vae, names[0])
+            own = {**getattr(vae, "config", {}), names[0]: getattr(vae, names[0], None)}
+            value = next((own[name] for name in names if own.get(name) is not None), None)
+        if value is None:
+            raise ValueError(f"{model / 'vae' / 'config.json'}: neither it nor its class says {' or '.join(names)}")
         found.append(int(value))
     temporal, spatial = found
     return temporal, spatial

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from tests.errors import raises
 from workers.write_behind import WriteBehind
 
 
@@ -53,7 +54,7 @@ def _computation(*, later: int, own: Exception | None, written: list[int]) -> No
 @pytest.mark.parametrize("later", [0, 5])
 def test_an_error_of_a_write_ends_the_computation(later: int) -> None:
     written: list[int] = []
-    with pytest.raises(OSError, match="disk full"):
+    with raises(OSError, "disk full"):
         _computation(later=later, own=None, written=written)
     assert len(written) < 3
 
