@@ -138,7 +138,7 @@ class DistillationWorker:
         )
 
     def _weights(self, role: str) -> dict[str, StoredTensor]:
-        """Of a transformer by its component, from headers that are read once."""
+        """Stored tensors of the transformer `role`; its headers are read once."""
         if role not in self._opened:
             self._opened[role] = source_weights(self._model / role, variant=self._settings.source.variant)
         return self._opened[role]

@@ -229,7 +229,7 @@ class AssemblySettings:
 
 @dataclass(frozen=True)
 class AssembledTransformer:
-    """What calibration has found for one transformer."""
+    """The result of the calibration for one transformer, its artifacts by logical names."""
 
     artifacts: tuple[str, ...]
     """Logical names of the block artifacts."""

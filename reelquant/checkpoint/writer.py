@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the calibration found for one transformer."""
+    """The result of the calibration for one transformer."""
 
     artifacts: Iterable[Path]
     """Files of `layer_packing.write_block_artifact`; tensors of the source that none replaces are copied."""
@@ -99,24 +99,12 @@ def write_checkpoint(
     parts = {TRANSFORMER: Calibrated(artifacts, sparse_attention, velocity_correction)}
     if second is not None:
         parts[SECOND_TRANSFORMER] = second
+    common = QuantizationSpec(bits, method, {}, dict(calibration or {}), step_protection=step_protection)
     prepared: dict[str, _Prepared] = {}
     files, problems = _other_files(source, parts, variant)
     for name, part in parts.items():
-        config = read_config(source / name)
-        if config.get("quantization_config") is not None:
-            raise ValueError(f"{source}: its {name} is quantized already; give the full-precision pipeline")
-        layers, tensors, found = _prepare(source / name, part.artifacts, variant)
+        prepared[name], found = _prepare(source / name, part, common, variant)
         problems += found if second is None else [f"{name}: {problem}" for problem in found]
-        spec = QuantizationSpec(
-            bits=bits,
-            method=method,
-            layers=layers,
-            calibration=dict(calibration or {}),
-            sparse_attention=part.sparse_attention,
-            step_protection=step_protection,
-            velocity_correction=part.velocity_correction,
-        )
-        prepared[name] = _Prepared(config, spec, tensors)
     if problems:
         raise ValueError(f"{source} and its block artifacts give no checkpoint: " + "; ".join(problems))
     try:
@@ -148,18 +136,31 @@ def check_place(source: Path, output: Path) -> None:
 
 
 def _prepare(
-    folder: Path, artifacts: Iterable[Path], variant: str | None
-) -> tuple[dict[str, LayerSpec], dict[str, StoredTensor], list[str]]:
-    """Quantized layers and all tensors of a transformer's folder, and what is wrong with them."""
+    folder: Path, part: Calibrated, common: QuantizationSpec, variant: str | None
+) -> tuple[_Prepared, list[str]]:
+    """A transformer of the source with its quantized layers, and the problems of its files.
+
+    Args:
+        common: the description without the transformer's own parts.
+    """
+    config = read_config(folder)
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{folder.parent}: its {folder.name} is quantized already; give the full-precision pipeline")
     weights, problems = read_weights(folder, variant=variant, alone=False)
-    layers, replacements, artifact_problems = _read_artifacts(artifacts)
+    layers, replacements, artifact_problems = _read_artifacts(part.artifacts)
     problems += artifact_problems
     if not problems:
         problems = group_problems(layers) + _fit_problems(weights, replacements, layers)
     # A layer's weight gives way; its bias stays, unless the artifact has one.
     replaced = {f"{layer}.weight" for layer in layers}
     kept = {name: tensor for name, tensor in weights.items() if name not in replaced}
-    return layers, {**kept, **replacements}, problems
+    spec = replace(
+        common,
+        layers=layers,
+        sparse_attention=part.sparse_attention,
+        velocity_correction=part.velocity_correction,
+    )
+    return _Prepared(config, spec, {**kept, **replacements}), problems
 
 
 def _read_artifacts(
