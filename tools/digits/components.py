@@ -98,6 +98,11 @@ def save_pipeline(pipe: HunyuanVideoPipeline, folder: Path) -> None:
     """Writes `folder` with every model in bfloat16 (the pipeline in memory is converted too)."""
     pipe.to(dtype=torch.bfloat16)
     pipe.save_pretrained(folder, safe_serialization=True)
+    keep_old_names(folder)
+
+
+def keep_old_names(folder: Path) -> None:
+    """Makes a pipeline's folder loadable by transformers 4 too, and takes the name of its origin out."""
     # transformers 5 writes the new name of the same class, which transformers 4 does not have.
     for path in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
         path.write_text(path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))

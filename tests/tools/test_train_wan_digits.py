@@ -1,0 +1,101 @@
+"""Every stage of the Wan digits model runs, and what it is trained on is what the prompts say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from tools.train_wan_digits import main
+from tools.wan_digits.autoencoder import at_once, moments
+from tools.wan_digits.components import make_vae
+from tools.wan_digits.evaluation import score
+from tools.wan_digits.rendering import Renderer, hands, path
+from tools.wan_digits.scenes import SIZES, prompt, prompt_scenes
+from tools.wan_digits.settings import Clip, Settings, smoke
+from tools.wan_digits.text import make_tokenizer, token_ids
+from workers.recognition import DigitRecognizer, expected_digits
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ["text", "vae", "transformer", "assemble", "check"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root in which every stage ran at the smallest size."""
+    root = tmp_path_factory.mktemp("wan-digits")
+    (root / "configs/prompts").mkdir(parents=True)
+    (root / "assets").mkdir()
+    (root / "assets/digit-recognizer").symlink_to(ROOT / "assets/digit-recognizer")
+    main([*STAGES, "--preset", "smoke", "--root", str(root), "--run", str(root / "run")])
+    return root
+
+
+def test_the_folder_is_a_plain_pipeline(made: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(made / "assets/wan-digits")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__name__ == "WanPipeline"
+    scene = prompt_scenes(1, "held_out")[0]
+    frames = pipe(prompt(scene), height=32, width=48, num_frames=5, num_inference_steps=2, output_type="pt",
+                  max_sequence_length=48).frames  # fmt: skip
+    assert frames.shape == (1, 5, 3, 32, 48)
+    assert torch.isfinite(frames).all()
+    index = json.loads((made / "assets/wan-digits/model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
+    assert pipe.vae.config.latents_std != [1.0] * 16
+    assert not list(made.rglob("*.partial"))
+    assert len((made / "configs/prompts/wan_digits_held_out.txt").read_text().splitlines()) == 64
+
+
+def test_training_goes_on_from_its_files(made: Path) -> None:
+    state = made / "run/transformer.safetensors"
+    before = load_file(state)
+    main(["transformer", "--preset", "smoke", "--root", str(made), "--run", str(made / "run")])
+    after = load_file(state)
+    assert int(after["steps"]) == 2 * int(before["steps"]) > 0
+    assert float(after["elapsed_s"]) > float(before["elapsed_s"])
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("blocks."))
+
+
+def test_a_clip_at_once_is_what_diffusers_makes_of_it_in_chunks() -> None:
+    torch.manual_seed(0)
+    vae = make_vae(smoke()).double()
+    video = torch.randn(2, 3, 13, 16, 24, dtype=torch.float64)
+    with torch.no_grad():
+        expected = vae.encode(video).latent_dist.mode()
+        decoded = vae.decode(expected).sample
+        with at_once():
+            mean, _ = moments(vae, video)
+            torch.testing.assert_close(mean, expected.float())
+            torch.testing.assert_close(vae.decoder(vae.post_quant_conv(expected)).clamp(-1, 1), decoded)
+
+
+def test_rendered_clips_show_what_their_prompts_say() -> None:
+    clip, scenes = Settings().small, prompt_scenes(12, "held_out")
+    video = Renderer(hands())(torch.tensor(scenes), clip, torch.Generator().manual_seed(0))
+    videos = video.permute(0, 2, 3, 4, 1) / 2 + 0.5
+    recognizer = DigitRecognizer(ROOT / "assets/digit-recognizer")
+    read, moved, _ = score(videos, scenes, recognizer, clip)
+    assert (read, moved) == (1.0, 1.0)
+    elsewhere = [[*scene[:3], (scene[3] + 8) % 16, *scene[4:]] for scene in scenes]
+    assert score(videos, elsewhere, recognizer, clip)[1] < 0.5
+    assert expected_digits(prompt(scenes[0])) == (scenes[0][0], scenes[0][6])
+
+
+def test_digits_stay_in_their_halves() -> None:
+    clip = Clip(61, 128, 128, 40, 1)
+    columns = torch.cartesian_prod(*(torch.arange(size) for size in SIZES[3:]))
+    columns = torch.cat([torch.zeros(len(columns), 3, dtype=torch.long), columns], dim=1)
+    for slot in (0, 1):
+        x, y = path(columns, slot, clip)
+        torch.testing.assert_close(torch.stack([x.min(), x.max()]), torch.tensor([20.0, 44.0]) + 64 * slot)
+        torch.testing.assert_close(torch.stack([y.min(), y.max()]), torch.tensor([20.0, 108.0]))
+
+
+def test_every_prompt_has_the_same_number_of_known_tokens() -> None:
+    tokenizer = make_tokenizer()
+    ids = token_ids(tokenizer, torch.tensor(prompt_scenes(200, "calibration")))
+    assert (ids[:, -1] == tokenizer.eos_token_id).all()
+    assert not (ids == tokenizer.unk_token_id).any()

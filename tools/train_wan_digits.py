@@ -1,0 +1,146 @@
+"""Makes the small trained `WanPipeline` of two moving digits, stage by stage.
+
+    python -m tools.train_wan_digits text vae transformer assemble check --run runs/wan-digits --budget-s 300    # a GPU
+
+| stage       | makes                                                        | from            |
+|-------------|--------------------------------------------------------------|-----------------|
+| text        | RUN/text_encoder.safetensors                                 | -               |
+| vae         | RUN/vae.safetensors, its latents' statistics                 | rendered clips  |
+| transformer | RUN/transformer.safetensors, RUN/average.safetensors; goes on from them, stops at --budget-s | text, vae |
+| assemble    | the folder assets/wan-digits, and configs/prompts/wan_digits_*.txt | all of them |
+| check       | RUN/check.png, RUN/check-small.png and printed rates         | assets/wan-digits |
+
+A finished stage `text` or `vae` is loaded from `--run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from safetensors.torch import load_file, save_file
+from transformers import UMT5EncoderModel
+
+from tools.digits.components import keep_old_names
+from tools.digits.evaluation import save_picture
+from tools.wan_digits.autoencoder import ClipPool, train_vae
+from tools.wan_digits.components import bf16, build_pipeline, make_transformer, make_vae
+from tools.wan_digits.evaluation import generate, score
+from tools.wan_digits.rendering import Renderer, hands
+from tools.wan_digits.scenes import prompt, prompt_scenes
+from tools.wan_digits.settings import PRESETS, Settings
+from tools.wan_digits.text import Embedder, make_text_encoder, make_tokenizer, train_text_encoder
+from tools.wan_digits.transformer import AVERAGE, Trainer
+from workers.recognition import DigitRecognizer
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("text", "vae", "transformer", "assemble", "check")
+PROMPTS = {"calibration": 40, "held_out": 64}
+
+
+class Run:
+    """One invocation: its settings and folders."""
+
+    def __init__(self, settings: Settings, root: Path, folder: Path) -> None:
+        self.settings, self.root, self.folder = settings, root, folder
+        self.renderer = Renderer(hands().to(settings.device))
+        self.tokenizer = make_tokenizer()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def text(self) -> UMT5EncoderModel:
+        """The text encoder, trained or loaded, with bfloat16 values."""
+        path = self.folder / "text_encoder.safetensors"
+        if not path.exists():
+            encoder, right = train_text_encoder(self.settings, self.tokenizer)
+            print(f"text: probes right {right:.4f}", flush=True)
+            weights = bf16(encoder)
+            weights.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+            save_file(weights, path)
+        encoder = make_text_encoder(self.settings, len(self.tokenizer))
+        encoder.load_state_dict(load_file(path), strict=False)
+        return encoder.eval()
+
+    def vae(self) -> AutoencoderKLWan:
+        """The autoencoder, trained or loaded, with bfloat16 values."""
+        path = self.folder / "vae.safetensors"
+        if not path.exists():
+            vae = train_vae(self.settings, self.renderer)
+            statistics = {name: torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std")}
+            save_file({**bf16(vae), **statistics}, path)
+        weights = load_file(path)
+        mean, std = ([round(float(x), 4) for x in weights.pop(name)] for name in ("latents_mean", "latents_std"))
+        vae = make_vae(self.settings, mean, std)
+        vae.load_state_dict(weights)
+        return vae.to(self.settings.device).eval().requires_grad_(False)
+
+    def transformer(self) -> None:
+        """Flow matching, until the budget is spent."""
+        settings, begin = self.settings, time.monotonic()
+        vae, embed = self.vae(), Embedder(settings, self.tokenizer, self.text())
+        trainer = Trainer(settings, self.folder)
+        small, large = (ClipPool(vae, self.renderer, settings, clip, settings.seed + 1000 * trainer.steps + i)
+                        for i, clip in enumerate((settings.small, settings.large)))  # fmt: skip
+        print(f"pools of {settings.pool} clips: {time.monotonic() - begin:.0f} s", flush=True)
+        trainer.train((small, large), embed)
+
+    def pipeline(self) -> WanPipeline:
+        """All parts with the averaged weights, in bfloat16."""
+        transformer = make_transformer(self.settings)
+        transformer.load_state_dict(load_file(self.folder / AVERAGE))
+        pipe = build_pipeline(self.settings, self.tokenizer, self.text(), self.vae(), transformer)
+        return pipe.to(dtype=torch.bfloat16)
+
+    def assemble(self) -> None:
+        """The folder as anyone loads it, and the prompt files."""
+        folder = self.root / "assets/wan-digits"
+        shutil.rmtree(folder, ignore_errors=True)
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+        keep_old_names(folder)
+        for part, num in PROMPTS.items():
+            lines = "".join(f"{prompt(scene)}\n" for scene in prompt_scenes(num, part))
+            (self.root / f"configs/prompts/wan_digits_{part}.txt").write_text(lines)
+        trained = load_file(self.folder / "transformer.safetensors")
+        print(json.dumps({"steps": int(trained["steps"]), "elapsed_s": float(trained["elapsed_s"])}), flush=True)
+
+    def check(self) -> None:
+        """Rates and pictures of held-out prompts, of both sizes, by the folder loaded and called as anyone would."""
+        settings = self.settings
+        pipe = WanPipeline.from_pretrained(self.root / "assets/wan-digits", dtype=torch.bfloat16)
+        pipe.to(settings.device)
+        scenes = prompt_scenes(settings.eval_prompts, "held_out")
+        recognizer = DigitRecognizer(self.root / "assets/digit-recognizer")
+        for name, clip in (("check", settings.large), ("check-small", settings.small)):
+            begin = time.monotonic()
+            videos = generate(pipe, scenes, settings, clip)
+            read, moved, failures = score(videos, scenes, recognizer, clip)
+            print(f"{name}: {len(scenes)} videos, read {read:.4f}, path right {moved:.4f}, "
+                  f"{time.monotonic() - begin:.0f} s", *failures[:5], sep="\n  ", flush=True)  # fmt: skip
+            save_picture(videos[:8], self.folder / f"{name}.png")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the training's state")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where assets/ and configs/ are")
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--budget-s", type=float, help="seconds of the transformer's training in this call")
+    given = parser.parse_args(arguments)
+    settings = PRESETS[given.preset]()
+    if given.budget_s is not None:
+        settings = replace(settings, budget_s=given.budget_s)
+    run = Run(settings, given.root, given.run)
+    for stage in STAGES:
+        if stage in given.stages:
+            getattr(run, stage)()
+
+
+if __name__ == "__main__":
+    main()
