@@ -1,4 +1,4 @@
-"""Checkpoints with random weights in bf16: HunyuanVideo's transformer alone, or its whole diffusers pipeline folder.
+"""Checkpoints with random weights in bf16 of the models in `configs/models`: a transformer, or a diffusers pipeline's folder.
 
 Written block by block, so that neither host nor GPU holds the model: 24 GiB for 13 B parameters.
 """
@@ -7,56 +7,73 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, UMT5Config, UMT5EncoderModel
 
 from benchmarks.harness import ROOT
 from benchmarks.random_model import fill_randomly
-from reelquant.families.hunyuan_video import FAMILY
-from workers.model_source import build_on_meta
+from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
+from reelquant.families.family import empty_transformer, family_of_architecture
 
 FILE_BYTES = 4 * 10**9
-REAL = ROOT / "configs" / "models" / "hunyuanvideo-13b"
-"""Configurations of the scheduler and the VAE."""
+MODELS = ROOT / "configs" / "models"
+"""Configurations of schedulers, VAEs and transformers."""
 DIGITS = ROOT / "assets" / "hunyuanvideo-digits"
-"""Tokenizers, and what the text encoders have beside their sizes."""
-TEXT_LAYERS = 3
-"""Of the text encoder, whose last two the pipeline leaves out."""
-CLIP_LAYERS = 2
+"""Tokenizers, and what HunyuanVideo's text encoders have beside their sizes."""
 HEAD_DIM = 128
+Overrides = Mapping[str, Any]
 
 
-def write_pipeline(folder: Path, transformer: Mapping[str, Any], device: torch.device, *, vae_width: int = 128) -> None:
+def write_pipeline(folder: Path, model: str, device: torch.device, transformer: Overrides, vae: Overrides) -> list[int]:
     """A folder that `DiffusionPipeline.from_pretrained` opens, `model_index.json` last.
 
     The text encoders have the widths that the transformer reads and few layers; they and the tokenizers know the words of the
     digits' prompts only, others are unknown words.
 
     Args:
-        transformer: its configuration.
+        model: name in `configs/models`.
         device: draws the weights.
-        vae_width: channels of the VAE's outermost blocks, a multiple of 32; 128 is HunyuanVideo's.
+        transformer: values that replace those of the transformers' configurations.
+        vae: values that replace those of the VAE's configuration.
+
+    Returns:
+        the numbers of blocks in the transformer's lists.
+
+    Raises:
+        ValueError: no text encoder is known for the model's pipeline.
     """
-    write_transformer(folder / "transformer", dict(transformer), device)
-    shutil.copytree(REAL / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(DIGITS / name, folder / name, dirs_exist_ok=True)
+    source = MODELS / model
+    index = _read(source / "model_index.json")
+    if index["_class_name"] not in TEXT_PARTS:
+        raise ValueError(
+            f"no random text encoder for {index['_class_name']} of {model}: there are {sorted(TEXT_PARTS)}"
+        )
+    for role in (TRANSFORMER, SECOND_TRANSFORMER):
+        if role in index:
+            config = {**_read(source / role / "config.json"), **transformer}
+            write_transformer(folder / role, config, device)
+    shutil.copytree(source / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     torch.manual_seed(0)
     with device:
-        vae = AutoencoderKLHunyuanVideo.from_config(_vae_config(vae_width))
-        text_encoder = LlamaModel(_text_config(int(transformer["text_embed_dim"])))
-        text_encoder_2 = CLIPTextModel(_clip_config(int(transformer["pooled_projection_dim"])))
-    for name, module in {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}.items():
-        component: Any = nn.Module.to(module, torch.bfloat16)
+        parts = TEXT_PARTS[index["_class_name"]](config)
+        parts["vae"] = getattr(diffusers, index["vae"][1]).from_config({**_read(source / "vae" / "config.json"), **vae})
+    for name, part in parts.items():
+        component: Any = nn.Module.to(part, torch.bfloat16)
         component.save_pretrained(folder / name)
-    shutil.copyfile(DIGITS / "model_index.json", folder / "model_index.json")
+    tokenizers = {f"tokenizer{name.removeprefix('text_encoder')}" for name in parts if name != "vae"}
+    for name in tokenizers:
+        shutil.copytree(DIGITS / name, folder / name, dirs_exist_ok=True)
+    classes = {name: ["transformers", "PreTrainedTokenizerFast"] for name in sorted(tokenizers)}
+    (folder / "model_index.json").write_text(json.dumps({**index, **classes}, indent=2))
+    family = family_of_architecture(index[TRANSFORMER][1])
+    return [config[key] for key in family.blocks.values()]
 
 
 def write_transformer(folder: Path, config: dict[str, Any], device: torch.device) -> None:
@@ -71,9 +88,9 @@ def write_transformer(folder: Path, config: dict[str, Any], device: torch.device
         weight_map.update(dict.fromkeys(tensors, name))
         tensors.clear()
 
-    for index, (prefix, module) in enumerate(_parts(build_on_meta(config, FAMILY))):
+    for index, (prefix, module) in enumerate(_parts(empty_transformer(config, config["_class_name"]))):
         drawn = fill_randomly(nn.Module.to(module, torch.bfloat16).to_empty(device=device), seed=index)
-        tensors.update({f"{prefix}.{name}": value.cpu() for name, value in drawn.state_dict().items()})
+        tensors.update({f"{prefix}{name}": value.cpu() for name, value in drawn.state_dict().items()})
         module.to("meta")
         if sum(tensor.nbytes for tensor in tensors.values()) > FILE_BYTES:
             flush()
@@ -84,27 +101,46 @@ def write_transformer(folder: Path, config: dict[str, Any], device: torch.device
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every block, and of everything beside the blocks."""
+    """Prefix and module of every block, of everything beside the blocks, and of the model's own parameters."""
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList):
-            yield from ((f"{name}.{index}", block) for index, block in enumerate(child))
+            yield from ((f"{name}.{index}.", block) for index, block in enumerate(child))
         else:
-            yield name, child
+            yield f"{name}.", child
+    own = nn.Module()
+    for name, parameter in model.named_parameters(recurse=False):
+        own.register_parameter(name, parameter)
+    yield "", own
 
 
-def _vae_config(width: int) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((REAL / "vae" / "config.json").read_text(encoding="utf-8"))
-    return config | {"block_out_channels": [width, 2 * width, 4 * width, 4 * width]}
+def _read(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
-def _text_config(width: int) -> LlamaConfig:
+def _hunyuan_video(transformer: Overrides) -> dict[str, nn.Module]:
+    """Three layers of Llama, of which the pipeline leaves the last two out, and two of CLIP."""
+    width, pooled = int(transformer["text_embed_dim"]), int(transformer["pooled_projection_dim"])
     heads = width // HEAD_DIM
-    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": TEXT_LAYERS, "head_dim": HEAD_DIM}
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 3, "head_dim": HEAD_DIM}
     heads_of = {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4), "initializer_range": 0.02}
-    return LlamaConfig.from_pretrained(str(DIGITS / "text_encoder"), **sizes, **heads_of)
+    llama = LlamaConfig.from_pretrained(str(DIGITS / "text_encoder"), **sizes, **heads_of)
+    sizes = {"hidden_size": pooled, "intermediate_size": 2 * pooled, "projection_dim": pooled}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": pooled // 64}
+    clip = CLIPTextConfig.from_pretrained(str(DIGITS / "text_encoder_2"), **sizes, **layers)
+    return {"text_encoder": LlamaModel(llama), "text_encoder_2": CLIPTextModel(clip)}
 
 
-def _clip_config(width: int) -> CLIPTextConfig:
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width}
-    layers = {"num_hidden_layers": CLIP_LAYERS, "num_attention_heads": width // 64}
-    return CLIPTextConfig.from_pretrained(str(DIGITS / "text_encoder_2"), **sizes, **layers)
+def _wan(transformer: Overrides) -> dict[str, nn.Module]:
+    """Two layers of umT5."""
+    width = int(transformer["text_dim"])
+    vocabulary = len(_read(DIGITS / "tokenizer" / "tokenizer.json")["model"]["vocab"])
+    config = UMT5Config(vocab_size=vocabulary, d_model=width, d_kv=64, d_ff=width, num_layers=2, num_heads=8)
+    return {"text_encoder": UMT5EncoderModel(config)}
+
+
+TEXT_PARTS: dict[str, Callable[[Overrides], dict[str, nn.Module]]] = {
+    "HunyuanVideoPipeline": _hunyuan_video,
+    "WanPipeline": _wan,
+}
+"""Text encoders by pipeline, from the transformer's configuration."""

@@ -1,10 +1,12 @@
-"""The whole pipeline at full size: HunyuanVideo-13B's architecture with random weights, until its checkpoint is loaded again.
+"""The whole pipeline at full size: a real architecture with random weights, until its checkpoint is loaded again.
 
     python -m benchmarks.full_size --output benchmarks/results/full_size.json
     python -m benchmarks.full_size --video 720x1280x61 --samples 1 --output ...
+    python -m benchmarks.full_size --model wan2.1-14b --video 480x832x81 --transformer num_layers=8 --output ...
 
-Writes a diffusers pipeline folder (real transformer, VAE and scheduler; text encoders of the real widths with few layers), then
-calls `python -m pipeline` as a user does, with real Ray workers and a real store, cheaply but with every stage:
+Writes a diffusers pipeline folder of a model of `configs/models` (real transformers, VAE and scheduler, but for what
+`--transformer` and `--vae` change; text encoders of the real widths with few layers), then calls `python -m pipeline` as a user
+does, with real Ray workers and a real store, cheaply but with every stage:
 
 | part | what is called |
 |---|---|
@@ -23,8 +25,8 @@ when the time is up, and the speed-up follows from what one worker has done by t
 a part that fails leaves the others' figures. Figures are those of the run directory (records, event log), beside those of the
 plan. The bars: bytes within 1 % of the plan, memory within 25 %.
 
-`--output` may hold runs of other settings: one of the same `--label` is replaced, others stay. On a CPU (`--heads 1 --double 1
---single 2 --text-width 128 --vae-width 32 --video 48x64x5`) figures only show that it works.
+`--output` may hold runs of other settings: one of the same `--label` is replaced, others stay. On a CPU (`--transformer
+num_attention_heads=1 num_layers=1 num_single_layers=2 text_embed_dim=128 --video 48x64x5`) figures only show that it works.
 
 Predicted for two H100 at 480 x 848 x 61, FSDP: 16 GiB at the peak of trajectories; 0.5 GB/s of activations a GPU, and a store
 that takes more; a distillation that takes half as long on two; GPTQ's solves more than half of its time at 4 samples and one
@@ -42,7 +44,7 @@ from typing import Any
 import psutil
 
 from benchmarks.full_size.parts import PARTS, FullSize
-from benchmarks.full_size.setting import Setting
+from benchmarks.full_size.setting import Setting, models
 from benchmarks.full_size.tables import table
 from benchmarks.harness import parser, read_record, write_json
 from pipeline import cli, runner  # noqa: F401  (what the pipeline needs must be there before 24 GiB are written)
@@ -78,11 +80,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
     given = parser(__doc__)
     given.add_argument("--video", default="480x848x61", metavar="HEIGHTxWIDTHxFRAMES")
-    given.add_argument("--double", type=int, default=20, help="double-stream blocks")
-    given.add_argument("--single", type=int, default=40, help="single-stream blocks")
-    given.add_argument("--heads", type=int, default=24)
-    given.add_argument("--text-width", type=int, default=4096, help="of the text encoder's output; a multiple of 128")
-    given.add_argument("--vae-width", type=int, default=128, help="of the VAE's outer blocks; a multiple of 32")
+    given.add_argument("--model", default="hunyuanvideo-13b", choices=models(), help="of configs/models")
+    given.add_argument(
+        "--transformer", nargs="+", default=[], metavar="KEY=VALUE", help="other values of its configuration"
+    )
+    given.add_argument("--vae", nargs="+", default=[], metavar="KEY=VALUE", help="other values of its configuration")
+    given.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the pipeline's configuration")
     given.add_argument("--sharding", choices=["fsdp", "deepspeed", "none"], default="fsdp")
     given.add_argument("--offload", choices=["none", "cpu", "nvme"], default="none")
     given.add_argument("--offload-path", type=Path)

@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks.full_size import figures
 from benchmarks.full_size.commands import OutOfTime, branch_run, call
 from benchmarks.full_size.setting import Setting
-from benchmarks.harness import environment, free_memory, read_record, visible_gpus
+from benchmarks.harness import environment, free_memory, read_record, visible_gpus, write_json
 from benchmarks.random_checkpoint import write_pipeline
 from pipeline.config.loading import load_config
 from pipeline.plan import plan_config
@@ -95,13 +95,17 @@ class FullSize:
         return well
 
     def _write_model(self) -> dict[str, Any]:
-        wanted, stored = self._setting.transformer(), self._model / "transformer" / "config.json"
+        setting, marker = self._setting, self._model / "random_model.json"
+        wanted = {"model": setting.model, "transformer": setting.transformer, "vae": setting.vae}
         written = not (self._model / "model_index.json").is_file()
         if written:
-            write_pipeline(self._model, wanted, self._device, vae_width=self._setting.vae_width)
+            blocks = write_pipeline(self._model, setting.model, self._device, setting.transformer, setting.vae)
+            write_json(marker, {**wanted, "blocks": blocks})
             free_memory(self._device)
-        elif read_record(stored) != wanted:
-            raise ValueError(f"{self._model} holds a model of other sizes: give another folder, or none")
+        found = read_record(marker)
+        if {name: found[name] for name in wanted} != wanted:
+            raise ValueError(f"{self._model} holds another model: give another folder, or none")
+        self._record["blocks"] = found["blocks"]
         self._sync.start()
         return {"bytes": sum(path.stat().st_size for path in self._model_files()), "written": written}
 

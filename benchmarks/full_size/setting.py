@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from benchmarks.harness import ROOT
-from benchmarks.random_model import transformer_config
+from benchmarks.random_checkpoint import MODELS
 
 PROMPTS = ROOT / "configs" / "prompts"
 STALL_TIMEOUT_S = 300.0
@@ -27,15 +27,14 @@ class Setting:
 
     video: tuple[int, int, int]
     """Height, width, frames."""
-    double: int
-    """Double-stream blocks."""
-    single: int
-    """Single-stream blocks."""
-    heads: int
-    text_width: int
-    """Of the text encoder's output."""
-    vae_width: int
-    """Channels of the VAE's outermost blocks."""
+    model: str
+    """Of `configs/models`."""
+    transformer: dict[str, Any]
+    """Other values of its configuration than the model's."""
+    vae: dict[str, Any]
+    """Other values of its configuration than the model's."""
+    set: dict[str, Any]
+    """Values of the pipeline's configuration by names such as `distillation.tokens_per_step`."""
     sharding: str
     offload: str
     offload_path: str | None
@@ -73,22 +72,19 @@ class Setting:
         given = {name: getattr(options, name) for name in cls.__dataclass_fields__ if hasattr(options, name)}
         path = None if options.offload_path is None else str(options.offload_path.absolute())
         threads = options.threads or max(1, min(8, (os.cpu_count() or 1) // workers))
-        derived = {"workers": workers, "on_gpu": gpus > 0, "threads": threads, "offload_path": path}
+        changed = {name: values(getattr(options, name)) for name in ("transformer", "vae", "set")}
+        derived = {**changed, "workers": workers, "on_gpu": gpus > 0, "threads": threads, "offload_path": path}
         return cls(**{**given, **derived, "video": (height, width, num_frames)})
 
     @property
     def label(self) -> str:
         """Such as `480p fsdp`, with what is not usual."""
+        model = f"{self.model} " if self.model != "hunyuanvideo-13b" else ""
         offload = f", offload {self.offload}" if self.offload != "none" else ""
         preset = f", {self.preset}" if self.preset != "reelquant" else ""
         nearest = ", to nearest" if self.rounding == "nearest" else ""
         deterministic = ", deterministic" if self.deterministic else ""
-        return f"{self.video[0]}p {self.sharding}{offload}{preset}{nearest}{deterministic}"
-
-    def transformer(self) -> dict[str, Any]:
-        """Its configuration: HunyuanVideo-13B's with these sizes."""
-        sizes = {"num_layers": self.double, "num_single_layers": self.single, "num_attention_heads": self.heads}
-        return {**transformer_config(), **sizes, "text_embed_dim": self.text_width}
+        return f"{model}{self.video[0]}p {self.sharding}{offload}{preset}{nearest}{deterministic}"
 
     def as_json(self) -> dict[str, Any]:
         """For the record; where files lie is no part of it."""
@@ -108,7 +104,7 @@ class Setting:
         if workers is None and self.sharding != "none":
             how |= {"sharding": self.sharding, "gpus_per_replica": self.workers, "offload": self.offload}
             how |= {"offload_path": self.offload_path} if self.offload == "nvme" else {}
-        config = {
+        config: dict[str, Any] = {
             "run": str(run),
             "model": str(model),
             "generation": {
@@ -134,5 +130,21 @@ class Setting:
             "workers": {**how, "max_attempts": 2, "stall_timeout_s": STALL_TIMEOUT_S},
             "cluster": {"address": "local"},
         }
+        for name, value in self.set.items():
+            *sections, key = name.split(".")
+            part: dict[str, Any] = config
+            for section in sections:
+                part = part.setdefault(section, {})
+            part[key] = value
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         return path
+
+
+def models() -> list[str]:
+    """Names in `configs/models`."""
+    return sorted(path.name for path in MODELS.iterdir())
+
+
+def values(pairs: list[str]) -> dict[str, Any]:
+    """Of `KEY=VALUE`, as YAML reads them."""
+    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}

@@ -20,9 +20,10 @@ def _sizes(runs: dict[str, Any]) -> Iterator[str]:
         setting = run["settings"]
         height, width, frames = setting["video"]
         model = _gib(run["parts"].get("model", {}).get("bytes"))
+        blocks = f"{setting['model']}: {' + '.join(map(str, run['blocks']))}" if "blocks" in run else "-"
         work = f"{setting['steps']}, {setting['samples']}, {setting['epochs']}"
         yield (
-            f"| {label} | {height} × {width} × {frames} | {setting['double']} + {setting['single']} | {model} GiB | "
+            f"| {label} | {height} × {width} × {frames} | {blocks} | {model} GiB | "
             f"{setting['workers']} × {run['environment']['device']} | {work} | {setting['rounding']} | "
             f"{run['environment']['commit'][:7]} |"
         )

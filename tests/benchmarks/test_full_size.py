@@ -15,7 +15,8 @@ from benchmarks.full_size.tables import table
 from tests.errors import names
 from tests.pipeline.small_run import Recorded
 
-SMALL = ["--heads", "1", "--double", "1", "--single", "2", "--text-width", "128", "--vae-width", "32"]
+TRANSFORMER = ["num_attention_heads=1", "num_layers=1", "num_single_layers=2", "text_embed_dim=128"]
+SMALL = ["--transformer", *TRANSFORMER, "--vae", "block_out_channels=[32, 64, 128, 128]"]
 SHORT = ["--video", "48x64x5", "--steps", "2", "--samples", "2", "--segment-length", "1", "--threads", "1"]
 
 
@@ -99,7 +100,20 @@ def test_every_part_of_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert again["again"]["stages"] == stages
     assert again["again"]["speed_up"] is None
     with pytest.raises(SystemExit):
-        main([*SMALL, "--double", "2", *SHORT, "--folder", str(folder), "--output", str(output), "--parts", "model"])
+        main(
+            [
+                *SMALL,
+                "--vae",
+                "layers_per_block=1",
+                *SHORT,
+                "--folder",
+                str(folder),
+                "--output",
+                str(output),
+                "--parts",
+                "model",
+            ]
+        )
     assert names(runs_of(output)["48p fsdp"]["parts"]["model"]["error"], folder)
 
 
