@@ -144,15 +144,15 @@ def calibrated_copy(
                 block.set_submodule(name, layers[name])
             groups.append(CalibratedGroup(group.name, group.stream, transform, layers))
         calibrated.append(groups)
-    transforms = [group.transform for groups in calibrated for group in groups]
-    # A constant, such as the text's states, is the same tensor in every call, while what is learned changes.
-
-    def forget(*_: object) -> None:
-        for transform in transforms:
-            transform.forget()
-
-    block.register_forward_pre_hook(forget)
+    block.register_forward_pre_hook(_forget_inputs)
     return block, calibrated
+
+
+def _forget_inputs(block: nn.Module, *_: object) -> None:
+    """Before every call: a constant, such as the text's states, is the same tensor in all, while what is learned changes."""
+    for module in block.modules():
+        if isinstance(module, GroupTransform):
+            module.forget()
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:
@@ -183,6 +183,7 @@ def step_error(call: BlockCall, block: nn.Module, sample: SampleView, recipe: Re
     if rows is None:
         return weighted_error(call(block, sample.quantized, sample.constants), sample)
     rows = rows.to(next(block.parameters()).device)
+    _forget_inputs(block)
     return estimated_error(call.rows(block, sample.quantized, sample.constants, rows.indices), sample, rows)
 
 

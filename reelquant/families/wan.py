@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from reelquant.families.attention_core import WatchingCore, attention_core, plain_core
 from reelquant.families.family import Arguments, Config, Family, VideoSize
 from reelquant.tokens import Grid
 
@@ -47,6 +49,50 @@ def _refusal(config: Config) -> str | None:
     return None
 
 
+def _rows(block: Any, call: Arguments, rows: Tensor) -> Tensor:
+    """`WanTransformerBlock.forward` for the queries at `rows` alone; everything behind the self-attention is token by token."""
+    hidden, temb = call["hidden_states"], call["temb"].float()
+    # [1, 6, d], or [1, L, 6, d] with timesteps of tokens
+    table = block.scale_shift_table + (temb if temb.ndim == 4 else temb.unsqueeze(1))
+    shift, scale, gate, *later = table.unbind(2)
+    inputs = (block.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+    gate, shift_mlp, scale_mlp, gate_mlp = (
+        part.index_select(1, rows) if part.shape[1] > 1 else part for part in (gate, *later)
+    )
+    stream = hidden.index_select(1, rows)
+    stream = (stream.float() + _attended(block, inputs, call["rotary_emb"], rows) * gate).type_as(hidden)
+    stream = stream + block.attn2(
+        block.norm2(stream.float()).type_as(hidden), call["encoder_hidden_states"], None, None
+    )
+    inner = (block.norm3(stream.float()) * (1 + scale_mlp) + shift_mlp).type_as(hidden)
+    out: Tensor = (stream.float() + block.ffn(inner).float() * gate_mlp).type_as(hidden)
+    return out
+
+
+def _attended(block: Any, inputs: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """Self-attention of `[1, L, d]` at `rows`, `[1, R, d]`; all queries are made only where somebody watches them."""
+    attn, core = block.attn1, attention_core(FAMILY, block) or plain_core
+    watched = isinstance(core, WatchingCore)
+    asked = inputs if watched else inputs.index_select(1, rows)
+    query = _rotated(attn.norm_q(attn.to_q(asked)), rotary, attn.heads, None if watched else rows)
+    key = _rotated(attn.norm_k(attn.to_k(inputs)), rotary, attn.heads, None)
+    value = attn.to_v(inputs).unflatten(2, (attn.heads, -1))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if isinstance(core, WatchingCore):
+        core, q = core.watched(q, k, v), q.index_select(1, rows)
+    out = core(0, q, k, v).transpose(0, 1).flatten(1).unsqueeze(0)
+    result: Tensor = attn.to_out[1](attn.to_out[0](out.type_as(query)))
+    return result
+
+
+def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor], heads: int, rows: Tensor | None) -> Tensor:
+    """`[1, L, d]` to heads `[1, L, H, D]`, turned in pairs of channels by tables `[1, L, 1, D]` at `rows`."""
+    cos, sin = (table if rows is None else table.index_select(1, rows) for table in rotary)
+    even, odd = x.unflatten(2, (heads, -1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
 FAMILY = Family(
     name="Wan",
     architecture="WanTransformer3DModel",
@@ -62,4 +108,5 @@ FAMILY = Family(
     boundary="boundary_ratio",
     side_multiple=16,
     refusal=_refusal,
+    rows=_rows,
 )

@@ -34,6 +34,8 @@ METHOD = {
     "velocity_correction": True,
     "attention": {"density": 0.6, "dense_steps": 1, "interval": 2, "residual": {"rank": 4}},
 }
+PARTS = {"wan_2_2": {"tokens_per_step": 0.5}}
+"""Of the method, where the family has them."""
 STEPS: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 16}
 
 
@@ -60,7 +62,7 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_
             "num_held_out": 1,
         },
         selection={"num_samples": 2, "recorded_features": ["block_input", "latent"]},
-        method=METHOD,
+        method={**METHOD, **PARTS.get(family, {})},
         evaluation={"films": False, "velocity_prompts": 1},
     )
     run = call("run", str(config))

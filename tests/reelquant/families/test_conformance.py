@@ -169,6 +169,27 @@ class TestFamily:
             found = call_block(block, entries[name], constants)
         assert not torch.allclose(found["hidden_states"], exits[name]["hidden_states"], rtol=1e-2)
 
+    def test_rows_of_a_block_are_those_of_the_whole(self, tiny: Tiny) -> None:
+        if tiny.family.rows is None:
+            assert tiny.family.name not in ("HunyuanVideo", "Wan")
+            return
+        model, _, entries, constants, exits = self.recorded(tiny)
+        layout = constants.layout
+        rows = torch.cat([torch.arange(0, layout.num_video, 3), torch.arange(layout.num_video, layout.num_tokens)])
+        for name in tiny.family.block_names(model.config):
+            block, call_block = model.get_submodule(name), block_calls(tiny.family.name)[name]
+            expected = torch.cat(list(exits[name].values()), dim=1)[0, rows]
+            queries: list[int] = []
+
+            def observe(q: Tensor, _k: Tensor, _v: Tensor, queries: list[int] = queries) -> None:
+                queries.append(q.shape[1])
+
+            with torch.no_grad():
+                torch.testing.assert_close(call_block.rows(block, entries[name], constants, rows), expected)
+                with call_block.watch_attention(block, observe):
+                    torch.testing.assert_close(call_block.rows(block, entries[name], constants, rows), expected)
+            assert queries == [layout.num_tokens]
+
     def test_inputs_without_values_are_those_of_a_call(self, tiny: Tiny) -> None:
         model, call = tiny.model(), tiny.call()
         shape = call["hidden_states"].shape
