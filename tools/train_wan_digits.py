@@ -9,6 +9,7 @@
 | transformer | RUN/transformer.safetensors, RUN/average.safetensors; goes on from them, stops at --budget-s | text, vae |
 | assemble    | the folder assets/wan-digits, and configs/prompts/wan_digits_*.txt | all of them |
 | check       | RUN/check.png, RUN/check-small.png and printed rates         | assets/wan-digits |
+| accept      | RUN/acceptance.json and the lines of `tools.wan_digits.acceptance` | assets/wan-digits, `--quantized` |
 
 A finished stage `text` or `vae` is loaded from `--run`.
 """
@@ -29,6 +30,7 @@ from transformers import UMT5EncoderModel
 
 from tools.digits.components import keep_old_names
 from tools.digits.evaluation import save_picture
+from tools.wan_digits.acceptance import measure, open_float32, table
 from tools.wan_digits.autoencoder import ClipPool, train_vae
 from tools.wan_digits.components import bf16, build_pipeline, make_transformer, make_vae
 from tools.wan_digits.evaluation import generate, score
@@ -40,15 +42,15 @@ from tools.wan_digits.transformer import AVERAGE, Trainer
 from workers.recognition import DigitRecognizer
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("text", "vae", "transformer", "assemble", "check")
+STAGES = ("text", "vae", "transformer", "assemble", "check", "accept")
 PROMPTS = {"calibration": 40, "held_out": 64}
 
 
 class Run:
     """One invocation: its settings and folders."""
 
-    def __init__(self, settings: Settings, root: Path, folder: Path) -> None:
-        self.settings, self.root, self.folder = settings, root, folder
+    def __init__(self, settings: Settings, root: Path, folder: Path, quantized: Path | None = None) -> None:
+        self.settings, self.root, self.folder, self.quantized = settings, root, folder, quantized
         self.renderer = Renderer(hands().to(settings.device))
         self.tokenizer = make_tokenizer()
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +125,21 @@ class Run:
                   f"{time.monotonic() - begin:.0f} s", *failures[:5], sep="\n  ", flush=True)  # fmt: skip
             save_picture(videos[:8], self.folder / f"{name}.png")
 
+    def accept(self) -> None:
+        """What the model is good for."""
+        if self.quantized is None:
+            raise SystemExit(
+                "accept needs --quantized: the folder of the model after rtn W4A8 (python -m pipeline run)"
+            )
+        settings = self.settings
+        exact, quantized = (
+            open_float32(folder, settings.device) for folder in (self.root / "assets/wan-digits", self.quantized)
+        )
+        scenes = prompt_scenes(settings.eval_prompts, "held_out")
+        found = measure(exact, quantized, scenes, settings, DigitRecognizer(self.root / "assets/digit-recognizer"))
+        (self.folder / "acceptance.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(table(found), flush=True)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
@@ -132,11 +149,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="where assets/ and configs/ are")
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--budget-s", type=float, help="seconds of the transformer's training in this call")
+    parser.add_argument("--quantized", type=Path, help="for accept: the model's folder after rtn W4A8")
     given = parser.parse_args(arguments)
     settings = PRESETS[given.preset]()
     if given.budget_s is not None:
         settings = replace(settings, budget_s=given.budget_s)
-    run = Run(settings, given.root, given.run)
+    run = Run(settings, given.root, given.run, given.quantized)
     for stage in STAGES:
         if stage in given.stages:
             getattr(run, stage)()

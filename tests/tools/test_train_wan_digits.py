@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from tools.train_wan_digits import main
+from tools.wan_digits.acceptance import BARS, table
 from tools.wan_digits.autoencoder import at_once, moments
 from tools.wan_digits.components import make_vae
 from tools.wan_digits.evaluation import score
@@ -47,6 +48,21 @@ def test_the_folder_is_a_plain_pipeline(made: Path) -> None:
     assert pipe.vae.config.latents_std != [1.0] * 16
     assert not list(made.rglob("*.partial"))
     assert len((made / "configs/prompts/wan_digits_held_out.txt").read_text().splitlines()) == 64
+
+
+def test_the_lines_of_acceptance_are_measured(made: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "smoke", "--root", str(made), "--run", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["accept", *arguments])
+    main(["accept", *arguments, "--quantized", str(made / "assets/wan-digits")])
+    found = json.loads((tmp_path / "acceptance.json").read_text())
+    assert found["lines"].keys() == found["met"].keys() == BARS.keys()
+    assert found["rtn_psnr_db"] == [200.0, 200.0], "the same model"
+    assert found["lines"]["shift"] == found["lines"]["forks"] == 0
+    assert 0.1 < found["strongest_tenth_by_block"][0] < 1
+    assert found["lines"]["denoised"] > 0
+    assert all(value > 30 for value in found["noise_floor_db"])
+    assert "| forks | 0.02 | 0.0000 | met |" in table(found)
 
 
 def test_training_goes_on_from_its_files(made: Path) -> None:

@@ -29,7 +29,7 @@ class Settings:
     """Sizes, seeds and budgets of one training. Durations are in seconds."""
 
     seed: int = 31
-    device: str = "cuda"
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     large: Clip = field(default_factory=lambda: Clip(61, 128, 128, 40, 48))
     """The size of the model's videos."""
     small: Clip = field(default_factory=lambda: Clip(29, 80, 96, 28, 256))
@@ -91,7 +91,7 @@ def smoke() -> Settings:
         device="cpu", large=Clip(9, 32, 32, 12, 2), small=Clip(5, 32, 48, 12, 2), text_steps=3, text_length=48,
         vae_width=4, vae_batch=1, vae_steps=2, encode_batch=2, num_heads=1, head_dim=32, num_layers=1,
         ffn_dim=64, budget_s=60.0, call_steps=4, pool=8, fresh=2, report_every=1, eval_prompts=2, eval_batch=2,
-        eval_steps=2,
+        eval_steps=3,
     )  # fmt: skip
 
 
