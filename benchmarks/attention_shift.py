@@ -38,6 +38,7 @@ from reelquant.ops.band_attention.op import dense_attention
 from reelquant.runtime.attach import attach_runtime
 from reelquant.settings.generation import Generation, Numerics
 from workers.generation import generate
+from workers.messages import PromptUnit
 from workers.model_source import open_pipeline
 from workers.process import device_name, prepare_process, unit_seed
 
@@ -133,8 +134,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for index, prompt in enumerate(prompts):
         for steps in found.values():
             steps.append([])
-        seed = unit_seed(naive["seed"], "evaluation", f"prompt-{index:03d}")
-        generate(pipeline, prompt, Generation(**naive["generation"]), seed=seed, progress=lambda *_: None)
+        unit = PromptUnit(f"prompt-{index:03d}", prompt)
+        seed = unit_seed(naive["seed"], "evaluation", unit.name)
+        generate(pipeline, unit, Generation(**naive["generation"]), seed=seed, progress=lambda *_: None)
         print(f"{index + 1} of {len(prompts)}: {prompt}", flush=True)
     handle.remove()
     return {

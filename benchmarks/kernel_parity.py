@@ -43,6 +43,7 @@ from reelquant.ops.implementation import reference_only
 from reelquant.runtime.sparse_attention import AttentionPrecision
 from reelquant.settings.generation import Generation
 from workers.generation import generate
+from workers.messages import PromptUnit
 
 MODEL = ROOT / "assets" / "hunyuanvideo-digits"
 PROMPTS = ROOT / "configs" / "prompts" / "digits_held_out.txt"
@@ -130,7 +131,8 @@ def compared(models: Models, prompts: list[str], generation: Generation) -> list
 def video_of(models: Models, name: str, prompt: str, generation: Generation, seed: int) -> Tensor:
     """`[F, H, W, 3]` in [0, 1]."""
     with models.ready(name) as pipeline:
-        return generate(pipeline, prompt, generation, seed=seed, progress=lambda *_: None).video.float() / 255
+        unit = PromptUnit("parity", prompt)
+        return generate(pipeline, unit, generation, seed=seed, progress=lambda *_: None).video.float() / 255
 
 
 def kernels_seen(draw: Callable[[], object], device: torch.device) -> dict[str, int] | None:

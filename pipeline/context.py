@@ -9,11 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.loading import ConfigError, comparable, read_prompts, repeated_prompts
+from pipeline.config.loading import ConfigError
+from pipeline.config.prompts import Prompt, comparable, read_prompts, repeated_prompts
 from pipeline.config.schema import RunConfig
 from pipeline.hub_model import FoundModel, find_model, pinned
 from pipeline.layer_bits import bits_label, group_conflicts, layer_kinds, resolve_bits
 from pipeline.model_facts import ModelFacts
+from pipeline.prompt_checks import input_problems
 from pipeline.records import Records
 from pipeline.run_units import prompt_names
 from pipeline.setting_checks import setting_problems
@@ -161,17 +163,17 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         ConfigError: all problems at once.
     """
     problems: list[str] = []
-    prompts: dict[str, tuple[PromptUnit, ...]] = {"calibration": (), "held_out": ()}
+    prompts: dict[str, list[Prompt]] = {"calibration": [], "held_out": []}
     for key, path, num in (
         ("calibration", config.prompts.calibration, config.prompts.num_calibration),
         ("held_out", config.prompts.held_out, config.prompts.num_held_out),
     ):
         try:
-            prompts[key] = _prompt_units(read_prompts(path, num, key))
+            prompts[key] = read_prompts(path, num, key)
         except ConfigError as error:
             problems += error.problems
-    calibration = {comparable(p.prompt) for p in prompts["calibration"]}
-    shared = [p.prompt for p in prompts["held_out"] if comparable(p.prompt) in calibration]
+    calibration = {(comparable(p.prompt), _image(p)) for p in prompts["calibration"]}
+    shared = [p.prompt for p in prompts["held_out"] if (comparable(p.prompt), _image(p)) in calibration]
     if shared:
         problems.append(
             f"prompts.held_out: {sorted(set(shared))} are calibration prompts too; held-out prompts must be others"
@@ -193,6 +195,7 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         problems += group_conflicts(model.family, model.config, bits)
         impossible = [problem for method in config.methods for problem in _sparse_problems(method, model, config)]
         problems += [*impossible, *_feature_problems(model, config), *_role_problems(model, config)]
+        problems += input_problems(config, prompts, model)
         if not impossible:
             levels = model.noise_levels(config.generation.num_inference_steps)
             methods = tuple(MethodPlan.of(recipe, bits, levels, model.blocks) for recipe in config.methods)
@@ -204,8 +207,8 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
     return RunContext(
         config,
         model,
-        prompts["calibration"],
-        prompts["held_out"],
+        _prompt_units(prompts["calibration"]),
+        _prompt_units(prompts["held_out"]),
         methods,
         checked.fingerprint,
         recognizer_fingerprint(config.evaluation.recognizer),
@@ -245,12 +248,19 @@ def prompt_notes(context: RunContext) -> list[str]:
     return [
         f"prompts.{key}: {repeated} stand more than once, and count as often"
         for key, units in files.items()
-        if (repeated := repeated_prompts(unit.prompt for unit in units))
+        if (repeated := repeated_prompts((unit.prompt, (unit.image, unit.negative_prompt)) for unit in units))
     ]
 
 
-def _prompt_units(prompts: list[str]) -> tuple[PromptUnit, ...]:
-    return tuple(map(PromptUnit, prompt_names(len(prompts)), prompts))
+def _prompt_units(prompts: list[Prompt]) -> tuple[PromptUnit, ...]:
+    return tuple(
+        PromptUnit(name, prompt.prompt, prompt.negative_prompt, _image(prompt))
+        for name, prompt in zip(prompt_names(len(prompts)), prompts, strict=True)
+    )
+
+
+def _image(prompt: Prompt) -> bytes | None:
+    return None if prompt.image is None else prompt.image.content
 
 
 def _sparse_problems(method: Recipe, model: ModelFacts, config: RunConfig) -> list[str]:

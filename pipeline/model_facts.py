@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from reelquant.calibration.input_groups import block_calls
 from reelquant.checkpoint.reader import TRANSFORMER
 from reelquant.families.family import Family
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
+from workers.component_check import PipelineInputs, pipeline_inputs
+from workers.model_source import image_use
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,12 @@ class ModelFacts:
     """Video tokens of the run's generations; None where they are not known."""
     roles: tuple[str, ...] = (TRANSFORMER,)
     """Components that are its transformers, in the order in which they serve; all are built as `config` says."""
+
+    @cached_property
+    def inputs(self) -> PipelineInputs:
+        """What its pipeline takes beside a prompt."""
+        found = pipeline_inputs(self.folder)
+        return replace(found, image="none") if image_use(self.folder, self.family, self.config) == "none" else found
 
     @property
     def folder(self) -> Path:

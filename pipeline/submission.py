@@ -20,7 +20,8 @@ from rich.console import Console
 
 from cluster.job_submission import JobClient, JobEnd, JobRequest, new_submission_id
 from cluster.session import PROJECT_ROOT
-from pipeline.config.loading import ConfigError, parse_config, parse_override, read_prompts, read_values, set_value
+from pipeline.config.loading import ConfigError, parse_config, parse_override, read_values, set_value
+from pipeline.config.prompts import read_prompts
 from pipeline.config.schema import RunConfig
 from pipeline.hub_model import could_be_hub_id, resolve_revision
 from pipeline.provenance import commit
@@ -190,7 +191,8 @@ def _path_problems(config: RunConfig) -> list[str]:
         if path.is_absolute() or any(problem.startswith(f"prompts.{key}:") for problem in problems):
             continue
         try:
-            read_prompts(PROJECT_ROOT / path, num, key)
+            images = {prompt.image.path for prompt in read_prompts(PROJECT_ROOT / path, num, key) if prompt.image}
+            problems += [p for image in sorted(images) for p in _upload_problems(f"prompts.{key}: image", image)]
         except ConfigError as error:
             problems += error.problems
     return problems

@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from reelquant.checkpoint.pipeline_files import (
 )
 from reelquant.checkpoint.safetensors_file import ScannedFile, scan_file
 from reelquant.diffusers_internals import optional_components
+from reelquant.families.family import ImageUse
 from workers.generation import CALL_ARGUMENTS
 
 _SHOWN_TENSORS = 8
@@ -107,14 +109,37 @@ def _pipeline_problems(model: Path, components: Mapping[str, tuple[str, str]]) -
         name = read_json(index).get("_class_name")
         return [f"{index}: _class_name is {name!r}: diffusers {diffusers.__version__} has no such pipeline"]
     problems = [f"{index}: names no {part}" for part in _PLANNED if part not in components]
+    image = () if pipeline_inputs(model).image == "none" else ("image",)
     try:
-        inspect.signature(pipeline_class.__call__).bind(None, **dict.fromkeys(CALL_ARGUMENTS))
+        inspect.signature(pipeline_class.__call__).bind(None, **dict.fromkeys((*image, *CALL_ARGUMENTS)))
     except TypeError as error:
         problems.append(
-            f"{index}: _class_name is {pipeline_class.__name__}, which is not called as a text-to-video pipeline is ({error}): "
-            "give the folder of a text-to-video model"
+            f"{index}: _class_name is {pipeline_class.__name__}, which is not called as pipelines are that make a video from a "
+            f"text, or a text and an image ({error}): give the folder of a text-to-video or image-to-video model"
         )
     return problems
+
+
+@dataclass(frozen=True)
+class PipelineInputs:
+    """What the call of a model's pipeline takes beside a prompt."""
+
+    name: str
+    """The pipeline's class."""
+    image: ImageUse
+    """Diffusers' pipelines from an image are called so, or have an argument for it without a default."""
+    negative_prompt: bool
+
+
+def pipeline_inputs(model: Path) -> PipelineInputs:
+    """Inputs of the pipeline in `model`, whose class diffusers has."""
+    pipeline_class = pipeline_class_of(model)
+    parameters, name = inspect.signature(pipeline_class.__call__).parameters, pipeline_class.__name__
+    found = parameters.get("image")
+    needed = found is not None and (found.default is found.empty or "ImageToVideo" in name)
+    return PipelineInputs(
+        name, "none" if found is None else "needed" if needed else "optional", "negative_prompt" in parameters
+    )
 
 
 def pipeline_class_of(model: Path) -> Any:

@@ -91,7 +91,7 @@ class EvaluationWorker:
         velocities, name = Velocities(), f"evaluation/{unit.name}"
         with velocities.kept(pipeline) if unit.keep_velocity else nullcontext():
             generated = generate(
-                pipeline, unit.prompt.prompt, self._settings.generation, seed=self._seed(unit), progress=progress
+                pipeline, unit.prompt, self._settings.generation, seed=self._seed(unit), progress=progress
             )
         self._store.write(f"{name}/video", generated.video)
         if self._settings.films:
@@ -129,7 +129,7 @@ class EvaluationWorker:
         for _ in range(2 if unit.noise_floor else 1):
             generate(
                 pipeline,
-                unit.prompt.prompt,
+                unit.prompt,
                 self._settings.generation,
                 seed=self._seed(unit),
                 progress=progress,
@@ -171,7 +171,7 @@ class EvaluationWorker:
                 progress(index * of + done, total * of)
 
             latents, velocity = (self._store.read(f"{name}/{array}") for array in ("latents", "velocity"))
-            trajectory = Trajectory(prompt.prompt, latents, velocity)
+            trajectory = Trajectory(prompt, latents, velocity)
             errors = rounding_errors(
                 pipeline, family, trajectory, generation, steps=unit.steps, leave_out=leave_out, progress=report
             )
@@ -193,7 +193,7 @@ class EvaluationWorker:
         def video(begun: int) -> Tensor:
             generated = generate(
                 pipeline,
-                unit.prompt.prompt,
+                unit.prompt,
                 self._settings.generation,
                 seed=self._seed(unit),
                 progress=lambda done, total: progress(begun * total + done, 2 * total),

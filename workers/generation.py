@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from reelquant.calibration.block_call import arguments, of_element
 from reelquant.families.family import Family
 from reelquant.settings.generation import Generation
-from workers.messages import Progress
-from workers.velocity_watch import attribute, changed_velocities, named_transformers
+from workers.messages import Progress, PromptUnit
+from workers.velocity_watch import attribute, changed_velocities, named_transformers, prompt_arguments
 
 CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type", "callback_on_step_end")
 """Names of the arguments with which a pipeline is called."""
@@ -47,7 +47,7 @@ def branches(family: Family, generation: Generation) -> tuple[str, ...]:
 
 
 def generate(
-    pipeline: Any, prompt: str, generation: Generation, *, seed: int, progress: Progress, decode: bool = True
+    pipeline: Any, prompt: PromptUnit, generation: Generation, *, seed: int, progress: Progress, decode: bool = True
 ) -> Generated:
     """Generates one video. The pipeline draws the noise on the CPU, so it is the same on every device.
 
@@ -74,7 +74,7 @@ def generate(
     # No inference mode: FSDP on one rank reads the versions of tensors, which it has not.
     with torch.no_grad(), changed_velocities(pipeline, before_step):
         frames = pipeline(
-            prompt,
+            **prompt_arguments(prompt),
             **asdict(generation),
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="pt" if decode else "latent",

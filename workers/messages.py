@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,20 @@ class PromptUnit:
 
     name: str
     prompt: str
+    negative_prompt: str | None = None
+    image: bytes | None = field(default=None, repr=False)
+    """Contents of the image's file (`workers.images`)."""
+
+    @property
+    def without_image(self) -> PromptUnit:
+        """The same for units that generate nothing."""
+        return replace(self, image=None)
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON values that decide a generation, for fingerprints; absent ones are left out."""
+        image = None if self.image is None else hashlib.sha256(self.image).hexdigest()
+        values = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "image": image}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

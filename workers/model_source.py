@@ -22,9 +22,9 @@ from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_components, re
 from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.diffusers_internals import float32_modules, no_initial_weights
-from reelquant.families.family import Family, VideoSize, empty_transformer, family_of_architecture
+from reelquant.families.family import Family, ImageUse, VideoSize, empty_transformer, family_of_architecture
 from reelquant.settings.generation import Generation
-from workers.component_check import component_problems, pipeline_class_of, structure_problems
+from workers.component_check import component_problems, pipeline_class_of, pipeline_inputs, structure_problems
 
 
 def open_pipeline(folder: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None) -> Any:
@@ -147,7 +147,7 @@ def _transformer_problems(model: Path) -> list[str]:
     path = model / TRANSFORMER / "config.json"
     try:
         family, config = family_of_model(model), transformer_config(model)
-        others = _second_problems(model, family, config)
+        others = _second_problems(model, family, config) or _image_problems(model, family, config)
     except ValueError as error:
         return [str(error)]
     if "quantization_config" in config:
@@ -160,6 +160,30 @@ def _transformer_problems(model: Path) -> list[str]:
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         return [f"{path}: no {family.architecture} can be built from it: {type(error).__name__}: {error}"]
     return [] if problem is None else [f"{path}: {problem}"]
+
+
+def _image_problems(model: Path, family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Why the pipeline and its transformer are not both made for images."""
+    index = model / MODEL_INDEX
+    if pipeline_class_of(model) is None:
+        return []  # said elsewhere
+    asked, pipeline = image_use(model, family, config), pipeline_inputs(model)
+    if asked == "needed" and pipeline.image == "none":
+        return [
+            f"{index}: _class_name is {pipeline.name}, which takes no image, but the transformer makes videos from one: name "
+            "its image-to-video pipeline there"
+        ]
+    if asked == "none" and pipeline.image == "needed":
+        return [
+            f"{index}: _class_name is {pipeline.name}, which makes a video from an image, but this {family.name} makes it from "
+            "text alone: give the folder of a text-to-video model"
+        ]
+    return []
+
+
+def image_use(model: Path, family: Family, config: Mapping[str, Any]) -> ImageUse:
+    """Whether the transformer of a model makes videos from an image."""
+    return "none" if family.image is None else family.image(config, read_json(model / MODEL_INDEX))
 
 
 def _second_problems(model: Path, family: Family, config: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from reelquant.families.family import Family
 from reelquant.metrics import relative_error
 from reelquant.settings.generation import Generation
-from workers.messages import Progress
+from workers.messages import Progress, PromptUnit
 from workers.rounded_outputs import rounded_blocks
 from workers.velocity_watch import changed_velocities, passes_left_out, run_latents, teacher_forced, transformers
 
@@ -42,7 +42,7 @@ _TINY = 1e-30
 class Trajectory:
     """A stored trajectory of the full-precision model."""
 
-    prompt: str
+    prompt: PromptUnit
     latents: Tensor
     """`[T+1, C, F, H, W]`"""
     velocity: Tensor

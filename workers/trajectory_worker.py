@@ -64,7 +64,7 @@ class TrajectoryWorker:
             served.extend([role] if branch == COND else [])
 
         with hooks.watching(), watched_calls(self._pipeline, self._family, see):
-            generated = generate(self._pipeline, unit.prompt, settings.generation, seed=seed, progress=progress)
+            generated = generate(self._pipeline, unit, settings.generation, seed=seed, progress=progress)
         if settings.served and tuple(served) != settings.served:
             raise ValueError(
                 f"the pipeline has called {', '.join(served)}, where its schedule and boundary say "
@@ -98,7 +98,7 @@ class TrajectoryWorker:
         """Takes part in the forward passes of a replica's unit, and keeps nothing."""
         generate(
             self._pipeline,
-            unit.prompt,
+            unit,
             self._settings.generation,
             seed=self._seed(unit),
             progress=progress,

@@ -93,7 +93,7 @@ def velocity_errors(
 
     teacher_forced(
         pipeline,
-        [prompt.prompt for prompt in prompts],
+        prompts,
         generation,
         latents=latents,
         watch=measure,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.diffusers_internals import execution_device
 from reelquant.settings.generation import Generation
-from workers.messages import Progress
+from workers.images import read_image
+from workers.messages import Progress, PromptUnit
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
 """Called with the step (from 0), velocity and latents `[B, ...]`; returns the velocity that the scheduler takes."""
@@ -77,9 +78,24 @@ def transformers(pipeline: Any) -> list[Any]:
     return list(named_transformers(pipeline).values())
 
 
+def prompt_arguments(prompts: PromptUnit | Sequence[PromptUnit]) -> dict[str, Any]:
+    """The arguments `prompt`, `negative_prompt` and `image` of a pipeline's call, those that there are; lists of texts for
+    several prompts, which have one image or none."""
+    units = [prompts] if isinstance(prompts, PromptUnit) else list(prompts)
+    found: dict[str, Any] = {"prompt": [unit.prompt for unit in units]}
+    if any(unit.negative_prompt for unit in units):
+        found["negative_prompt"] = [unit.negative_prompt or "" for unit in units]
+    if isinstance(prompts, PromptUnit):
+        found = {name: text for name, [text] in found.items()}
+    if (image := units[0].image) is not None:
+        assert all(unit.image == image for unit in units), "one image a call (pipeline.setting_checks)"
+        found["image"] = read_image(image)
+    return found
+
+
 def run_latents(
     pipeline: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptUnit],
     generation: Generation,
     *,
     latents: Tensor,
@@ -100,7 +116,7 @@ def run_latents(
     # No inference mode, as in `generate`.
     with torch.no_grad():
         pipeline(
-            list(prompts),
+            **prompt_arguments(prompts),
             **asdict(generation),
             latents=latents.to(execution_device(pipeline)),
             output_type="latent",
@@ -110,7 +126,7 @@ def run_latents(
 
 def teacher_forced(
     pipeline: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[PromptUnit],
     generation: Generation,
     *,
     latents: Tensor,

@@ -137,11 +137,13 @@ def _named(prompts: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _generate(pipeline: Any, task: Task, prompt: str, *, stage: str, name: str) -> Any:
     from reelquant.settings.generation import Generation
     from workers.generation import generate
+    from workers.messages import PromptUnit
     from workers.process import unit_seed
 
     seed = unit_seed(task.seed, stage, name)
     generation = Generation(**task.generation)
-    return generate(pipeline, prompt, generation, seed=seed, progress=lambda _done, _total: None).video.contiguous()
+    unit = PromptUnit(name, prompt)
+    return generate(pipeline, unit, generation, seed=seed, progress=lambda _done, _total: None).video.contiguous()
 
 
 def _quantized(peer: Peer, task: Task, device: Any, dtype: Any, *, num_calibration: int | None = None) -> Any:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,6 @@ from pydantic import ValidationError
 
 from pipeline.config.schema import RunConfig
 from storage.location import expand_home, without_credentials
-
-_BYTE_ORDER_MARK = "\ufeff"
-"""Written by Windows editors at the beginning of a file; in the middle where files were joined."""
 
 
 class ConfigError(ValueError):
@@ -142,46 +137,6 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError([f"{where}: {problem}" for problem in described(error)]) from error
-
-
-def read_prompts(path: Path, num: int, key: str) -> list[str]:
-    """The first `num` prompts of a UTF-8 file, one a line.
-
-    A byte order mark is dropped. Only line feeds and carriage returns end a line: form feeds and Unicode's separators of lines
-    and paragraphs are part of a prompt.
-
-    Raises:
-        ConfigError: the file is missing, empty, not UTF-8, or has fewer prompts.
-    """
-    try:
-        text = expand_home(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ConfigError([f"prompts.{key}: {path} cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"prompts.{key}: {path} is not UTF-8 (byte {error.start}: {error.reason})"]) from error
-    lines = [line.strip().strip(_BYTE_ORDER_MARK).strip() for line in re.split(r"\r\n|\r|\n", text)]
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise ConfigError([f"prompts.{key}: {path} holds no prompt; write one a line"])
-    if len(prompts) < num:
-        raise ConfigError(
-            [
-                f"prompts.{key}: {path} holds {len(prompts)} prompts, but prompts.num_{key} is {num}: add prompts or lower it"
-            ]
-        )
-    return prompts[:num]
-
-
-def comparable(prompt: str) -> str:
-    """A prompt for comparison: equal for prompts that differ in case, in white space, or in how characters are encoded."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-
-
-def repeated_prompts(prompts: Iterable[str]) -> list[str]:
-    """The prompts that stand more than once in a file, as they stand there first."""
-    first: dict[str, str] = {}
-    counts = Counter(comparable(prompt) for prompt in prompts if first.setdefault(comparable(prompt), prompt))
-    return [first[key] for key, num in counts.items() if num > 1]
 
 
 _WORDS = {

@@ -102,7 +102,9 @@ class BitsConfig(Section):
 
 
 class PromptsConfig(Section):
-    """UTF-8 files with one prompt a line; empty lines are skipped."""
+    """UTF-8 files with one prompt a line; empty lines are skipped. In files whose name ends in `.jsonl` a line is JSON,
+    `{"prompt": "...", "image": "path/from/the/file.png", "negative_prompt": "..."}`: an image for models that make a video from
+    one, a text for guidance's unconditional pass, both optional."""
 
     calibration: LocalPath
     """Prompts whose trajectories are generated."""

@@ -26,7 +26,7 @@ class Distillation:
         return DistillationSettings(
             context.source,
             selected_samples(run),
-            context.calibration_prompts,
+            tuple(prompt.without_image for prompt in context.calibration_prompts),
             context.config.distillation.on_failure == "gptq",
             context.branches,
         )

@@ -112,7 +112,7 @@ class Evaluation:
             "generation": asdict(settings.generation),
             "recognizer": run.context.recognizer_fingerprint,
             "films": settings.film_fps if settings.films else None,
-            "prompt": payload.prompt.prompt,
+            **payload.prompt.to_dict(),
             **depends,
         }
         return unit(self.name, payload.name, payload, covered, affinity=model, shared=payload.checkpoint is None)
@@ -122,7 +122,7 @@ class Evaluation:
         depends = {
             **run.context.evaluation_fingerprint(),
             "generation": asdict(self.settings(run).generation),
-            "prompt": prompt.prompt,
+            **prompt.to_dict(),
             "other_attention": OTHER_ATTENTION,
         }
         payload = EvaluationUnit(name, prompt, None, noise_floor=True)

@@ -24,9 +24,8 @@ class Refinement:
     def settings(self, run: Run) -> RefinementSettings:
         """Of every worker."""
         context = run.context
-        return RefinementSettings(
-            context.source, context.config.generation, selected_samples(run), context.calibration_prompts
-        )
+        prompts = tuple(prompt.without_image for prompt in context.calibration_prompts)
+        return RefinementSettings(context.source, context.config.generation, selected_samples(run), prompts)
 
     def plan(self, run: Run) -> list[UnitPlan]:
         """Each depends on its transformer's blocks, and on the calibration data that it reads."""

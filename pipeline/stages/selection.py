@@ -49,7 +49,13 @@ class Selection:
             depends |= {"diffusion_feature": settings.diffusion_feature, "sigmas": settings.sigmas}
         if settings.pools:
             depends["pools"] = settings.pools
-        return unit(self.name, SELECTION, SelectionUnit(SELECTION, prompts), depends, shared=True)
+        return unit(
+            self.name,
+            SELECTION,
+            SelectionUnit(SELECTION, tuple(p.without_image for p in prompts)),
+            depends,
+            shared=True,
+        )
 
 
 def selected_samples(run: Run) -> tuple[SampleUnit, ...]:

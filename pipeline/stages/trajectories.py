@@ -42,6 +42,6 @@ class Trajectories:
             depends |= {"weight_bits": settings.weight_bits, "salience_tokens": settings.salience_tokens}
 
         def make(prompt: PromptUnit) -> StageUnit:
-            return unit(self.name, prompt.name, prompt, {**depends, "prompt": prompt.prompt}, shared=True)
+            return unit(self.name, prompt.name, prompt, {**depends, **prompt.to_dict()}, shared=True)
 
         return [UnitPlan(prompt.name, partial(make, prompt)) for prompt in run.context.calibration_prompts]

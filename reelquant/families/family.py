@@ -27,6 +27,7 @@ StreamName = Literal["video", "text", "joint", "conditioning", "apart"]
 Text = Literal["before", "after", "apart"]
 LayerKind = Literal["refiner", "embedder"]
 Guidance = Literal["one_pass", "two_passes", "batched"]
+ImageUse = Literal["none", "optional", "needed"]
 AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens.
 
@@ -139,6 +140,9 @@ class Family:
     boundary: str | None = None
     """Key of the pipeline's `model_index.json` with the noise level down to which `transformer` serves and below which
     `transformer_2` does, in pipelines with both; a pipeline with a second transformer is refused where there is none."""
+    image: Callable[[Config, Config], ImageUse] | None = None
+    """`(config, model_index.json)`: whether the transformer makes a video from an image beside the prompt; None: it does not.
+    The image goes to the pipeline's argument `image`; the pipeline's class says whether it is to be given."""
     side_multiple: int = 1
     """The pipeline takes heights and widths that this divides."""
     channel_axis: int = 1

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.loading import ConfigError, load_config, parse_config, read_prompts, repeated_prompts
+from pipeline.config.loading import ConfigError, load_config, parse_config
 from pipeline.config.method import parse_method
+from pipeline.config.prompts import read_prompts, repeated_prompts
 from pipeline.config.reference import keys
 from pipeline.config.schema import RunConfig
 from pipeline.context import RunContext, build_context, prompt_notes
@@ -29,6 +30,10 @@ def write(folder: Path, **changes: Any) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({**LEAST, **changes}))
     return path
+
+
+def texts(path: Path, num: int, key: str) -> list[str]:
+    return [prompt.prompt for prompt in read_prompts(path, num, key)]
 
 
 def problems_of(path: Path, *overrides: str) -> tuple[str, ...]:
@@ -241,7 +246,7 @@ def test_where_stands_in_front() -> None:
 def test_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n  first \n\nzweitens: Blüten\r\nthird\n", encoding="utf-8")
-    assert read_prompts(path, 2, "held_out") == ["first", "zweitens: Blüten"]
+    assert texts(path, 2, "held_out") == ["first", "zweitens: Blüten"]
     with raises(ConfigError, "prompts.num_held_out", 4, 3, path):
         read_prompts(path, 4, "held_out")
     with raises(ConfigError, "prompts.calibration", tmp_path / "gone.txt"):
@@ -334,7 +339,7 @@ SEPARATORS = ["first line\u2028same prompt", "next\u2029still\x85and\x0cmore\x0b
 def test_marks_and_line_ends_of_prompt_files(tmp_path: Path, content: bytes, prompts: list[str]) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    assert read_prompts(path, len(prompts), "calibration") == prompts
+    assert texts(path, len(prompts), "calibration") == prompts
     with pytest.raises(ConfigError):
         read_prompts(path, len(prompts) + 1, "calibration")
 
@@ -353,7 +358,8 @@ def test_prompts_that_are_the_same_are_noted_and_never_held_out(tmp_path: Path) 
     [note] = prompt_notes(build_context(config, weights=False))
     assert note.startswith("prompts.calibration")
     assert "'The digit 3'" in note
-    assert repeated_prompts(["\ufb01sh", "Fish ", "f i s h"]) == ["\ufb01sh"]
+    fish = [("\ufb01sh", None), ("Fish ", None), ("f i s h", None), ("FISH", b"image")]
+    assert repeated_prompts(fish) == ["\ufb01sh"]
 
 
 def test_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +377,7 @@ def test_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
     study.write_text(yaml.safe_dump({"study": "~/s", "config": "~/run.yaml", "settings": settings}))
     assert load_study(Path("~/study.yaml")).location == tmp_path / "s"
     (tmp_path / "c.txt").write_text("a prompt\n")
-    assert read_prompts(Path("~/c.txt"), 1, "calibration") == ["a prompt"]
+    assert texts(Path("~/c.txt"), 1, "calibration") == ["a prompt"]
     assert parse_location("a/~/b") == Path("a/~/b")
     assert "~nobody-at-all" in " ".join(problems_of(path, "run=~nobody-at-all/x", "model=~nobody-at-all/y"))
 

@@ -140,7 +140,7 @@ def test_offloaded_components_change_no_value() -> None:
     pipeline.set_progress_bar_config(disable=True)
 
     def video() -> torch.Tensor:
-        return generate(pipeline, PROMPTS[0].prompt, GENERATION, seed=0, progress=ignore).video
+        return generate(pipeline, PROMPTS[0], GENERATION, seed=0, progress=ignore).video
 
     expected = video()
     offload_components(pipeline, torch.device("cpu"), but=("transformer",))

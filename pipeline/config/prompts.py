@@ -1,0 +1,153 @@
+"""Reads a file of prompts: text with one prompt a line, or JSON lines with images and negative prompts. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints, ValidationError
+
+from pipeline.config.loading import ConfigError, described
+from pipeline.config.section import Section
+from storage.location import expand_home
+from workers.images import MOST_BYTES, read_image
+
+JSON_LINES = ".jsonl"
+"""How the name of a file of JSON lines ends."""
+_BYTE_ORDER_MARK = "\ufeff"
+"""Written by Windows editors at the beginning of a file; in the middle where files were joined."""
+
+
+class PromptLine(Section):
+    """A line of a file of JSON lines."""
+
+    prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    image: Annotated[str, Field(min_length=1)] | None = None
+    """JPEG, PNG or WebP: its path from the file's folder, inside which it lies."""
+    negative_prompt: str | None = None
+    """Text of the unconditional pass of guidance; null: the pipeline's own, mostly empty."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file that can be read."""
+
+    path: Path
+    content: bytes
+    size: tuple[int, int]
+    """Width and height in pixels."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a file, with what belongs to it."""
+
+    prompt: str
+    line: int
+    """Its number, from 1."""
+    image: ImageFile | None = None
+    negative_prompt: str | None = None
+
+
+def read_prompts(path: Path, num: int, key: str) -> list[Prompt]:
+    """The first `num` prompts of a UTF-8 file.
+
+    A byte order mark is dropped. Only line feeds and carriage returns end a line: form feeds and Unicode's separators of lines
+    and paragraphs are part of a prompt. Empty lines are skipped.
+
+    Raises:
+        ConfigError: the file is missing, empty, not UTF-8, or has fewer prompts; a line is no `PromptLine`, or its image cannot
+            be read. All lines at once.
+    """
+    try:
+        text = expand_home(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError([f"prompts.{key}: {path} cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"prompts.{key}: {path} is not UTF-8 (byte {error.start}: {error.reason})"]) from error
+    numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    lines = [(number, line) for number, raw in numbered if (line := raw.strip().strip(_BYTE_ORDER_MARK).strip())]
+    if not lines:
+        raise ConfigError([f"prompts.{key}: {path} holds no prompt; write one a line"])
+    if path.suffix == JSON_LINES:
+        prompts = _of_json_lines(expand_home(path).parent, lines, num, f"prompts.{key}: {path}")
+    else:
+        prompts = [Prompt(line, number) for number, line in lines]
+    if len(prompts) < num:
+        raise ConfigError(
+            [
+                f"prompts.{key}: {path} holds {len(prompts)} prompts, but prompts.num_{key} is {num}: add prompts or lower it"
+            ]
+        )
+    return prompts[:num]
+
+
+def comparable(prompt: str) -> str:
+    """A prompt for comparison: equal for prompts that differ in case, in white space, or in how characters are encoded."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def repeated_prompts(prompts: Iterable[tuple[str, Any]]) -> list[str]:
+    """The prompts that stand more than once in a file with the same things beside them, as they stand there first.
+
+    Args:
+        prompts: each with what stands beside it, such as its image; hashable.
+    """
+    first: dict[tuple[str, Any], str] = {}
+    counts = Counter(key for prompt, beside in prompts if first.setdefault(key := (comparable(prompt), beside), prompt))
+    return [first[key] for key, num in counts.items() if num > 1]
+
+
+def _of_json_lines(folder: Path, lines: list[tuple[int, str]], num: int, where: str) -> list[Prompt]:
+    """All prompts; the images of the first `num`, of which a run takes no others."""
+    prompts, problems = [], []
+    for index, (number, text) in enumerate(lines):
+        try:
+            line = PromptLine.model_validate(json.loads(text, object_pairs_hook=_unique))
+            image = None if line.image is None or index >= num else _read(folder, line.image)
+            prompts.append(Prompt(line.prompt, number, image, line.negative_prompt))
+        except ValidationError as error:
+            problems += [f"{where}, line {number}: {problem}" for problem in described(error)]
+        except json.JSONDecodeError as error:
+            problems.append(
+                f'{where}, line {number}: not JSON ({error.msg}, column {error.colno}): write {{"prompt": "..."}}, or one '
+                f"prompt a line into a file whose name does not end in {JSON_LINES}"
+            )
+        except ValueError as error:
+            problems.append(f"{where}, line {number}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    return prompts
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{', '.join(repeated)} stands twice: keep one")
+    return dict(pairs)
+
+
+def _read(folder: Path, name: str) -> ImageFile:
+    """The image at the path `name` from `folder`, of which links may not lead out.
+
+    Raises:
+        ValueError: it lies elsewhere, is not there, too large, or no image.
+    """
+    path = folder / name
+    try:
+        if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"image: {name!r} does not lie in {folder}, the file's folder: give a path inside it")
+        if (num_bytes := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"image: {path} has {num_bytes} bytes, at most {MOST_BYTES} are taken: make it smaller")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"image: {path} cannot be read: {error.strerror}") from error
+    try:
+        return ImageFile(path, content, read_image(content).size)
+    except ValueError as error:
+        raise ValueError(f"image: {path} is {error}") from error

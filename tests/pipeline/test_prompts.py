@@ -1,0 +1,130 @@
+"""Files of JSON lines: what a line says, what is wrong with it, and what of it a run depends on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline.config.loading import ConfigError, load_config
+from pipeline.config.prompts import read_prompts
+from pipeline.context import Run, build_context
+from pipeline.stages.evaluation import Evaluation
+from pipeline.stages.trajectories import Trajectories
+from storage.cache import Cache
+from storage.run_directory import RunDirectory
+from tests.errors import names, raises
+from tests.pipeline.small_run import small_run
+from tests.reelquant.families import tiny_pipelines
+from workers.messages import PromptUnit
+from workers.velocity_watch import prompt_arguments
+
+GENERATION = {
+    "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 16,
+}  # fmt: skip
+
+
+def image(path: Path, size: tuple[int, int] = (96, 64), color: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_lines_of_json(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.png")
+    lines = ({"prompt": " a bird ", "image": "images/a.png"}, "", {"prompt": "a fish", "negative_prompt": "blurred"})
+    bird, fish = read_prompts(write_lines(tmp_path / "p.jsonl", *lines), 2, "calibration")
+    assert (bird.prompt, bird.line, bird.negative_prompt) == ("a bird", 1, None)
+    assert bird.image is not None
+    assert (bird.image.size, bird.image.content) == ((96, 64), (tmp_path / "images" / "a.png").read_bytes())
+    assert (fish.prompt, fish.line, fish.image, fish.negative_prompt) == ("a fish", 3, None, "blurred")
+
+
+def test_everything_wrong_with_the_lines_is_named_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "inside"
+    image(tmp_path / "outside.png")
+    image(folder / "whole.png")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:60])
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    path = write_lines(
+        folder / "p.jsonl",
+        {"prompt": "a", "picture": "whole.png"},
+        "a plain prompt",
+        {"image": "whole.png"},
+        {"prompt": " "},
+        {"prompt": "a", "image": "gone.png"},
+        {"prompt": "a", "image": "../outside.png"},
+        {"prompt": "a", "image": str(tmp_path / "outside.png")},
+        {"prompt": "a", "image": "link.png"},
+        {"prompt": "a", "image": "cut.png"},
+        {"prompt": "a", "image": "p.jsonl"},
+        '{"prompt": "a", "prompt": "b"}',
+        ["a"],
+        {"prompt": "fine", "image": "whole.png"},
+        {"prompt": "not among the first", "image": "gone.png"},
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path, 13, "held_out")
+    found = caught.value.problems
+    words = (
+        "picture", "JSON", "prompt", "prompt", "gone.png", "../outside.png", tmp_path / "outside.png", "link.png",
+        "cut.png", "PNG", "prompt", "mapping",
+    )  # fmt: skip
+    assert len(found) == len(words)
+    for number, (problem, word) in enumerate(zip(found, words, strict=True), 1):
+        assert names(problem, "prompts.held_out", path, f"line {number}", word)
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipelines.wan(tmp_path_factory.mktemp("text") / "model")
+
+
+def run_of(folder: Path, model: Path, *lines: Any, **changes: Any) -> Run:
+    """A run, whose held-out prompt is the last of `lines`."""
+    write_lines(folder / "c.jsonl", *lines[:-1])
+    write_lines(folder / "h.jsonl", lines[-1])
+    prompts = {
+        "calibration": str(folder / "c.jsonl"), "num_calibration": len(lines) - 1,
+        "held_out": str(folder / "h.jsonl"), "num_held_out": 1,
+    }  # fmt: skip
+    values = {"generation": {**GENERATION, "guidance_scale": 4.0}, "selection": {"num_samples": 2}, **changes}
+    config = load_config(small_run(folder, model=str(model), prompts=prompts, method={"preset": "rtn"}, **values))
+    return Run(build_context(config), RunDirectory(folder / "run"), Cache(folder / "cache"))
+
+
+def fingerprints(run: Run) -> list[str]:
+    """Of the first calibration prompt's trajectory, and of the held-out prompt with full precision."""
+    return [plans[0].make().fingerprint for plans in (Trajectories().plan(run), Evaluation().plan(run))]
+
+
+def test_what_a_pipeline_cannot_take_is_refused(tmp_path: Path, text_model: Path) -> None:
+    image(tmp_path / "a.png")
+    with raises(ConfigError, "prompts.calibration", tmp_path / "c.jsonl", "line 2", "WanPipeline", "image"):
+        run_of(tmp_path, text_model, {"prompt": "a"}, {"prompt": "b", "image": "a.png"}, {"prompt": "c"})
+    negative = {"prompt": "a", "negative_prompt": "blurred"}
+    without = {**GENERATION, "guidance_scale": 1.0}
+    with raises(ConfigError, "prompts.held_out", "line 1", "negative", "generation.guidance_scale", 1):
+        run_of(tmp_path, text_model, {"prompt": "b"}, negative, generation=without)
+
+
+def test_a_run_depends_on_negative_prompts(tmp_path: Path, text_model: Path) -> None:
+    plain = [{"prompt": "a"}, {"prompt": "b"}]
+    before = fingerprints(run_of(tmp_path, text_model, *plain))
+    assert fingerprints(run_of(tmp_path, text_model, *plain)) == before
+    changed = fingerprints(run_of(tmp_path, text_model, *({**line, "negative_prompt": "blurred"} for line in plain)))
+    assert all(one != other for one, other in zip(before, changed, strict=True))
+
+
+def test_arguments_of_a_pipeline() -> None:
+    assert prompt_arguments(PromptUnit("p", "a")) == {"prompt": "a"}
+    assert prompt_arguments([PromptUnit("p", "a")]) == {"prompt": ["a"]}
+    units = [PromptUnit("p", "a", "blurred"), PromptUnit("q", "b")]
+    assert prompt_arguments(units) == {"prompt": ["a", "b"], "negative_prompt": ["blurred", ""]}
+    assert prompt_arguments(units[0]) == {"prompt": "a", "negative_prompt": "blurred"}
