@@ -32,7 +32,7 @@ from reelquant.checkpoint.pipeline_files import (
 from reelquant.checkpoint.safetensors_file import ScannedFile, scan_file
 from reelquant.diffusers_internals import optional_components
 from reelquant.families.family import ImageUse
-from workers.generation import CALL_ARGUMENTS
+from workers.pipeline_call import CALL_ARGUMENTS, guider_problem, set_elsewhere
 
 _SHOWN_TENSORS = 8
 _PLANNED = ("transformer", "vae")
@@ -111,7 +111,8 @@ def _pipeline_problems(model: Path, components: Mapping[str, tuple[str, str]]) -
     problems = [f"{index}: names no {part}" for part in _PLANNED if part not in components]
     image = () if pipeline_inputs(model).image == "none" else ("image",)
     try:
-        inspect.signature(pipeline_class.__call__).bind(None, **dict.fromkeys((*image, *CALL_ARGUMENTS)))
+        given = {*image, *CALL_ARGUMENTS} - set_elsewhere(pipeline_class).keys()
+        inspect.signature(pipeline_class.__call__).bind(None, **dict.fromkeys(given))
     except TypeError as error:
         problems.append(
             f"{index}: _class_name is {pipeline_class.__name__}, which is not called as pipelines are that make a video from a "
@@ -220,10 +221,11 @@ def _tensor_problems(
 def _settings_problems(component_class: Any, folder: Path) -> list[str]:
     try:
         with _silent():
-            component_class.from_pretrained(str(folder), local_files_only=True)
+            loaded = component_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # noqa: BLE001 - whatever a loader raises, it would raise in every worker
         return [f"{folder}: no {component_class.__name__} can be loaded from it: {_first_line(error)}"]
-    return []
+    problem = guider_problem(loaded) if folder.name == "guider" else None
+    return [] if problem is None else [f"{folder}: {problem}"]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ from reelquant.calibration.block_call import arguments, of_element
 from reelquant.families.family import Family
 from reelquant.settings.generation import Generation
 from workers.messages import Progress, PromptUnit
-from workers.velocity_watch import attribute, changed_velocities, named_transformers, prompt_arguments
+from workers.pipeline_call import attribute, called
+from workers.velocity_watch import changed_latents, changed_velocities, named_transformers
 
-CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type", "callback_on_step_end")
-"""Names of the arguments with which a pipeline is called."""
 COND, UNCOND = "cond", "uncond"
 SeeCall = Callable[[str, str, dict[str, Any]], None]
 """Called with the transformer's component, the branch and the arguments of its call for one video."""
@@ -62,24 +61,24 @@ def generate(
             result.latents.append(sample[0].float().cpu())
         return velocity
 
-    def after_step(_pipeline: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+    def after_step(step: int, latents: Tensor) -> Tensor:
         nonlocal started
-        result.latents.append(state["latents"][0].float().cpu())
+        result.latents.append(latents[0].float().cpu())
         now = time.perf_counter()
         result.step_seconds.append(now - started)
         started = now
         progress(step + 1, generation.num_inference_steps)
-        return state
+        return latents
 
     # No inference mode: FSDP on one rank reads the versions of tensors, which it has not.
-    with torch.no_grad(), changed_velocities(pipeline, before_step):
-        frames = pipeline(
-            **prompt_arguments(prompt),
-            **asdict(generation),
+    with torch.no_grad(), changed_velocities(pipeline, before_step), changed_latents(pipeline, after_step):
+        frames = called(
+            pipeline,
+            prompt,
+            generation,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="pt" if decode else "latent",
-            callback_on_step_end=after_step,
-        ).frames[0]
+        )[0]
     if decode:
         result.video = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     return result
@@ -117,6 +116,6 @@ def _named(names: list[str], context: Callable[..., Any], name: str, *args: Any,
 
 def _branches(family: Family, call: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     """Branches of the elements of a call's batch."""
-    if family.guidance == "batched" and len(call["hidden_states"]) == 2:
-        return (UNCOND, COND)
-    return (UNCOND if names and names[-1] == UNCOND else COND,)
+    if family.guidance == "batched":
+        return (UNCOND, COND)[-len(call["hidden_states"]) :]
+    return (UNCOND if names and names[-1].endswith(UNCOND) else COND,)

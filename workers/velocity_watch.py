@@ -1,7 +1,7 @@
 """The velocity that the sampler takes at every step of a generation, seen and changed inside diffusers' own pipeline.
 
-    transformer (one pass or more)  ->  guided combination  ->  scheduler.step  ->  callback_on_step_end
-                 outputs                     velocity            next latents       what goes into the next step
+    transformer (one pass or more)  ->  guided combination  ->  scheduler.step
+                 outputs                     velocity            next latents
 
 The velocity is the argument `model_output` of `pipeline.scheduler.step`, so it is the guided combination of every family's own
 pipeline; the outputs of the transformer's passes before it stand beside it. Models that predict something else than a velocity
@@ -11,9 +11,9 @@ pipeline; the outputs of the transformer's passes before it stand beside it. Mod
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.diffusers_internals import execution_device
 from reelquant.settings.generation import Generation
-from workers.images import read_image
 from workers.messages import Progress, PromptUnit
+from workers.pipeline_call import attribute, called
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
 """Called with the step (from 0), velocity and latents `[B, ...]`; returns the velocity that the scheduler takes."""
@@ -34,14 +34,30 @@ Watch = Callable[[int, Tensor, Sequence[Tensor]], None]
 @contextmanager
 def changed_velocities(pipeline: Any, change: Change) -> Iterator[None]:
     """While open, the scheduler of `pipeline` takes the velocities that `change` returns."""
-    scheduler = pipeline.scheduler
-    original, steps = scheduler.step, iter(range(1 << 30))
+    original, steps = pipeline.scheduler.step, iter(range(1 << 30))
+    signature = inspect.signature(original)
 
     @functools.wraps(original)  # pipelines look at its signature
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return original(change(next(steps), model_output, sample), timestep, sample, *args, **kwargs)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.arguments["model_output"] = change(next(steps), call.arguments["model_output"], call.arguments["sample"])
+        return original(*call.args, **call.kwargs)
 
-    with attribute(scheduler, "step", step):
+    with attribute(pipeline.scheduler, "step", step):
+        yield
+
+
+@contextmanager
+def changed_latents(pipeline: Any, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """While open, every step of `pipeline` ends with the latents `[B, ...]` that `change` returns of those of the scheduler."""
+    original, steps = pipeline.scheduler.step, iter(range(1 << 30))
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        latents, *others = original(*args, **kwargs)
+        return change(next(steps), latents), *others
+
+    with attribute(pipeline.scheduler, "step", step):
         yield
 
 
@@ -78,21 +94,6 @@ def transformers(pipeline: Any) -> list[Any]:
     return list(named_transformers(pipeline).values())
 
 
-def prompt_arguments(prompts: PromptUnit | Sequence[PromptUnit]) -> dict[str, Any]:
-    """The arguments `prompt`, `negative_prompt` and `image` of a pipeline's call, those that there are; lists of texts for
-    several prompts, which have one image or none."""
-    units = [prompts] if isinstance(prompts, PromptUnit) else list(prompts)
-    found: dict[str, Any] = {"prompt": [unit.prompt for unit in units]}
-    if any(unit.negative_prompt for unit in units):
-        found["negative_prompt"] = [unit.negative_prompt or "" for unit in units]
-    if isinstance(prompts, PromptUnit):
-        found = {name: text for name, [text] in found.items()}
-    if (image := units[0].image) is not None:
-        assert all(unit.image == image for unit in units), "one image a call (pipeline.setting_checks)"
-        found["image"] = read_image(image)
-    return found
-
-
 def run_latents(
     pipeline: Any,
     prompts: Sequence[PromptUnit],
@@ -109,19 +110,14 @@ def run_latents(
         after_step: called with the step and the latents after it; returns those with which the next step begins.
     """
 
-    def callback(_pipeline: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+    def end_step(step: int, own: Tensor) -> Tensor:
         progress(step + 1, generation.num_inference_steps)
-        return {"latents": after_step(step, state["latents"])}
+        return after_step(step, own)
 
     # No inference mode, as in `generate`.
-    with torch.no_grad():
-        pipeline(
-            **prompt_arguments(prompts),
-            **asdict(generation),
-            latents=latents.to(execution_device(pipeline)),
-            output_type="latent",
-            callback_on_step_end=callback,
-        )
+    with torch.no_grad(), changed_latents(pipeline, end_step):
+        given = latents.to(execution_device(pipeline))
+        called(pipeline, prompts, generation, latents=given, output_type="latent")
 
 
 def teacher_forced(
@@ -168,18 +164,3 @@ def _unless(leave_out: Callable[[], bool], transformer: Any) -> Callable[..., An
         return (torch.zeros_like(hidden_states),) if leave_out() else original(hidden_states, *args, **kwargs)
 
     return forward
-
-
-@contextmanager
-def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While open, the instance has this attribute in place of its own or its class's."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            object.__delattr__(owner, name)
-        else:
-            object.__setattr__(owner, name, before)

@@ -18,7 +18,7 @@ from tests.errors import names, raises
 from tests.pipeline.small_run import small_run
 from tests.reelquant.families import tiny_pipelines
 from workers.messages import PromptUnit
-from workers.velocity_watch import prompt_arguments
+from workers.pipeline_call import prompt_arguments
 
 GENERATION = {
     "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 16,
