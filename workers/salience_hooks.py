@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from reelquant.calibration.block_call import arguments, streams_of
+from reelquant.calibration.block_call import arguments, real_text, streams_of
 from reelquant.calibration.input_groups import block_calls
 from reelquant.calibration.salience import quantization_salience
 from reelquant.calibration.spectral_norm import SpectralNorms
@@ -82,7 +82,7 @@ class SalienceHooks:
         self._weight_bits, self._max_tokens = weight_bits, max_tokens
         self._config: Any = transformers[0].config
         self._watched = False
-        self._valid: Tensor | None = None
+        self._real: Tensor | slice = slice(None)
         self._weight_error = torch.zeros(())
         self._block_norms = SpectralNorms()
         self.salience: dict[str, list[Tensor]] = {name: [] for name in features}
@@ -124,7 +124,7 @@ class SalienceHooks:
         self._watched = conditional
         if not conditional:
             return
-        self._valid = None if self._family.padding is None else call[self._family.padding[1]][0].bool()
+        self._real = real_text(self._family, call)
         self.timesteps.append(float(call["timestep"].flatten()[0]))
         latents = call["hidden_states"]
         if "latent" in self.salience:
@@ -147,8 +147,8 @@ class SalienceHooks:
     def _see_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._watched:
             video, *text = streams_of(self._family, block, arguments(block, args, kwargs)).values()
-            real = (x[-1] if self._valid is None else x[-1][self._valid] for x in text)
-            self._block_norms.add(video[-1], *(x for x in real if x.shape[1] == video.shape[2]))
+            real = (x[-1][self._real] for x in text if x.shape[2] == video.shape[2])
+            self._block_norms.add(video[-1], *real)
 
     def _see_layer(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
         """Computes the layer's output itself: the weight of a sharded model is whole before the layer runs, and not after."""

@@ -1,7 +1,8 @@
 """Recorded calls in the calibration store: trees of arguments whose leaves are arrays, and whose structure is JSON.
 
     trajectories/<prompt>/<branch>/calls            structure of the transformer's calls, of all steps
-                                  /<argument>...    arguments, once; those that change from step to step [T, ...]
+                                  /<argument>...    arguments, once; those that change from step to step [T, ...]; of those
+                                                    that begin with the latents what stands behind them
     activations/<sample>/<branch>/calls             structure of what the blocks read besides their streams
                                  /<argument>...     its tensors: one in the model, one array
                                  /<block>/<stream>  streams in front of a segment [1, N, d] bfloat16
@@ -26,6 +27,8 @@ from storage.unit_store import UnitStore
 STRUCTURE = "calls"
 Write = Callable[[str, Tensor], object]
 """Takes an array by its name below a prefix."""
+Beside = tuple[Tensor, int]
+"""Channels `[1, ...]` that stand behind the latents in all steps, and the axis of the channels."""
 
 
 class TreeWriter:
@@ -148,35 +151,50 @@ class RecordedSteps:
         """
         constant: dict[str, Any] = {}
         changing: dict[str, Tensor] = {}
-        of_latents: list[str] = []
+        of_latents: dict[str, Beside | None] = {}
         for name, values in self._values.items():
             first = values[0]
             if not isinstance(first, Tensor) or all(value is first for value in values):
                 constant[name] = first
-            elif all(torch.equal(v[0].cpu(), x.to(v.dtype)) for v, x in zip(values, latents, strict=False)):
-                of_latents.append(name)
+            elif (found := _with_latents(values, latents)) is not None:
+                of_latents[name] = found if found[0].numel() else None
             else:
                 changing[name] = torch.stack([value.cpu() for value in values])
         write_steps(write, constant, changing, of_latents)
 
 
 def write_steps(
-    write: Write, constant: Mapping[str, Any], changing: Mapping[str, Tensor], of_latents: Sequence[str]
+    write: Write, constant: Mapping[str, Any], changing: Mapping[str, Tensor], of_latents: Mapping[str, Beside | None]
 ) -> None:
     """Writes the calls of all steps.
 
     Args:
         constant: arguments that are the same in all steps.
         changing: those that are not, `[T, ...]`.
-        of_latents: names of those that are the latents with which the step begins, which are kept elsewhere.
+        of_latents: those that begin with the latents of the step, which are kept elsewhere, and what stands behind them.
     """
     writer = TreeWriter(write)
     structure = {name: writer.structure(value, name) for name, value in constant.items()}
     for name, value in changing.items():
         write(name, value)
         structure[name] = {"steps": name}
-    structure.update({name: {"latents": None} for name in of_latents})
+    for name, beside in of_latents.items():
+        if beside is not None:
+            write(name, beside[0])
+        structure[name] = {"latents": None if beside is None else {"beside": name, "axis": beside[1]}}
     write(STRUCTURE, encoded(structure))
+
+
+def _with_latents(values: Sequence[Tensor], latents: Sequence[Tensor]) -> Beside | None:
+    """What an argument of all steps holds behind the latents; None where it holds others, or that changes."""
+    first, own = values[0][0], latents[0]
+    longer = [axis for axis, sizes in enumerate(zip(first.shape, own.shape, strict=False)) if sizes[0] != sizes[1]]
+    axis = longer[0] if longer else 0
+    if first.ndim != own.ndim or len(longer) > 1 or first.shape[axis] < own.shape[axis]:
+        return None
+    parts = [value.cpu().tensor_split([own.shape[axis]], dim=axis + 1) for value in values]
+    same = all(torch.equal(part[0], x.to(part.dtype)) for (part, _), x in zip(parts, latents, strict=False))
+    return (parts[0][1], axis + 1) if same and all(torch.equal(rest, parts[0][1]) for _, rest in parts) else None
 
 
 class StoredSteps:
@@ -190,7 +208,8 @@ class StoredSteps:
             return store.read(f"{prefix}/{branch}/{name}").to(device)
 
         structure: dict[str, Any] = decoded(store.read(f"{prefix}/{branch}/{STRUCTURE}"))
-        self._latents = [name for name, value in structure.items() if "latents" in value]
+        self._latents = {name: value["latents"] for name, value in structure.items() if "latents" in value}
+        self._beside = {name: read(kept["beside"]) for name, kept in self._latents.items() if kept is not None}
         self._steps = {name: read(value["steps"]) for name, value in structure.items() if "steps" in value}
         kept = {name: value for name, value in structure.items() if not {"latents", "steps"} & value.keys()}
         self._constant = {name: rebuilt(value, read) for name, value in kept.items()}
@@ -199,8 +218,8 @@ class StoredSteps:
     def call(self, step: int, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the transformer's call at `step`, its latents in `dtype`; its result is a tuple."""
         changing = {name: values[step] for name, values in self._steps.items()}
-        latents = None
-        if self._latents:
-            rows = self._store.read(f"{self._prefix}/latents", rows=slice(step, step + 1))
-            latents = rows.to(self._device, dtype)
-        return {**self._constant, **changing, **dict.fromkeys(self._latents, latents), "return_dict": False}
+        for name, kept in self._latents.items():
+            rows = self._store.read(f"{self._prefix}/latents", rows=slice(step, step + 1)).to(self._device, dtype)
+            beside = self._beside.get(name)
+            changing[name] = rows if beside is None else torch.cat([rows, beside.to(dtype)], dim=kept["axis"])
+        return {**self._constant, **changing, "return_dict": False}

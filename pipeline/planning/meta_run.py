@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reelquant.calibration.without_values import META, answer, as_list, no_autocast, places
+from reelquant.calibration.without_values import META, answer, as_list, marked, no_autocast, places
 
 _CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ class _Dispatch(TorchDispatchMode):
         for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self._live.see(leaf)
-        return made
+        return marked(func, made)
 
 
 @cache

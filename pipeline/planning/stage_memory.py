@@ -182,7 +182,8 @@ class StageMemory:
         if built is None:
             return 0
         vae, size = cast(Any, to_dtype(built, self._dtype)), self._counts.size
-        whole = (int(self._context.model.config["in_channels"]), size.frames, size.height, size.width)
+        model = self._context.model
+        whole = (model.family.latent_channels(model.config), size.frames, size.height, size.width)
         tile = tuple(map(min, whole, (whole[0], *_tile_shape(vae, *compression(self._context.model.folder)))))
         latents = torch.empty(1, *tile, dtype=self._dtype, device=META)
 

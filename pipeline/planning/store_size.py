@@ -42,7 +42,8 @@ def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, nu
     steps = context.config.generation.num_inference_steps
     constant = planned_arguments(context, counts, dtype, num_text=num_text)
     timestep = constant.pop("timestep")
-    del constant["hidden_states"]
+    axis, hidden = context.model.family.channel_axis, constant.pop("hidden_states")
+    beside = hidden.tensor_split([context.model.family.latent_channels(context.model.config)], dim=axis)[1]
     total = len(GROUP_METADATA)
 
     def write(_name: str, value: Tensor) -> None:
@@ -50,7 +51,7 @@ def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, nu
         total += array_bytes(tuple(value.shape), value.dtype)
 
     changing = {"timestep": torch.empty(steps, *timestep.shape, dtype=timestep.dtype, device="meta")}
-    write_steps(write, constant, changing, ["hidden_states"])
+    write_steps(write, constant, changing, {"hidden_states": (beside, axis) if beside.numel() else None})
     return total
 
 

@@ -54,14 +54,16 @@ def count_tokens(context: RunContext) -> TokenCounts:
     )
     with META:
         call = model.family.inputs(model.config, counts.size)
-    counts.latent_shape = tuple(call["hidden_states"].shape[1:])
+    channels = model.family.latent_channels(model.config)
+    shape = list(call["hidden_states"].shape)
+    shape[model.family.channel_axis] = channels
+    counts.latent_shape = tuple(shape[1:])
     counts.layout = model.family.layout(model.config, call, generation.max_sequence_length)
     counts.problems += size_problems(context)
     made = read_json(model.folder / "vae" / "config.json").get("latent_channels")
-    if made is not None and made != int(model.config["in_channels"]):
+    if made is not None and made != channels:
         counts.problems.append(
-            f"model: the VAE makes {made} latent channels, the transformer reads {model.config['in_channels']}: "
-            "they are not of one pipeline"
+            f"model: the VAE makes {made} latent channels, the transformer reads {channels}: they are not of one pipeline"
         )
     _count_text(context, counts)
     return counts
@@ -148,7 +150,7 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
                 f"generation.max_sequence_length (up to {max(cut)}); the rest is cut off"
             )
     counts.text = {
-        prompt.name: limit if context.model.family.padding is None else max(1, min(limit, length))
+        prompt.name: max(1, min(limit, length)) if context.model.family.padding else limit
         for prompt, length in zip(context.calibration_prompts, lengths, strict=False)
     }
 

@@ -158,13 +158,21 @@ def without_padding(family: Family, call: Arguments) -> dict[str, Any]:
     Raises:
         ValueError: the text is nothing but padding.
     """
-    if family.padding is None:
-        return dict(call)
-    text, mask = family.padding
-    valid = call[mask][0].bool()
-    if family.needs_text and not bool(valid.any()):
-        raise ValueError(f"a sample has 0 text tokens: {family.name}'s blocks need at least 1; give it a prompt")
-    return {**call, text: call[text][:, valid], mask: call[mask][:, valid]}
+    kept: dict[str, Any] = {name: call[name][:, :0] for name in family.absent if not bool(call[name].any())}
+    for index, (text, mask) in enumerate(family.padding):
+        valid = call[mask][0].bool()
+        if family.needs_text and index == 0 and not bool(valid.any()):
+            raise ValueError(f"a sample has 0 text tokens: {family.name}'s blocks need at least 1; give it a prompt")
+        kept |= {text: call[text][:, valid], mask: call[mask][:, valid]}
+    return {**call, **kept}
+
+
+def real_text(family: Family, call: Arguments) -> Tensor | slice:
+    """Index of the tokens that are no padding in the text `[N, d]` that blocks see in a call for one video."""
+    masks = [call[mask][0].bool() for _, mask in family.padding]
+    if len(masks) == 1:
+        return masks[0]
+    return slice(int(sum(mask.sum() for mask in masks)) if masks else None)
 
 
 def of_element(call: Arguments, item: int, batch: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 |---|---|
 | `float`, `int`, `bool` of a tensor, `tolist` | 1.0, 0, True for every value: losses are finite, and no value is bad |
 | `nonzero`, `x[mask]` | every place: nothing is masked |
+| `x[~mask]` | the other places |
 | `torch.autocast` | nothing |
 """
 
@@ -54,10 +55,18 @@ def answer(func: Any, args: tuple[Any, ...]) -> Callable[[], Any] | None:
 
 
 def places(index: Tensor | None, *, chosen: bool) -> list[Tensor | None]:
-    """An index, or in place of a mask those of all values, or of none."""
+    """An index, or in place of a mask those of all values, or of none; of an inverted one the others."""
     if index is None or index.dtype != torch.bool or index.device != META:
         return [index]
+    chosen = chosen != hasattr(index, "is_inverse")
     return [torch.empty(index.numel() * chosen, dtype=torch.int64, device=META)] * index.ndim
+
+
+def marked(func: Any, made: Any) -> Any:
+    """What an operation has made; the inverse of a mask is known as one to `places`."""
+    if func is torch.ops.aten.bitwise_not.default and made.device == META:
+        made.is_inverse = True
+    return made
 
 
 def value_of(dtype: torch.dtype) -> float | int | bool:
@@ -77,7 +86,7 @@ class _Dispatch(TorchDispatchMode):
         known = answer(func, args)
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [place for index in args[1] for place in places(index, chosen=True)])
-        return func(*args, **(kwargs or {})) if known is None else known()
+        return marked(func, func(*args, **(kwargs or {}))) if known is None else known()
 
 
 class _Functions(TorchFunctionMode):

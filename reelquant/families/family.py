@@ -147,10 +147,13 @@ class Family:
     """The pipeline takes heights and widths that this divides."""
     channel_axis: int = 1
     """Of the channels in a transformer's output."""
-    padding: tuple[str, str] | None = None
-    """Arguments with the text's states and the mask of its padding, where dropping the padding changes no real token."""
+    padding: tuple[tuple[str, str], ...] = ()
+    """Arguments with a text's states and the mask of its padding, where dropping the padding changes no real token. Of several
+    texts the blocks see the real tokens of all first."""
+    absent: tuple[str, ...] = ()
+    """Arguments with states of tokens that are not there where all are zero; they are dropped with the padding."""
     needs_text: bool = True
-    """Whether a call without any text tokens, padding left out, is impossible."""
+    """Whether a call without any tokens of the first text, padding left out, is impossible."""
     padding_masks: tuple[str, ...] = ()
     """Arguments of a block that mask the padding, and are left out where it is dropped."""
     joined: tuple[tuple[str, ...], ...] = ()
@@ -176,6 +179,10 @@ class Family:
     def num_heads(self, config: Config) -> tuple[int, int]:
         """Number and size of the attention heads."""
         return config["num_attention_heads"], config["attention_head_dim"]
+
+    def latent_channels(self, config: Config) -> int:
+        """Channels of the latents; the transformer's input may have more behind them."""
+        return int(config.get("out_channels") or config["in_channels"])
 
     def layout(self, config: Config, call: Arguments, num_text: int) -> TokenLayout:
         """Tokens of the self-attention in a call of the transformer."""

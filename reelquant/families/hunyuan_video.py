@@ -87,7 +87,7 @@ FAMILY = Family(
         "norm_out.*": "embedder",
     },
     side_multiple=16,
-    padding=("encoder_hidden_states", "encoder_attention_mask"),
+    padding=(("encoder_hidden_states", "encoder_attention_mask"),),
     padding_masks=("attention_mask",),
     joined=(("norm1.linear", "norm1_context.linear"), ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v")),
     outputs={

@@ -59,7 +59,7 @@ FAMILY = Family(
     outside={"time_embed.*": "embedder", "norm_out.*": "embedder"},
     guidance="batched",
     side_multiple=8,
-    padding=("encoder_hidden_states", "encoder_attention_mask"),
+    padding=(("encoder_hidden_states", "encoder_attention_mask"),),
     needs_text=False,
     joined=(("norm1.linear", "norm1_context.linear", "norm1_context.linear_1"),),
 )

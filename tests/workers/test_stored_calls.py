@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -82,3 +83,30 @@ def test_what_is_the_same_in_all_steps_is_one_tensor_and_latents_are_kept_once(t
         assert float(found["timestep"]) == 900.0 - step
         assert found["size"] == (1, 2)
         assert found["return_dict"] is False
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_channels_behind_the_latents_are_kept_once(axis: int, tmp_path: Path) -> None:
+    """As image to video has them, and HunyuanVideo-1.5 always; as many as the latents' or not."""
+    cache, latents = UnitCache(tmp_path), [torch.randn(2, 2, 3) for _ in range(4)]
+    conditions = {
+        name: torch.randn(1, 2, 2, 3).narrow(axis, 0, num).bfloat16() for name, num in (("two", 2), ("one", 1))
+    }
+    changing = [torch.randn(1, 1, 2, 3).bfloat16() for _ in range(3)]
+    steps = RecordedSteps()
+    for step, own in enumerate(latents[:3]):
+        hidden = own.bfloat16().unsqueeze(0)
+        call = {name: torch.cat([hidden, condition], dim=axis) for name, condition in conditions.items()}
+        steps.add({**call, "three": torch.cat([hidden, changing[step]], dim=1)})
+    written: dict[str, Tensor] = {}
+    steps.write(written.__setitem__, latents)
+    assert sorted(written) == ["calls", "one", "three", "two"]
+    assert all(torch.equal(written[name], condition) for name, condition in conditions.items())
+    assert len(written["three"]) == 3
+    cache.write("trajectories", "p", {**{f"cond/{k}": v for k, v in written.items()}, "latents": torch.stack(latents)})
+    stored = StoredSteps(cache.outputs, "p", "cond", CPU)
+    for step in range(3):
+        found, hidden = stored.call(step, torch.bfloat16), latents[step].bfloat16().unsqueeze(0)
+        for name, condition in conditions.items():
+            assert torch.equal(found[name], torch.cat([hidden, condition], dim=axis)), name
+        assert torch.equal(found["three"], torch.cat([hidden, changing[step]], dim=1))
