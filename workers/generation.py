@@ -117,5 +117,5 @@ def _named(names: list[str], context: Callable[..., Any], name: str, *args: Any,
 def _branches(family: Family, call: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     """Branches of the elements of a call's batch."""
     if family.guidance == "batched":
-        return (UNCOND, COND)[-len(call["hidden_states"]) :]
+        return (UNCOND, COND) if len(call["hidden_states"]) == 2 else (COND,)
     return (UNCOND if names and names[-1].endswith(UNCOND) else COND,)

@@ -76,7 +76,7 @@ def rounding_errors(
     with ExitStack() as stack:
         for transformer in transformers(pipeline):
             stack.enter_context(rounded_blocks(family, transformer))
-        stack.enter_context(passes_left_out(pipeline, lambda: leave_out and at not in steps))
+        stack.enter_context(passes_left_out(pipeline, trajectory.velocity[0], lambda: leave_out and at not in steps))
         teacher_forced(
             pipeline,
             [trajectory.prompt],
@@ -147,7 +147,7 @@ class _RollOut:
         """The final latents `[rows, C, F, H, W]`."""
         with (
             changed_velocities(pipeline, self._change),
-            passes_left_out(pipeline, lambda: leave_out and self._at <= self._steps[0]),
+            passes_left_out(pipeline, self._trajectory.velocity[0], lambda: leave_out and self._at <= self._steps[0]),
         ):
             run_latents(
                 pipeline,

@@ -147,20 +147,26 @@ def teacher_forced(
 
 
 @contextmanager
-def passes_left_out(pipeline: Any, leave_out: Callable[[], bool]) -> Iterator[None]:
+def passes_left_out(pipeline: Any, velocity: Tensor, leave_out: Callable[[], bool]) -> Iterator[None]:
     """While open, a pass of a transformer returns zeros at once as long as `leave_out()` says so: for steps whose velocity is
-    known, and given by `changed_velocities`."""
+    known, and given by `changed_velocities`.
+
+    Args:
+        velocity: one as large as those of one video, `[C, F, H, W]`.
+    """
     with ExitStack() as stack:
         for transformer in transformers(pipeline):
-            stack.enter_context(attribute(transformer, "forward", _unless(leave_out, transformer)))
+            stack.enter_context(attribute(transformer, "forward", _unless(leave_out, transformer, velocity.shape)))
         yield
 
 
-def _unless(leave_out: Callable[[], bool], transformer: Any) -> Callable[..., Any]:
+def _unless(leave_out: Callable[[], bool], transformer: Any, shape: torch.Size) -> Callable[..., Any]:
     original = transformer.forward
 
     @functools.wraps(original)
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (torch.zeros_like(hidden_states),) if leave_out() else original(hidden_states, *args, **kwargs)
+        if leave_out():
+            return (hidden_states.new_zeros(len(hidden_states), *shape),)
+        return original(hidden_states, *args, **kwargs)
 
     return forward
