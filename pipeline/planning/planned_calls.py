@@ -61,7 +61,7 @@ def _arguments(family: Family, config: Config, size: VideoSize, dtype: torch.dty
     with META:
         call = family.inputs(config, size)
     cast = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, call)
-    return {**cast, "timestep": call["timestep"]}
+    return cast if family.rounds_timesteps else {**cast, "timestep": call["timestep"]}
 
 
 @lru_cache(maxsize=64)

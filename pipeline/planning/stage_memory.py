@@ -208,7 +208,7 @@ class StageMemory:
 def _tile_shape(vae: Any, temporal: int, spatial: int) -> tuple[int, int, int]:
     """Latents `(F, H, W)` that a VAE decodes at once when it tiles: a first tile of time has one frame more than later ones."""
     return (
-        getattr(vae, "tile_sample_min_num_frames", temporal) // temporal + 1,
+        getattr(vae, "tile_sample_min_num_frames", 1 << 30) // temporal + 1,
         vae.tile_sample_min_height // spatial,
         vae.tile_sample_min_width // spatial,
     )

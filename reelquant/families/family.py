@@ -133,6 +133,8 @@ class Family:
     number of tokens those of the longest video for which the schedule changes. Raises ValueError for other schedulers."""
     noise_level: Callable[[float], float]
     """Noise level in [0, 1] of a timestep that the pipeline hands to the transformer."""
+    rounds_timesteps: bool = False
+    """Whether the pipeline hands the transformer its timesteps in the dtype of the latents."""
     outside: Mapping[str, LayerKind] = field(default_factory=dict)
     """Kinds of linears outside the blocks by patterns of their names, the first that fits; others stay in 16 bits."""
     guidance: Guidance = "one_pass"

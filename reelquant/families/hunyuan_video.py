@@ -80,6 +80,7 @@ FAMILY = Family(
     inputs=_inputs,
     noise_level=_noise_level,
     noise_levels=_noise_levels,
+    rounds_timesteps=True,
     outside={
         "*.refiner_blocks.*": "refiner",
         "time_text_embed.*": "embedder",
