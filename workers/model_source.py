@@ -22,6 +22,7 @@ from reelquant.checkpoint.pipeline_files import MODEL_INDEX, read_components, re
 from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.checkpoint.safetensors_file import StoredTensor
 from reelquant.diffusers_internals import float32_modules, no_initial_weights
+from reelquant.families.attention_core import set_attention_core
 from reelquant.families.family import Family, ImageUse, VideoSize, empty_transformer, family_of_architecture
 from reelquant.settings.generation import Generation
 from workers.component_check import component_problems, pipeline_class_of, pipeline_inputs, structure_problems
@@ -305,7 +306,7 @@ def video_size(model: Path, generation: Generation) -> VideoSize:
 
 
 def empty_block(config: Mapping[str, Any], family: Family, name: str) -> nn.Module:
-    """One block without memory.
+    """One block without memory, which is called as `BlockCall` calls it.
 
     Raises:
         ValueError: the model has no block `name`, or its family does not support it.
@@ -316,7 +317,9 @@ def empty_block(config: Mapping[str, Any], family: Family, name: str) -> nn.Modu
     key = family.blocks[modules]
     is_last = int(index) + 1 == config[key]
     short = {**config, **dict.fromkeys(family.blocks.values(), 1), key: 1 if is_last else 2}
-    return copy.deepcopy(_built(json.dumps(short), family.architecture).get_submodule(f"{modules}.0"))
+    block = copy.deepcopy(_built(json.dumps(short), family.architecture).get_submodule(f"{modules}.0"))
+    set_attention_core(family, block, None)
+    return block
 
 
 @lru_cache(maxsize=8)

@@ -55,7 +55,8 @@ class CoreAttentionProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`hidden_states [B, n, d]`, `encoder_hidden_states [B, m, d]`, `attention_mask [B, 1, 1, n + m]` bool."""
+        """`hidden_states [B, n, d]`, `encoder_hidden_states [B, m, d]`, `attention_mask [B, 1, 1, n + m]` bool, or the text's
+        alone `[B, m]`."""
         num_text = encoder_hidden_states.shape[1]
         separate = attn.add_q_proj is not None
         joint = hidden_states if separate else joined_streams(hidden_states, encoder_hidden_states)
@@ -86,7 +87,8 @@ class CoreAttentionProcessor:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, L, H, D]` three times -> `[B, L, H, D]`."""
         batch, length = query.shape[:2]
-        lengths = [length] * batch if mask is None else _valid_lengths(mask)
+        masked = [] if mask is None else [length - mask.shape[-1] + valid for valid in _valid_lengths(mask)]
+        lengths = masked or [length] * batch
         if batch > 1 and query.numel() <= TOGETHER and getattr(self.core, "takes_many", False):
             return self._attend_together(query, key, value, lengths)
         outputs = []
@@ -117,7 +119,7 @@ _last_lengths: tuple[weakref.ref[Tensor], int, list[int]] | None = None
 
 
 def _valid_lengths(mask: Tensor) -> list[int]:
-    """Tokens that every row of `mask` `[B, 1, 1, L]` leaves. All blocks of a step get one mask, which is read from the device
+    """Tokens that every row of `mask` `[B, ..., L]` leaves. All blocks of a step get one mask, which is read from the device
     once: a read waits for all that the device has to do."""
     global _last_lengths
     last = _last_lengths

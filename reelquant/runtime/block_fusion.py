@@ -70,7 +70,7 @@ class BlockFusion:
         """Runs `block` over fused operations, or as diffusers does; arguments are those of the block."""
         obstacle = self._obstacle(block, hidden_states, rotary)
         if obstacle is None:
-            lengths = self._text_lengths(attention_mask, hidden_states, encoder_hidden_states)
+            lengths = self._text_lengths(attention_mask, encoder_hidden_states)
             with torch.no_grad():
                 streams = self._program.forward(block, hidden_states, encoder_hidden_states, temb, lengths, rotary)
             self._say("blocks run over fused operations")
@@ -99,13 +99,14 @@ class BlockFusion:
                     return f"{name} has 16-bit activations in this step"
         return None
 
-    def _text_lengths(self, mask: Tensor | None, hidden: Tensor, text: Tensor) -> list[int]:
+    def _text_lengths(self, mask: Tensor | None, text: Tensor) -> list[int]:
         """Real text tokens of every sample; read back from the device once a mask, not once a block."""
         if mask is None:
             return [text.shape[1]] * len(text)
         known = self._lengths
         if known is None or known[0]() is not mask:
-            found = (mask.reshape(len(mask), -1).sum(dim=1) - hidden.shape[1]).tolist()
+            num_video = mask.shape[-1] - text.shape[1]  # a mask may be that of the text alone
+            found = (mask.reshape(len(mask), -1).sum(dim=1) - num_video).tolist()
             self._lengths = known = (weakref.ref(mask), found)
         return known[1]
 

@@ -21,14 +21,11 @@ CONFIGS = sorted(
     for folder in ("configs", "configs/papers")
     for path in (ROOT / folder).glob("*.yaml")
 )
-OTHERS = ("ltx-video", "mochi", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b")
+OTHERS = ("hunyuanvideo-1.5", "ltx-video", "mochi", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b")
 WITHOUT_WEIGHTS = dict.fromkeys(
     ("configs/hunyuanvideo-13b.yaml", "configs/papers/quantsparse.yaml", "configs/papers/s2q-vdit.yaml"),
     "configs/models/hunyuanvideo-13b",
-) | {
-    f"configs/{name}.yaml": f"configs/models/{name}"
-    for name in ("ltx-video", "mochi", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b")
-}
+) | {f"configs/{name}.yaml": f"configs/models/{name}" for name in OTHERS}
 """Configurations whose model does not ship, and the folder of its shapes."""
 
 

@@ -22,6 +22,7 @@ from reelquant.calibration.block_call import (
     without_padding,
 )
 from reelquant.calibration.input_groups import find_block_calls
+from reelquant.families.attention_core import set_attention_core
 from reelquant.families.family import VideoSize
 from reelquant.ops.band_attention.op import band_attention, dense_attention
 from reelquant.tokens import band_width
@@ -45,6 +46,8 @@ class TestFamily:
         model = tiny.model()
         call = without_padding(tiny.family, tiny.call())
         names = tiny.family.block_names(model.config)
+        for name in names:
+            set_attention_core(tiny.family, model.get_submodule(name), None)
         entries: dict[str, Streams] = {}
         exits: dict[str, Streams] = {}
         recording = Recording(tiny.family, model, call, names)
@@ -191,7 +194,7 @@ class TestFamily:
             assert queries == [layout.num_tokens]
 
     def test_inputs_without_values_are_those_of_a_call(self, tiny: Tiny) -> None:
-        model, call = tiny.model(), tiny.call()
+        model, call = tiny.model(), without_padding(tiny.family, tiny.call())
         shape = call["hidden_states"].shape
         if len(shape) == 3:  # packed
             frames, height, width = (call[name] for name in ("num_frames", "height", "width"))

@@ -9,6 +9,7 @@ import torch
 
 from reelquant.families.family import Arguments, Config, Family, VideoSize
 from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
+from reelquant.families.hunyuan_video_15 import FAMILY as HUNYUAN_VIDEO_15
 from reelquant.families.ltx_video import FAMILY as LTX_VIDEO
 from reelquant.families.mochi import FAMILY as MOCHI
 from reelquant.families.wan import FAMILY as WAN
@@ -22,25 +23,6 @@ def falling(scheduler: Any, num_steps: int, _num_video: int | None) -> list[floa
 
 def level(timestep: float) -> float:
     return timestep / 1000
-
-
-def _hunyuan_video_15_grid(config: Config, call: Arguments) -> Grid:
-    frames, height, width = call["hidden_states"].shape[-3:]
-    return frames // config["patch_size_t"], height // config["patch_size"], width // config["patch_size"]
-
-
-def _hunyuan_video_15_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
-    batch, text = size.batch, (size.batch, size.num_text)
-    return {
-        "hidden_states": torch.empty(batch, config["in_channels"], size.frames, size.height, size.width),
-        "timestep": torch.empty(batch),
-        "encoder_hidden_states": torch.empty(*text, config["text_embed_dim"]),
-        "encoder_attention_mask": torch.ones(text),
-        "encoder_hidden_states_2": torch.empty(batch, 4, config["text_embed_2_dim"]),
-        "encoder_attention_mask_2": torch.ones(batch, 4),
-        "image_embeds": torch.empty(batch, 3, config["image_embed_dim"]),
-        "return_dict": False,
-    }
 
 
 def _cogvideox_grid(config: Config, call: Arguments) -> Grid:
@@ -58,12 +40,6 @@ def _cogvideox_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
     }
 
 
-HUNYUAN_VIDEO_15 = Family(
-    name="HunyuanVideo-1.5", architecture="HunyuanVideo15Transformer3DModel", blocks={"transformer_blocks": "num_layers"},
-    self_attention="attn", text="after", grid=_hunyuan_video_15_grid, inputs=_hunyuan_video_15_inputs, noise_level=level,
-    noise_levels=falling, guidance="two_passes", streams={0: "hidden_states", 1: "encoder_hidden_states"},
-    joined=(("norm1.linear", "norm1_context.linear"),), outside={"*.refiner_blocks.*": "refiner"},
-)  # fmt: skip
 COGVIDEOX = Family(
     name="CogVideoX", architecture="CogVideoXTransformer3DModel", blocks={"transformer_blocks": "num_layers"},
     self_attention="attn1", text="before", grid=_cogvideox_grid, inputs=_cogvideox_inputs, noise_level=level,
@@ -123,13 +99,12 @@ TINY = {
     "HunyuanVideo-1.5": Tiny(
         HUNYUAN_VIDEO_15,
         {
-            "in_channels": 4,
+            "in_channels": 9,
             "out_channels": 4,
             "num_attention_heads": 2,
             "attention_head_dim": 16,
             "num_layers": 3,
             "num_refiner_layers": 1,
-            "mlp_ratio": 2.0,
             "patch_size": 1,
             "patch_size_t": 1,
             "text_embed_dim": 16,
@@ -140,12 +115,12 @@ TINY = {
             "task_type": "t2v",
         },
         lambda: {
-            "hidden_states": torch.randn(1, 4, 2, 4, 4),
+            "hidden_states": torch.randn(1, 9, 2, 4, 4),
             "timestep": torch.tensor([500.0]),
             **_text(6, 16),
-            "encoder_attention_mask": torch.ones(1, 6),
+            "encoder_attention_mask": (torch.arange(6) < 5).float().unsqueeze(0),
             "encoder_hidden_states_2": torch.randn(1, 4, 8),
-            "encoder_attention_mask_2": torch.ones(1, 4),
+            "encoder_attention_mask_2": torch.zeros(1, 4),
             "image_embeds": torch.zeros(1, 3, 12),
         },
         diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),

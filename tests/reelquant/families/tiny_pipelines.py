@@ -6,8 +6,18 @@ from typing import Any
 
 import diffusers
 import torch
-from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
+from reelquant.families.hunyuan_video_15 import FAMILY as HUNYUAN_VIDEO_15
 from tests.reelquant.families.tiny_models import TINY
 
 TOKENIZER = Path(__file__).resolve().parents[3] / "assets" / "hunyuanvideo-digits" / "tokenizer"
@@ -74,3 +84,27 @@ def wan(folder: Path, *, boundary: float | None = None) -> Path:
 def wan_2_2(folder: Path) -> Path:
     """Two transformers, of which the second serves the second half of four steps."""
     return wan(folder, boundary=0.8)
+
+
+def hunyuan_video_15(folder: Path) -> Path:
+    """A `HunyuanVideo15Pipeline`, whose instruction has more tokens than the pipeline cuts off; its VAE compresses four times
+    in time and eight on a side."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1, spatial_compression_ratio=8
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    before, after = HUNYUAN_VIDEO_15.template.text.split("{}")
+    tokenizer.chat_template = f"{before}{{{{ messages[1]['content'] }}}}{after}"
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
+    )  # fmt: skip
+    byt5 = T5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    diffusers.HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(qwen), tokenizer=tokenizer, text_encoder_2=T5EncoderModel(byt5),
+        tokenizer_2=ByT5Tokenizer(), transformer=TINY["HunyuanVideo-1.5"].model(), vae=vae,
+        scheduler=TINY["HunyuanVideo-1.5"].scheduler, guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -1,0 +1,121 @@
+"""HunyuanVideo-1.5: HunyuanVideo's double-stream block alone, text of two encoders, guidance in two passes by a guider.
+
+The model packs `[image, glyphs (ByT5), text (Qwen2.5-VL), padding]` behind the video. Text to video has no image: its states
+are zeros, and masked. Padding is masked on both sides, so dropping it changes no real token. Distilled models have the same
+transformer and are called once a step, without guidance; that of mean flow (`use_meanflow`) also embeds `timestep_r`, which
+diffusers' pipelines leave out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import HunyuanVideo15Pipeline
+from torch import Tensor
+
+from reelquant.families.attention_core import plain_core
+from reelquant.families.family import Arguments, AttentionCore, Config, Family, FusedBlock, PromptTemplate, VideoSize
+from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
+from reelquant.families.hunyuan_video_attention import CoreAttentionProcessor
+from reelquant.families.hunyuan_video_fused import fused_forward, fusion_obstacle
+from reelquant.tokens import Grid
+
+_PROMPT = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
+_CHAT = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def _grid(config: Config, call: Arguments) -> Grid:
+    frames, height, width = call["hidden_states"].shape[-3:]
+    patch = config["patch_size"]
+    return frames // config["patch_size_t"], height // patch, width // patch
+
+
+def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
+    """A prompt without glyphs, padding and image left out."""
+    batch, text = size.batch, (size.batch, size.num_text)
+    return {
+        "hidden_states": torch.empty(batch, config["in_channels"], size.frames, size.height, size.width),
+        "timestep": torch.empty(batch),
+        "encoder_hidden_states": torch.empty(*text, config["text_embed_dim"]),
+        "encoder_attention_mask": torch.ones(text),
+        "encoder_hidden_states_2": torch.empty(batch, 0, config["text_embed_2_dim"]),
+        "encoder_attention_mask_2": torch.ones(batch, 0),
+        "image_embeds": torch.empty(batch, 0, config["image_embed_dim"]),
+        "attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
+def _refusal(config: Config) -> str | None:
+    if config.get("task_type") == "i2v":
+        return "task_type is i2v: it reads an image beside the text; only text to video is supported"
+    head_dim, table = config["attention_head_dim"], sum(config["rope_axes_dim"])
+    if table != head_dim:
+        return f"attention heads have {head_dim} channels, but its rotary tables have {table}: they must be equal"
+    return None
+
+
+class DenseProcessor(HunyuanVideo15AttnProcessor2_0):  # type: ignore[misc]
+    """diffusers' own, which also takes no mask, where no text is padded; its mask has a value for each pair of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._without_mask = CoreAttentionProcessor(plain_core)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `CoreAttentionProcessor` is called."""
+        attend = self._without_mask if attention_mask is None else super().__call__
+        both: tuple[Tensor, Tensor] = attend(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+        return both
+
+
+def _processor(core: AttentionCore | None) -> Any:
+    return DenseProcessor() if core is None else CoreAttentionProcessor(core)
+
+
+FAMILY = Family(
+    name="HunyuanVideo-1.5",
+    architecture="HunyuanVideo15Transformer3DModel",
+    blocks={"transformer_blocks": "num_layers"},
+    self_attention="attn",
+    text="after",
+    grid=_grid,
+    inputs=_inputs,
+    noise_level=HUNYUAN_VIDEO.noise_level,
+    noise_levels=HUNYUAN_VIDEO.noise_levels,
+    rounds_timesteps=True,
+    outside={
+        "*.refiner_blocks.*": "refiner",
+        "time_embed.*": "embedder",
+        "context_embedder*": "embedder",
+        "norm_out.*": "embedder",
+    },
+    guidance="two_passes",
+    side_multiple=16,
+    padding=(
+        ("encoder_hidden_states", "encoder_attention_mask"),
+        ("encoder_hidden_states_2", "encoder_attention_mask_2"),
+    ),
+    absent=("image_embeds",),
+    padding_masks=("attention_mask",),
+    joined=(("norm1.linear", "norm1_context.linear"),),
+    outputs={"transformer_blocks": HUNYUAN_VIDEO.outputs["transformer_blocks"]},
+    template=PromptTemplate(_CHAT.format(system=_PROMPT["system_message"].default), _PROMPT["crop_start"].default),
+    refusal=_refusal,
+    streams={0: "hidden_states", 1: "encoder_hidden_states"},
+    processor=_processor,
+    rows=HUNYUAN_VIDEO.rows,
+    fused=FusedBlock(fusion_obstacle, fused_forward),
+)
