@@ -295,14 +295,30 @@ def compression(model: Path) -> tuple[int, int]:
 
 
 def video_size(model: Path, generation: Generation) -> VideoSize:
-    """Sizes of the latents of a video.
+    """Sizes of the latents of a video, and what else decides the shapes of a transformer's call.
 
     Raises:
         ValueError: as `compression`.
     """
     temporal, spatial = compression(model)
-    height, width = generation.height // spatial, generation.width // spatial
-    return VideoSize((generation.num_frames - 1) // temporal + 1, height, width, generation.max_sequence_length)
+    family, index = family_of_model(model), read_json(model / MODEL_INDEX)
+    takes_image = pipeline_inputs(model).image != "none" and family.image is not None
+    return VideoSize(
+        (generation.num_frames - 1) // temporal + 1,
+        generation.height // spatial,
+        generation.width // spatial,
+        generation.max_sequence_length,
+        num_image=_num_image_tokens(model) if takes_image else None,
+        token_timesteps=family.token_timesteps is not None and bool(index.get(family.token_timesteps)),
+    )
+
+
+def _num_image_tokens(model: Path) -> int:
+    """Tokens that the image encoder makes of an image, a class token included; 0 without one."""
+    encoder = empty_component(model, "image_encoder") if "image_encoder" in read_components(model) else None
+    modules = {} if encoder is None else dict(encoder.named_modules())
+    tables = [cast(nn.Embedding, table) for name, table in modules.items() if name.endswith("position_embedding")]
+    return tables[0].num_embeddings if tables else 0
 
 
 def empty_block(config: Mapping[str, Any], family: Family, name: str) -> nn.Module:

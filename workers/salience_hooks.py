@@ -125,8 +125,8 @@ class SalienceHooks:
         if not conditional:
             return
         self._real = real_text(self._family, call)
-        self.timesteps.append(float(call["timestep"].flatten()[0]))
-        latents = call["hidden_states"]
+        self.timesteps.append(float(call["timestep"].max()))
+        latents = self._family.latents(self._config, call["hidden_states"])
         if "latent" in self.salience:
             tokens = latent_tokens(latents[0].float(), self._family.grid(self._config, call), self._family.channel_axis)
             self.salience["latent"].append(quantization_salience(tokens).cpu())

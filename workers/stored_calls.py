@@ -2,7 +2,7 @@
 
     trajectories/<prompt>/<branch>/calls            structure of the transformer's calls, of all steps
                                   /<argument>...    arguments, once; those that change from step to step [T, ...]; of those
-                                                    that begin with the latents what stands behind them
+                                                    with the latents in them what is beside the latents
     activations/<sample>/<branch>/calls             structure of what the blocks read besides their streams
                                  /<argument>...     its tensors: one in the model, one array
                                  /<block>/<stream>  streams in front of a segment [1, N, d] bfloat16
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reelquant.calibration.block_call import Constants, Streams
+from reelquant.calibration.block_call import Constants, RepeatedRows, Streams
 from reelquant.tokens import TokenLayout
 from storage.recorded_outputs import RecordedOutputs
 from storage.unit_store import UnitStore
@@ -27,8 +28,6 @@ from storage.unit_store import UnitStore
 STRUCTURE = "calls"
 Write = Callable[[str, Tensor], object]
 """Takes an array by its name below a prefix."""
-Beside = tuple[Tensor, int]
-"""Channels `[1, ...]` that stand behind the latents in all steps, and the axis of the channels."""
 
 
 class TreeWriter:
@@ -52,6 +51,8 @@ class TreeWriter:
                 known = self._known[key] = (value, path)
                 self._write(path, value)
             return {"array": known[1]}
+        if isinstance(value, RepeatedRows):
+            return {"repeated": self.structure((value.rows, value.index), path)}
         if isinstance(value, tuple | list):
             kind = "tuple" if isinstance(value, tuple) else "list"
             return {kind: [self.structure(part, f"{path}.{index}") for index, part in enumerate(value)]}
@@ -70,6 +71,8 @@ def rebuilt(structure: Any, read: Callable[[str], Tensor]) -> Any:
     if kind in ("tuple", "list"):
         parts = [rebuilt(part, read) for part in content]
         return tuple(parts) if kind == "tuple" else parts
+    if kind == "repeated":
+        return RepeatedRows(*rebuilt(content, read))
     if kind == "dict":
         return {name: rebuilt(part, read) for name, part in content.items()}
     return content
@@ -126,6 +129,54 @@ def write_streams(store: UnitStore, prefix: str, block: str, streams: Streams) -
         store.write(f"{prefix}/{block}/{name}", stream)
 
 
+@dataclass(frozen=True)
+class LatentsPlace:
+    """Where an argument has latents in it, and what it has beside them."""
+
+    axis: int
+    """Without the batch's."""
+    start: int
+    """First index along it; those of the latents before it are not there."""
+    rest: Tensor
+    """`[1, ...]`: the argument without the latents, the same at all steps."""
+
+    @classmethod
+    def find(cls, values: Sequence[Tensor], latents: Sequence[Tensor]) -> LatentsPlace | None:
+        """The place of the latents of each step in its value `[1, ...]`; None where they are not in all of them, or what is
+        beside them changes."""
+        first, shape = values[0].cpu(), latents[0].shape
+        if first.ndim != len(shape) + 1:
+            return None
+        longer = [axis for axis in range(len(shape)) if first.shape[axis + 1] != shape[axis]]
+        for axis in longer or range(len(shape)):
+            if len(longer) > 1 or first.shape[axis + 1] < shape[axis]:
+                return None
+            own = first[0].narrow(axis, 0, shape[axis])
+            same = (own == latents[0].to(own.dtype)).movedim(axis, 0).flatten(1).all(dim=1).tolist()
+            place = cls(axis, same.index(True) if True in same else len(same), first)
+            place = replace(place, rest=place.without_latents(first, shape[axis]))
+            pairs = zip(values, latents, strict=False)
+            if all(same[place.start :]) and any(same) and all(place.holds(value.cpu(), x) for value, x in pairs):
+                return place
+        return None
+
+    def without_latents(self, value: Tensor, length: int) -> Tensor:
+        """What `value` has beside latents that are `length` long."""
+        axis = self.axis + 1
+        behind = value.narrow(axis, length, value.shape[axis] - length)
+        return torch.cat([value.narrow(axis, 0, self.start), behind], dim=axis)
+
+    def filled(self, latents: Tensor) -> Tensor:
+        """The argument with latents `[1, ...]` in it."""
+        axis, length = self.axis + 1, latents.shape[self.axis + 1] - self.start
+        before, behind = self.rest.to(latents.dtype).tensor_split([self.start], dim=axis)
+        return torch.cat([before, latents.narrow(axis, self.start, length), behind], dim=axis)
+
+    def holds(self, value: Tensor, latents: Tensor) -> bool:
+        """Whether `value` is this with `latents`, which have no batch's axis."""
+        return torch.equal(value, self.filled(latents.unsqueeze(0).to(value.dtype)))
+
+
 class RecordedSteps:
     """The transformer's calls in one branch of a generation, step by step."""
 
@@ -151,50 +202,44 @@ class RecordedSteps:
         """
         constant: dict[str, Any] = {}
         changing: dict[str, Tensor] = {}
-        of_latents: dict[str, Beside | None] = {}
+        of_latents: dict[str, LatentsPlace | None] = {}
         for name, values in self._values.items():
             first = values[0]
             if not isinstance(first, Tensor) or all(value is first for value in values):
                 constant[name] = first
-            elif (found := _with_latents(values, latents)) is not None:
-                of_latents[name] = found if found[0].numel() else None
+            elif all(torch.equal(v[0].cpu(), x.to(v.dtype)) for v, x in zip(values, latents, strict=False)):
+                of_latents[name] = None
+            elif place := LatentsPlace.find(values, latents):
+                of_latents[name] = place
             else:
                 changing[name] = torch.stack([value.cpu() for value in values])
         write_steps(write, constant, changing, of_latents)
 
 
 def write_steps(
-    write: Write, constant: Mapping[str, Any], changing: Mapping[str, Tensor], of_latents: Mapping[str, Beside | None]
+    write: Write,
+    constant: Mapping[str, Any],
+    changing: Mapping[str, Tensor],
+    of_latents: Mapping[str, LatentsPlace | None],
 ) -> None:
     """Writes the calls of all steps.
 
     Args:
         constant: arguments that are the same in all steps.
         changing: those that are not, `[T, ...]`.
-        of_latents: those that begin with the latents of the step, which are kept elsewhere, and what stands behind them.
+        of_latents: those that are the latents with which the step begins, which are kept elsewhere, or have them in them.
     """
     writer = TreeWriter(write)
     structure = {name: writer.structure(value, name) for name, value in constant.items()}
     for name, value in changing.items():
         write(name, value)
         structure[name] = {"steps": name}
-    for name, beside in of_latents.items():
-        if beside is not None:
-            write(name, beside[0])
-        structure[name] = {"latents": None if beside is None else {"beside": name, "axis": beside[1]}}
+    for name, place in of_latents.items():
+        structure[name] = {"latents": None}
+        if place is not None:
+            structure[name] = {"latents": {"axis": place.axis, "start": place.start, "rest": name}}
+            write(name, place.rest)
     write(STRUCTURE, encoded(structure))
-
-
-def _with_latents(values: Sequence[Tensor], latents: Sequence[Tensor]) -> Beside | None:
-    """What an argument of all steps holds behind the latents; None where it holds others, or that changes."""
-    first, own = values[0][0], latents[0]
-    longer = [axis for axis, sizes in enumerate(zip(first.shape, own.shape, strict=False)) if sizes[0] != sizes[1]]
-    axis = longer[0] if longer else 0
-    if first.ndim != own.ndim or len(longer) > 1 or first.shape[axis] < own.shape[axis]:
-        return None
-    parts = [value.cpu().tensor_split([own.shape[axis]], dim=axis + 1) for value in values]
-    same = all(torch.equal(part[0], x.to(part.dtype)) for (part, _), x in zip(parts, latents, strict=False))
-    return (parts[0][1], axis + 1) if same and all(torch.equal(rest, parts[0][1]) for _, rest in parts) else None
 
 
 class StoredSteps:
@@ -208,8 +253,11 @@ class StoredSteps:
             return store.read(f"{prefix}/{branch}/{name}").to(device)
 
         structure: dict[str, Any] = decoded(store.read(f"{prefix}/{branch}/{STRUCTURE}"))
-        self._latents = {name: value["latents"] for name, value in structure.items() if "latents" in value}
-        self._beside = {name: read(kept["beside"]) for name, kept in self._latents.items() if kept is not None}
+        places = {name: value["latents"] for name, value in structure.items() if "latents" in value}
+        self._latents = {
+            name: place and LatentsPlace(place["axis"], place["start"], read(place["rest"]))
+            for name, place in places.items()
+        }
         self._steps = {name: read(value["steps"]) for name, value in structure.items() if "steps" in value}
         kept = {name: value for name, value in structure.items() if not {"latents", "steps"} & value.keys()}
         self._constant = {name: rebuilt(value, read) for name, value in kept.items()}
@@ -218,8 +266,7 @@ class StoredSteps:
     def call(self, step: int, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the transformer's call at `step`, its latents in `dtype`; its result is a tuple."""
         changing = {name: values[step] for name, values in self._steps.items()}
-        for name, kept in self._latents.items():
+        if self._latents:
             rows = self._store.read(f"{self._prefix}/latents", rows=slice(step, step + 1)).to(self._device, dtype)
-            beside = self._beside.get(name)
-            changing[name] = rows if beside is None else torch.cat([rows, beside.to(dtype)], dim=kept["axis"])
+            changing |= {name: place.filled(rows) if place else rows for name, place in self._latents.items()}
         return {**self._constant, **changing, "return_dict": False}

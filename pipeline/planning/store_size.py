@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, reads_activations
 from storage.arrays import array_bytes
 from storage.unit_store import GROUP_METADATA
-from workers.stored_calls import write_constants, write_steps
+from workers.stored_calls import LatentsPlace, write_constants, write_steps
 
 
 def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> int:
@@ -41,9 +43,7 @@ def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, nu
     """The transformer's calls of one branch of a generation."""
     steps = context.config.generation.num_inference_steps
     constant = planned_arguments(context, counts, dtype, num_text=num_text)
-    timestep = constant.pop("timestep")
-    axis, hidden = context.model.family.channel_axis, constant.pop("hidden_states")
-    beside = hidden.tensor_split([context.model.family.latent_channels(context.model.config)], dim=axis)[1]
+    timestep, hidden = constant.pop("timestep"), constant.pop("hidden_states")
     total = len(GROUP_METADATA)
 
     def write(_name: str, value: Tensor) -> None:
@@ -51,8 +51,19 @@ def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, nu
         total += array_bytes(tuple(value.shape), value.dtype)
 
     changing = {"timestep": torch.empty(steps, *timestep.shape, dtype=timestep.dtype, device="meta")}
-    write_steps(write, constant, changing, {"hidden_states": (beside, axis) if beside.numel() else None})
+    write_steps(write, constant, changing, {"hidden_states": _latents_place(hidden, context, counts)})
     return total
+
+
+def _latents_place(hidden: Tensor, context: RunContext, counts: TokenCounts) -> LatentsPlace | None:
+    """Where the latents lie in the transformer's input: in front of an image's channels, or behind an image's frame."""
+    channels = context.model.family.channel_axis
+    place = LatentsPlace(channels - 1, 0, hidden)
+    if tuple(hidden.shape[1:]) == counts.latent_shape:
+        if counts.size.num_image is None or not counts.size.token_timesteps:
+            return None
+        place = LatentsPlace(2 - channels, 1, hidden)
+    return replace(place, rest=place.without_latents(hidden, counts.latent_shape[place.axis]))
 
 
 def activation_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> int:

@@ -54,16 +54,19 @@ def count_tokens(context: RunContext) -> TokenCounts:
     )
     with META:
         call = model.family.inputs(model.config, counts.size)
-    channels = model.family.latent_channels(model.config)
-    shape = list(call["hidden_states"].shape)
-    shape[model.family.channel_axis] = channels
-    counts.latent_shape = tuple(shape[1:])
+    counts.latent_shape = tuple(model.family.latents(model.config, call["hidden_states"]).shape[1:])
     counts.layout = model.family.layout(model.config, call, generation.max_sequence_length)
     counts.problems += size_problems(context)
-    made = read_json(model.folder / "vae" / "config.json").get("latent_channels")
+    vae, channels = read_json(model.folder / "vae" / "config.json"), model.family.latent_channels(model.config)
+    made = vae.get("latent_channels", vae.get("z_dim"))
     if made is not None and made != channels:
         counts.problems.append(
             f"model: the VAE makes {made} latent channels, the transformer reads {channels}: they are not of one pipeline"
+        )
+    if (fixed := call["encoder_hidden_states"].shape[1]) != counts.size.num_text:
+        counts.problems.append(
+            f"generation.max_sequence_length is {counts.size.num_text}, but this {model.family.name} reads {fixed} text "
+            f"tokens, no more and no fewer: set it to {fixed}"
         )
     _count_text(context, counts)
     return counts
@@ -71,7 +74,8 @@ def count_tokens(context: RunContext) -> TokenCounts:
 
 def band_problems(context: RunContext, counts: TokenCounts) -> list[str]:
     """Methods, and settings of the evaluation, whose density is narrower than one token at this run's shapes."""
-    layout = replace(counts.layout, num_text=max(counts.text.values(), default=0))
+    among_keys = context.model.family.text != "apart"
+    layout = replace(counts.layout, num_text=max(counts.text.values(), default=0) if among_keys else 0)
     methods = [(m.name, m.recipe.sparse) for m in context.methods]
     densities = {f"method {name}: attention.density": sparse.density for name, sparse in methods if sparse is not None}
     settings = context.config.evaluation.settings.items()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import register_dataclass, tree_map_only
 
 from reelquant.diffusers_internals import block_streams
 from reelquant.families.attention_core import attention_core, set_attention_core, watch_attention
@@ -32,15 +32,48 @@ Streams = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class RepeatedRows:
+    """A tensor `[1, L, ...]` of which only some rows differ."""
+
+    rows: Tensor
+    """`[1, R, ...]`"""
+    index: Tensor
+    """int64 `[L]`"""
+
+    @classmethod
+    def by_timestep(cls, value: Tensor, timestep: Tensor) -> RepeatedRows:
+        """Of a tensor whose rows are equal where the timesteps `[1, L]` are. Without values two timesteps are counted."""
+        if timestep.is_meta:
+            return cls(value[:, :2].clone(), torch.empty(timestep.shape[1], dtype=torch.int64, device=timestep.device))
+        found, index = timestep[0].unique(return_inverse=True)
+        first = torch.stack([(index == row).nonzero()[0, 0] for row in range(len(found))])
+        return cls(value.index_select(1, first.to(value.device)), index.to(value.device))
+
+    def expanded(self) -> Tensor:
+        """The whole tensor."""
+        if self.rows.shape[1] == 1:
+            return self.rows.expand(-1, len(self.index), *self.rows.shape[2:])
+        return self.rows.index_select(1, self.index)
+
+
+register_dataclass(RepeatedRows, field_names=["rows", "index"])
+
+
+@dataclass(frozen=True)
 class Constants:
     """What a sample's blocks read besides their streams."""
 
     calls: Mapping[str, Arguments]
-    """By module list of the blocks."""
+    """By module list of the blocks; `RepeatedRows` in place of tensors that are mostly repetition."""
     layout: TokenLayout
     """Of the self-attention's tokens."""
     attention_residual: Tensor | None = None
     """`[H, L, D]`: what a calibration core adds to its sparse attention."""
+
+    def arguments(self, block: str) -> dict[str, Any]:
+        """Those of the block of that name, as it takes them."""
+        call = self.calls[block_list(block)].items()
+        return {name: value.expanded() if isinstance(value, RepeatedRows) else value for name, value in call}
 
     def to(self, device: torch.device | str) -> Constants:
         """The same on `device`."""
@@ -99,7 +132,7 @@ class BlockCall:
     def __call__(self, block: nn.Module, streams: Streams, constants: Constants) -> Streams:
         """Calls `block` as it was called when it was recorded, on `streams`; returns those of the next block."""
         self._prepare_core(block, constants)
-        outputs = block(**constants.calls[block_list(self.name)], **streams)
+        outputs = block(**constants.arguments(self.name), **streams)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {argument: outputs[place] for place, argument in stream_names(self.family, block).items()}
 
@@ -112,7 +145,7 @@ class BlockCall:
         """
         assert self.family.rows is not None, f"{self.family.name} has no rows"
         self._prepare_core(block, constants)
-        return self.family.rows(block, {**constants.calls[block_list(self.name)], **streams}, rows)[0]
+        return self.family.rows(block, {**constants.arguments(self.name), **streams}, rows)[0]
 
     def set_core(self, block: nn.Module, core: AttentionCore | None) -> None:
         """Makes `block` attend with `core` from now on. One with a method `prepare` is given the `Constants` of every call."""
@@ -227,6 +260,9 @@ class Recording:
         if name in self._firsts:
             layout = self._family.layout(self._config, self._call, num_text(self._family, streams))
             calls = {} if self.constants is None else self.constants.calls
-            calls = {**calls, block_list(name): constants_of(self._family, block, call)}
+            own, timestep = constants_of(self._family, block, call), self._call["timestep"]
+            if timestep.ndim == 2:
+                own |= {key: RepeatedRows.by_timestep(own[key], timestep) for key in self._family.token_rows}
+            calls = {**calls, block_list(name): own}
             self.constants = Constants(calls, layout)
         see(name, streams if name in self._boundaries else None)

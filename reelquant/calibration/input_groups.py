@@ -36,7 +36,7 @@ from reelquant.families.family import (
     family_of_architecture,
 )
 
-SIZE = VideoSize(frames=4, height=8, width=12, num_text=7)
+SIZE = VideoSize(frames=4, height=8, width=12, num_text=7, num_image=5)
 """Of the call: no two streams are as long, so that they are told apart by their length."""
 
 

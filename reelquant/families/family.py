@@ -90,6 +90,10 @@ class VideoSize:
     """Text tokens."""
     batch: int = 1
     """Videos at once."""
+    num_image: int | None = None
+    """Tokens that the pipeline's image encoder makes of an image; 0 without one, None where no image is given."""
+    token_timesteps: bool = False
+    """Whether every video token has a timestep of its own."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,11 @@ class Family:
     image: Callable[[Config, Config], ImageUse] | None = None
     """`(config, model_index.json)`: whether the transformer makes a video from an image beside the prompt; None: it does not.
     The image goes to the pipeline's argument `image`; the pipeline's class says whether it is to be given."""
+    token_timesteps: str | None = None
+    """Key of the pipeline's `model_index.json` that is true where every video token has a timestep of its own. A step's noise
+    level is then that of the largest."""
+    token_rows: tuple[str, ...] = ()
+    """Arguments of a block `[B, video tokens, ...]` that then are equal for tokens of one timestep."""
     side_multiple: int = 1
     """The pipeline takes heights and widths that this divides."""
     channel_axis: int = 1
@@ -184,8 +193,14 @@ class Family:
         return config["num_attention_heads"], config["attention_head_dim"]
 
     def latent_channels(self, config: Config) -> int:
-        """Channels of the latents; the transformer's input may have more behind them."""
+        """Channels of the latents: those of the transformer's output. Its input may have more behind them, of an image."""
         return int(config.get("out_channels") or config["in_channels"])
+
+    def latents(self, config: Config, hidden_states: Tensor) -> Tensor:
+        """The latents in the transformer's input `hidden_states`, without what an image adds to their channels."""
+        if (channels := self.latent_channels(config)) == config["in_channels"]:
+            return hidden_states
+        return hidden_states.narrow(self.channel_axis, 0, channels)
 
     def layout(self, config: Config, call: Arguments, num_text: int) -> TokenLayout:
         """Tokens of the self-attention in a call of the transformer."""

@@ -124,7 +124,7 @@ class GenerationTracker:
         bound = arguments(module, args, kwargs)
         hidden, timestep, conditioning = (bound[name] for name in _ARGUMENTS)
         grid = (0, 0, 0) if self._grid is None else self._grid(bound)
-        self.begin(conditioning, float(timestep.flatten()[0]), hidden, grid)
+        self.begin(conditioning, float(timestep.max()), hidden, grid)
 
     @not_traced
     def _after(self, *_: Any) -> None:

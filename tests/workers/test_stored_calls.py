@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.calibration.block_call import Constants
+from reelquant.calibration.block_call import Constants, RepeatedRows
 from reelquant.tokens import TokenLayout
 from tests.errors import raises
 from tests.unit_cache import UnitCache
@@ -110,3 +110,40 @@ def test_channels_behind_the_latents_are_kept_once(axis: int, tmp_path: Path) ->
         for name, condition in conditions.items():
             assert torch.equal(found[name], torch.cat([hidden, condition], dim=axis)), name
         assert torch.equal(found["three"], torch.cat([hidden, changing[step]], dim=1))
+
+
+def test_what_stands_in_front_of_the_latents_is_kept_once(tmp_path: Path) -> None:
+    """As the image's frame in TI2V models; an argument whose frame changes is kept whole."""
+    cache, latents = UnitCache(tmp_path), [torch.randn(2, 4, 3) for _ in range(4)]
+    frame, steps = torch.randn(1, 2, 1, 3).bfloat16(), RecordedSteps()
+    changing = [torch.randn(1, 2, 1, 3).bfloat16() for _ in range(3)]
+    for step, own in enumerate(latents[:3]):
+        behind = own[:, 1:].bfloat16().unsqueeze(0)
+        call = {"fixed": torch.cat([frame, behind], dim=2), "changing": torch.cat([changing[step], behind], dim=2)}
+        steps.add(call)
+    written: dict[str, Tensor] = {}
+    steps.write(written.__setitem__, latents)
+    assert torch.equal(written["fixed"], frame)
+    assert len(written["changing"]) == 3
+    cache.write("trajectories", "p", {**{f"cond/{k}": v for k, v in written.items()}, "latents": torch.stack(latents)})
+    stored = StoredSteps(cache.outputs, "p", "cond", CPU)
+    for step in range(3):
+        found, behind = stored.call(step, torch.bfloat16), latents[step][:, 1:].bfloat16().unsqueeze(0)
+        assert torch.equal(found["fixed"], torch.cat([frame, behind], dim=2))
+        assert torch.equal(found["changing"], torch.cat([changing[step], behind], dim=2))
+
+
+@pytest.mark.parametrize("timesteps", [[0.0, 0.0, 700.0, 700.0, 700.0], [300.0] * 5, [5.0, 3.0, 5.0, 4.0, 3.0]])
+def test_rows_of_equal_timesteps_are_kept_once(timesteps: list[float], tmp_path: Path) -> None:
+    timestep = torch.tensor([timesteps])
+    whole = torch.stack([timestep, -timestep], dim=2)
+    repeated = RepeatedRows.by_timestep(whole, timestep)
+    assert repeated.rows.shape == (1, len(set(timesteps)), 2)
+    constants = Constants({"blocks": {"temb": repeated, "other": timestep}}, TokenLayout(5, 1, 1, 0))
+    arrays: dict[str, Tensor] = {}
+    write_constants(constants.to("cpu"), arrays.__setitem__)
+    cache = UnitCache(tmp_path)
+    cache.write("activations", "a", {f"cond/{array}": value for array, value in arrays.items()})
+    found = StoredConstants(CPU).read(cache.outputs, "activations/a/cond")
+    assert torch.equal(found.arguments("blocks.3")["temb"], whole)
+    assert torch.equal(found.arguments("blocks.3")["other"], timestep)
