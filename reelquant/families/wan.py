@@ -1,4 +1,11 @@
-"""Wan 2.1 and 2.2, text to video: self-attention over the video alone, cross-attention to the text, modulation by a table.
+"""Wan 2.1 and 2.2: self-attention over the video alone, cross-attention to text and image, modulation by a table.
+
+| model | image | timestep |
+|---|---|---|
+| text to video | none | one a video |
+| 2.1 image to video | latents and mask beside the noise; tokens of an image encoder in front of the text | one a video |
+| 2.2 image to video | latents and mask beside the noise | one a video |
+| 2.2 TI2V-5B | none, or latents in place of the first frame's | one a token; 0 for those of the image |
 
 Text is padded with zeros, which are attended. Guidance takes two passes. Wan2.2-A14B has a transformer for the noisy steps and
 another one for the rest; both are built alike.
@@ -6,29 +13,42 @@ another one for the rest; both are built alike.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reelquant.families.attention_core import WatchingCore, attention_core, plain_core
-from reelquant.families.family import Arguments, Config, Family, VideoSize
+from reelquant.families.family import Arguments, Config, Family, ImageUse, VideoSize
 from reelquant.tokens import Grid
 
 NUM_TRAIN_TIMESTEPS = 1000
+TEXT_BEHIND_IMAGE = 512
+"""Text tokens that attention takes from the end of the image's and the text's, whatever there are (`WanAttnProcessor`)."""
+MASK_CHANNELS = 4
+"""In the input of image-to-video models, beside the noise and the image's latents."""
 
 
-def _grid(config: Config, call: Arguments) -> Grid:
-    sizes = call["hidden_states"].shape[-3:]
+def _patched(config: Config, sizes: tuple[int, ...]) -> Grid:
     frames, height, width = (size // patch for size, patch in zip(sizes, config["patch_size"], strict=True))
     return frames, height, width
 
 
+def _grid(config: Config, call: Arguments) -> Grid:
+    return _patched(config, call["hidden_states"].shape[-3:])
+
+
 def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
+    sizes, image_dim = (size.frames, size.height, size.width), config.get("image_dim")
+    timesteps = (size.batch, math.prod(_patched(config, sizes)))
+    num_text = size.num_text if image_dim is None else TEXT_BEHIND_IMAGE
+    image = None if image_dim is None else torch.empty(size.batch, size.num_image or 0, image_dim)
     return {
-        "hidden_states": torch.empty(size.batch, config["in_channels"], size.frames, size.height, size.width),
-        "timestep": torch.empty(size.batch, dtype=torch.int64),
-        "encoder_hidden_states": torch.empty(size.batch, size.num_text, config["text_dim"]),
+        "hidden_states": torch.empty(size.batch, config["in_channels"], *sizes),
+        "timestep": torch.empty(timesteps) if size.token_timesteps else torch.empty(size.batch, dtype=torch.int64),
+        "encoder_hidden_states": torch.empty(size.batch, num_text, config["text_dim"]),
+        **({} if size.num_image is None else {"encoder_hidden_states_image": image}),
         "attention_kwargs": None,
         "return_dict": False,
     }
@@ -43,9 +63,21 @@ def _noise_levels(scheduler: Any, num_steps: int, _num_video: int | None) -> lis
     return [_noise_level(float(timestep)) for timestep in scheduler.timesteps]
 
 
+def _image(config: Config, index: Config) -> ImageUse:
+    if config["in_channels"] != config["out_channels"]:
+        return "needed"
+    return "optional" if index.get("expand_timesteps") else "none"
+
+
 def _refusal(config: Config) -> str | None:
-    if config.get("image_dim") is not None or config["in_channels"] != config["out_channels"]:
-        return "it reads an image beside the text; only text to video is supported"
+    given, made = config["in_channels"], config["out_channels"]
+    if given not in (made, 2 * made + MASK_CHANNELS):
+        return (
+            f"it has {given} input and {made} output channels; supported are {made} (from text) and "
+            f"{2 * made + MASK_CHANNELS} (from text and an image)"
+        )
+    if config.get("pos_embed_seq_len") is not None:
+        return "it makes a video from its first and last frame (pos_embed_seq_len); supported are models from one image"
     return None
 
 
@@ -106,6 +138,9 @@ FAMILY = Family(
     outside={"condition_embedder.*": "embedder"},
     guidance="two_passes",
     boundary="boundary_ratio",
+    image=_image,
+    token_timesteps="expand_timesteps",
+    token_rows=("temb",),
     side_multiple=16,
     refusal=_refusal,
     rows=_rows,

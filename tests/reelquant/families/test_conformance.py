@@ -30,9 +30,13 @@ from tests.reelquant.families.tiny_models import TINY, Tiny
 
 
 @functools.cache
-def block_calls(name: str) -> dict[str, BlockCall]:
-    """Of a tiny model by the family's name."""
+def _block_calls(name: str) -> dict[str, BlockCall]:
     return find_block_calls(TINY[name].family, TINY[name].model().config)
+
+
+def block_calls(tiny: Tiny) -> dict[str, BlockCall]:
+    """Of a tiny model."""
+    return _block_calls(next(name for name, known in TINY.items() if known is tiny))
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's rotary tables are always in float32
@@ -74,7 +78,7 @@ class TestFamily:
 
     def test_blocks_are_replayed_bit_for_bit_from_one_recorded_call(self, tiny: Tiny) -> None:
         model, _, entries, constants, exits = self.recorded(tiny)
-        calls, names = block_calls(tiny.family.name), tiny.family.block_names(model.config)
+        calls, names = block_calls(tiny), tiny.family.block_names(model.config)
         assert list(calls) == list(names)
         assert set(constants.calls) == set(tiny.family.blocks)
         streams = entries[names[0]]
@@ -89,7 +93,7 @@ class TestFamily:
     def test_groups_partition_the_linears_and_read_equal_tensors(self, tiny: Tiny) -> None:
         model, _, entries, constants, _ = self.recorded(tiny)
         config = model.config
-        calls = block_calls(tiny.family.name)
+        calls = block_calls(tiny)
         for name in tiny.family.block_names(config):
             block = model.get_submodule(name)
             linears = [layer for layer, module in block.named_modules() if isinstance(module, nn.Linear)]
@@ -125,7 +129,7 @@ class TestFamily:
         layout = constants.layout
         assert layout.num_video == tiny.family.layout(model.config, call, 0).num_video
         for name in {block_list(n): n for n in reversed(tiny.family.block_names(model.config))}.values():
-            block, call_block = copy.deepcopy(model.get_submodule(name)), block_calls(tiny.family.name)[name]
+            block, call_block = copy.deepcopy(model.get_submodule(name)), block_calls(tiny)[name]
             calls: list[torch.Size] = []
             heads = "st" * (tiny.settings["num_attention_heads"] // 2)
 
@@ -166,7 +170,7 @@ class TestFamily:
     def test_a_core_that_changes_attention_changes_the_block(self, tiny: Tiny) -> None:
         model, _, entries, constants, exits = self.recorded(tiny)
         name = tiny.family.block_names(model.config)[0]
-        block, call_block = model.get_submodule(name), block_calls(tiny.family.name)[name]
+        block, call_block = model.get_submodule(name), block_calls(tiny)[name]
         call_block.set_core(block, lambda _item, q, _k, _v: q * 0)
         with torch.no_grad():
             found = call_block(block, entries[name], constants)
@@ -180,7 +184,7 @@ class TestFamily:
         layout = constants.layout
         rows = torch.cat([torch.arange(0, layout.num_video, 3), torch.arange(layout.num_video, layout.num_tokens)])
         for name in tiny.family.block_names(model.config):
-            block, call_block = model.get_submodule(name), block_calls(tiny.family.name)[name]
+            block, call_block = model.get_submodule(name), block_calls(tiny)[name]
             expected = torch.cat(list(exits[name].values()), dim=1)[0, rows]
             queries: list[int] = []
 
@@ -200,7 +204,15 @@ class TestFamily:
             frames, height, width = (call[name] for name in ("num_frames", "height", "width"))
         else:
             frames, height, width = shape[-3:] if tiny.family.channel_axis == 1 else (shape[1], *shape[-2:])
-        size = VideoSize(frames, height, width, call["encoder_hidden_states"].shape[1])
+        image = call.get("encoder_hidden_states_image")
+        size = VideoSize(
+            frames,
+            height,
+            width,
+            call["encoder_hidden_states"].shape[1],
+            num_image=None if image is None else image.shape[1],
+            token_timesteps=call["timestep"].ndim == 2,
+        )
         inputs = tiny.family.inputs(model.config, size)
         for argument, value in call.items():
             assert argument in inputs, argument

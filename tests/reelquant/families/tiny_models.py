@@ -1,4 +1,4 @@
-"""Tiny random transformers of six families, and declarations of those that the package does not have."""
+"""Tiny random transformers of six families and their variants, and declarations of those that the package does not have."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +70,23 @@ def _text(length: int, width: int) -> dict[str, Any]:
     return {"encoder_hidden_states": torch.randn(1, length, width), "return_dict": False}
 
 
+_WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 3,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 32,
+}
+_UNIPC = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+FIRST_FRAME = torch.arange(3 * 16).reshape(1, -1) < 16
+"""Of the latents of a tiny TI2V model: their tokens."""
+
 TINY = {
     "HunyuanVideo": Tiny(
         HUNYUAN_VIDEO,
@@ -128,21 +145,39 @@ TINY = {
     ),
     "Wan": Tiny(
         WAN,
-        {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 32,
-            "ffn_dim": 32,
-            "num_layers": 3,
-            "cross_attn_norm": True,
-            "rope_max_seq_len": 32,
-        },
+        _WAN,
         lambda: {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([500]), **_text(7, 16)},
-        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        _UNIPC,
+        5,
+    ),
+    "Wan 2.1 I2V": Tiny(
+        WAN,
+        {**_WAN, "in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 24},
+        lambda: {
+            "hidden_states": torch.randn(1, 12, 3, 8, 8),
+            "timestep": torch.tensor([500]),
+            **_text(512, 16),
+            "encoder_hidden_states_image": torch.randn(1, 6, 8),
+        },
+        _UNIPC,
+        7,
+    ),
+    "Wan 2.2 I2V": Tiny(
+        WAN,
+        {**_WAN, "in_channels": 12},
+        lambda: {"hidden_states": torch.randn(1, 12, 3, 8, 8), "timestep": torch.tensor([500]), **_text(7, 16)},
+        _UNIPC,
+        5,
+    ),
+    "Wan TI2V": Tiny(
+        WAN,
+        _WAN,
+        lambda: {
+            "hidden_states": torch.randn(1, 4, 3, 8, 8),
+            "timestep": torch.where(FIRST_FRAME, 0.0, 500.0),
+            **_text(7, 16),
+        },
+        _UNIPC,
         5,
     ),
     "CogVideoX": Tiny(

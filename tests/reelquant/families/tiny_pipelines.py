@@ -9,6 +9,9 @@ import torch
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     T5Config,
@@ -61,10 +64,12 @@ def mochi(folder: Path) -> Path:
     return folder
 
 
-def wan(folder: Path, *, boundary: float | None = None) -> Path:
-    """A `WanPipeline`; with a boundary one of two transformers, as Wan2.2-A14B."""
+def _wan_parts(name: str, heads: int) -> dict[str, Any]:
+    """Parts of a Wan pipeline; its VAE compresses four times in time and eight on a side."""
     torch.manual_seed(0)
-    tiny = replace(TINY["Wan"], settings={**TINY["Wan"].settings, "num_attention_heads": 4})
+    tiny = TINY[name]
+    widths = {"added_kv_proj_dim": 12 * heads} if "added_kv_proj_dim" in tiny.settings else {}
+    tiny = replace(tiny, settings={**tiny.settings, "num_attention_heads": heads, **widths})
     vae = diffusers.AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
@@ -74,10 +79,44 @@ def wan(folder: Path, *, boundary: float | None = None) -> Path:
     first, second = tiny.model(), tiny.model()
     for parameter in second.parameters():
         parameter.data = parameter.data * 0.9
-    diffusers.WanPipeline(
-        tokenizer=tokenizer, text_encoder=UMT5EncoderModel(config), vae=vae, scheduler=tiny.scheduler, transformer=first,
-        transformer_2=None if boundary is None else second, boundary_ratio=boundary,
-    ).save_pretrained(folder)  # fmt: skip
+    return {
+        "tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config), "vae": vae, "scheduler": tiny.scheduler,
+        "transformer": first, "transformer_2": second,
+    }  # fmt: skip
+
+
+def wan(folder: Path, *, boundary: float | None = None) -> Path:
+    """A `WanPipeline`; with a boundary one of two transformers, as Wan2.2-A14B."""
+    parts = _wan_parts("Wan", heads=4)
+    if boundary is None:
+        parts["transformer_2"] = None
+    diffusers.WanPipeline(**parts, boundary_ratio=boundary).save_pretrained(folder)
+    return folder
+
+
+def wan_2_1_i2v(folder: Path) -> Path:
+    """A `WanImageToVideoPipeline` with an image encoder, which makes five tokens."""
+    parts = _wan_parts("Wan 2.1 I2V", heads=4)
+    encoder = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    image = {"image_encoder": CLIPVisionModel(encoder), "image_processor": processor}
+    diffusers.WanImageToVideoPipeline(**{**parts, "transformer_2": None}, **image).save_pretrained(folder)
+    return folder
+
+
+def wan_2_2_i2v(folder: Path) -> Path:
+    """A `WanImageToVideoPipeline` of two transformers without an image encoder."""
+    diffusers.WanImageToVideoPipeline(**_wan_parts("Wan 2.2 I2V", heads=4), boundary_ratio=0.8).save_pretrained(folder)
+    return folder
+
+
+def wan_ti2v(folder: Path, *, image: bool = True) -> Path:
+    """A `WanImageToVideoPipeline` whose tokens have timesteps of their own, or a `WanPipeline` of the same model."""
+    parts = {**_wan_parts("Wan TI2V", heads=4), "transformer_2": None}
+    pipeline_class = diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline
+    pipeline_class(**parts, expand_timesteps=True).save_pretrained(folder)
     return folder
 
 

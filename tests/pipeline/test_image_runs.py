@@ -1,0 +1,189 @@
+"""Runs of models that make a video from an image, from tiny random pipelines: planned, killed, finished, loaded, generating."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+import reelquant  # noqa: F401
+from pipeline.config.loading import ConfigError, load_config
+from pipeline.plan import plan_config
+from reelquant.checkpoint.reader import quantized_layers
+from reelquant.settings.generation import Generation, Numerics
+from tests.errors import raises
+from tests.pipeline.small_run import Recorded, call, small_run
+from tests.pipeline.test_family_runs import METHOD, kill_in_distillation
+from tests.pipeline.test_prompts import fingerprints, image, run_of, write_lines
+from tests.reelquant.families import tiny_pipelines
+from tests.unit_cache import UnitCache
+from workers.activation_worker import ActivationWorker
+from workers.messages import ActivationSettings, PromptUnit, RunSource, SampleUnit, TrajectorySettings
+from workers.stored_calls import StoredConstants
+from workers.trajectory_worker import TrajectoryWorker
+
+GENERATION: dict[str, Any] = {
+    "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 16,
+}  # fmt: skip
+TEXT = {"wan_2_1_i2v": 512}
+"""Text tokens of models that take so many only."""
+MODELS = {"wan_2_1_i2v": 12, "wan_2_2_i2v": 10, "wan_ti2v": 10}
+"""Linears of a block."""
+
+
+def generation_of(model: str) -> dict[str, Any]:
+    return {**GENERATION, "max_sequence_length": TEXT.get(model, GENERATION["max_sequence_length"])}
+
+
+def image_run(folder: Path, model: str, **changes: Any) -> Path:
+    """The configuration of a run with three images for the calibration and another one held out."""
+    for index, color in enumerate(("red", "green", "blue", "white")):
+        image(folder / "images" / f"{index}.png", (192, 128), color)
+    lines = [{"prompt": f"the digit {index}", "image": f"images/{index}.png"} for index in range(4)]
+    write_lines(folder / "calibration.jsonl", *lines[:2], {**lines[2], "negative_prompt": "blurred"})
+    write_lines(folder / "held_out.jsonl", lines[3])
+    return small_run(
+        folder,
+        model=str(getattr(tiny_pipelines, model)(folder / "model")),
+        generation=generation_of(model),
+        prompts={
+            "calibration": str(folder / "calibration.jsonl"),
+            "num_calibration": 3,
+            "held_out": str(folder / "held_out.jsonl"),
+            "num_held_out": 1,
+        },
+        selection={"num_samples": 2, "recorded_features": ["block_input", "latent"]},
+        method=METHOD,
+        evaluation={"films": False, "velocity_prompts": 1},
+        **changes,
+    )
+
+
+def generated(pipeline: Any, model: str, **inputs: Any) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    found: torch.Tensor = pipeline(
+        prompt="the digit 3",
+        **inputs,
+        **generation_of(model),
+        generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+    ).frames
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("model", "killed"),
+    [
+        ("wan_2_1_i2v", False),
+        ("wan_2_2_i2v", False),
+        ("wan_ti2v", True),
+        *(pytest.param(model, True, marks=pytest.mark.slow) for model in ("wan_2_1_i2v", "wan_2_2_i2v")),
+    ],
+)
+def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(model: str, killed: bool, tmp_path: Path) -> None:
+    config = image_run(tmp_path, model)
+    if killed:
+        kill_in_distillation(config)
+    run = call("run", str(config))
+    assert run.returncode == 0, run.stdout + run.stderr
+    recorded = Recorded(tmp_path / "run")
+    planned = {stage.name: stage.disk_bytes for stage in plan_config(load_config(config)).stages}
+    for stage in ("trajectories", "activations"):
+        assert planned[stage] == sum(file.num_bytes for record in recorded.records(stage) for file in record.outputs)
+    noise = recorded.outputs.read("trajectories/prompt-000/timesteps").tolist()
+    assert noise == sorted(noise, reverse=True)
+    assert noise[0] > 900
+    assert call("verify", str(tmp_path / "run" / "checkpoint")).returncode == 0
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "run" / "checkpoint"))
+    for transformer in filter(None, (pipeline.transformer, pipeline.transformer_2)):
+        for index, block in enumerate(transformer.blocks):
+            inside = [name for name in quantized_layers(transformer) if name.startswith(f"blocks.{index}.")]
+            assert len(inside) == MODELS[model]
+            assert not [name for name, module in block.named_modules() if type(module) is torch.nn.Linear]
+    red, green = (Image.open(tmp_path / "images" / f"{index}.png") for index in range(2))
+    video = generated(pipeline, model, image=red)
+    assert bool(video.isfinite().all())
+    assert not torch.equal(video, generated(pipeline, model, image=green)), "it sees the image"
+    pipeline.save_pretrained(tmp_path / "again")
+    again = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "again"))
+    assert torch.equal(video, generated(again, model, image=red))
+    exact = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "model"))
+    assert 0 < float((video - generated(exact, model, image=red)).norm() / video.norm()) < 0.5
+
+
+@pytest.mark.parametrize(("from_image", "num_distinct"), [(False, 1), (True, 2)])
+def test_one_model_makes_videos_from_text_and_from_images(from_image: bool, num_distinct: int, tmp_path: Path) -> None:
+    """Wan2.2-TI2V-5B: all tokens of a step have one timestep, or those of the image's frame another one."""
+    model = tiny_pipelines.wan_ti2v(tmp_path / "model", image=from_image)
+    content = image(tmp_path / "a.png").read_bytes() if from_image else None
+    prompt = PromptUnit("prompt-000", "the digit 3", "blurred", content)
+    source, generation = RunSource(model, 0, Numerics("float32", 1)), Generation(**GENERATION)
+    cache = UnitCache(tmp_path / "run")
+    cache.do(TrajectoryWorker(TrajectorySettings(source, generation, 4, 16)), "trajectories", prompt)
+    worker = ActivationWorker(ActivationSettings(source, generation, ("blocks.0",)))
+    cache.do(worker, "activations", SampleUnit("sample", prompt.name, 1))
+    num_tokens, width = 3 * 4 * 6, 48
+    for branch in ("cond", "uncond"):
+        timesteps = cache.outputs.read(f"trajectories/{prompt.name}/{branch}/timestep")
+        assert timesteps.shape == (4, 1, num_tokens)
+        assert [len(own.unique()) for own in timesteps] == [num_distinct] * 4
+        assert torch.equal(timesteps.amax(dim=(1, 2)), cache.outputs.read(f"trajectories/{prompt.name}/timesteps"))
+        constants = StoredConstants(torch.device("cpu")).read(cache.outputs, f"activations/sample/{branch}")
+        assert cache.outputs.read(f"activations/sample/{branch}/blocks.temb.0").shape == (1, num_distinct, 6, width)
+        temb = constants.arguments("blocks.0")["temb"]
+        assert temb.shape == (1, num_tokens, 6, width)
+        like_the_first = (temb[0] == temb[0, :1]).flatten(1).all(dim=1)
+        assert torch.equal(like_the_first, timesteps[1, 0] == timesteps[1, 0, 0])
+
+
+def test_a_run_depends_on_its_images(tmp_path: Path) -> None:
+    model = tiny_pipelines.wan_ti2v(tmp_path / "model")
+    lines = [{"prompt": "a", "image": "a.png"}, {"prompt": "a", "image": "h.png"}]
+    image(tmp_path / "a.png", color="red")
+    image(tmp_path / "h.png", color="blue")
+    found = [fingerprints(run_of(tmp_path, model, *lines, generation=GENERATION))]
+    image(tmp_path / "a.png", color="green")
+    found.append(fingerprints(run_of(tmp_path, model, *lines, generation=GENERATION)))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1], "of its own image alone"
+    image(tmp_path / "h.png", color="green")
+    with raises(ConfigError, "prompts.held_out", "a", "calibration"):
+        run_of(tmp_path, model, *lines, generation=GENERATION)
+
+
+def test_what_a_model_from_images_needs_is_named(tmp_path: Path) -> None:
+    model = tiny_pipelines.wan_ti2v(tmp_path / "model")
+    image(tmp_path / "wide.png", (200, 100))
+    image(tmp_path / "h.png")
+    lines = [{"prompt": "a", "image": "wide.png"}, {"prompt": "b"}, {"prompt": "c", "image": "h.png"}]
+    evaluation = {"prompts_per_pass": 2}
+    with pytest.raises(ConfigError) as caught:
+        run_of(tmp_path, model, *lines, generation=GENERATION, evaluation=evaluation)
+    lacking, stretched, several = caught.value.problems
+    assert "line 2" in lacking
+    assert "WanImageToVideoPipeline" in lacking
+    assert ".jsonl" in lacking
+    assert "line 1" in stretched
+    assert "200 x 100" in stretched
+    assert "generation.height" in stretched
+    assert "evaluation.prompts_per_pass" in several
+
+
+@pytest.mark.parametrize(("model", "pipeline"), [("wan", "WanImageToVideoPipeline"), ("wan_2_2_i2v", "WanPipeline")])
+def test_a_pipeline_that_is_not_its_transformers_is_refused(model: str, pipeline: str, tmp_path: Path) -> None:
+    folder: Path = getattr(tiny_pipelines, model)(tmp_path / "model")
+    index = folder / "model_index.json"
+    text = index.read_text()
+    index.write_text(text.replace("WanPipeline", pipeline).replace("WanImageToVideoPipeline", pipeline))
+    with raises(ConfigError, "model_index.json", pipeline, "image"):
+        plan_config(load_config(small_run(tmp_path, model=str(folder), generation=GENERATION)))
+
+
+def test_text_tokens_of_a_model_that_takes_a_fixed_number(tmp_path: Path) -> None:
+    plan = plan_config(load_config(image_run(tmp_path, "wan_2_1_i2v"), ["generation.max_sequence_length=64"]))
+    [problem] = [problem for problem in plan.problems if "generation.max_sequence_length" in problem]
+    assert "64" in problem
+    assert "512" in problem
