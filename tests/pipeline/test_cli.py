@@ -15,17 +15,20 @@ from pipeline.run_units import STAGES
 from tests.errors import names
 from tests.pipeline.small_run import ROOT, small_run
 from tests.pipeline.small_run import command as command_line
+from tests.pipeline.test_prompts import image, write_lines
 
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("configs", "configs/papers")
     for path in (ROOT / folder).glob("*.yaml")
 )
-OTHERS = ("hunyuanvideo-1.5", "ltx-video", "mochi", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b")
+OTHERS = ("hunyuanvideo-1.5", "ltx-video", "mochi", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b", "wan2.2-ti2v-5b")
+FROM_IMAGES = ("wan2.1-i2v-14b", "wan2.2-i2v-a14b")
+"""Whose prompts do not ship."""
 WITHOUT_WEIGHTS = dict.fromkeys(
     ("configs/hunyuanvideo-13b.yaml", "configs/papers/quantsparse.yaml", "configs/papers/s2q-vdit.yaml"),
     "configs/models/hunyuanvideo-13b",
-) | {f"configs/{name}.yaml": f"configs/models/{name}" for name in OTHERS}
+) | {f"configs/{name}.yaml": f"configs/models/{name}" for name in (*OTHERS, *FROM_IMAGES)}
 """Configurations whose model does not ship, and the folder of its shapes."""
 
 
@@ -92,6 +95,11 @@ def test_every_shipped_configuration_is_planned(config: str, tmp_path: Path) -> 
     arguments = ["plan", config, "--set", f"run={tmp_path / 'run'}"]
     if config in WITHOUT_WEIGHTS:
         arguments += ["--shapes-only", "--set", f"model={WITHOUT_WEIGHTS[config]}"]
+    if Path(config).stem in FROM_IMAGES:
+        for key, num, color in (("calibration", 10, "red"), ("held_out", 16, "blue")):
+            image(tmp_path / f"{key}.png", (832, 480), color)
+            lines = [{"prompt": f"prompt {index}", "image": f"{key}.png"} for index in range(num)]
+            arguments += ["--set", f"prompts.{key}={write_lines(tmp_path / f'{key}.jsonl', *lines)}"]
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert "problem:" not in result.output
