@@ -25,6 +25,7 @@ from reelquant.families.family import Family
 from reelquant.runtime.knobs import refresh_problems
 from reelquant.settings.generation import Generation
 from reelquant.settings.recipe import Recipe
+from reelquant.tokens import TokenLayout
 from storage.atomic_files import sha256_file
 from storage.cache import Cache
 from storage.location import Location
@@ -139,16 +140,16 @@ def model_facts(found: FoundModel, generation: Generation, *, variant: str | Non
     family, config = family_of_model(found.folder), transformer_config(found.folder)
     linears = linear_shapes(config, family)
     kinds = layer_kinds(family, config, linears)
-    num_video = _num_video(found.folder, family, generation)
-    return ModelFacts(found, family, config, linears, kinds, variant, num_video, roles(found.folder))
+    layout = _layout(found.folder, family, generation)
+    return ModelFacts(found, family, config, linears, kinds, variant, layout, roles(found.folder))
 
 
-def _num_video(model: Path, family: Family, generation: Generation) -> int | None:
-    """Video tokens of a generation, None where the VAE does not say: its problems are named elsewhere."""
+def _layout(model: Path, family: Family, generation: Generation) -> TokenLayout | None:
+    """Tokens of a generation without text, None where the VAE does not say: its problems are named elsewhere."""
     config = transformer_config(model)
     with contextlib.suppress(ValueError, TypeError, KeyError), META:
         call = family.inputs(config, video_size(model, generation))
-        return family.layout(config, call, 0).num_video
+        return family.layout(config, call, 0)
     return None
 
 
@@ -198,7 +199,10 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         problems += input_problems(config, prompts, model)
         if not impossible:
             levels = model.noise_levels(config.generation.num_inference_steps)
-            methods = tuple(MethodPlan.of(recipe, bits, levels, model.blocks) for recipe in config.methods)
+            dense_frames = 0 if model.layout is None else model.layout.dense_frames
+            methods = tuple(
+                MethodPlan.of(recipe, bits, levels, model.blocks, dense_frames) for recipe in config.methods
+            )
             problems += setting_problems(config, methods[0], model)
     except (ConfigError, ValueError) as error:
         problems += error.problems if isinstance(error, ConfigError) else [str(error)]

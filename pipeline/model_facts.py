@@ -14,6 +14,7 @@ from reelquant.calibration.input_groups import block_calls
 from reelquant.checkpoint.reader import TRANSFORMER
 from reelquant.families.family import Family
 from reelquant.runtime.pipeline_schedule import PipelineSchedule
+from reelquant.tokens import TokenLayout
 from workers.component_check import PipelineInputs, pipeline_inputs
 from workers.model_source import image_use
 
@@ -31,8 +32,8 @@ class ModelFacts:
     """`block`, `modulation`, `refiner` or `embedder`, by full layer name."""
     variant: str | None = None
     """Of the weight files."""
-    num_video: int | None = None
-    """Video tokens of the run's generations; None where they are not known."""
+    layout: TokenLayout | None = None
+    """Of the tokens of the run's generations, without text; None where it is not known."""
     roles: tuple[str, ...] = (TRANSFORMER,)
     """Components that are its transformers, in the order in which they serve; all are built as `config` says."""
 
@@ -56,6 +57,11 @@ class ModelFacts:
     def calls(self) -> Mapping[str, BlockCall]:
         """How the blocks are called, by name in model order."""
         return block_calls(self.family, self.config)
+
+    @property
+    def num_video(self) -> int | None:
+        """Video tokens of the run's generations; None where they are not known."""
+        return None if self.layout is None else self.layout.num_video
 
     def noise_levels(self, num_steps: int) -> list[float]:
         """Noise levels of a generation with `num_steps` steps under the model's scheduler.

@@ -158,13 +158,20 @@ class MethodPlan:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, bits: Mapping[str, LayerBits], noise_levels: Sequence[float], blocks: tuple[str, ...]
+        cls,
+        recipe: Recipe,
+        bits: Mapping[str, LayerBits],
+        noise_levels: Sequence[float],
+        blocks: tuple[str, ...],
+        dense_frames: int = 0,
     ) -> MethodPlan:
         """A recipe on a model with these blocks, in model order; its first steps are those of a generation with these noise
         levels."""
         protected = recipe.num_protected_steps(len(noise_levels))
         protection = StepProtection(threshold_after(protected, noise_levels), recipe.protected_activation_bits)
-        attention = SparseAttentionSpec.of(recipe.attention, noise_levels=noise_levels, blocks=blocks)
+        attention = SparseAttentionSpec.of(
+            recipe.attention, noise_levels=noise_levels, blocks=blocks, dense_frames=dense_frames
+        )
         return cls(recipe, bits, attention, protection if protected else None)
 
     @property

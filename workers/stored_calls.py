@@ -92,7 +92,8 @@ def write_constants(constants: Constants, write: Write) -> None:
     """Writes what a sample's blocks read besides their streams."""
     writer, layout = TreeWriter(write), constants.layout
     calls = {modules: writer.structure(dict(call), modules) for modules, call in constants.calls.items()}
-    write(STRUCTURE, encoded({"layout": list(vars(layout).values()), "calls": calls}))
+    sizes = [*layout.grid, layout.num_text, *([layout.dense_frames] if layout.dense_frames else [])]
+    write(STRUCTURE, encoded({"layout": sizes, "calls": calls}))
 
 
 class StoredConstants:

@@ -17,25 +17,27 @@ TILE_BYTES = 256 * 2**20
 
 
 def sampled_rows(layout: TokenLayout, num_rows: int = NUM_ROWS, device: torch.device | str = "cpu") -> Tensor:
-    """`[R]` int64: video tokens spread evenly over the whole sequence, so that every frame has its share."""
-    count = min(num_rows, layout.num_video)
+    """`[R]` int64: video tokens spread evenly over the whole sequence, so that every frame that is not dense has its share."""
+    num_video = layout.banded.num_video
+    count = min(num_rows, num_video)
     rows = torch.arange(count, device=device, dtype=torch.float64) + 0.5
-    return (rows * layout.num_video / count).long()
+    return (rows * num_video / count).long() + layout.num_dense
 
 
 def row_masks(layout: TokenLayout, rows: Tensor, width: int) -> Tensor:
     """What the band leaves of some rows, bool `[2, R, L]`: spatial, temporal; on the device of `rows`.
 
     Args:
-        rows: `[R]` indices of video tokens.
+        rows: `[R]` indices of video tokens that are not of dense frames.
     """
-    n, length = layout.num_video, layout.num_tokens
+    first, layout = layout.num_dense, layout.banded
+    n, length, rows = layout.num_video, layout.num_tokens, rows - first
     column = torch.arange(length, device=rows.device)
     masks = torch.stack(
         [_near(column[:n], rows, width), _near(place_major_positions(layout, rows.device), rows, width)]
     )
     text = (column >= n)[n:]
-    return torch.cat([masks, text.expand(2, len(rows), length - n)], dim=2)
+    return torch.cat([masks, text.expand(2, len(rows), length - n)], dim=2).roll(first, dims=2)
 
 
 def band_errors(q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, width: int, rows: Tensor) -> Tensor:

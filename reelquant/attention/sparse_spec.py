@@ -29,7 +29,7 @@ def dense_threshold(dense_steps: int, noise_levels: Sequence[float], *, refreshe
 class SparseAttentionSpec(BandAttention):
     """Sparse attention of one transformer."""
 
-    ADDED = frozenset({"refresh_at"})
+    ADDED = frozenset({"refresh_at", "dense_frames"})
     NEEDED = frozenset({"density"})
     SECTION = "sparse_attention"
 
@@ -45,6 +45,9 @@ class SparseAttentionSpec(BandAttention):
     refresh_at: tuple[Annotated[float, Bounds(ge=0, le=1)], ...] = ()
     """Falling noise levels in place of `interval`: the first step that is not above one of them refreshes, as does the first
     one that is not above `dense_above`. Empty for refreshes by the interval."""
+
+    dense_frames: Annotated[int, Bounds(ge=0)] = 0
+    """First frames of the latents whose tokens see all and are seen by all, as text: an image's."""
 
     def __post_init__(self) -> None:
         if problems := self.impossible_values() or [*self.residual.problems(), *self._contradictions()]:
@@ -65,13 +68,19 @@ class SparseAttentionSpec(BandAttention):
 
     @classmethod
     def of(
-        cls, attention: SparseAttention, *, noise_levels: Sequence[float], blocks: tuple[str, ...]
+        cls,
+        attention: SparseAttention,
+        *,
+        noise_levels: Sequence[float],
+        blocks: tuple[str, ...],
+        dense_frames: int = 0,
     ) -> SparseAttentionSpec:
         """A method's attention on a model with these blocks, in model order; head kinds, and what of the residual is measured,
         are not there yet.
 
         Args:
             noise_levels: of the generation whose steps `attention` counts.
+            dense_frames: of the model's layout.
         """
         shared = {f.name: getattr(attention, f.name) for f in fields(BandAttention)}
         residual, steps = attention.residual, attention.refresh_steps
@@ -83,6 +92,7 @@ class SparseAttentionSpec(BandAttention):
             dense_above=dense_threshold(attention.dense_steps, noise_levels, refreshes=residual.order > 0),
             dense_blocks=blocks[: attention.dense_layers],
             refresh_at=refresh_thresholds(steps, noise_levels) if isinstance(steps, tuple) else (),
+            dense_frames=dense_frames,
         )
 
     def kind_of_step(self, noise_level: float, num_below: int, before: float | None = None) -> StepKind:

@@ -150,6 +150,8 @@ class Family:
     image: Callable[[Config, Config], ImageUse] | None = None
     """`(config, model_index.json)`: whether the transformer makes a video from an image beside the prompt; None: it does not.
     The image goes to the pipeline's argument `image`; the pipeline's class says whether it is to be given."""
+    image_frame: Callable[[Config, Arguments], bool] | None = None
+    """Whether the first frame of a call's latents is an image's, so that sparse attention keeps it whole (Sparse VideoGen)."""
     token_timesteps: str | None = None
     """Key of the pipeline's `model_index.json` that is true where every video token has a timestep of its own. A step's noise
     level is then that of the largest."""
@@ -204,7 +206,8 @@ class Family:
 
     def layout(self, config: Config, call: Arguments, num_text: int) -> TokenLayout:
         """Tokens of the self-attention in a call of the transformer."""
-        return TokenLayout(*self.grid(config, call), num_text)
+        has_image = self.image_frame is not None and self.image_frame(config, call)
+        return TokenLayout(*self.grid(config, call), num_text, dense_frames=int(has_image))
 
     def output_layers(self, block: str) -> tuple[tuple[OutputLayer, ...], ...]:
         """Layers of `block` that are added to the stream, level by level; empty where the family names none."""

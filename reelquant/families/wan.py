@@ -69,6 +69,10 @@ def _image(config: Config, index: Config) -> ImageUse:
     return "optional" if index.get("expand_timesteps") else "none"
 
 
+def _image_frame(_config: Config, call: Arguments) -> bool:
+    return "encoder_hidden_states_image" in call  # by the pipeline from an image alone, None or not
+
+
 def _refusal(config: Config) -> str | None:
     given, made = config["in_channels"], config["out_channels"]
     if given not in (made, 2 * made + MASK_CHANNELS):
@@ -139,6 +143,7 @@ FAMILY = Family(
     guidance="two_passes",
     boundary="boundary_ratio",
     image=_image,
+    image_frame=_image_frame,
     token_timesteps="expand_timesteps",
     token_rows=("temb",),
     side_multiple=16,

@@ -167,7 +167,7 @@ class SparseAttention(ConfigurableAttention):
 
     def _layout(self, state: GenerationState, tokens: int) -> TokenLayout:
         frames, height, width = state.grid
-        return TokenLayout(frames, height, width, tokens - frames * height * width)
+        return TokenLayout(frames, height, width, tokens - frames * height * width, self.spec.dense_frames)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(model: str, kille
     assert call("verify", str(tmp_path / "run" / "checkpoint")).returncode == 0
     pipeline = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "run" / "checkpoint"))
     for transformer in filter(None, (pipeline.transformer, pipeline.transformer_2)):
+        assert transformer.sparse_attention.spec.dense_frames == 1, "an image's frame is kept whole"
         for index, block in enumerate(transformer.blocks):
             inside = [name for name in quantized_layers(transformer) if name.startswith(f"blocks.{index}.")]
             assert len(inside) == MODELS[model]
@@ -133,6 +134,7 @@ def test_one_model_makes_videos_from_text_and_from_images(from_image: bool, num_
         assert torch.equal(timesteps.amax(dim=(1, 2)), cache.outputs.read(f"trajectories/{prompt.name}/timesteps"))
         constants = StoredConstants(torch.device("cpu")).read(cache.outputs, f"activations/sample/{branch}")
         assert cache.outputs.read(f"activations/sample/{branch}/blocks.temb.0").shape == (1, num_distinct, 6, width)
+        assert constants.layout.dense_frames == int(from_image)
         temb = constants.arguments("blocks.0")["temb"]
         assert temb.shape == (1, num_tokens, 6, width)
         like_the_first = (temb[0] == temb[0, :1]).flatten(1).all(dim=1)

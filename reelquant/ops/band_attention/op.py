@@ -61,7 +61,7 @@ def band_attention(
     implementation: Implementation = "auto",
     precision: Precision = "full",
 ) -> Tensor:
-    """Attention of every head under its band mask (method §6), text tokens dense.
+    """Attention of every head under its band mask (method §6), tokens of text and of dense frames dense.
 
     Args:
         q, k, v: `[H, L, D]` floating, video tokens frame-major, then text; after normalization and rotary embedding.
@@ -84,6 +84,14 @@ def band_attention(
         )
     if out is not None and _needs_gradient(q, k, v, out):
         raise ValueError("out cannot be given where a gradient is needed: call under torch.no_grad(), or without out")
+    if layout.dense_frames:
+        # As text: no implementation knows of them.
+        behind, first = (x.roll(-layout.num_dense, dims=1) for x in (q, k, v)), layout.num_dense
+        banded = band_attention(
+            *behind, kinds=kinds, layout=layout.banded, width=width, implementation=implementation, precision=precision
+        )
+        result = corrected(banded.roll(first, dims=1), corrections)
+        return result if out is None else out.copy_(result)
     if precision != "full":
         chosen = _without_flex(implementation)
         kept = quantize_keys_values(k, v, kinds=kinds, layout=layout, precision=precision, implementation=chosen)
@@ -116,6 +124,13 @@ def dense_and_band_attention(
     Returns: two `[H, L, D]` in the dtype of `q`.
     """
     _check(q, k, v, kinds=kinds, layout=layout, width=width, implementation=implementation)
+    if layout.dense_frames:
+        behind = (x.roll(-layout.num_dense, dims=1) for x in (q, k, v))
+        both = dense_and_band_attention(
+            *behind, kinds=kinds, layout=layout.banded, width=width, implementation=implementation, precision=precision
+        )
+        dense, band = (x.roll(layout.num_dense, dims=1) for x in both)
+        return dense, band
     if precision != "full":
         chosen = _without_flex(implementation)
         kept = quantize_keys_values(k, v, kinds=kinds, layout=layout, precision=precision, implementation=chosen)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant.ops.band_attention.op import band_attention, dense_attention
+from reelquant.attention.head_kind import row_masks, sampled_rows
+from reelquant.ops.band_attention.op import Correction, band_attention, dense_and_band_attention, dense_attention
 from reelquant.ops.band_attention.reference import band_attention_reference
 from reelquant.ops.token_order import place_major_order, place_major_positions
 from reelquant.tokens import TokenLayout, band_width, mask_density, visited_pairs
@@ -19,14 +20,14 @@ LAYOUTS = [TokenLayout(3, 5, 7, 4), TokenLayout(8, 10, 12, 11), TokenLayout(1, 3
 
 def whole_mask(layout: TokenLayout, width: int, kind: str) -> Tensor:
     """`[L, L]` bool, from the definition: every token's place in its head's order."""
-    tokens = []
-    for frame in range(layout.num_frames):
+    tokens, num_frames = [], layout.num_frames - layout.dense_frames
+    for frame in range(num_frames):
         for place in range(layout.height * layout.width):
             frame_major = frame * layout.height * layout.width + place
-            tokens.append(frame_major if kind == "s" else place * layout.num_frames + frame)
-    places, n = torch.tensor(tokens), layout.num_video
+            tokens.append(frame_major if kind == "s" else place * num_frames + frame)
+    places, banded = torch.tensor(tokens), slice(layout.num_video - len(tokens), layout.num_video)
     mask = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
-    mask[:n, :n] = (places[:, None] - places[None, :]).abs() < width
+    mask[banded, banded] = (places[:, None] - places[None, :]).abs() < width
     return mask
 
 
@@ -57,6 +58,31 @@ def test_is_attention_under_the_mask(layout: TokenLayout, kinds: str) -> None:
         assert float((out - expected).norm() / expected.norm()) < 2e-6
 
 
+DENSE_FRAMES = [TokenLayout(3, 5, 7, 4, 1), TokenLayout(6, 4, 5, 0, 1), TokenLayout(5, 3, 3, 2, 2)]
+
+
+@pytest.mark.parametrize("layout", DENSE_FRAMES)
+def test_dense_frames_see_all_and_are_seen_by_all(layout: TokenLayout) -> None:
+    q, k, v = qkv(layout, 3, 16)
+    rows = torch.randn(3, layout.num_tokens, 2, generator=torch.Generator().manual_seed(5)).double()
+    term = Correction(rows, torch.randn(3, 16, 2, generator=torch.Generator().manual_seed(6)).double(), 0.3)
+    for width in {1, 7, layout.num_video // 2}:
+        expected = brute_force(q, k, v, kinds="sts", layout=layout, width=width)
+        dense, banded = dense_and_band_attention(q, k, v, kinds="sts", layout=layout, width=width)
+        for found in (banded, band_attention(q, k, v, kinds="sts", layout=layout, width=width)):
+            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(dense, dense_attention(q, k, v))
+        out = torch.empty_like(q)
+        band_attention(q, k, v, kinds="sts", layout=layout, width=width, corrections=(term,), out=out)
+        torch.testing.assert_close(out, expected + 0.3 * rows @ term.directions.mT)
+        # The sampled rows, which tell the head kinds, are under the same mask.
+        sampled = sampled_rows(layout, 9)
+        assert int(sampled.min()) >= layout.num_dense
+        masks = torch.stack([whole_mask(layout, width, kind)[sampled] for kind in "st"])
+        assert torch.equal(row_masks(layout, sampled, width), masks)
+        assert int(masks[0].sum()) < masks[0].numel()
+
+
 @pytest.mark.parametrize("kinds", ["ss", "st", "tt"])
 def test_gradients_are_those_of_the_mask(kinds: str) -> None:
     layout = TokenLayout(3, 4, 5, 3)
@@ -69,7 +95,7 @@ def test_gradients_are_those_of_the_mask(kinds: str) -> None:
         assert float((a - b).norm() / b.norm()) < 1e-10
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *DENSE_FRAMES])
 def test_density_is_the_share_of_the_mask(layout: TokenLayout) -> None:
     for width in {1, 2, 7, layout.num_video}:
         for kind in "st":
