@@ -33,6 +33,7 @@ COMMENTS = {
     "generation": """Size, frames and steps with which you will generate. Given are the defaults of the model's pipeline,
 with fewer frames where those are many. Less of each takes less time, disk and memory.""",
     "prompts": """Files with one prompt a line: put yours here. The model is calibrated on the first and judged on the second.
+A model from images needs files of JSON lines, name.jsonl: {"prompt": "...", "image": "path/from/the/file.png"}.
 The number of calibration prompts times that of steps gives the samples to choose from.""",
     "selection": "Samples on which the model is calibrated.",
     "method": "The preset: reelquant; gptq, which learns nothing and is quick; s2q_quantsparse, with sparse attention.",

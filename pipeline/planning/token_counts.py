@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from pipeline.context import RunContext
@@ -129,9 +130,14 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
             f"generation.max_sequence_length is {limit}: with the {template.crop} tokens of the pipeline's instruction more "
             f"than the text encoder's {positions} positions; at most {positions - template.crop}"
         )
-    prompts = [*context.calibration_prompts, *context.held_out_prompts]
+    units = {"calibration": context.calibration_prompts, "held_out": context.held_out_prompts}
+    texts = {f"prompts.{key}": [unit.prompt for unit in own] for key, own in units.items()}
+    texts |= {
+        f"prompts.{key}, negative": [unit.negative_prompt for unit in own if unit.negative_prompt]
+        for key, own in units.items()
+    }
     try:
-        lengths = prompt_lengths(context.model.folder, template, [prompt.prompt for prompt in prompts])
+        lengths = prompt_lengths(context.model.folder, template, [text for own in texts.values() for text in own])
     except (OSError, ValueError) as error:
         counts.problems.append(f"model: its tokenizer cannot be loaded: {error}")
         lengths = None
@@ -144,13 +150,13 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
             f"model: its tokenizer makes {min(lengths) + template.crop} tokens of a prompt with the pipeline's instruction, "
             f"of which {template.crop} are cut off: nothing is left; the tokenizer is not the text encoder's"
         )
-    for key, start in (("calibration", 0), ("held_out", len(context.calibration_prompts))):
-        own = getattr(context, f"{key}_prompts")
-        cut = [length for length in lengths[start : start + len(own)] if length > limit]
+    left = iter(lengths)
+    for where, own in texts.items():
+        cut = [length for length in islice(left, len(own)) if length > limit]
         if cut:
             have = "has" if len(cut) == 1 else "have"
             counts.notes.append(
-                f"prompts.{key}: {len(cut)} of {len(own)} prompts {have} more than the {limit} tokens of "
+                f"{where}: {len(cut)} of {len(own)} prompts {have} more than the {limit} tokens of "
                 f"generation.max_sequence_length (up to {max(cut)}); the rest is cut off"
             )
     counts.text = {

@@ -1,6 +1,7 @@
 """Files of JSON lines: what a line says, what is wrong with it, and what of it a run depends on."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from PIL import Image
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.prompts import read_prompts
 from pipeline.context import Run, build_context
+from pipeline.planning.token_counts import count_tokens
 from pipeline.stages.evaluation import Evaluation
 from pipeline.stages.trajectories import Trajectories
+from pipeline.submission import job_of
 from storage.cache import Cache
 from storage.run_directory import RunDirectory
 from tests.errors import names, raises
@@ -120,6 +123,28 @@ def test_a_run_depends_on_negative_prompts(tmp_path: Path, text_model: Path) -> 
     assert fingerprints(run_of(tmp_path, text_model, *plain)) == before
     changed = fingerprints(run_of(tmp_path, text_model, *({**line, "negative_prompt": "blurred"} for line in plain)))
     assert all(one != other for one, other in zip(before, changed, strict=True))
+
+
+def test_negative_prompts_that_are_cut_are_noted(tmp_path: Path, text_model: Path) -> None:
+    run = run_of(tmp_path, text_model, {"prompt": "a", "negative_prompt": "blurred " * 40}, {"prompt": "b"})
+    [note] = [note for note in count_tokens(run.context).notes if "negative" in note]
+    assert names(note, "prompts.calibration", 1, GENERATION["max_sequence_length"], "generation.max_sequence_length")
+
+
+def test_images_that_a_job_would_not_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("a.png", "b.jpg"):
+        image(checkout / name)
+    (checkout / ".gitignore").write_text("*.png\n")
+    write_lines(checkout / "c.jsonl", {"prompt": "a", "image": "a.png"}, {"prompt": "b", "image": "b.jpg"})
+    (checkout / "h.txt").write_text("c\n")
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    monkeypatch.setattr("pipeline.submission.PROJECT_ROOT", checkout)
+    files = ["prompts.calibration=c.jsonl", "prompts.held_out=h.txt", "cluster.address=auto"]
+    with pytest.raises(ConfigError) as caught:
+        job_of(small_run(tmp_path), files)
+    [problem] = caught.value.problems
+    assert names(problem, "prompts.calibration", checkout / "a.png", ".gitignore")
 
 
 def test_arguments_of_a_pipeline() -> None:
