@@ -188,7 +188,7 @@ def _moments(
             with torch.no_grad():
                 rows = group.transform(found[leader]).float()
             group.transform.forget()
-            weighted = rows * _stream_weights(group.stream, sample)
+            weighted = rows * stream_weights(call, group.stream, sample)
             hessian = weighted.T @ rows / len(samples)
             cross = None
             if asymmetric:
@@ -201,9 +201,11 @@ def _moments(
     return moments
 
 
-def _stream_weights(stream: str, sample: SampleView) -> Tensor | float:
+def stream_weights(call: BlockCall, stream: str, sample: SampleView | Sample) -> Tensor | float:
+    """Weights `[N, 1]` of the rows that layers of `stream` read; what reads all tokens has the text where attention has it."""
     if sample.weights is None or stream == "apart":
         return 1.0
     num_video = sample.constants.layout.num_video
-    weights = {"joint": sample.weights, "video": sample.weights[:num_video], "text": sample.weights[num_video:]}
-    return weights[stream].unsqueeze(1)
+    video, text = sample.weights[:num_video], sample.weights[num_video:]
+    joint = torch.cat([text, video] if call.family.text == "before" else [video, text])
+    return {"joint": joint, "video": video, "text": text}[stream].unsqueeze(1)
