@@ -25,6 +25,7 @@ from workers.messages import (
     EvaluationSettings,
     EvaluationUnit,
     Progress,
+    PromptUnit,
     StepWeightsUnit,
     UnitOutput,
     VelocityUnit,
@@ -91,7 +92,7 @@ class EvaluationWorker:
         velocities, name = Velocities(), f"evaluation/{unit.name}"
         with velocities.kept(pipeline) if unit.keep_velocity else nullcontext():
             generated = generate(
-                pipeline, unit.prompt, self._settings.generation, seed=self._seed(unit), progress=progress
+                pipeline, unit.prompt, self._settings.generation, seed=self._seed(unit.prompt), progress=progress
             )
         self._store.write(f"{name}/video", generated.video)
         if self._settings.films:
@@ -131,13 +132,13 @@ class EvaluationWorker:
                 pipeline,
                 unit.prompt,
                 self._settings.generation,
-                seed=self._seed(unit),
+                seed=self._seed(unit.prompt),
                 progress=progress,
                 decode=False,
             )
 
-    def _seed(self, unit: EvaluationUnit) -> int:
-        return unit_seed(self._settings.seed, "evaluation", unit.prompt.name)
+    def _seed(self, prompt: PromptUnit) -> int:
+        return unit_seed(self._settings.seed, "evaluation", prompt.name)
 
     def _velocity(self, unit: VelocityUnit, progress: Progress) -> dict[str, Any]:
         """Errors of the velocities by prompt, and the effective density of a sparse model."""
@@ -154,6 +155,7 @@ class EvaluationWorker:
                 self._settings.generation,
                 store=self._store,
                 names=unit.trajectories,
+                seeds=[self._seed(prompt) for prompt in unit.prompts],
                 progress=progress,
             )
         return {"prompts": errors, **_density(sparse)}
@@ -171,7 +173,7 @@ class EvaluationWorker:
                 progress(index * of + done, total * of)
 
             latents, velocity = (self._store.read(f"{name}/{array}") for array in ("latents", "velocity"))
-            trajectory = Trajectory(prompt, latents, velocity)
+            trajectory = Trajectory(prompt, latents, velocity, self._seed(prompt))
             errors = rounding_errors(
                 pipeline, family, trajectory, generation, steps=unit.steps, leave_out=leave_out, progress=report
             )
@@ -195,7 +197,7 @@ class EvaluationWorker:
                 pipeline,
                 unit.prompt,
                 self._settings.generation,
-                seed=self._seed(unit),
+                seed=self._seed(unit.prompt),
                 progress=lambda done, total: progress(begun * total + done, 2 * total),
             )
             return generated.video.float() / 255

@@ -47,6 +47,8 @@ class Trajectory:
     """`[T+1, C, F, H, W]`"""
     velocity: Tensor
     """`[T, C, F, H, W]`"""
+    seed: int
+    """With which it was generated."""
 
 
 def rounding_errors(
@@ -82,6 +84,7 @@ def rounding_errors(
             [trajectory.prompt],
             generation,
             latents=trajectory.latents.unsqueeze(1),
+            seeds=[trajectory.seed],
             watch=watch,
             progress=progress,
         )
@@ -114,8 +117,14 @@ def step_effects(
             progress(index * total + done, len(chunks) * total)
 
         rollout = _RollOut(trajectory, {step: errors[step] for step in chunk}, with_reference=rows > 1)
-        final = rollout.run(pipeline, generation, leave_out=leave_out, progress=report)
-        reference = final[len(chunk)] if rows > 1 else trajectory.latents[-1].to(final)
+        final, drawn = rollout.run(pipeline, generation, leave_out=leave_out, progress=report)
+        if rows > 1:
+            reference = final[len(chunk)]
+        elif drawn:
+            same = _RollOut(trajectory, {chunk[0]: torch.zeros_like(errors[chunk[0]])}, with_reference=False)
+            reference = same.run(pipeline, generation, leave_out=leave_out, progress=report)[0][0]
+        else:
+            reference = trajectory.latents[-1].to(final)
         for row, step in enumerate(chunk):
             effects[step] = relative_error(reference, final[row]) / PERTURBATION**2
     return effects
@@ -143,21 +152,22 @@ class _RollOut:
         """The step that comes next."""
         self._final = torch.empty(0)
 
-    def run(self, pipeline: Any, generation: Generation, *, leave_out: bool, progress: Progress) -> Tensor:
-        """The final latents `[rows, C, F, H, W]`."""
+    def run(self, pipeline: Any, generation: Generation, *, leave_out: bool, progress: Progress) -> tuple[Tensor, bool]:
+        """The final latents `[rows, C, F, H, W]`, and whether the pipeline has drawn noise on the way."""
         with (
             changed_velocities(pipeline, self._change),
             passes_left_out(pipeline, self._trajectory.velocity[0], lambda: leave_out and self._at <= self._steps[0]),
         ):
-            run_latents(
+            drawn = run_latents(
                 pipeline,
                 [self._trajectory.prompt] * self._num_rows,
                 generation,
                 latents=self._rows(self._trajectory.latents[0]),
+                seeds=[self._trajectory.seed] * self._num_rows,
                 after_step=self._after_step,
                 progress=progress,
             )
-        return self._final
+        return self._final, drawn
 
     def _rows(self, stored: Tensor) -> Tensor:
         return stored.expand(self._num_rows, *stored.shape).clone()

@@ -66,6 +66,7 @@ def velocity_errors(
     *,
     store: RecordedOutputs,
     names: Sequence[str],
+    seeds: Sequence[int],
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Relative squared errors of the velocities of `pipeline` on stored trajectories, all prompts in one call.
@@ -73,6 +74,7 @@ def velocity_errors(
     Args:
         store: of the full-precision trajectories.
         names: of each prompt's arrays in it.
+        seeds: of each prompt's generation.
 
     Returns:
         by name of the prompt `velocity_error`, T numbers, and for several passes a step `pass_errors`, T times P numbers.
@@ -96,6 +98,7 @@ def velocity_errors(
         prompts,
         generation,
         latents=latents,
+        seeds=seeds,
         watch=measure,
         progress=progress,
     )

@@ -100,14 +100,18 @@ def run_latents(
     generation: Generation,
     *,
     latents: Tensor,
+    seeds: Sequence[int],
     after_step: Callable[[int, Tensor], Tensor],
     progress: Progress,
-) -> None:
+) -> bool:
     """Calls `pipeline` with several prompts at once, from given noise, without decoding.
 
     Args:
         latents: `[B, C, F, H, W]` the noise of each prompt.
+        seeds: of each prompt, for pipelines that draw more than that noise.
         after_step: called with the step and the latents after it; returns those with which the next step begins.
+
+    Returns: whether more was drawn.
     """
 
     def end_step(step: int, own: Tensor) -> Tensor:
@@ -116,8 +120,10 @@ def run_latents(
 
     # No inference mode, as in `generate`.
     with torch.no_grad(), changed_latents(pipeline, end_step):
-        given = latents.to(execution_device(pipeline))
-        called(pipeline, prompts, generation, latents=given, output_type="latent")
+        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+        given = {"latents": latents.to(execution_device(pipeline)), "generator": drawn}
+        called(pipeline, prompts, generation, **given, output_type="latent")
+    return not torch.equal(drawn[0].get_state(), torch.Generator().manual_seed(seeds[0]).get_state())
 
 
 def teacher_forced(
@@ -126,6 +132,7 @@ def teacher_forced(
     generation: Generation,
     *,
     latents: Tensor,
+    seeds: Sequence[int],
     watch: Watch,
     progress: Progress,
 ) -> None:
@@ -134,6 +141,7 @@ def teacher_forced(
 
     Args:
         latents: `[T+1, B, C, F, H, W]` of each prompt: the noise, then the latents after every step.
+        seeds: those of the trajectories.
     """
     with watched_velocities(pipeline, watch):
         run_latents(
@@ -141,6 +149,7 @@ def teacher_forced(
             prompts,
             generation,
             latents=latents[0],
+            seeds=seeds,
             after_step=lambda step, own: latents[step + 1].to(own),
             progress=progress,
         )
