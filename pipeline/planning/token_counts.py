@@ -115,11 +115,12 @@ def size_problems(context: RunContext) -> list[str]:
 
 
 def patches(family: Family, config: Config) -> tuple[int, int, int]:
-    """Latents of a token: in time, height and width."""
-    size = VideoSize(frames=48, height=48, width=48, num_text=1)
+    """Latents of a token: in time, 1 where the pipeline adds what is lacking, in height and width."""
+    size = VideoSize(frames=1, height=48, width=48, num_text=1)
     with META:
-        grid = family.grid(config, family.inputs(config, size))
-    return tuple(48 // number for number in grid)  # type: ignore[return-value]
+        grids = (family.grid(config, family.inputs(config, replace(size, frames=num))) for num in range(1, 49))
+        found, (_, height, width) = next((num, grid) for num, grid in enumerate(grids, 1) if grid[0])
+    return found, 48 // height, 48 // width
 
 
 def _count_text(context: RunContext, counts: TokenCounts) -> None:

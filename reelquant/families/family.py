@@ -35,6 +35,7 @@ One with a true `takes_many` also takes `[n H, L, D]`, the heads of n elements w
 """
 
 FAMILIES = {
+    "CogVideoXTransformer3DModel": "cogvideox",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video_15",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "LTXVideoTransformer3DModel": "ltx_video",

@@ -28,6 +28,8 @@ from workers.pipeline_call import called
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")]
 GENERATION: dict[str, dict[str, Any]] = {
+    "cogvideox": {"height": 32, "width": 48, "num_frames": 9},
+    "cogvideox_1_5": {"height": 32, "width": 48, "num_frames": 9},
     "hunyuan_video_15": {"height": 64, "width": 96, "num_frames": 9},
     "ltx_video": {"height": 32, "width": 64, "num_frames": 9},
     "mochi": {"height": 32, "width": 48, "num_frames": 7},
@@ -46,7 +48,7 @@ PARTS = {"wan_2_2": {"tokens_per_step": 0.5}}
 STEPS: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 16}
 LONG_TEXT = {"hunyuan_video_15": 32}
 """Text tokens of pipelines that leave much of their instruction."""
-KILLED = {"hunyuan_video_15"}
+KILLED = {"cogvideox_1_5", "hunyuan_video_15"}
 """Their runs are killed once, in the middle of the distillation."""
 
 
@@ -151,13 +153,23 @@ def test_units_of_two_transformers_are_counted_before_they_are_listed(tmp_path: 
     assert totals == {name: stage.num_expected for name, stage in read_run(run.directory.location).stages.items()}
 
 
-def test_a_video_that_the_model_has_no_positions_for_is_named(tmp_path: Path) -> None:
-    model = tiny_pipelines.wan(tmp_path / "model")
-    generation = {**GENERATION["wan_2_2"], **STEPS, "width": 1056}
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("wan_2_2", {"width": 1056}, ("Wan", "3 x 8 x 132", "generation.width")),
+        ("cogvideox_1_5", {"width": 64}, ("CogVideoX", "3 x 8 x 16", "generation.width")),
+        ("cogvideox", {"max_sequence_length": 24}, ("generation.max_sequence_length", 24, 16, "CogVideoX")),
+    ],
+)
+def test_what_the_model_has_no_positions_for_is_named(
+    family: str, changes: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    model = getattr(tiny_pipelines, family.removesuffix("_2_2"))(tmp_path / "model")
+    generation = {**settings_of(family), **changes}
     plan = plan_config(
         load_config(small_run(tmp_path, model=str(model), generation=generation, method={"preset": "rtn"}))
     )
-    assert names("\n".join(plan.problems), "Wan", "3 x 8 x 132", "generation.width")
+    assert names("\n".join(plan.problems), *expected)
 
 
 def test_what_a_family_does_not_declare_is_refused(tmp_path: Path) -> None:

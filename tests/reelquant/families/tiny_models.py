@@ -1,4 +1,4 @@
-"""Tiny random transformers of six families and their variants, and declarations of those that the package does not have."""
+"""Tiny random transformers of every family and their variants."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,44 +7,13 @@ from typing import Any
 import diffusers
 import torch
 
-from reelquant.families.family import Arguments, Config, Family, VideoSize
+from reelquant.families.cogvideox import FAMILY as COGVIDEOX
+from reelquant.families.family import Family
 from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
 from reelquant.families.hunyuan_video_15 import FAMILY as HUNYUAN_VIDEO_15
 from reelquant.families.ltx_video import FAMILY as LTX_VIDEO
 from reelquant.families.mochi import FAMILY as MOCHI
 from reelquant.families.wan import FAMILY as WAN
-from reelquant.tokens import Grid
-
-
-def falling(scheduler: Any, num_steps: int, _num_video: int | None) -> list[float]:
-    scheduler.set_timesteps(num_steps)
-    return [float(timestep) / 1000 for timestep in scheduler.timesteps]
-
-
-def level(timestep: float) -> float:
-    return timestep / 1000
-
-
-def _cogvideox_grid(config: Config, call: Arguments) -> Grid:
-    _, frames, _, height, width = call["hidden_states"].shape
-    return frames, height // config["patch_size"], width // config["patch_size"]
-
-
-def _cogvideox_inputs(config: Config, size: VideoSize) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.empty(size.batch, size.frames, config["in_channels"], size.height, size.width),
-        "timestep": torch.empty(size.batch),
-        # Its positions are learned: there are always as many.
-        "encoder_hidden_states": torch.empty(size.batch, config["max_text_seq_length"], config["text_embed_dim"]),
-        "return_dict": False,
-    }
-
-
-COGVIDEOX = Family(
-    name="CogVideoX", architecture="CogVideoXTransformer3DModel", blocks={"transformer_blocks": "num_layers"},
-    self_attention="attn1", text="before", grid=_cogvideox_grid, inputs=_cogvideox_inputs, noise_level=level,
-    noise_levels=falling, guidance="batched", channel_axis=2, outside={"time_embedding.*": "embedder"},
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +56,27 @@ _UNIPC = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", us
 FIRST_FRAME = torch.arange(3 * 16).reshape(1, -1) < 16
 """Of the latents of a tiny TI2V model: their tokens."""
 
+
+def _angles(num: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.randn(num, width // 2).repeat_interleave(2, dim=1)
+    return angles.cos(), angles.sin()
+
+
+_COGVIDEOX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 8,
+    "num_layers": 3,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 9,
+    "patch_size": 2,
+    "temporal_compression_ratio": 4,
+    "max_text_seq_length": 8,
+}
 TINY = {
     "HunyuanVideo": Tiny(
         HUNYUAN_VIDEO,
@@ -182,24 +172,29 @@ TINY = {
     ),
     "CogVideoX": Tiny(
         COGVIDEOX,
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 8,
-            "text_embed_dim": 8,
-            "num_layers": 3,
-            "sample_width": 8,
-            "sample_height": 8,
-            "sample_frames": 9,
-            "patch_size": 2,
-            "temporal_compression_ratio": 4,
-            "max_text_seq_length": 8,
-        },
+        _COGVIDEOX,
         lambda: {"hidden_states": torch.randn(1, 3, 4, 8, 8), "timestep": torch.tensor([500]), **_text(8, 8)},
-        diffusers.CogVideoXDDIMScheduler(),
-        3,
+        diffusers.CogVideoXDDIMScheduler(timestep_spacing="trailing"),
+        5,
+    ),
+    "CogVideoX-1.5": Tiny(
+        COGVIDEOX,
+        {
+            **_COGVIDEOX,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "use_rotary_positional_embeddings": True,
+            "sample_frames": 17,
+            "sample_width": 12,
+        },
+        lambda: {
+            "hidden_states": torch.randn(1, 4, 4, 8, 10),
+            "timestep": torch.tensor([500]),
+            "image_rotary_emb": _angles(2 * 4 * 5, 16),
+            **_text(7, 8),
+        },
+        diffusers.CogVideoXDPMScheduler(timestep_spacing="trailing", prediction_type="v_prediction"),
+        5,
     ),
     "LTX-Video": Tiny(
         LTX_VIDEO,

@@ -147,3 +147,25 @@ def hunyuan_video_15(folder: Path) -> Path:
         scheduler=TINY["HunyuanVideo-1.5"].scheduler, guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def cogvideox(folder: Path, variant: str = "CogVideoX") -> Path:
+    """A `CogVideoXPipeline`; its VAE compresses four times in time and twice on a side."""
+    torch.manual_seed(0)
+    kinds = {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 3 for way in ("down", "up")}
+    vae = diffusers.AutoencoderKLCogVideoX(
+        **kinds, latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=2,
+        sample_height=64, sample_width=64, scaling_factor=0.7,
+    )  # fmt: skip
+    tiny = TINY[variant]
+    # The pipeline writes positions for the sizes that it is told.
+    settings = {**tiny.settings, "max_text_seq_length": 16}
+    diffusers.CogVideoXPipeline(
+        vae=vae, transformer=replace(tiny, settings=settings).model(), scheduler=tiny.scheduler, **_text_parts(8)
+    ).save_pretrained(folder)
+    return folder
+
+
+def cogvideox_1_5(folder: Path) -> Path:
+    """Rotary positions, two latent frames a token, and a scheduler that draws noise."""
+    return cogvideox(folder, "CogVideoX-1.5")

@@ -1,0 +1,76 @@
+"""CogVideoX: joint attention with the text in front of the video, both passes of guidance in one batch, v-prediction.
+
+2B adds a table of positions to the tokens, which has as many rows for the text as the pipeline pads it to; 5B and 1.5 rotate
+queries and keys of the video. Padding is attended. 1.5 also takes two frames of the latents for a token in time: its pipeline
+adds frames up to a whole token, and takes them away again. Timesteps are the numbers of discrete ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from reelquant.families.family import Arguments, Config, Family, VideoSize
+from reelquant.tokens import Grid
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def _grid(config: Config, call: Arguments) -> Grid:
+    _, frames, _, height, width = call["hidden_states"].shape
+    patch = config["patch_size"]
+    return frames // (config.get("patch_size_t") or 1), height // patch, width // patch
+
+
+def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
+    patch, patch_t = config["patch_size"], config.get("patch_size_t")
+    frames = -(-size.frames // (patch_t or 1)) * (patch_t or 1)
+    rotary = config.get("use_rotary_positional_embeddings", False)
+    sides = size.height // patch, size.width // patch
+    if patch_t is not None:  # 1.5 has a table of so many positions, others scale theirs to the video
+        sides = min(sides[0], config["sample_height"] // patch), min(sides[1], config["sample_width"] // patch)
+    table = frames // (patch_t or 1) * sides[0] * sides[1], config["attention_head_dim"]
+    num_text = size.num_text if rotary else config["max_text_seq_length"]
+    return {
+        "hidden_states": torch.empty(size.batch, frames, config["in_channels"], size.height, size.width),
+        "timestep": torch.empty(size.batch, dtype=torch.int64),
+        "encoder_hidden_states": torch.empty(size.batch, num_text, config["text_embed_dim"]),
+        "image_rotary_emb": (torch.empty(table), torch.empty(table)) if rotary else None,
+        "attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
+def _noise_level(timestep: float) -> float:
+    return timestep / NUM_TRAIN_TIMESTEPS
+
+
+def _noise_levels(scheduler: Any, num_steps: int, _num_video: int | None) -> list[float]:
+    scheduler.set_timesteps(num_steps)
+    return [_noise_level(float(timestep)) for timestep in scheduler.timesteps]
+
+
+def _refusal(config: Config) -> str | None:
+    if config["in_channels"] != config.get("out_channels", config["in_channels"]):
+        return "it reads an image beside the text; only text to video is supported"
+    return None
+
+
+FAMILY = Family(
+    name="CogVideoX",
+    architecture="CogVideoXTransformer3DModel",
+    blocks={"transformer_blocks": "num_layers"},
+    self_attention="attn1",
+    text="before",
+    grid=_grid,
+    inputs=_inputs,
+    noise_level=_noise_level,
+    noise_levels=_noise_levels,
+    outside={"time_embedding.*": "embedder", "patch_embed.text_proj": "embedder", "norm_out.*": "embedder"},
+    guidance="batched",
+    side_multiple=8,
+    channel_axis=2,
+    joined=(("norm1.linear", "norm2.linear"),),
+    refusal=_refusal,
+)
