@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -17,8 +18,13 @@ from workers.messages import PromptUnit
 
 CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type")
 """Names of the arguments with which a pipeline is called."""
-WITH_GUIDER = {"guidance_scale": "guider.guidance_scale", "max_sequence_length": "tokenizer_max_length"}
-"""Where a pipeline that guides by a component `guider` keeps what its call does not take."""
+WITH_GUIDER = {
+    "guidance_scale": "guider.guidance_scale",
+    "max_sequence_length": "tokenizer_max_length",
+    "height": "video_processor.calculate_default_height_width",
+    "width": "video_processor.calculate_default_height_width",
+}
+"""Where a pipeline that guides by a component `guider` keeps what its call does not take, or makes it up of an image."""
 
 
 def set_elsewhere(pipeline_class: type) -> dict[str, str]:
@@ -40,12 +46,18 @@ def called(pipeline: Any, prompts: PromptUnit | Sequence[PromptUnit], generation
         for name, place in set_elsewhere(type(pipeline)).items():
             *path, last = place.split(".")
             value = settings.pop(name)
-            # At most 1 is no guidance everywhere; a guider extrapolates below 1.
-            value = max(1.0, value) if name == "guidance_scale" else value
+            if name == "guidance_scale":
+                value = max(1.0, value)  # at most 1 is no guidance everywhere; a guider extrapolates below 1
+            elif name in ("height", "width"):
+                value = partial(_size, (generation.height, generation.width))
             owner = attrgetter(".".join(path))(pipeline) if path else pipeline
             stack.enter_context(attribute(owner, last, value))
         frames: Tensor = pipeline(**prompt_arguments(prompts), **settings, **more).frames
     return frames
+
+
+def _size(size: tuple[int, int], *_: Any, **__: Any) -> tuple[int, int]:
+    return size
 
 
 def guider_problem(guider: Any) -> str | None:

@@ -64,6 +64,12 @@ def count_tokens(context: RunContext) -> TokenCounts:
         counts.problems.append(
             f"model: the VAE makes {made} latent channels, the transformer reads {channels}: they are not of one pipeline"
         )
+    sides = tuple(call["hidden_states"].shape[-2:])
+    if call["hidden_states"].ndim == 5 and sides != (counts.size.height, counts.size.width):
+        counts.problems.append(
+            f"generation.height is {generation.height} and generation.width {generation.width}, but this {model.family.name} "
+            f"has positions for one size only: set them to {sides[0] * spatial} and {sides[1] * spatial}"
+        )
     if (fixed := call["encoder_hidden_states"].shape[1]) != counts.size.num_text:
         counts.problems.append(
             f"generation.max_sequence_length is {counts.size.num_text}, but this {model.family.name} reads {fixed} text "
@@ -118,9 +124,11 @@ def patches(family: Family, config: Config) -> tuple[int, int, int]:
     """Latents of a token: in time, 1 where the pipeline adds what is lacking, in height and width."""
     size = VideoSize(frames=1, height=48, width=48, num_text=1)
     with META:
-        grids = (family.grid(config, family.inputs(config, replace(size, frames=num))) for num in range(1, 49))
-        found, (_, height, width) = next((num, grid) for num, grid in enumerate(grids, 1) if grid[0])
-    return found, 48 // height, 48 // width
+        calls = (family.inputs(config, replace(size, frames=num)) for num in range(1, 49))
+        found, call = next((num, call) for num, call in enumerate(calls, 1) if family.grid(config, call)[0])
+        hidden, (_, height, width) = call["hidden_states"], family.grid(config, call)
+    sides = hidden.shape[-2:] if hidden.ndim == 5 else (48, 48)  # some models have positions for one size only
+    return found, sides[0] // height, sides[1] // width
 
 
 def _count_text(context: RunContext, counts: TokenCounts) -> None:

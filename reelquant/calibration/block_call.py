@@ -205,7 +205,8 @@ def real_text(family: Family, call: Arguments) -> Tensor | slice:
     masks = [call[mask][0].bool() for _, mask in family.padding]
     if len(masks) == 1:
         return masks[0]
-    return slice(int(sum(mask.sum() for mask in masks)) if masks else None)
+    there = (call[name].shape[1] for name in family.absent if bool(call[name].any()))
+    return slice(int(sum(mask.sum() for mask in masks)) + sum(there) if masks else None)
 
 
 def of_element(call: Arguments, item: int, batch: int) -> dict[str, Any]:

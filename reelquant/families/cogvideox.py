@@ -3,6 +3,8 @@
 2B adds a table of positions to the tokens, which has as many rows for the text as the pipeline pads it to; 5B and 1.5 rotate
 queries and keys of the video. Padding is attended. 1.5 also takes two frames of the latents for a token in time: its pipeline
 adds frames up to a whole token, and takes them away again. Timesteps are the numbers of discrete ones.
+
+Image to video has the image's latents behind the noise. That of 5B has learned positions for one size; 1.5's also embeds `ofs`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 
-from reelquant.families.family import Arguments, Config, Family, VideoSize
+from reelquant.families.family import Arguments, Config, Family, ImageUse, VideoSize
 from reelquant.tokens import Grid
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -24,22 +26,32 @@ def _grid(config: Config, call: Arguments) -> Grid:
 
 
 def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
-    patch, patch_t = config["patch_size"], config.get("patch_size_t")
-    frames = -(-size.frames // (patch_t or 1)) * (patch_t or 1)
+    patch, patch_t = config["patch_size"], config.get("patch_size_t") or 1
+    sample, height, width = (config["sample_height"], config["sample_width"]), size.height, size.width
+    if config.get("use_learned_positional_embeddings"):
+        height, width = sample
+    frames = -(-size.frames // patch_t) * patch_t
     rotary = config.get("use_rotary_positional_embeddings", False)
-    sides = size.height // patch, size.width // patch
-    if patch_t is not None:  # 1.5 has a table of so many positions, others scale theirs to the video
-        sides = min(sides[0], config["sample_height"] // patch), min(sides[1], config["sample_width"] // patch)
-    table = frames // (patch_t or 1) * sides[0] * sides[1], config["attention_head_dim"]
-    num_text = size.num_text if rotary else config["max_text_seq_length"]
+    sides = height // patch, width // patch
+    if config.get("patch_size_t") is not None:  # 1.5 has a table of so many positions, others scale theirs to the video
+        sides = min(sides[0], sample[0] // patch), min(sides[1], sample[1] // patch)
+    table = frames // patch_t * sides[0] * sides[1], config["attention_head_dim"]
+    offset = {"ofs": torch.empty(1) if config.get("ofs_embed_dim") else None}
+    has_table = config.get("use_learned_positional_embeddings") or not rotary
+    num_text = config["max_text_seq_length"] if has_table else size.num_text
     return {
-        "hidden_states": torch.empty(size.batch, frames, config["in_channels"], size.height, size.width),
+        "hidden_states": torch.empty(size.batch, frames, config["in_channels"], height, width),
         "timestep": torch.empty(size.batch, dtype=torch.int64),
         "encoder_hidden_states": torch.empty(size.batch, num_text, config["text_embed_dim"]),
         "image_rotary_emb": (torch.empty(table), torch.empty(table)) if rotary else None,
+        **({} if size.num_image is None else offset),
         "attention_kwargs": None,
         "return_dict": False,
     }
+
+
+def _image(config: Config, _index: Config) -> ImageUse:
+    return "none" if config["in_channels"] == config["out_channels"] else "needed"
 
 
 def _noise_level(timestep: float) -> float:
@@ -51,10 +63,18 @@ def _noise_levels(scheduler: Any, num_steps: int, _num_video: int | None) -> lis
     return [_noise_level(float(timestep)) for timestep in scheduler.timesteps]
 
 
+def _image_frame(config: Config, _call: Arguments) -> bool:
+    return bool(config["in_channels"] != config["out_channels"])
+
+
 def _refusal(config: Config) -> str | None:
-    if config["in_channels"] != config.get("out_channels", config["in_channels"]):
-        return "it reads an image beside the text; only text to video is supported"
-    return None
+    given, made = config["in_channels"], config["out_channels"]
+    if given in (made, 2 * made):
+        return None
+    return (
+        f"it has {given} input and {made} output channels; supported are {made} (from text) and {2 * made} (from text and an "
+        "image)"
+    )
 
 
 FAMILY = Family(
@@ -67,10 +87,17 @@ FAMILY = Family(
     inputs=_inputs,
     noise_level=_noise_level,
     noise_levels=_noise_levels,
-    outside={"time_embedding.*": "embedder", "patch_embed.text_proj": "embedder", "norm_out.*": "embedder"},
+    outside={
+        "time_embedding.*": "embedder",
+        "ofs_embedding.*": "embedder",
+        "patch_embed.text_proj": "embedder",
+        "norm_out.*": "embedder",
+    },
     guidance="batched",
     side_multiple=8,
     channel_axis=2,
     joined=(("norm1.linear", "norm2.linear"),),
     refusal=_refusal,
+    image=_image,
+    image_frame=_image_frame,
 )

@@ -1,9 +1,9 @@
 """HunyuanVideo-1.5: HunyuanVideo's double-stream block alone, text of two encoders, guidance in two passes by a guider.
 
-The model packs `[image, glyphs (ByT5), text (Qwen2.5-VL), padding]` behind the video. Text to video has no image: its states
-are zeros, and masked. Padding is masked on both sides, so dropping it changes no real token. Distilled models have the same
-transformer and are called once a step, without guidance; that of mean flow (`use_meanflow`) also embeds `timestep_r`, which
-diffusers' pipelines leave out.
+The model packs `[image, glyphs (ByT5), text (Qwen2.5-VL), padding]` behind the video, and reads the image's latents and a mask
+behind the noise. In text to video all of the image is zeros, and its states are masked. Padding is masked on both sides, so
+dropping it changes no real token. Distilled models have the same transformer and are called once a step, without guidance;
+that of mean flow (`use_meanflow`) also embeds `timestep_r`, which diffusers' pipelines leave out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import Hunyu
 from torch import Tensor
 
 from reelquant.families.attention_core import plain_core
-from reelquant.families.family import Arguments, AttentionCore, Config, Family, FusedBlock, PromptTemplate, VideoSize
+from reelquant.families.family import (
+    Arguments,
+    AttentionCore,
+    Config,
+    Family,
+    FusedBlock,
+    ImageUse,
+    PromptTemplate,
+    VideoSize,
+)
 from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
 from reelquant.families.hunyuan_video_attention import CoreAttentionProcessor
 from reelquant.families.hunyuan_video_fused import fused_forward, fusion_obstacle
@@ -34,7 +43,7 @@ def _grid(config: Config, call: Arguments) -> Grid:
 
 
 def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
-    """A prompt without glyphs, padding and image left out."""
+    """Of a prompt without glyphs, padding left out."""
     batch, text = size.batch, (size.batch, size.num_text)
     return {
         "hidden_states": torch.empty(batch, config["in_channels"], size.frames, size.height, size.width),
@@ -43,15 +52,21 @@ def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
         "encoder_attention_mask": torch.ones(text),
         "encoder_hidden_states_2": torch.empty(batch, 0, config["text_embed_2_dim"]),
         "encoder_attention_mask_2": torch.ones(batch, 0),
-        "image_embeds": torch.empty(batch, 0, config["image_embed_dim"]),
+        "image_embeds": torch.empty(batch, size.num_image or 0, config["image_embed_dim"]),
         "attention_kwargs": None,
         "return_dict": False,
     }
 
 
+def _image(_config: Config, index: Config) -> ImageUse:
+    return "needed" if "ImageToVideo" in index["_class_name"] else "none"
+
+
+def _image_frame(_config: Config, call: Arguments) -> bool:
+    return bool(call["image_embeds"].shape[1])  # dropped where there is no image
+
+
 def _refusal(config: Config) -> str | None:
-    if config.get("task_type") == "i2v":
-        return "task_type is i2v: it reads an image beside the text; only text to video is supported"
     head_dim, table = config["attention_head_dim"], sum(config["rope_axes_dim"])
     if table != head_dim:
         return f"attention heads have {head_dim} channels, but its rotary tables have {table}: they must be equal"
@@ -114,6 +129,8 @@ FAMILY = Family(
     outputs={"transformer_blocks": HUNYUAN_VIDEO.outputs["transformer_blocks"]},
     template=PromptTemplate(_CHAT.format(system=_PROMPT["system_message"].default), _PROMPT["crop_start"].default),
     refusal=_refusal,
+    image=_image,
+    image_frame=_image_frame,
     streams={0: "hidden_states", 1: "encoder_hidden_states"},
     processor=_processor,
     rows=HUNYUAN_VIDEO.rows,

@@ -159,6 +159,7 @@ def test_units_of_two_transformers_are_counted_before_they_are_listed(tmp_path: 
         ("wan_2_2", {"width": 1056}, ("Wan", "3 x 8 x 132", "generation.width")),
         ("cogvideox_1_5", {"width": 64}, ("CogVideoX", "3 x 8 x 16", "generation.width")),
         ("cogvideox", {"max_sequence_length": 24}, ("generation.max_sequence_length", 24, 16, "CogVideoX")),
+        ("cogvideox_1_5", {"num_frames": 12}, ("generation.num_frames", 12, "4 k + 1")),
     ],
 )
 def test_what_the_model_has_no_positions_for_is_named(

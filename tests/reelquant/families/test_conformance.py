@@ -204,13 +204,13 @@ class TestFamily:
             frames, height, width = (call[name] for name in ("num_frames", "height", "width"))
         else:
             frames, height, width = shape[-3:] if tiny.family.channel_axis == 1 else (shape[1], *shape[-2:])
-        image = call.get("encoder_hidden_states_image")
+        image = call.get("encoder_hidden_states_image", call.get("image_embeds"))
         size = VideoSize(
             frames,
             height,
             width,
             call["encoder_hidden_states"].shape[1],
-            num_image=None if image is None else image.shape[1],
+            num_image=image.shape[1] if image is not None else 0 if "ofs" in call else None,
             token_timesteps=call["timestep"].ndim == 2,
         )
         inputs = tiny.family.inputs(model.config, size)

@@ -69,6 +69,8 @@ def test_the_blocks_see_real_tokens_first(model: Any) -> None:
     real = real_text(FAMILY, batch((5, 3)))
     assert error(found[0][0][real], found[1][0]) < 1e-6
     assert found[0].shape[1] > len(found[1][0]) == 8
+    image = {**batch((5, 3)), "image_embeds": torch.ones(1, 3, 12)}
+    assert real_text(FAMILY, image) == slice(11), "the image's tokens in front of them"
 
 
 def test_a_core_sees_each_video_without_its_padding(model: Any) -> None:
@@ -134,8 +136,6 @@ def test_fused_blocks_compute_what_single_operations_do() -> None:
 
 
 def test_models_that_cannot_run_are_refused(model: Any) -> None:
-    with raises(ValueError, "task_type", "i2v"):
-        empty_block({**model.config, "task_type": "i2v"}, FAMILY, "transformer_blocks.0")
     with raises(ValueError, 16, 18):
         empty_block({**model.config, "rope_axes_dim": (6, 6, 6)}, FAMILY, "transformer_blocks.0")
 

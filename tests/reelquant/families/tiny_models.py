@@ -62,6 +62,36 @@ def _angles(num: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return angles.cos(), angles.sin()
 
 
+_HUNYUAN_VIDEO_15 = {
+    "in_channels": 9,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 3,
+    "num_refiner_layers": 1,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": 16,
+    "text_embed_2_dim": 8,
+    "image_embed_dim": 12,
+    "rope_axes_dim": (2, 6, 8),
+    "target_size": 16,
+    "task_type": "t2v",
+}
+
+
+def _hunyuan_video_15_call(image: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 9, 2, 4, 4),
+        "timestep": torch.tensor([500.0]),
+        **_text(6, 16),
+        "encoder_attention_mask": (torch.arange(6) < 5).float().unsqueeze(0),
+        "encoder_hidden_states_2": torch.randn(1, 4, 8),
+        "encoder_attention_mask_2": torch.zeros(1, 4),
+        "image_embeds": image,
+    }
+
+
 _COGVIDEOX = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -76,6 +106,14 @@ _COGVIDEOX = {
     "patch_size": 2,
     "temporal_compression_ratio": 4,
     "max_text_seq_length": 8,
+}
+_COGVIDEOX_15 = {
+    **_COGVIDEOX,
+    "patch_size_t": 2,
+    "patch_bias": False,
+    "use_rotary_positional_embeddings": True,
+    "sample_frames": 17,
+    "sample_width": 12,
 }
 TINY = {
     "HunyuanVideo": Tiny(
@@ -105,31 +143,15 @@ TINY = {
     ),
     "HunyuanVideo-1.5": Tiny(
         HUNYUAN_VIDEO_15,
-        {
-            "in_channels": 9,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "num_layers": 3,
-            "num_refiner_layers": 1,
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "text_embed_dim": 16,
-            "text_embed_2_dim": 8,
-            "image_embed_dim": 12,
-            "rope_axes_dim": (2, 6, 8),
-            "target_size": 16,
-            "task_type": "t2v",
-        },
-        lambda: {
-            "hidden_states": torch.randn(1, 9, 2, 4, 4),
-            "timestep": torch.tensor([500.0]),
-            **_text(6, 16),
-            "encoder_attention_mask": (torch.arange(6) < 5).float().unsqueeze(0),
-            "encoder_hidden_states_2": torch.randn(1, 4, 8),
-            "encoder_attention_mask_2": torch.zeros(1, 4),
-            "image_embeds": torch.zeros(1, 3, 12),
-        },
+        _HUNYUAN_VIDEO_15,
+        lambda: _hunyuan_video_15_call(torch.zeros(1, 3, 12)),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        8,
+    ),
+    "HunyuanVideo-1.5 from an image": Tiny(
+        HUNYUAN_VIDEO_15,
+        {**_HUNYUAN_VIDEO_15, "task_type": "i2v"},
+        lambda: _hunyuan_video_15_call(torch.randn(1, 3, 12)),
         diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         8,
     ),
@@ -179,18 +201,43 @@ TINY = {
     ),
     "CogVideoX-1.5": Tiny(
         COGVIDEOX,
-        {
-            **_COGVIDEOX,
-            "patch_size_t": 2,
-            "patch_bias": False,
-            "use_rotary_positional_embeddings": True,
-            "sample_frames": 17,
-            "sample_width": 12,
-        },
+        _COGVIDEOX_15,
         lambda: {
             "hidden_states": torch.randn(1, 4, 4, 8, 10),
             "timestep": torch.tensor([500]),
             "image_rotary_emb": _angles(2 * 4 * 5, 16),
+            **_text(7, 8),
+        },
+        diffusers.CogVideoXDPMScheduler(timestep_spacing="trailing", prediction_type="v_prediction"),
+        5,
+    ),
+    "CogVideoX-5B from an image": Tiny(
+        COGVIDEOX,
+        {
+            **_COGVIDEOX,
+            "in_channels": 8,
+            "use_rotary_positional_embeddings": True,
+            "use_learned_positional_embeddings": True,
+            "sample_width": 12,
+        },
+        lambda: {
+            "hidden_states": torch.randn(1, 3, 8, 8, 12),
+            "timestep": torch.tensor([500]),
+            "image_rotary_emb": _angles(3 * 4 * 6, 16),
+            "ofs": None,
+            **_text(8, 8),
+        },
+        diffusers.CogVideoXDDIMScheduler(timestep_spacing="trailing", prediction_type="v_prediction"),
+        5,
+    ),
+    "CogVideoX-1.5 from an image": Tiny(
+        COGVIDEOX,
+        {**_COGVIDEOX_15, "in_channels": 8, "ofs_embed_dim": 8},
+        lambda: {
+            "hidden_states": torch.randn(1, 4, 8, 8, 10),
+            "timestep": torch.tensor([500]),
+            "image_rotary_emb": _angles(2 * 4 * 5, 16),
+            "ofs": torch.tensor([2.0]),
             **_text(7, 8),
         },
         diffusers.CogVideoXDPMScheduler(timestep_spacing="trailing", prediction_type="v_prediction"),

@@ -14,6 +14,9 @@ from transformers import (
     CLIPVisionModel,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -125,7 +128,7 @@ def wan_2_2(folder: Path) -> Path:
     return wan(folder, boundary=0.8)
 
 
-def hunyuan_video_15(folder: Path) -> Path:
+def hunyuan_video_15(folder: Path, *, image: bool = False) -> Path:
     """A `HunyuanVideo15Pipeline`, whose instruction has more tokens than the pipeline cuts off; its VAE compresses four times
     in time and eight on a side."""
     torch.manual_seed(0)
@@ -141,12 +144,31 @@ def hunyuan_video_15(folder: Path) -> Path:
         rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
     )  # fmt: skip
     byt5 = T5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    diffusers.HunyuanVideo15Pipeline(
+    parts: dict[str, Any] = {}
+    if image:
+        siglip = SiglipVisionConfig(
+            hidden_size=12,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+        processor = SiglipImageProcessor(size={"height": 16, "width": 16})
+        parts = {"image_encoder": SiglipVisionModel(siglip), "feature_extractor": processor}
+    kind = diffusers.HunyuanVideo15ImageToVideoPipeline if image else diffusers.HunyuanVideo15Pipeline
+    tiny = TINY["HunyuanVideo-1.5 from an image" if image else "HunyuanVideo-1.5"]
+    kind(
         text_encoder=Qwen2_5_VLTextModel(qwen), tokenizer=tokenizer, text_encoder_2=T5EncoderModel(byt5),
-        tokenizer_2=ByT5Tokenizer(), transformer=TINY["HunyuanVideo-1.5"].model(), vae=vae,
-        scheduler=TINY["HunyuanVideo-1.5"].scheduler, guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
+        tokenizer_2=ByT5Tokenizer(), transformer=tiny.model(), vae=vae, scheduler=tiny.scheduler,
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0), **parts,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def hunyuan_video_15_i2v(folder: Path) -> Path:
+    """A `HunyuanVideo15ImageToVideoPipeline`, whose image encoder makes four tokens of an image."""
+    return hunyuan_video_15(folder, image=True)
 
 
 def cogvideox(folder: Path, variant: str = "CogVideoX") -> Path:
@@ -155,12 +177,13 @@ def cogvideox(folder: Path, variant: str = "CogVideoX") -> Path:
     kinds = {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 3 for way in ("down", "up")}
     vae = diffusers.AutoencoderKLCogVideoX(
         **kinds, latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=2,
-        sample_height=64, sample_width=64, scaling_factor=0.7,
+        sample_height=128, sample_width=128, scaling_factor=0.7,
     )  # fmt: skip
     tiny = TINY[variant]
     # The pipeline writes positions for the sizes that it is told.
     settings = {**tiny.settings, "max_text_seq_length": 16}
-    diffusers.CogVideoXPipeline(
+    kind = diffusers.CogVideoXImageToVideoPipeline if "image" in variant else diffusers.CogVideoXPipeline
+    kind(
         vae=vae, transformer=replace(tiny, settings=settings).model(), scheduler=tiny.scheduler, **_text_parts(8)
     ).save_pretrained(folder)
     return folder
@@ -169,3 +192,13 @@ def cogvideox(folder: Path, variant: str = "CogVideoX") -> Path:
 def cogvideox_1_5(folder: Path) -> Path:
     """Rotary positions, two latent frames a token, and a scheduler that draws noise."""
     return cogvideox(folder, "CogVideoX-1.5")
+
+
+def cogvideox_1_5_i2v(folder: Path) -> Path:
+    """The image's latents behind the noise; they are drawn from the VAE's distribution."""
+    return cogvideox(folder, "CogVideoX-1.5 from an image")
+
+
+def cogvideox_5b_i2v(folder: Path) -> Path:
+    """Learned positions: one size of videos."""
+    return cogvideox(folder, "CogVideoX-5B from an image")
