@@ -146,7 +146,8 @@ def pipeline_inputs(model: Path) -> PipelineInputs:
 def pipeline_class_of(model: Path) -> Any:
     """The pipeline's class by its index; None where diffusers has none of that name."""
     name = read_json(model / MODEL_INDEX).get("_class_name")
-    found: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    with _silent():  # its import says which backend transformers takes for images
+        found: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline) else None
 
 
