@@ -43,7 +43,10 @@ METHOD = {
     "velocity_correction": True,
     "attention": {"density": 0.6, "dense_steps": 1, "interval": 2, "residual": {"rank": 4}},
 }
-PARTS = {"wan_2_2": {"tokens_per_step": 0.5}}
+PARTS = {
+    "hunyuan_video_15": {"tokens_per_step": 0.5, "drift_repair": True},
+    "wan_2_2": {"tokens_per_step": 0.5},
+}
 """Of the method, where the family has them."""
 STEPS: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 16}
 LONG_TEXT = {"hunyuan_video_15": 32}
@@ -140,6 +143,34 @@ def test_a_run_ends_in_a_checkpoint_that_plain_diffusers_loads(family: str, tmp_
     exact.set_progress_bar_config(disable=True)
     error = (video - generated(exact, family)).norm() / video.norm()
     assert 0 < float(error) < 0.5
+
+
+def test_a_distilled_model_runs_in_few_steps_without_guidance(tmp_path: Path) -> None:
+    """HunyuanVideo-1.5's guider is told so; one call a step, protected by its noise level, and no step to cache for."""
+    model = tiny_pipelines.hunyuan_video_15(tmp_path / "model")
+    method = {
+        "preset": "reelquant",
+        "epochs": 1,
+        "rotation_block": 16,
+        "protected_steps": 1,
+        "protected_activation_bits": 16,
+    }
+    generation = {**settings_of("hunyuan_video_15"), "guidance_scale": 1.0}
+    config = small_run(
+        tmp_path, model=str(model), generation=generation, method=method, bits={"weight": 4, "activation": 8},
+        selection={"num_samples": 2, "recorded_features": ["latent"]}, evaluation={"films": False, "velocity_prompts": 1},
+    )  # fmt: skip
+    run = call("run", str(config))
+    assert run.returncode == 0, run.stdout + run.stderr
+    context = build_context(load_config(config))
+    assert context.branches == ("cond",)
+    written = [file.path for record in Recorded(tmp_path / "run").records("trajectories") for file in record.outputs]
+    assert {path.split("/")[0] for path in written} >= {"cond", "latents"}
+    assert not any(path.startswith("uncond") for path in written)
+    pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "run" / "checkpoint"))
+    first, second, *_ = context.model.noise_levels(STEPS["num_inference_steps"])
+    assert second <= pipeline.transformer.step_protection.protection.noise_above < first
+    assert bool(called(pipeline, PROMPT, Generation(**generation), output_type="latent").isfinite().all())
 
 
 def test_units_of_two_transformers_are_counted_before_they_are_listed(tmp_path: Path) -> None:
