@@ -287,7 +287,7 @@ def compression(model: Path) -> tuple[int, int]:
             vae = vae or empty_component(model, "vae")
             own = {**getattr(vae, "config", {}), names[0]: getattr(vae, names[0], None)}
             value = next((own[name] for name in names if own.get(name) is not None), None)
-            if value is None and names[0] == "spatial_compression_ratio" and "block_out_channels" in own:
+            if value is None and "spatial" in names[0] and "block_out_channels" in own:
                 value = 2 ** (len(own["block_out_channels"]) - 1)  # as the pipelines of such classes count
         if value is None:
             raise ValueError(f"{model / 'vae' / 'config.json'}: neither it nor its class says {' or '.join(names)}")

@@ -27,7 +27,7 @@ WITH_GUIDER = {
 """Where a pipeline that guides by a component `guider` keeps what its call does not take, or makes it up of an image."""
 
 
-def set_elsewhere(pipeline_class: type) -> dict[str, str]:
+def set_elsewhere(pipeline_class: Any) -> dict[str, str]:
     """Settings that the call of a pipeline does not take, and its attributes that hold them."""
     if "guider" not in inspect.signature(pipeline_class.__init__).parameters:
         return {}

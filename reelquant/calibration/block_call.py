@@ -202,7 +202,7 @@ def without_padding(family: Family, call: Arguments) -> dict[str, Any]:
 
 def real_text(family: Family, call: Arguments) -> Tensor | slice:
     """Index of the tokens that are no padding in the text `[N, d]` that blocks see in a call for one video."""
-    masks = [call[mask][0].bool() for _, mask in family.padding]
+    masks: list[Tensor] = [call[mask][0].bool() for _, mask in family.padding]
     if len(masks) == 1:
         return masks[0]
     there = (call[name].shape[1] for name in family.absent if bool(call[name].any()))

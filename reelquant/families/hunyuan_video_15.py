@@ -73,7 +73,7 @@ def _refusal(config: Config) -> str | None:
     return None
 
 
-class DenseProcessor(HunyuanVideo15AttnProcessor2_0):  # type: ignore[misc]
+class DenseProcessor(HunyuanVideo15AttnProcessor2_0):
     """diffusers' own, which also takes no mask, where no text is padded; its mask has a value for each pair of tokens."""
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ GENERATION: dict[str, dict[str, Any]] = {
     "wan_2_2": {"height": 64, "width": 96, "num_frames": 9},
 }
 PROMPT = PromptUnit("prompt-000", "the digit 3")
-METHOD = {
+METHOD: dict[str, Any] = {
     "preset": "s2q_quantsparse",
     "epochs": 1,
     "rotation_block": 16,

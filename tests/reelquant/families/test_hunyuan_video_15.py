@@ -11,6 +11,7 @@ from reelquant.calibration.input_groups import block_calls
 from reelquant.checkpoint.schema import QuantizationSpec
 from reelquant.families.attention_core import plain_core, set_attention_core
 from reelquant.families.hunyuan_video_15 import FAMILY
+from reelquant.quantization.layer_spec import LayerSpec
 from reelquant.quantization.linear import replace_linear_layers
 from reelquant.runtime.attach import attach_runtime
 from tests.errors import raises
@@ -117,7 +118,8 @@ def test_some_rows_of_a_block_are_those_of_the_whole(model: Any) -> None:
 
 def test_fused_blocks_compute_what_single_operations_do() -> None:
     model = TINY_MODEL.model()
-    layers, tensors = {}, {}
+    layers: dict[str, LayerSpec] = {}
+    tensors: dict[str, Tensor] = {}
     for name, call in block_calls(FAMILY, model.config).items():
         for group in (group for level in call.levels for group in level):
             bits = (4, 16 if group.stream == "conditioning" else 8)
@@ -127,12 +129,12 @@ def test_fused_blocks_compute_what_single_operations_do() -> None:
     replace_linear_layers(model, layers)
     model.load_state_dict(model.state_dict() | tensors, strict=True)
     attach_runtime(model, QuantizationSpec("W4A8", "test", layers))
-    call, found = batch((5, 0), (6, 4)), {}
+    made: dict[str, Tensor] = {}
     for mode in ("off", "on"):
         model.block_fusion.mode = mode
         with torch.no_grad():
-            found[mode] = model(**call)[0]
-    assert 0 < error(found["on"], found["off"]) < 1e-2, "one INT8 code apart here and there"
+            made[mode] = model(**batch((5, 0), (6, 4)))[0]
+    assert 0 < error(made["on"], made["off"]) < 1e-2, "one INT8 code apart here and there"
 
 
 def test_models_that_cannot_run_are_refused(model: Any) -> None:
