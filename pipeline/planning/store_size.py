@@ -57,6 +57,8 @@ def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, nu
 
 def _latents_place(hidden: Tensor, context: RunContext, counts: TokenCounts) -> LatentsPlace | None:
     """Where the latents lie in the transformer's input: in front of an image's channels, or behind an image's frame."""
+    if not counts.latent_shape:
+        return None  # not known (`counts.problems`)
     channels = context.model.family.channel_axis
     place = LatentsPlace(channels - 1, 0, hidden)
     if tuple(hidden.shape[1:]) == counts.latent_shape:
