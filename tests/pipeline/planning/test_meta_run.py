@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.planning.meta_run import peak_on_meta, tensors_of
 from reelquant.calibration.calibrated_layers import best_clip
-from reelquant.calibration.without_values import META
+from reelquant.calibration.without_values import META, answers
 from reelquant.families.hunyuan_video import FAMILY
 from reelquant.ops.column_sums.op import column_sums
 from reelquant.ops.implementation import reference_only
@@ -97,6 +97,7 @@ def test_code_may_ask_for_values() -> None:
         assert torch.randperm(2, generator=torch.Generator()).tolist() == [0, 0]
         assert len(x[0][x[0] > 0]) == 0
         assert x[x > 0].shape == (0,)
+        assert x[~(x > 0)].shape == (12,), "the others"
         assert not x.is_cuda
 
     def on_gpu() -> None:
@@ -105,6 +106,14 @@ def test_code_may_ask_for_values() -> None:
 
     peak_on_meta(work)
     peak_on_meta(on_gpu, on_gpu=True)
+
+
+def test_all_places_of_a_mask_are_taken_without_memory_too() -> None:
+    with torch.device("meta"), answers():
+        x, mask = torch.empty(3, 4), torch.ones(3, dtype=torch.bool)
+        assert torch.cat([x[mask], x[~mask]]).shape == x.shape
+        assert x[~mask].shape == (0, 4)
+        assert x[mask.clone()].shape == (3, 4)
 
 
 def test_two_turns_of_a_loop_take_as_much_as_all(monkeypatch: pytest.MonkeyPatch) -> None:
