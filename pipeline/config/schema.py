@@ -204,8 +204,8 @@ class EvaluationConfig(Section):
     """Folder of the digit recognizer; only models that draw digits have a recognition rate."""
     films: bool = True
     """Write an `.mp4` of every video; the metrics do not need it."""
-    film_fps: int = Field(default=24, ge=1, le=240)
-    """Frames a second of the `.mp4`: what the model was trained with, 24 for HunyuanVideo."""
+    film_fps: Annotated[int, Field(ge=1, le=240)] | None = None
+    """Frames a second of the `.mp4`; null: those of the model's family, such as 24 of HunyuanVideo, 16 of Wan, 8 of CogVideoX."""
     noise_floor: bool = False
     """Also compare the full-precision model in bfloat16 with itself under another attention backend: two right answers lie
     that far apart, and no method's distance below it means anything."""

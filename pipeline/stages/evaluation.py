@@ -54,7 +54,7 @@ class Evaluation:
             None if recognizer is None else recognizer.resolve(),
             context.config.evaluation.films,
             context.sharding,
-            context.config.evaluation.film_fps,
+            context.config.evaluation.film_fps or context.model.family.frames_per_second,
             context.config.evaluation_seed,
         )
 

@@ -94,6 +94,7 @@ FAMILY = Family(
         "norm_out.*": "embedder",
     },
     guidance="batched",
+    frames_per_second=8,
     side_multiple=8,
     channel_axis=2,
     joined=(("norm1.linear", "norm2.linear"),),

@@ -158,6 +158,8 @@ class Family:
     level is then that of the largest."""
     token_rows: tuple[str, ...] = ()
     """Arguments of a block `[B, video tokens, ...]` that then are equal for tokens of one timestep."""
+    frames_per_second: int = 24
+    """At which films of the model's videos play in their own time."""
     side_multiple: int = 1
     """The pipeline takes heights and widths that this divides."""
     channel_axis: int = 1

@@ -58,6 +58,7 @@ FAMILY = Family(
     noise_levels=_noise_levels,
     outside={"time_embed.*": "embedder", "norm_out.*": "embedder"},
     guidance="batched",
+    frames_per_second=30,
     side_multiple=8,
     padding=(("encoder_hidden_states", "encoder_attention_mask"),),
     needs_text=False,

@@ -146,6 +146,7 @@ FAMILY = Family(
     image_frame=_image_frame,
     token_timesteps="expand_timesteps",
     token_rows=("temb",),
+    frames_per_second=16,
     side_multiple=16,
     refusal=_refusal,
     rows=_rows,
