@@ -205,7 +205,7 @@ class EvaluationConfig(Section):
     films: bool = True
     """Write an `.mp4` of every video; the metrics do not need it."""
     film_fps: Annotated[int, Field(ge=1, le=240)] | None = None
-    """Frames a second of the `.mp4`; null: those of the model's family, such as 24 of HunyuanVideo, 16 of Wan, 8 of CogVideoX."""
+    """Frames a second of the `.mp4`; null: the family's, such as 24 of HunyuanVideo, 16 of Wan, 8 of CogVideoX."""
     noise_floor: bool = False
     """Also compare the full-precision model in bfloat16 with itself under another attention backend: two right answers lie
     that far apart, and no method's distance below it means anything."""
