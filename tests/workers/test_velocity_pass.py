@@ -50,7 +50,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> UnitCache:
 
 @pytest.fixture(scope="module")
 def checkpoint(run: UnitCache, digits_model: Path) -> Callable[[str], str]:
-    """Logical name of a checkpoint `dense` or `sparse` with eight rounded layers."""
+    """Logical name of a checkpoint `dense` or `sparse` with eight rounded layers. Activations are not rounded: last digits,
+    which differ from machine to machine and with the batch, would decide their codes."""
     names = [f"single_transformer_blocks.{i}.{layer}" for i in range(4) for layer in ("proj_out", "proj_mlp")]
     tensors, specs = {}, {}
     with safe_open(digits_model / "transformer/diffusion_pytorch_model.safetensors", framework="pt") as source:
@@ -59,7 +60,7 @@ def checkpoint(run: UnitCache, digits_model: Path) -> Callable[[str], str]:
             grid = fit_per_channel(weight, 4)
             bias = source.get_tensor(f"{name}.bias")
             packed, specs[name] = pack_layer(
-                name, codes=grid.round(weight), grid=grid, bias=bias, activation_bits=8, activation_clip=torch.ones(1)
+                name, codes=grid.round(weight), grid=grid, bias=bias, activation_bits=16, activation_clip=None
             )
             tensors.update(packed)
     write_block_artifact(run.run / "block.safetensors", tensors, specs)
@@ -69,7 +70,7 @@ def checkpoint(run: UnitCache, digits_model: Path) -> Callable[[str], str]:
             sparse = SPARSE if kind == "sparse" else None
             artifacts = [run.run / "block.safetensors"]
             write_checkpoint(
-                digits_model, run.run / kind, artifacts=artifacts, bits="W4A8", method="rtn", sparse_attention=sparse
+                digits_model, run.run / kind, artifacts=artifacts, bits="W4A16", method="rtn", sparse_attention=sparse
             )
         return run.put_checkpoint(kind)
 
@@ -187,8 +188,7 @@ def test_several_prompts_at_once_are_as_one_by_one(
     for prompt in PROMPTS:
         alone = run.do(worker, "evaluation", velocity_unit([prompt], checkpoint(kind))).result
         [single] = alone["prompts"].values()
-        # Activations are rounded: last digits of a product decide a code here and there.
-        assert together["prompts"][prompt.name]["velocity_error"] == pytest.approx(single["velocity_error"], rel=0.02)
+        assert together["prompts"][prompt.name]["velocity_error"] == pytest.approx(single["velocity_error"], rel=1e-3)
         if kind == "sparse":
             assert 0.6 < alone["effective_density"] < 1
             assert together["effective_density"] == pytest.approx(alone["effective_density"], abs=0.02)
@@ -203,7 +203,7 @@ def test_sparse_steps_carry_their_state(
     ]
     dense, sparse = (found["velocity_error"] for found in errors)
     # Step 0 is dense, step 1 a refresh (the noise levels are 1, 0.9, 0.75, 0.5), steps 2 and 3 lie behind it.
-    assert sparse[:2] == pytest.approx(dense[:2], rel=0.02)  # as above
+    assert sparse[:2] == pytest.approx(dense[:2], rel=1e-3)
     assert all(one > 1.05 * other for one, other in zip(sparse[2:], dense[2:], strict=True))
 
 
