@@ -16,7 +16,7 @@ from reelquant.settings.generation import Generation
 from workers.images import read_image
 from workers.messages import PromptUnit
 
-CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "latents", "output_type")
+CALL_ARGUMENTS = ("prompt", *(f.name for f in fields(Generation)), "generator", "output_type")
 """Names of the arguments with which a pipeline is called."""
 WITH_GUIDER = {
     "guidance_scale": "guider.guidance_scale",

@@ -78,7 +78,7 @@ def rounding_errors(
     with ExitStack() as stack:
         for transformer in transformers(pipeline):
             stack.enter_context(rounded_blocks(family, transformer))
-        stack.enter_context(passes_left_out(pipeline, trajectory.velocity[0], lambda: leave_out and at not in steps))
+        stack.enter_context(passes_left_out(pipeline, lambda: leave_out and at not in steps))
         teacher_forced(
             pipeline,
             [trajectory.prompt],
@@ -117,14 +117,8 @@ def step_effects(
             progress(index * total + done, len(chunks) * total)
 
         rollout = _RollOut(trajectory, {step: errors[step] for step in chunk}, with_reference=rows > 1)
-        final, drawn = rollout.run(pipeline, generation, leave_out=leave_out, progress=report)
-        if rows > 1:
-            reference = final[len(chunk)]
-        elif drawn:
-            same = _RollOut(trajectory, {chunk[0]: torch.zeros_like(errors[chunk[0]])}, with_reference=False)
-            reference = same.run(pipeline, generation, leave_out=leave_out, progress=report)[0][0]
-        else:
-            reference = trajectory.latents[-1].to(final)
+        final = rollout.run(pipeline, generation, leave_out=leave_out, progress=report)
+        reference = final[len(chunk)] if rows > 1 else trajectory.latents[-1].to(final)
         for row, step in enumerate(chunk):
             effects[step] = relative_error(reference, final[row]) / PERTURBATION**2
     return effects
@@ -152,13 +146,13 @@ class _RollOut:
         """The step that comes next."""
         self._final = torch.empty(0)
 
-    def run(self, pipeline: Any, generation: Generation, *, leave_out: bool, progress: Progress) -> tuple[Tensor, bool]:
-        """The final latents `[rows, C, F, H, W]`, and whether the pipeline has drawn noise on the way."""
+    def run(self, pipeline: Any, generation: Generation, *, leave_out: bool, progress: Progress) -> Tensor:
+        """The final latents `[rows, C, F, H, W]`."""
         with (
             changed_velocities(pipeline, self._change),
-            passes_left_out(pipeline, self._trajectory.velocity[0], lambda: leave_out and self._at <= self._steps[0]),
+            passes_left_out(pipeline, lambda: leave_out and self._at <= self._steps[0]),
         ):
-            drawn = run_latents(
+            run_latents(
                 pipeline,
                 [self._trajectory.prompt] * self._num_rows,
                 generation,
@@ -167,7 +161,7 @@ class _RollOut:
                 after_step=self._after_step,
                 progress=progress,
             )
-        return self._final, drawn
+        return self._final
 
     def _rows(self, stored: Tensor) -> Tensor:
         return stored.expand(self._num_rows, *stored.shape).clone()

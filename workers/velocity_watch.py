@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
-from reelquant.diffusers_internals import execution_device
+from reelquant.families.family import family_of_architecture
 from reelquant.settings.generation import Generation
 from workers.messages import Progress, PromptUnit
 from workers.pipeline_call import attribute, called
@@ -58,6 +58,28 @@ def changed_latents(pipeline: Any, change: Callable[[int, Tensor], Tensor]) -> I
         return change(next(steps), latents), *others
 
     with attribute(pipeline.scheduler, "step", step):
+        yield
+
+
+@contextmanager
+def given_noise(pipeline: Any, latents: Tensor) -> Iterator[None]:
+    """While open, generations of `pipeline` begin with `latents` `[B, ...]`, whatever it draws and makes of that.
+
+    Random numbers are drawn as without, so that what is drawn later on is the same. Of a frame that is an image's and that the
+    scheduler does not have, the pipeline's own stays.
+    """
+    original = pipeline.prepare_latents
+
+    @functools.wraps(original)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        own, *others = found if isinstance(found, tuple) else (found,)
+        given = latents.to(own)
+        if given.shape != own.shape:
+            given = torch.cat([own[:, :, : own.shape[2] - given.shape[2]], given], dim=2)
+        return (given, *others) if isinstance(found, tuple) else given
+
+    with attribute(pipeline, "prepare_latents", prepare):
         yield
 
 
@@ -103,15 +125,13 @@ def run_latents(
     seeds: Sequence[int],
     after_step: Callable[[int, Tensor], Tensor],
     progress: Progress,
-) -> bool:
-    """Calls `pipeline` with several prompts at once, from given noise, without decoding.
+) -> None:
+    """Calls `pipeline` with several prompts at once, from given latents, without decoding.
 
     Args:
-        latents: `[B, C, F, H, W]` the noise of each prompt.
-        seeds: of each prompt, for pipelines that draw more than that noise.
+        latents: `[B, C, F, H, W]` those with which the first step of each prompt begins.
+        seeds: of each prompt, for what the pipeline draws besides.
         after_step: called with the step and the latents after it; returns those with which the next step begins.
-
-    Returns: whether more was drawn.
     """
 
     def end_step(step: int, own: Tensor) -> Tensor:
@@ -119,11 +139,9 @@ def run_latents(
         return after_step(step, own)
 
     # No inference mode, as in `generate`.
-    with torch.no_grad(), changed_latents(pipeline, end_step):
+    with torch.no_grad(), given_noise(pipeline, latents), changed_latents(pipeline, end_step):
         drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
-        given = {"latents": latents.to(execution_device(pipeline)), "generator": drawn}
-        called(pipeline, prompts, generation, **given, output_type="latent")
-    return not torch.equal(drawn[0].get_state(), torch.Generator().manual_seed(seeds[0]).get_state())
+        called(pipeline, prompts, generation, generator=drawn, output_type="latent")
 
 
 def teacher_forced(
@@ -156,26 +174,22 @@ def teacher_forced(
 
 
 @contextmanager
-def passes_left_out(pipeline: Any, velocity: Tensor, leave_out: Callable[[], bool]) -> Iterator[None]:
+def passes_left_out(pipeline: Any, leave_out: Callable[[], bool]) -> Iterator[None]:
     """While open, a pass of a transformer returns zeros at once as long as `leave_out()` says so: for steps whose velocity is
-    known, and given by `changed_velocities`.
-
-    Args:
-        velocity: one as large as those of one video, `[C, F, H, W]`.
-    """
+    known, and given by `changed_velocities`."""
     with ExitStack() as stack:
         for transformer in transformers(pipeline):
-            stack.enter_context(attribute(transformer, "forward", _unless(leave_out, transformer, velocity.shape)))
+            stack.enter_context(attribute(transformer, "forward", _unless(leave_out, transformer)))
         yield
 
 
-def _unless(leave_out: Callable[[], bool], transformer: Any, shape: torch.Size) -> Callable[..., Any]:
-    original = transformer.forward
+def _unless(leave_out: Callable[[], bool], transformer: Any) -> Callable[..., Any]:
+    original, family = transformer.forward, family_of_architecture(type(transformer).__name__)
 
     @functools.wraps(original)
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if leave_out():
-            return (hidden_states.new_zeros(len(hidden_states), *shape),)
+            return (torch.zeros_like(family.latents(transformer.config, hidden_states)),)
         return original(hidden_states, *args, **kwargs)
 
     return forward
