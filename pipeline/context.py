@@ -278,8 +278,8 @@ def _sparse_problems(method: Recipe, model: ModelFacts, config: RunConfig) -> li
         )
     if method.drift_repair and not all(call.outputs for call in model.calls.values()):
         problems.append(
-            f"drift_repair is on, but the layers that add to the stream of {model.family.name} are not declared; set "
-            "drift_repair: false"
+            f"drift_repair is on, but of this {model.family.name} no layers are declared that add to the stream with one gate "
+            "for all tokens; set drift_repair: false"
         )
     if method.protected_steps > steps:
         problems.append(f"protected_steps is {method.protected_steps}, but a generation has {steps} steps")

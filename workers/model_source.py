@@ -304,12 +304,13 @@ def video_size(model: Path, generation: Generation) -> VideoSize:
     """
     temporal, spatial = compression(model)
     family, index = family_of_model(model), read_json(model / MODEL_INDEX)
+    template = family.template(transformer_config(model))
     takes_image = pipeline_inputs(model).image != "none" and family.image is not None
     return VideoSize(
         (generation.num_frames - 1) // temporal + 1,
         generation.height // spatial,
         generation.width // spatial,
-        generation.max_sequence_length,
+        template.num_tokens(generation.max_sequence_length),
         num_image=_num_image_tokens(model) if takes_image else None,
         token_timesteps=family.token_timesteps is not None and bool(index.get(family.token_timesteps)),
     )

@@ -137,7 +137,9 @@ class LatentsPlace:
     axis: int
     """Without the batch's."""
     start: int
-    """First index along it; those of the latents before it are not there."""
+    """First index along it."""
+    skipped: int
+    """So many of the latents along it, the first, are not there."""
     rest: Tensor
     """`[1, ...]`: the argument without the latents, the same at all steps."""
 
@@ -154,24 +156,28 @@ class LatentsPlace:
                 return None
             own = first[0].narrow(axis, 0, shape[axis])
             same = (own == latents[0].to(own.dtype)).movedim(axis, 0).flatten(1).all(dim=1).tolist()
-            place = cls(axis, same.index(True) if True in same else len(same), first)
-            place = replace(place, rest=place.without_latents(first, shape[axis]))
-            pairs = zip(values, latents, strict=False)
-            if all(same[place.start :]) and any(same) and all(place.holds(value.cpu(), x) for value, x in pairs):
-                return place
+            start = same.index(True) if True in same else len(same)
+            # The latents in place of the argument's first ones, but for some that are others; or behind others.
+            for place in (cls(axis, start, start, first), cls(axis, first.shape[axis + 1] - shape[axis], 0, first)):
+                place = replace(place, rest=place.without_latents(first, shape[axis]))
+                pairs = zip(values, latents, strict=False)
+                if place.skipped < shape[axis] and all(place.holds(value.cpu(), x) for value, x in pairs):
+                    return place
         return None
 
     def without_latents(self, value: Tensor, length: int) -> Tensor:
         """What `value` has beside latents that are `length` long."""
         axis = self.axis + 1
-        behind = value.narrow(axis, length, value.shape[axis] - length)
-        return torch.cat([value.narrow(axis, 0, self.start), behind], dim=axis)
+        end = self.start + length - self.skipped
+        return torch.cat(
+            [value.narrow(axis, 0, self.start), value.narrow(axis, end, value.shape[axis] - end)], dim=axis
+        )
 
     def filled(self, latents: Tensor) -> Tensor:
         """The argument with latents `[1, ...]` in it."""
-        axis, length = self.axis + 1, latents.shape[self.axis + 1] - self.start
+        axis, length = self.axis + 1, latents.shape[self.axis + 1] - self.skipped
         before, behind = self.rest.to(latents.dtype).tensor_split([self.start], dim=axis)
-        return torch.cat([before, latents.narrow(axis, self.start, length), behind], dim=axis)
+        return torch.cat([before, latents.narrow(axis, self.skipped, length), behind], dim=axis)
 
     def holds(self, value: Tensor, latents: Tensor) -> bool:
         """Whether `value` is this with `latents`, which have no batch's axis."""
@@ -238,7 +244,8 @@ def write_steps(
     for name, place in of_latents.items():
         structure[name] = {"latents": None}
         if place is not None:
-            structure[name] = {"latents": {"axis": place.axis, "start": place.start, "rest": name}}
+            where = {"axis": place.axis, "start": place.start, "skipped": place.skipped}
+            structure[name] = {"latents": {**where, "rest": name}}
             write(name, place.rest)
     write(STRUCTURE, encoded(structure))
 
@@ -256,8 +263,7 @@ class StoredSteps:
         structure: dict[str, Any] = decoded(store.read(f"{prefix}/{branch}/{STRUCTURE}"))
         places = {name: value["latents"] for name, value in structure.items() if "latents" in value}
         self._latents = {
-            name: place and LatentsPlace(place["axis"], place["start"], read(place["rest"]))
-            for name, place in places.items()
+            name: place and LatentsPlace(**{**place, "rest": read(place["rest"])}) for name, place in places.items()
         }
         self._steps = {name: read(value["steps"]) for name, value in structure.items() if "steps" in value}
         kept = {name: value for name, value in structure.items() if not {"latents", "steps"} & value.keys()}

@@ -11,6 +11,7 @@ from pipeline.context import RunContext
 from pipeline.planning.planned_calls import planned_arguments, planned_call
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, reads_activations
+from reelquant.families.family import InputGroup
 from storage.arrays import array_bytes
 from storage.unit_store import GROUP_METADATA
 from workers.stored_calls import LatentsPlace, write_constants, write_steps
@@ -27,7 +28,7 @@ def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
     width = conditioning_width(context)
     shared = (
         array_bytes((steps + 1, *counts.latent_shape), torch.float32)
-        + (array_bytes((steps * len(context.branches), width), torch.float32) if width else 0)
+        + (array_bytes((_conditioning_rows(context), width), torch.float32) if width else 0)
         + 2 * array_bytes((steps,), torch.float32)  # timesteps, diffusion
         + sum(array_bytes(salience[feature], torch.float32) for feature in features)
         + array_bytes(counts.video_shape, torch.uint8)
@@ -59,12 +60,15 @@ def _latents_place(hidden: Tensor, context: RunContext, counts: TokenCounts) -> 
     """Where the latents lie in the transformer's input: in front of an image's channels, or behind an image's frame."""
     if not counts.latent_shape:
         return None  # not known (`counts.problems`)
-    channels = context.model.family.channel_axis
-    place = LatentsPlace(channels - 1, 0, hidden)
+    frames, channels = 2 - context.model.family.channel_axis, context.model.family.channel_axis - 1
     if tuple(hidden.shape[1:]) == counts.latent_shape:
         if counts.size.num_image is None or not counts.size.token_timesteps:
             return None
-        place = LatentsPlace(2 - channels, 1, hidden)
+        place = LatentsPlace(frames, 1, 1, hidden)
+    elif context.model.family.first_frame_of(context.model.config) == "given":
+        place = LatentsPlace(frames, 1, 0, hidden)
+    else:
+        place = LatentsPlace(channels, 0, 0, hidden)
     return replace(place, rest=place.without_latents(hidden, counts.latent_shape[place.axis]))
 
 
@@ -100,12 +104,21 @@ def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:
 
 def conditioning_width(context: RunContext) -> int:
     """Width of what the modulation layers read; 0 where the blocks have none."""
-    block, call = next(iter(context.model.calls.items()))
-    groups = [group for level in call.levels for group in level if group.stream == "conditioning"]
+    block, groups = next(iter(context.model.calls)), _conditioning_groups(context)
     return context.model.linears[f"{block}.{groups[0].name}"][1] if groups else 0
 
 
 def num_conditioning_rows(context: RunContext) -> int:
     """Rows of it at all candidates."""
-    steps = context.config.generation.num_inference_steps
-    return len(context.calibration_prompts) * steps * len(context.branches)
+    return len(context.calibration_prompts) * _conditioning_rows(context)
+
+
+def _conditioning_rows(context: RunContext) -> int:
+    """Rows of it in a trajectory."""
+    calls = max((group.num_calls for group in _conditioning_groups(context)), default=0)
+    return context.config.generation.num_inference_steps * len(context.branches) * calls
+
+
+def _conditioning_groups(context: RunContext) -> list[InputGroup]:
+    call = next(iter(context.model.calls.values()))
+    return [group for level in call.levels for group in level if group.stream == "conditioning"]

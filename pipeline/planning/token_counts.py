@@ -47,16 +47,20 @@ def count_tokens(context: RunContext) -> TokenCounts:
         counts.problems.append(f"model: {error}")
         return counts
     counts.size = video_size(model.folder, generation)
+    first_frame = model.family.first_frame_of(model.config)
     counts.video_shape = (
-        (counts.size.frames - 1) * temporal + 1,
+        (counts.size.frames - 1 - (first_frame == "left_out")) * temporal + 1,
         counts.size.height * spatial,
         counts.size.width * spatial,
         3,
     )
     with META:
         call = model.family.inputs(model.config, counts.size)
-    counts.latent_shape = tuple(model.family.latents(model.config, call["hidden_states"]).shape[1:])
-    counts.layout = model.family.layout(model.config, call, generation.max_sequence_length)
+    latents = model.family.latents(model.config, call["hidden_states"])
+    if first_frame == "given":
+        latents = latents.narrow(3 - model.family.channel_axis, 1, counts.size.frames - 1)
+    counts.latent_shape = tuple(latents.shape[1:])
+    counts.layout = model.family.layout(model.config, call, counts.size.num_text)
     counts.problems += size_problems(context)
     vae, channels = read_json(model.folder / "vae" / "config.json"), model.family.latent_channels(model.config)
     made = vae.get("latent_channels", vae.get("z_dim"))
@@ -72,8 +76,8 @@ def count_tokens(context: RunContext) -> TokenCounts:
         )
     if (fixed := call["encoder_hidden_states"].shape[1]) != counts.size.num_text:
         counts.problems.append(
-            f"generation.max_sequence_length is {counts.size.num_text}, but this {model.family.name} reads {fixed} text "
-            f"tokens, no more and no fewer: set it to {fixed}"
+            f"generation.max_sequence_length is {generation.max_sequence_length}, but this {model.family.name} reads {fixed} "
+            f"text tokens, no more and no fewer: set it to {fixed}"
         )
     _count_text(context, counts)
     return counts
@@ -132,7 +136,7 @@ def patches(family: Family, config: Config) -> tuple[int, int, int]:
 
 
 def _count_text(context: RunContext, counts: TokenCounts) -> None:
-    limit, template = context.config.generation.max_sequence_length, context.model.family.template
+    limit, template = context.config.generation.max_sequence_length, context.model.family.template(context.model.config)
     positions = _text_positions(context.model.folder)
     if positions is not None and template.crop + limit > positions:
         counts.problems.append(
@@ -152,12 +156,12 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
         lengths = None
     if lengths is None:
         counts.notes.append(f"no tokenizer in the model's folder: every prompt is counted with {limit} tokens")
-        counts.text = {prompt.name: limit for prompt in context.calibration_prompts}
+        counts.text = {prompt.name: counts.size.num_text for prompt in context.calibration_prompts}
         return
-    if min(lengths) < 1:
+    if min(lengths) <= template.crop_end:
         counts.problems.append(
-            f"model: its tokenizer makes {min(lengths) + template.crop} tokens of a prompt with the pipeline's instruction, "
-            f"of which {template.crop} are cut off: nothing is left; the tokenizer is not the text encoder's"
+            f"model: its tokenizer makes {min(lengths) + template.crop} tokens of a prompt with the pipeline's instruction, of "
+            f"which {template.crop + template.crop_end} are cut off: nothing is left; the tokenizer is not the text encoder's"
         )
     left = iter(lengths)
     for where, own in texts.items():
@@ -169,7 +173,7 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
                 f"generation.max_sequence_length (up to {max(cut)}); the rest is cut off"
             )
     counts.text = {
-        prompt.name: max(1, min(limit, length)) if context.model.family.padding else limit
+        prompt.name: max(1, template.num_tokens(min(limit, length))) if context.model.family.padding else limit
         for prompt, length in zip(context.calibration_prompts, lengths, strict=False)
     }
 

@@ -128,6 +128,8 @@ class BlockCall:
     """Its input groups (`input_groups.block_calls`)."""
     streams: tuple[str, ...]
     """Its arguments that change from block to block, the video's first."""
+    outputs: tuple[tuple[OutputLayer, ...], ...] = ()
+    """Layers that are added to the stream, level by level."""
 
     def __call__(self, block: nn.Module, streams: Streams, constants: Constants) -> Streams:
         """Calls `block` as it was called when it was recorded, on `streams`; returns those of the next block."""
@@ -156,11 +158,6 @@ class BlockCall:
     ) -> AbstractContextManager[None]:
         """While open, every call of `block` hands `observe` its queries, keys and values `[H, L, D]`."""
         return watch_attention(self.family, block, observe)
-
-    @property
-    def outputs(self) -> tuple[tuple[OutputLayer, ...], ...]:
-        """Layers that are added to the stream, level by level."""
-        return self.family.output_layers(self.name)
 
     def _prepare_core(self, block: nn.Module, constants: Constants) -> None:
         prepare = getattr(attention_core(self.family, block), "prepare", None)

@@ -14,7 +14,9 @@ Groups stand in levels: the inputs of a level depend only on the layers of the l
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,12 +67,13 @@ def find_block_calls(family: Family, config: Config) -> dict[str, BlockCall]:
         for name, own in calls.items():
             block = transformer.get_submodule(name)
             streams = streams_of(family, block, own)
-            known[name] = BlockCall(family, name, _levels(family, block, own, num_video), tuple(streams))
+            outputs = family.output_layers(config, name)
+            known[name] = BlockCall(family, name, _levels(family, block, own, num_video), tuple(streams), outputs)
     found = {}
     for modules, key in family.blocks.items():
         for index in range(config[key]):
             like = known[f"{modules}.{0 if index + 1 < config[key] else short[key] - 1}"]
-            found[f"{modules}.{index}"] = BlockCall(family, f"{modules}.{index}", like.levels, like.streams)
+            found[f"{modules}.{index}"] = replace(like, name=f"{modules}.{index}")
     return found
 
 
@@ -94,14 +97,18 @@ def _calls(transformer: nn.Module, names: Sequence[str], call: Arguments) -> dic
 
 def _levels(family: Family, block: nn.Module, call: Arguments, num_video: int) -> Levels:
     inputs: dict[str, Tensor] = {}
+    num_calls: Counter[str] = Counter()
     outputs: dict[str, Tensor] = {}
     needs: dict[str, set[str]] = {}
 
     def before(name: str, x: Tensor) -> None:
-        inputs[name] = x
+        inputs.setdefault(name, x)
+        num_calls[name] += 1
         leaves = list(outputs.values())
         found = torch.autograd.grad(x.sum(), leaves, allow_unused=True, retain_graph=True) if x.requires_grad else ()
-        needs[name] = {layer for layer, grad in zip(outputs, found, strict=False) if grad is not None}
+        needs[name] = needs.get(name, set()) | {
+            layer for layer, grad in zip(outputs, found, strict=False) if grad is not None
+        }
 
     def after(name: str, out: Tensor) -> Tensor:
         outputs[name] = out.detach().requires_grad_()
@@ -121,7 +128,10 @@ def _levels(family: Family, block: nn.Module, call: Arguments, num_video: int) -
     streams = streams_of(family, block, call)
     constant = [leaf for name, value in call.items() if name not in streams for leaf in tree_leaves(value)]
     lengths = {"video": num_video, "text": sum(x.shape[1] for n, x in streams.items() if n != "hidden_states")}
-    groups = [InputGroup(_stream(inputs[layers[0]], lengths, constant), layers) for layers in _grouped(family, inputs)]
+    groups = [
+        InputGroup(_stream(inputs[layers[0]], lengths, constant), layers, num_calls[layers[0]])
+        for layers in _grouped(family, inputs)
+    ]
     depths: dict[str, int] = {}
     for group in groups:
         depth = max((depths[need] + 1 for layer in group.layers for need in needs[layer]), default=0)

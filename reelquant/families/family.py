@@ -28,6 +28,7 @@ Text = Literal["before", "after", "apart"]
 LayerKind = Literal["refiner", "embedder"]
 Guidance = Literal["one_pass", "two_passes", "batched"]
 ImageUse = Literal["none", "optional", "needed"]
+FirstFrame = Literal["made", "given", "left_out"]
 AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(batch element, q, k, v [H, L, D]) -> [H, L, D]`, video tokens first, then its text tokens.
 
@@ -54,6 +55,8 @@ class InputGroup:
     text that stays the same from block to block."""
     layers: tuple[str, ...]
     """Names inside the block, in the order in which the block calls them. The first one is the leader."""
+    num_calls: int = 1
+    """How often a block calls the leader, on different rows."""
 
     @property
     def name(self) -> str:
@@ -104,6 +107,19 @@ class PromptTemplate:
     text: str = "{}"
     crop: int = 0
     """Tokens that are cut off again at the beginning."""
+    crop_end: int = 0
+    """Tokens that are cut off behind the prompt."""
+    num_image: int = 0
+    """Tokens of an image, which the text encoder reads too: they come before the prompt's."""
+
+    def num_tokens(self, limit: int) -> int:
+        """Text tokens that the transformer is given, padding included, where the pipeline's limit is `limit`."""
+        return self.num_image + limit - self.crop_end
+
+
+def no_template(_config: Config) -> PromptTemplate:
+    """Prompts as they are."""
+    return PromptTemplate()
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,9 @@ class Family:
     The image goes to the pipeline's argument `image`; the pipeline's class says whether it is to be given."""
     image_frame: Callable[[Config, Arguments], bool] | None = None
     """Whether the first frame of a call's latents is an image's, so that sparse attention keeps it whole (Sparse VideoGen)."""
+    first_frame: Callable[[Config], FirstFrame] | None = None
+    """What the pipeline does with the first frame of the latents: like the others it is `made` (None: always); it is `given`,
+    an image's, and the scheduler has those behind it alone; or it is made and then `left_out` of the video."""
     token_timesteps: str | None = None
     """Key of the pipeline's `model_index.json` that is true where every video token has a timestep of its own. A step's noise
     level is then that of the largest."""
@@ -178,7 +197,9 @@ class Family:
     outputs: Mapping[str, tuple[tuple[OutputLayer, ...], ...]] = field(default_factory=dict)
     """By module list the layers that are added to the stream, level by level, for the drift repair: what they add up to is a
     block's output less its input. Those of one level do not depend on each other."""
-    template: PromptTemplate = PromptTemplate()
+    gates_by_token: Callable[[Config], bool] | None = None
+    """Whether the blocks have several gates in place of each, so that `outputs` does not hold."""
+    template: Callable[[Config], PromptTemplate] = no_template
     refusal: Callable[[Config], str | None] | None = None
     """Why a configuration of the architecture is not supported."""
     streams: Mapping[int, str] = field(default_factory=dict)
@@ -212,8 +233,14 @@ class Family:
         has_image = self.image_frame is not None and self.image_frame(config, call)
         return TokenLayout(*self.grid(config, call), num_text, dense_frames=int(has_image))
 
-    def output_layers(self, block: str) -> tuple[tuple[OutputLayer, ...], ...]:
+    def first_frame_of(self, config: Config) -> FirstFrame:
+        """What the pipeline does with the first frame of the latents."""
+        return "made" if self.first_frame is None else self.first_frame(config)
+
+    def output_layers(self, config: Config, block: str) -> tuple[tuple[OutputLayer, ...], ...]:
         """Layers of `block` that are added to the stream, level by level; empty where the family names none."""
+        if self.gates_by_token is not None and self.gates_by_token(config):
+            return ()
         return self.outputs.get(block.rpartition(".")[0], ())
 
     def auxiliary_kind(self, layer: str) -> LayerKind | None:

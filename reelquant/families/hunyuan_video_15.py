@@ -73,6 +73,11 @@ def _refusal(config: Config) -> str | None:
     return None
 
 
+def prompt_template(_config: Config) -> PromptTemplate:
+    """The chat around a prompt."""
+    return PromptTemplate(_CHAT.format(system=_PROMPT["system_message"].default), _PROMPT["crop_start"].default)
+
+
 class DenseProcessor(HunyuanVideo15AttnProcessor2_0):
     """diffusers' own, which also takes no mask, where no text is padded; its mask has a value for each pair of tokens."""
 
@@ -127,7 +132,7 @@ FAMILY = Family(
     padding_masks=("attention_mask",),
     joined=(("norm1.linear", "norm1_context.linear"),),
     outputs={"transformer_blocks": HUNYUAN_VIDEO.outputs["transformer_blocks"]},
-    template=PromptTemplate(_CHAT.format(system=_PROMPT["system_message"].default), _PROMPT["crop_start"].default),
+    template=prompt_template,
     refusal=_refusal,
     image=_image,
     image_frame=_image_frame,

@@ -15,6 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoTokenReplaceSingleTransformerBlock,
+    HunyuanVideoTokenReplaceTransformerBlock,
+)
 from torch import Tensor, nn
 
 from reelquant.families.hunyuan_video_attention import joined_streams
@@ -25,6 +29,7 @@ from reelquant.ops.qk_norm_rope.op import qk_norm_rope
 from reelquant.quantization.input_transform import current_activation_bits
 from reelquant.quantization.linear import QuantizedLinear
 
+_TWO_TIMESTEPS = (HunyuanVideoTokenReplaceTransformerBlock, HunyuanVideoTokenReplaceSingleTransformerBlock)
 Modulation = tuple[Tensor, ...]
 """Rows `[d]` of a modulation layer's output for one sample."""
 Codes = tuple[Tensor, Tensor]
@@ -48,6 +53,8 @@ def fusion_obstacle(block: nn.Module) -> str | None:
     """Why `block` cannot run fused, None where it can: every linear must be quantized, with integer activations, and layers
     that read one tensor must share its transform."""
     is_double = hasattr(block, "norm1")
+    if isinstance(block, _TWO_TIMESTEPS):
+        return "the tokens of an image are modulated apart"
     for name in _DOUBLE_LAYERS if is_double else _SINGLE_LAYERS:
         layer = block.get_submodule(name)
         if not isinstance(layer, QuantizedLinear):

@@ -33,7 +33,7 @@ OTHERS = (
     "wan2.2-a14b",
     "wan2.2-ti2v-5b",
 )
-FROM_IMAGES = ("wan2.1-i2v-14b", "wan2.2-i2v-a14b")
+FROM_IMAGES = ("hunyuanvideo-i2v-13b", "wan2.1-i2v-14b", "wan2.2-i2v-a14b")
 """Whose prompts do not ship."""
 NARROW = ("ltx-video", "wan2.1-1.3b")
 """Models of up to 2 B parameters, of which scales and rotations are a larger part."""
@@ -109,7 +109,7 @@ def test_every_shipped_configuration_is_planned(config: str, tmp_path: Path) -> 
         arguments += ["--shapes-only", "--set", f"model={WITHOUT_WEIGHTS[config]}"]
     if Path(config).stem in FROM_IMAGES:
         for key, num, color in (("calibration", 10, "red"), ("held_out", 16, "blue")):
-            image(tmp_path / f"{key}.png", (832, 480), color)
+            image(tmp_path / f"{key}.png", (1280, 720), color)
             lines = [{"prompt": f"prompt {index}", "image": f"{key}.png"} for index in range(num)]
             arguments += ["--set", f"prompts.{key}={write_lines(tmp_path / f'{key}.jsonl', *lines)}"]
     result = invoke(*arguments)

@@ -160,7 +160,7 @@ def test_repair_and_correction_end_up_in_a_sound_checkpoint(prepared: Prepared, 
     for name in accepted:
         old, new = (load_file(by_name(paths)[name]) for paths in (prepared.files(), artifacts))
         changed = {key for key in new if key not in old or not torch.equal(new[key], old[key])}
-        outputs = {f"{name}.{output.layer}" for level in FAMILY.output_layers(name) for output in level}
+        outputs = {f"{name}.{output.layer}" for level in FAMILY.output_layers(loaded.config, name) for output in level}
         assert changed <= {f"{layer}.{suffix}" for layer in outputs for suffix in ("weight_scale", "bias")}
         for key in changed:
             layer, _, suffix = key.rpartition(".")

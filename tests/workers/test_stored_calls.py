@@ -133,6 +133,25 @@ def test_what_stands_in_front_of_the_latents_is_kept_once(tmp_path: Path) -> Non
         assert torch.equal(found["changing"], torch.cat([changing[step], behind], dim=2))
 
 
+def test_latents_behind_a_frame_of_their_own_are_kept_once(tmp_path: Path) -> None:
+    """As where the scheduler never has the image's frame."""
+    cache, latents = UnitCache(tmp_path), [torch.randn(2, 3, 4) for _ in range(4)]
+    frame, steps = torch.randn(1, 2, 1, 4).bfloat16(), RecordedSteps()
+    whole = [torch.cat([frame, own.bfloat16().unsqueeze(0)], dim=2) for own in latents]
+    for step in range(3):
+        steps.add({"fixed": whole[step], "elsewhere": whole[step].roll(1, dims=2)})
+    written: dict[str, Tensor] = {}
+    steps.write(written.__setitem__, latents)
+    assert torch.equal(written["fixed"], frame)
+    assert len(written["elsewhere"]) == 3
+    cache.write("trajectories", "p", {**{f"cond/{k}": v for k, v in written.items()}, "latents": torch.stack(latents)})
+    stored = StoredSteps(cache.outputs, "p", "cond", CPU)
+    for step in range(3):
+        found = stored.call(step, torch.bfloat16)
+        assert torch.equal(found["fixed"], whole[step])
+        assert torch.equal(found["elsewhere"], whole[step].roll(1, dims=2))
+
+
 @pytest.mark.parametrize("timesteps", [[0.0, 0.0, 700.0, 700.0, 700.0], [300.0] * 5, [5.0, 3.0, 5.0, 4.0, 3.0]])
 def test_rows_of_equal_timesteps_are_kept_once(timesteps: list[float], tmp_path: Path) -> None:
     timestep = torch.tensor([timesteps])

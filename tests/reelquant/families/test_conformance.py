@@ -100,9 +100,13 @@ class TestFamily:
             groups = [group for level in calls[name].levels for group in level]
             assert sorted(layer for group in groups for layer in group.layers) == sorted(linears)
             seen: dict[str, Tensor] = {}
+
+            def keep_first(layer: str, x: Tensor, seen: dict[str, Tensor] = seen) -> None:
+                seen.setdefault(layer, x)
+
             handles = [
                 block.get_submodule(layer).register_forward_pre_hook(
-                    lambda _m, args, layer=layer, seen=seen: seen.__setitem__(layer, args[0])
+                    lambda _m, args, layer=layer, keep=keep_first: keep(layer, args[0])
                 )
                 for layer in linears
             ]

@@ -90,8 +90,8 @@ def test_nothing_is_cut_off_at_minus_a_number_that_may_be_0() -> None:
 def test_unknown_blocks_and_kinds_are_refused(model: Any) -> None:
     with raises(ValueError, "transformer_blocks.2", "transformer_blocks.0-1", "single_transformer_blocks.0-1"):
         empty_block(model.config, FAMILY, "transformer_blocks.2")
-    with raises(ValueError, "image_condition_type", "token_replace"):
-        empty_block({**model.config, "image_condition_type": "token_replace"}, FAMILY, "transformer_blocks.0")
+    with raises(ValueError, "image_condition_type", "latent_concat", 9):
+        empty_block({**model.config, "image_condition_type": "latent_concat"}, FAMILY, "transformer_blocks.0")
     with raises(ValueError, 16, 18):
         empty_block({**model.config, "rope_axes_dim": (6, 6, 6)}, FAMILY, "transformer_blocks.0")
 

@@ -62,6 +62,31 @@ def _angles(num: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return angles.cos(), angles.sin()
 
 
+_HUNYUAN_VIDEO = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 12,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 6, 6),
+}
+
+
+def _hunyuan_video_call(channels: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, channels, 3, 6, 10),
+        "timestep": torch.tensor([700.0]),
+        **_text(8, 12),
+        "encoder_attention_mask": torch.ones(1, 8),
+        "pooled_projections": torch.randn(1, 8),
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
 _HUNYUAN_VIDEO_15 = {
     "in_channels": 9,
     "out_channels": 4,
@@ -118,26 +143,22 @@ _COGVIDEOX_15 = {
 TINY = {
     "HunyuanVideo": Tiny(
         HUNYUAN_VIDEO,
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "text_embed_dim": 12,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (4, 6, 6),
-        },
-        lambda: {
-            "hidden_states": torch.randn(1, 4, 3, 6, 10),
-            "timestep": torch.tensor([700.0]),
-            **_text(8, 12),
-            "encoder_attention_mask": torch.ones(1, 8),
-            "pooled_projections": torch.randn(1, 8),
-            "guidance": torch.tensor([6000.0]),
-        },
+        _HUNYUAN_VIDEO,
+        lambda: _hunyuan_video_call(4),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        8,
+    ),
+    "HunyuanVideo latent_concat": Tiny(
+        HUNYUAN_VIDEO,
+        {**_HUNYUAN_VIDEO, "in_channels": 9, "image_condition_type": "latent_concat"},
+        lambda: _hunyuan_video_call(9),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        8,
+    ),
+    "HunyuanVideo token_replace": Tiny(
+        HUNYUAN_VIDEO,
+        {**_HUNYUAN_VIDEO, "image_condition_type": "token_replace"},
+        lambda: _hunyuan_video_call(4),
         diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         8,
     ),

@@ -10,8 +10,13 @@ from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
     CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     SiglipImageProcessor,
@@ -23,7 +28,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from reelquant.families.hunyuan_video_15 import FAMILY as HUNYUAN_VIDEO_15
+from reelquant.families.hunyuan_video_15 import prompt_template
 from tests.reelquant.families.tiny_models import TINY
 
 TOKENIZER = Path(__file__).resolve().parents[3] / "assets" / "hunyuanvideo-digits" / "tokenizer"
@@ -128,6 +133,45 @@ def wan_2_2(folder: Path) -> Path:
     return wan(folder, boundary=0.8)
 
 
+def hunyuan_video_i2v(folder: Path, condition: str = "token_replace") -> Path:
+    """A `HunyuanVideoImageToVideoPipeline`, whose text encoder reads 576 tokens of an image; its VAE compresses four times in
+    time and eight on a side."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=12, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
+    )
+    llava = LlavaConfig(
+        text_config=llama, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    tiny = TINY[f"HunyuanVideo {condition}"]
+    diffusers.HunyuanVideoImageToVideoPipeline(
+        text_encoder=LlavaForConditionalGeneration(llava), tokenizer=tokenizer, text_encoder_2=CLIPTextModel(clip),
+        tokenizer_2=tokenizer, transformer=tiny.model(), vae=vae, scheduler=tiny.scheduler, image_processor=processor,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def hunyuan_video_i2v_concat(folder: Path) -> Path:
+    """The image's latents behind the noise; the pipeline leaves four frames out."""
+    return hunyuan_video_i2v(folder, "latent_concat")
+
+
 def hunyuan_video_15(folder: Path, *, image: bool = False) -> Path:
     """A `HunyuanVideo15Pipeline`, whose instruction has more tokens than the pipeline cuts off; its VAE compresses four times
     in time and eight on a side."""
@@ -136,7 +180,7 @@ def hunyuan_video_15(folder: Path, *, image: bool = False) -> Path:
         latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1, spatial_compression_ratio=8
     )
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    before, after = HUNYUAN_VIDEO_15.template.text.split("{}")
+    before, after = prompt_template({}).text.split("{}")
     tokenizer.chat_template = f"{before}{{{{ messages[1]['content'] }}}}{after}"
     qwen = Qwen2_5_VLTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
