@@ -9,6 +9,7 @@
 | transformer | RUN/transformer.safetensors, RUN/average.safetensors; goes on from them, stops at --budget-s | text, vae |
 | assemble    | the folder assets/wan-digits, and configs/prompts/wan_digits_*.txt | all of them |
 | check       | RUN/check.png, RUN/check-small.png and printed rates         | assets/wan-digits |
+| distill     | the folder RUN/few-step: 4 steps without guidance; printed rates | average.safetensors |
 | accept      | RUN/acceptance.json and the lines of `tools.wan_digits.acceptance` | assets/wan-digits, `--quantized` |
 
 A finished stage `text` or `vae` is loaded from `--run`.
@@ -24,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
@@ -33,6 +34,7 @@ from tools.digits.evaluation import save_picture
 from tools.wan_digits.acceptance import measure, open_float32, table
 from tools.wan_digits.autoencoder import ClipPool, train_vae
 from tools.wan_digits.components import bf16, build_pipeline, make_transformer, make_vae
+from tools.wan_digits.distillation import Trajectories, distill, few_step_scheduler
 from tools.wan_digits.evaluation import generate, score
 from tools.wan_digits.rendering import Renderer, hands
 from tools.wan_digits.scenes import prompt, prompt_scenes
@@ -42,7 +44,7 @@ from tools.wan_digits.transformer import AVERAGE, Trainer
 from workers.recognition import DigitRecognizer
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("text", "vae", "transformer", "assemble", "check", "accept")
+STAGES = ("text", "vae", "transformer", "assemble", "check", "distill", "accept")
 PROMPTS = {"calibration": 40, "held_out": 64}
 
 
@@ -91,10 +93,14 @@ class Run:
         print(f"pools of {settings.pool} clips: {time.monotonic() - begin:.0f} s", flush=True)
         trainer.train((small, large), embed)
 
-    def pipeline(self) -> WanPipeline:
-        """All parts with the averaged weights, in bfloat16."""
+    def averaged(self) -> WanTransformer3DModel:
+        """The transformer with the averaged weights."""
         transformer = make_transformer(self.settings)
         transformer.load_state_dict(load_file(self.folder / AVERAGE))
+        return transformer
+
+    def pipeline(self, transformer: WanTransformer3DModel) -> WanPipeline:
+        """All parts, in bfloat16."""
         pipe = build_pipeline(self.settings, self.tokenizer, self.text(), self.vae(), transformer)
         return pipe.to(dtype=torch.bfloat16)
 
@@ -102,7 +108,7 @@ class Run:
         """The folder as anyone loads it, and the prompt files."""
         folder = self.root / "assets/wan-digits"
         shutil.rmtree(folder, ignore_errors=True)
-        self.pipeline().save_pretrained(folder, safe_serialization=True)
+        self.pipeline(self.averaged()).save_pretrained(folder, safe_serialization=True)
         keep_old_names(folder)
         for part, num in PROMPTS.items():
             lines = "".join(f"{prompt(scene)}\n" for scene in prompt_scenes(num, part))
@@ -112,18 +118,36 @@ class Run:
 
     def check(self) -> None:
         """Rates and pictures of held-out prompts, of both sizes, by the folder loaded and called as anyone would."""
-        settings = self.settings
         pipe = WanPipeline.from_pretrained(self.root / "assets/wan-digits", dtype=torch.bfloat16)
+        self._rates(pipe, self.settings, "check")
+
+    def distill(self) -> None:
+        """A model of few steps, and its rates."""
+        settings = self.settings
+        teacher, student = (self.averaged().to(settings.device) for _ in range(2))
+        embed = Embedder(settings, self.tokenizer, self.text())
+        with torch.no_grad():
+            sizes = settings.small, settings.large
+            pools = tuple(Trajectories(teacher.requires_grad_(False), embed, settings, clip) for clip in sizes)
+        distill(student, pools, settings)
+        pipe = self.pipeline(student.requires_grad_(False))
+        pipe.register_modules(scheduler=few_step_scheduler(settings))
+        pipe.save_pretrained(self.folder / "few-step")
+        keep_old_names(self.folder / "few-step")
+        pipe = WanPipeline.from_pretrained(self.folder / "few-step", dtype=torch.bfloat16)
+        self._rates(pipe, replace(settings, eval_steps=settings.student_steps, guidance=1.0), "few-step")
+
+    def _rates(self, pipe: WanPipeline, settings: Settings, name: str) -> None:
         pipe.to(settings.device)
         scenes = prompt_scenes(settings.eval_prompts, "held_out")
         recognizer = DigitRecognizer(self.root / "assets/digit-recognizer")
-        for name, clip in (("check", settings.large), ("check-small", settings.small)):
+        for label, clip in ((name, settings.large), (f"{name}-small", settings.small)):
             begin = time.monotonic()
             videos = generate(pipe, scenes, settings, clip)
             read, moved, failures = score(videos, scenes, recognizer, clip)
-            print(f"{name}: {len(scenes)} videos, read {read:.4f}, path right {moved:.4f}, "
+            print(f"{label}: {len(scenes)} videos, read {read:.4f}, path right {moved:.4f}, "
                   f"{time.monotonic() - begin:.0f} s", *failures[:5], sep="\n  ", flush=True)  # fmt: skip
-            save_picture(videos[:8], self.folder / f"{name}.png")
+            save_picture(videos[:8], self.folder / f"{label}.png")
 
     def accept(self) -> None:
         """What the model is good for."""

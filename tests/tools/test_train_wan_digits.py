@@ -1,6 +1,7 @@
 """Every stage of the Wan digits model runs, and what it is trained on is what the prompts say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,17 @@ from safetensors.torch import load_file
 from tools.train_wan_digits import main
 from tools.wan_digits.acceptance import BARS, table
 from tools.wan_digits.autoencoder import at_once, moments
-from tools.wan_digits.components import make_vae
+from tools.wan_digits.components import make_transformer, make_vae
+from tools.wan_digits.distillation import Trajectories, distill, few_step_scheduler, velocity
 from tools.wan_digits.evaluation import score
 from tools.wan_digits.rendering import Renderer, hands, path
 from tools.wan_digits.scenes import SIZES, prompt, prompt_scenes
 from tools.wan_digits.settings import Clip, Settings, smoke
-from tools.wan_digits.text import make_tokenizer, token_ids
+from tools.wan_digits.text import Embedder, make_text_encoder, make_tokenizer, token_ids
 from workers.recognition import DigitRecognizer, expected_digits
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["text", "vae", "transformer", "assemble", "check"]
+STAGES = ["text", "vae", "transformer", "assemble", "check", "distill"]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,47 @@ def test_the_lines_of_acceptance_are_measured(made: Path, tmp_path: Path) -> Non
     assert found["lines"]["denoised"] > 0
     assert all(value > 30 for value in found["noise_floor_db"])
     assert "| forks | 0.02 | 0.0000 | met |" in table(found)
+
+
+def test_a_student_learns_the_teachers_trajectories(made: Path) -> None:
+    """From any latents of them its steps lead to the next ones, by the scheduler that its folder has."""
+    settings = replace(smoke(), call_steps=60, student_lr=1e-2, warmup=1)
+    tokenizer = make_tokenizer()
+    encoder = make_text_encoder(settings, len(tokenizer))
+    teacher, student = make_transformer(settings), make_transformer(settings)
+    for parameter in teacher.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.1
+    student.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        pool = Trajectories(
+            teacher.requires_grad_(False), Embedder(settings, tokenizer, encoder), settings, settings.small
+        )
+        x, timestep, text, target = pool.draw()
+        before = float((velocity(student, x, timestep, text, settings) - target).norm() / target.norm())
+    scheduler = few_step_scheduler(settings)
+    scheduler.set_timesteps(settings.student_steps)
+    latents = pool.latents.float()
+    for step, time in enumerate(scheduler.timesteps):
+        velocities = (latents[step + 1] - latents[step]) / (pool.sigmas[step + 1] - pool.sigmas[step])
+        moved = scheduler.step(velocities, time, latents[step], return_dict=False)[0]
+        torch.testing.assert_close(moved, latents[step + 1], rtol=1e-3, atol=1e-3)
+    distill(student, (pool,), settings)
+    with torch.no_grad():
+        after = float((velocity(student, x, timestep, text, settings) - target).norm() / target.norm())
+    assert after < 0.5 * before
+
+
+def test_the_folder_of_few_steps_is_a_plain_pipeline(made: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(made / "run/few-step")
+    pipe.set_progress_bar_config(disable=True)
+    scene = prompt_scenes(1, "held_out")[0]
+    call = {"height": 32, "width": 48, "num_frames": 5, "output_type": "pt", "max_sequence_length": 48}
+    frames = pipe(prompt(scene), num_inference_steps=2, guidance_scale=1.0, **call).frames
+    assert torch.isfinite(frames).all()
+    assert pipe.scheduler.config.solver_order == 1
+    teacher, student = (load_file(next((made / folder / "transformer").glob("*.safetensors")))
+                        for folder in ("assets/wan-digits", "run/few-step"))  # fmt: skip
+    assert any(not torch.equal(teacher[name], student[name]) for name in teacher)
 
 
 def test_training_goes_on_from_its_files(made: Path) -> None:

@@ -74,6 +74,15 @@ class Settings:
     save_every_s: float = 120.0
     report_every: int = 100
 
+    student_steps: int = 4
+    """Of the distilled model's generations."""
+    substeps: int = 12
+    """Steps of the teacher for each of them."""
+    student_pool: int = 1024
+    """The teacher's trajectories of each size."""
+    student_lr: float = 3e-4
+    student_budget_s: float = 120.0
+
     eval_prompts: int = 64
     eval_batch: int = 32
     eval_steps: int = 50
@@ -91,7 +100,7 @@ def smoke() -> Settings:
         device="cpu", large=Clip(9, 32, 32, 12, 2), small=Clip(5, 32, 48, 12, 2), text_steps=3, text_length=48,
         vae_width=4, vae_batch=1, vae_steps=2, encode_batch=2, num_heads=1, head_dim=32, num_layers=1,
         ffn_dim=64, budget_s=60.0, call_steps=4, pool=8, fresh=2, report_every=1, eval_prompts=2, eval_batch=2,
-        eval_steps=3,
+        eval_steps=3, student_steps=2, substeps=2, student_pool=4,
     )  # fmt: skip
 
 
