@@ -42,6 +42,11 @@ DENSITY = {
     "cogvideox_5b_i2v": 0.8,
 }
 """Of models whose text and image are more of the map."""
+PARTS = {
+    "hunyuan_video_i2v": {"tokens_per_step": 0.5},
+    "hunyuan_video_i2v_concat": {"tokens_per_step": 0.5, "drift_repair": True},
+}
+"""Of the method, where the model has them."""
 ONE_PASS = ("hunyuan_video_i2v", "hunyuan_video_i2v_concat")
 """Models without an unconditional pass, for which there are negative prompts."""
 MODELS = {
@@ -82,7 +87,11 @@ def image_run(folder: Path, model: str, **changes: Any) -> Path:
             "num_held_out": 1,
         },
         selection={"num_samples": 2, "recorded_features": ["block_input", "latent"]},
-        method={**METHOD, "attention": {**METHOD["attention"], "density": DENSITY.get(model, 0.6)}},
+        method={
+            **METHOD,
+            **PARTS.get(model, {}),
+            "attention": {**METHOD["attention"], "density": DENSITY.get(model, 0.6)},
+        },
         evaluation={"films": False, "velocity_prompts": 1},
         **changes,
     )
@@ -216,6 +225,12 @@ def test_a_pipeline_that_is_not_its_transformers_is_refused(model: str, pipeline
     index.write_text(text.replace("WanPipeline", pipeline).replace("WanImageToVideoPipeline", pipeline))
     with raises(ConfigError, "model_index.json", pipeline, "image"):
         plan_config(load_config(small_run(tmp_path, model=str(folder), generation=GENERATION)))
+
+
+def test_gates_of_two_kinds_of_tokens_are_not_repaired(tmp_path: Path) -> None:
+    config = image_run(tmp_path, "hunyuan_video_i2v")
+    with raises(ConfigError, "drift_repair", "HunyuanVideo", "gate"):
+        plan_config(load_config(config, ["method.drift_repair=true"]))
 
 
 def test_text_tokens_of_a_model_that_takes_a_fixed_number(tmp_path: Path) -> None:

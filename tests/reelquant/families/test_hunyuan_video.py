@@ -11,8 +11,9 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import nn
 
 from reelquant.calibration.block_call import without_padding
-from reelquant.calibration.input_groups import block_calls
+from reelquant.calibration.input_groups import block_calls, find_block_calls
 from reelquant.families.hunyuan_video import FAMILY
+from reelquant.families.hunyuan_video_fused import fusion_obstacle
 from tests.errors import raises
 from tests.reelquant.families.tiny_models import TINY
 from workers.model_source import empty_block
@@ -102,3 +103,22 @@ def test_layers_outside_the_blocks(model: Any) -> None:
     assert outside["proj_out"] is None
     assert {k for n, k in outside.items() if n != "proj_out"} == {"refiner", "embedder"}
     assert all(kinds[n] is None for n in kinds if n not in outside)
+
+
+@pytest.mark.parametrize(
+    ("name", "obstacle"), [("token_replace", "tokens of an image"), ("latent_concat", "quantized")]
+)
+def test_blocks_that_modulate_an_images_tokens_apart_are_not_fused(name: str, obstacle: str) -> None:
+    model = TINY[f"HunyuanVideo {name}"].model()
+    for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
+        assert obstacle in str(fusion_obstacle(block))
+
+
+def test_calls_of_a_layer_are_counted() -> None:
+    """The modulation of token_replace reads two embeddings."""
+    counts = {}
+    for condition in ("latent_concat", "token_replace"):
+        calls = find_block_calls(FAMILY, TINY[f"HunyuanVideo {condition}"].model().config)
+        groups = [group for level in calls["transformer_blocks.0"].levels for group in level]
+        counts[condition] = {group.name: group.num_calls for group in groups if group.num_calls > 1}
+    assert counts == {"latent_concat": {}, "token_replace": {"norm1.linear": 2}}
