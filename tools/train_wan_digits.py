@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
 from tools.digits.components import keep_old_names
 from tools.digits.evaluation import save_picture
 from tools.wan_digits.acceptance import measure, open_float32, table
 from tools.wan_digits.autoencoder import ClipPool, train_vae
-from tools.wan_digits.components import bf16, build_pipeline, make_transformer, make_vae
+from tools.wan_digits.components import bf16, build_pipeline, make_transformer, make_vae, save_whole
 from tools.wan_digits.distillation import Trajectories, distill, few_step_scheduler
 from tools.wan_digits.evaluation import generate, score
 from tools.wan_digits.rendering import Renderer, hands
@@ -65,7 +65,7 @@ class Run:
             print(f"text: probes right {right:.4f}", flush=True)
             weights = bf16(encoder)
             weights.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
-            save_file(weights, path)
+            save_whole(weights, path)
         encoder = make_text_encoder(self.settings, len(self.tokenizer))
         encoder.load_state_dict(load_file(path), strict=False)
         return encoder.eval()
@@ -76,7 +76,7 @@ class Run:
         if not path.exists():
             vae = train_vae(self.settings, self.renderer)
             statistics = {name: torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std")}
-            save_file({**bf16(vae), **statistics}, path)
+            save_whole({**bf16(vae), **statistics}, path)
         weights = load_file(path)
         mean, std = ([round(float(x), 4) for x in weights.pop(name)] for name in ("latents_mean", "latents_std"))
         vae = make_vae(self.settings, mean, std)
@@ -95,6 +95,8 @@ class Run:
 
     def averaged(self) -> WanTransformer3DModel:
         """The transformer with the averaged weights."""
+        if not (self.folder / AVERAGE).exists():
+            raise SystemExit(f"{self.folder / AVERAGE} is not there: the stage transformer writes it")
         transformer = make_transformer(self.settings)
         transformer.load_state_dict(load_file(self.folder / AVERAGE))
         return transformer
@@ -106,13 +108,17 @@ class Run:
 
     def assemble(self) -> None:
         """The folder as anyone loads it, and the prompt files."""
-        folder = self.root / "assets/wan-digits"
+        folder, made = self.root / "assets/wan-digits", self.folder / "assembled"
+        shutil.rmtree(made, ignore_errors=True)
+        self.pipeline(self.averaged()).save_pretrained(made, safe_serialization=True)
+        keep_old_names(made)
         shutil.rmtree(folder, ignore_errors=True)
-        self.pipeline(self.averaged()).save_pretrained(folder, safe_serialization=True)
-        keep_old_names(folder)
+        shutil.copytree(made, folder)
+        prompts = self.root / "configs/prompts"
+        prompts.mkdir(parents=True, exist_ok=True)
         for part, num in PROMPTS.items():
             lines = "".join(f"{prompt(scene)}\n" for scene in prompt_scenes(num, part))
-            (self.root / f"configs/prompts/wan_digits_{part}.txt").write_text(lines)
+            (prompts / f"wan_digits_{part}.txt").write_text(lines)
         trained = load_file(self.folder / "transformer.safetensors")
         print(json.dumps({"steps": int(trained["steps"]), "elapsed_s": float(trained["elapsed_s"])}), flush=True)
 
@@ -165,6 +171,13 @@ class Run:
         print(table(found), flush=True)
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the training's state")
     parser.add_argument("--root", type=Path, default=ROOT, help="where assets/ and configs/ are")
     parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--budget-s", type=float, help="seconds of the transformer's training in this call")
+    parser.add_argument("--budget-s", type=_seconds, help="seconds of the transformer's training in this call")
     parser.add_argument("--quantized", type=Path, help="for accept: the model's folder after rtn W4A8")
     given = parser.parse_args(arguments)
     settings = PRESETS[given.preset]()

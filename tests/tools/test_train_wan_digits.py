@@ -29,7 +29,6 @@ STAGES = ["text", "vae", "transformer", "assemble", "check", "distill"]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root in which every stage ran at the smallest size."""
     root = tmp_path_factory.mktemp("wan-digits")
-    (root / "configs/prompts").mkdir(parents=True)
     (root / "assets").mkdir()
     (root / "assets/digit-recognizer").symlink_to(ROOT / "assets/digit-recognizer")
     main([*STAGES, "--preset", "smoke", "--root", str(root), "--run", str(root / "run")])
@@ -50,6 +49,18 @@ def test_the_folder_is_a_plain_pipeline(made: Path) -> None:
     assert pipe.vae.config.latents_std != [1.0] * 16
     assert not list(made.rglob("*.partial"))
     assert len((made / "configs/prompts/wan_digits_held_out.txt").read_text().splitlines()) == 64
+
+
+def test_what_cannot_be_assembled_leaves_the_asset(made: Path, tmp_path: Path) -> None:
+    asset = made / "assets/wan-digits/model_index.json"
+    before = asset.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        main(["assemble", "--preset", "smoke", "--root", str(made), "--run", str(tmp_path)])
+    assert "average.safetensors" in str(stopped.value)
+    assert asset.read_text() == before
+    for budget in ("nan", "-1", "inf"):
+        with pytest.raises(SystemExit):
+            main(["transformer", "--run", str(tmp_path), "--budget-s", budget])
 
 
 def test_the_lines_of_acceptance_are_measured(made: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
@@ -49,6 +52,13 @@ def build_pipeline(
     return WanPipeline(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
     )
+
+
+def save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a file; it replaces its predecessor whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial)
+    partial.replace(path)
 
 
 def bf16(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.digits.checkpoints import cosine_lr_factor
 from tools.wan_digits.autoencoder import ClipPool
-from tools.wan_digits.components import bf16, make_transformer
+from tools.wan_digits.components import bf16, make_transformer, save_whole
 from tools.wan_digits.settings import Settings
 from tools.wan_digits.text import Embedder
 
@@ -52,8 +52,7 @@ class Trainer:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in ((AVERAGE, bf16(self.average)), (WEIGHTS, {**bf16(self.model), **progress})):
-            save_file(tensors, self.folder / f"{name}.partial")
-            (self.folder / f"{name}.partial").replace(self.folder / name)
+            save_whole(tensors, self.folder / name)
 
     def train(self, pools: tuple[ClipPool, ClipPool], embed: Embedder) -> None:
         """Trains for the call's budget, or to the end of the schedule. The first pool is of the small size."""
