@@ -15,12 +15,26 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from benchmarks.harness import ROOT
 from benchmarks.random_model import fill_randomly
 from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
 from reelquant.families.family import empty_transformer, family_of_architecture
+from reelquant.families.hunyuan_video_15 import prompt_template
 
 FILE_BYTES = 4 * 10**9
 MODELS = ROOT / "configs" / "models"
@@ -29,6 +43,12 @@ DIGITS = ROOT / "assets" / "hunyuanvideo-digits"
 """Tokenizers, and what HunyuanVideo's text encoders have beside their sizes."""
 HEAD_DIM = 128
 Overrides = Mapping[str, Any]
+
+
+def models() -> list[str]:
+    """Names in `configs/models` of those with random text encoders."""
+    indices = {folder.name: _read(folder / "model_index.json") for folder in sorted(MODELS.iterdir())}
+    return [name for name, index in indices.items() if index["_class_name"] in TEXT_PARTS]
 
 
 def write_pipeline(folder: Path, model: str, device: torch.device, transformer: Overrides, vae: Overrides) -> list[int]:
@@ -59,18 +79,22 @@ def write_pipeline(folder: Path, model: str, device: torch.device, transformer: 
         if role in index:
             config = {**_read(source / role / "config.json"), **transformer}
             write_transformer(folder / role, config, device)
-    shutil.copytree(source / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    for name in {"scheduler", "guider"} & index.keys():
+        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     torch.manual_seed(0)
     with device:
-        parts = TEXT_PARTS[index["_class_name"]](config)
+        parts: dict[str, Any] = TEXT_PARTS[index["_class_name"]](config)
         parts["vae"] = getattr(diffusers, index["vae"][1]).from_config({**_read(source / "vae" / "config.json"), **vae})
     for name, part in parts.items():
-        component: Any = nn.Module.to(part, torch.bfloat16)
+        component: Any = nn.Module.to(part, torch.bfloat16) if isinstance(part, nn.Module) else part
         component.save_pretrained(folder / name)
-    tokenizers = {f"tokenizer{name.removeprefix('text_encoder')}" for name in parts if name != "vae"}
-    for name in tokenizers:
+    tokenizers = {f"tokenizer{name.removeprefix('text_encoder')}" for name in parts if name.startswith("text_encoder")}
+    for name in tokenizers - parts.keys():
         shutil.copytree(DIGITS / name, folder / name, dirs_exist_ok=True)
-    classes = {name: ["transformers", "PreTrainedTokenizerFast"] for name in sorted(tokenizers)}
+    classes = {
+        name: ["transformers", type(parts[name]).__name__ if name in parts else "PreTrainedTokenizerFast"]
+        for name in sorted(tokenizers)
+    }
     (folder / "model_index.json").write_text(json.dumps({**index, **classes}, indent=2))
     family = family_of_architecture(index[TRANSFORMER][1])
     return [config[key] for key in family.blocks.values()]
@@ -118,7 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _hunyuan_video(transformer: Overrides) -> dict[str, nn.Module]:
+def _hunyuan_video(transformer: Overrides) -> dict[str, Any]:
     """Three layers of Llama, of which the pipeline leaves the last two out, and two of CLIP."""
     width, pooled = int(transformer["text_embed_dim"]), int(transformer["pooled_projection_dim"])
     heads = width // HEAD_DIM
@@ -131,7 +155,27 @@ def _hunyuan_video(transformer: Overrides) -> dict[str, nn.Module]:
     return {"text_encoder": LlamaModel(llama), "text_encoder_2": CLIPTextModel(clip)}
 
 
-def _wan(transformer: Overrides) -> dict[str, nn.Module]:
+def _hunyuan_video_15(transformer: Overrides) -> dict[str, Any]:
+    """Three layers of Qwen2.5-VL, of which the pipeline leaves the last two out, and two of ByT5."""
+    tokenizer = AutoTokenizer.from_pretrained(DIGITS / "tokenizer")
+    before, after = prompt_template({}).text.split("{}")
+    tokenizer.chat_template = f"{before}{{{{ messages[1]['content'] }}}}{after}"
+    width, glyphs = int(transformer["text_embed_dim"]), int(transformer["text_embed_2_dim"])
+    heads = max(1, width // HEAD_DIM)
+    rotary = {"rope_type": "default", "mrope_section": [16, 24, 24]}
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokenizer), hidden_size=heads * HEAD_DIM, intermediate_size=width, num_hidden_layers=3,
+        num_attention_heads=heads, num_key_value_heads=1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        rope_parameters=rotary,
+    )  # fmt: skip
+    byt5 = T5Config(vocab_size=384, d_model=glyphs, d_kv=64, d_ff=glyphs, num_layers=2, num_heads=4)
+    return {
+        "text_encoder": Qwen2_5_VLTextModel(qwen), "tokenizer": tokenizer,
+        "text_encoder_2": T5EncoderModel(byt5), "tokenizer_2": ByT5Tokenizer(),
+    }  # fmt: skip
+
+
+def _wan(transformer: Overrides) -> dict[str, Any]:
     """Two layers of umT5."""
     width = int(transformer["text_dim"])
     vocabulary = len(_read(DIGITS / "tokenizer" / "tokenizer.json")["model"]["vocab"])
@@ -139,8 +183,9 @@ def _wan(transformer: Overrides) -> dict[str, nn.Module]:
     return {"text_encoder": UMT5EncoderModel(config)}
 
 
-TEXT_PARTS: dict[str, Callable[[Overrides], dict[str, nn.Module]]] = {
+TEXT_PARTS: dict[str, Callable[[Overrides], dict[str, Any]]] = {
     "HunyuanVideoPipeline": _hunyuan_video,
+    "HunyuanVideo15Pipeline": _hunyuan_video_15,
     "WanPipeline": _wan,
 }
-"""Text encoders by pipeline, from the transformer's configuration."""
+"""Text encoders by pipeline, from the transformer's configuration, and those tokenizers that are not the digits model's."""

@@ -44,9 +44,10 @@ from typing import Any
 import psutil
 
 from benchmarks.full_size.parts import PARTS, FullSize
-from benchmarks.full_size.setting import Setting, models
+from benchmarks.full_size.setting import Setting
 from benchmarks.full_size.tables import table
 from benchmarks.harness import parser, read_record, write_json
+from benchmarks.random_checkpoint import models
 from pipeline import cli, runner  # noqa: F401  (what the pipeline needs must be there before 24 GiB are written)
 from pipeline.report import page  # noqa: F401
 

@@ -24,6 +24,7 @@ def load_and_run(checkpoint: Path, video: tuple[int, int, int], steps: int) -> d
 
     import reelquant  # noqa: F401  (registers the checkpoint format with diffusers)
     from workers.process import peak_memory_bytes
+    from workers.velocity_watch import changed_latents
 
     imported = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,24 +38,17 @@ def load_and_run(checkpoint: Path, video: tuple[int, int, int], steps: int) -> d
     ends = [time.perf_counter()]
     held = torch.cuda.memory_allocated() if device.type == "cuda" else None
 
-    def after_step(_pipeline: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+    def after_step(_step: int, latents: torch.Tensor) -> torch.Tensor:
         if device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
-        return state
+        return latents
 
     height, width, num_frames = video
-    with torch.no_grad():
-        latents = pipeline(
-            PROMPT,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=steps,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(0),
-            callback_on_step_end=after_step,
-        ).frames
+    size = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), changed_latents(pipeline, after_step):
+        latents = pipeline(PROMPT, **size, output_type="latent", generator=generator).frames
     return {
         "import_s": imported - began,
         "from_pretrained_s": opened - imported,

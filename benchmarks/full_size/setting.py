@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from benchmarks.harness import ROOT
-from benchmarks.random_checkpoint import MODELS
 
 PROMPTS = ROOT / "configs" / "prompts"
 STALL_TIMEOUT_S = 300.0
@@ -138,11 +137,6 @@ class Setting:
             part[key] = value
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         return path
-
-
-def models() -> list[str]:
-    """Names in `configs/models`."""
-    return sorted(path.name for path in MODELS.iterdir())
 
 
 def values(pairs: list[str]) -> dict[str, Any]:
