@@ -88,7 +88,11 @@ class CoreAttentionProcessor:
         """`[B, L, H, D]` three times -> `[B, L, H, D]`."""
         batch, length = query.shape[:2]
         masked = [] if mask is None else [length - mask.shape[-1] + valid for valid in _valid_lengths(mask)]
-        lengths = masked or [length] * batch
+        lengths = masked * batch if len(masked) == 1 else masked or [length] * batch
+        if len(lengths) != batch:
+            raise ValueError(
+                f"the text's mask has {len(lengths)} rows for {batch} videos: pass one for each, or one for all"
+            )
         if batch > 1 and query.numel() <= TOGETHER and getattr(self.core, "takes_many", False):
             return self._attend_together(query, key, value, lengths)
         outputs = []

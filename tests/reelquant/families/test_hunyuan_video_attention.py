@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reelquant.families.hunyuan_video_attention import CoreAttentionProcessor
+from tests.errors import raises
 
 LENGTH = 6
 
@@ -55,3 +56,12 @@ def test_a_changed_or_another_mask_is_read_anew(inference: bool) -> None:
         assert seen_lengths(mask) == [3, 6]
         assert seen_lengths(mask_of(2, 5)) == [2, 5]
         assert seen_lengths(mask) == [3, 6]
+
+
+def test_one_mask_serves_all_videos_or_each_has_its_own() -> None:
+    q = torch.randn(2, LENGTH, 1, 2)
+    processor = CoreAttentionProcessor(lambda _item, q, _k, _v: q)
+    found = processor._attend(q, q, q, mask_of(4))
+    assert torch.equal(found[:, :4], q[:, :4])
+    with raises(ValueError, 3, 2, "mask"):
+        processor._attend(q, q, q, mask_of(4, 4, 4))
