@@ -29,7 +29,7 @@ def resolve_bits(bits: BitsConfig, kinds: Mapping[str, str]) -> dict[str, LayerB
     """Bits by full layer name; layers at 16 weight bits are left out.
 
     Raises:
-        ConfigError: a pattern matches no layer (all such patterns at once).
+        ConfigError: a pattern matches no layer (all such patterns at once), or no layer is quantized.
     """
     defaults = {
         "block": LayerBits(bits.weight, bits.activation),
@@ -47,9 +47,15 @@ def resolve_bits(bits: BitsConfig, kinds: Mapping[str, str]) -> dict[str, LayerB
                 f"{', '.join(list(kinds)[:3])} … {list(kinds)[-1]}"
             )
         resolved.update(dict.fromkeys(matched, LayerBits(exception.weight, exception.activation)))
+    quantized = {name: layer for name, layer in resolved.items() if layer.weight < 16}
+    if not quantized:
+        problems.append(
+            "bits.exceptions: they leave every layer in 16 bits, so nothing is quantized: take a pattern back, or give it "
+            "fewer bits"
+        )
     if problems:
         raise ConfigError(problems)
-    return {name: layer for name, layer in resolved.items() if layer.weight < 16}
+    return quantized
 
 
 def bits_label(bits: Mapping[str, LayerBits], kinds: Mapping[str, str]) -> str:

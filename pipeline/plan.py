@@ -29,10 +29,10 @@ from pipeline.planning.machine import (
 )
 from pipeline.planning.model_size import CheckpointSize, checkpoint_size, copied_bytes, repaired_bytes, source_tensors
 from pipeline.planning.plan_result import Plan, StagePlan
-from pipeline.planning.planned_calls import call_problems
+from pipeline.planning.planned_calls import band_problems, call_problems
 from pipeline.planning.stage_memory import stage_peaks
 from pipeline.planning.store_size import activation_bytes, evaluation_bytes, trajectory_bytes
-from pipeline.planning.token_counts import TokenCounts, band_problems, count_tokens
+from pipeline.planning.token_counts import TokenCounts, count_tokens
 from pipeline.run_units import num_units
 from pipeline.terminal import say
 
@@ -119,7 +119,7 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     if not counts.problems:
         counts.problems += call_problems(context, counts, dtype)
     if not counts.problems:
-        counts.problems += band_problems(context, counts)
+        counts.problems += band_problems(context, counts, dtype)
     # Shapes that cannot run cannot be counted either.
     peaks = {} if counts.problems else stage_peaks(context, counts, dtype)
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, peaks=peaks)

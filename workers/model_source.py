@@ -312,6 +312,7 @@ def video_size(model: Path, generation: Generation) -> VideoSize:
         generation.width // spatial,
         template.num_tokens(generation.max_sequence_length),
         num_image=_num_image_tokens(model) if takes_image else None,
+        num_second_text=0 if family.second_text is None else family.second_text.limit,
         token_timesteps=family.token_timesteps is not None and bool(index.get(family.token_timesteps)),
     )
 

@@ -17,6 +17,7 @@ from pipeline.planning.token_counts import TokenCounts
 from reelquant.calibration.block_call import Constants, Recording, Streams
 from reelquant.calibration.without_values import META, answers
 from reelquant.families.family import Config, Family, VideoSize, family_of_architecture
+from reelquant.tokens import band_width
 from workers.model_source import build_on_meta
 
 
@@ -30,18 +31,22 @@ class PlannedCall:
     constants: Constants
 
 
-def planned_arguments(
-    context: RunContext, counts: TokenCounts, dtype: torch.dtype, *, num_text: int, batch: int = 1
-) -> dict[str, Any]:
+def planned_arguments(context: RunContext, size: VideoSize, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of a call of the transformer on the meta device."""
-    size = replace(counts.size, num_text=num_text, batch=batch)
     return _arguments(context.model.family, context.model.config, size, dtype)
 
 
-def planned_call(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> PlannedCall:
-    """The call with the longest text among the calibration prompts; recorded once a process for calls of the same shapes."""
-    size = replace(counts.size, num_text=max(counts.text.values(), default=1), batch=1)
-    return _recorded(json.dumps(dict(context.model.config)), context.model.family.architecture, size, dtype)
+def planned_call(
+    context: RunContext, counts: TokenCounts, dtype: torch.dtype, *, conditional: bool = True
+) -> PlannedCall:
+    """The call with the longest text among the calibration prompts; recorded once a process for calls of the same shapes.
+
+    Args:
+        conditional: False for the unconditional call: no text of a prompt is there for a second encoder.
+    """
+    config = json.dumps(dict(context.model.config))
+    size = counts.longest if conditional else replace(counts.longest, num_second_text=0)
+    return _recorded(config, context.model.family.architecture, size, dtype)
 
 
 def call_problems(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> list[str]:
@@ -55,6 +60,22 @@ def call_problems(context: RunContext, counts: TokenCounts, dtype: torch.dtype) 
             f"({error}): set generation.height, generation.width or generation.num_frames to less"
         ]
     return []
+
+
+def band_problems(context: RunContext, counts: TokenCounts, dtype: torch.dtype) -> list[str]:
+    """Methods, and settings of the evaluation, whose density is narrower than one token at this run's shapes."""
+    layout = planned_call(context, counts, dtype).constants.layout
+    methods = [(m.name, m.recipe.sparse) for m in context.methods]
+    densities = {f"method {name}: attention.density": sparse.density for name, sparse in methods if sparse is not None}
+    settings = context.config.evaluation.settings.items()
+    densities |= {f"evaluation.settings.{name}.density": s.density for name, s in settings if s.density is not None}
+    problems = []
+    for place, density in densities.items():
+        try:
+            band_width(layout, density)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+    return problems
 
 
 def _arguments(family: Family, config: Config, size: VideoSize, dtype: torch.dtype) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -60,7 +61,7 @@ def stage_peaks(context: RunContext, counts: TokenCounts, dtype: torch.dtype) ->
     key = (
         context.config.model_dump_json(exclude=set(_NOTHING_TO_MEMORY)),
         *(path.read_bytes() for path in configs),
-        *(counts.latent_shape, counts.video_shape, counts.layout, tuple(counts.text.values())),
+        *(counts.latent_shape, counts.video_shape, counts.layout, tuple(counts.calls.values())),
         *(len(context.calibration_prompts), dtype),
     )
     if key not in _counted:
@@ -172,8 +173,7 @@ class StageMemory:
         return self._beside_weights(forward, self._transformer, call.values())
 
     def _arguments(self, batch: int) -> dict[str, Any]:
-        num_text = self._counts.layout.num_text
-        return planned_arguments(self._context, self._counts, self._dtype, num_text=num_text, batch=batch)
+        return planned_arguments(self._context, replace(self._counts.size, batch=batch), self._dtype)
 
     def _decoding(self) -> int:
         """Of decoding one video, beside the VAE's weights: its first tile, and twice the video, in tiles and put together, if

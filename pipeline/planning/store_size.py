@@ -11,9 +11,10 @@ from pipeline.context import RunContext
 from pipeline.planning.planned_calls import planned_arguments, planned_call
 from pipeline.planning.token_counts import TokenCounts
 from pipeline.run_units import NOISE_FLOOR, evaluated_models, num_videos, reads_activations
-from reelquant.families.family import InputGroup
+from reelquant.families.family import InputGroup, VideoSize
 from storage.arrays import array_bytes
 from storage.unit_store import GROUP_METADATA
+from workers.generation import COND
 from workers.stored_calls import LatentsPlace, write_constants, write_steps
 
 
@@ -34,16 +35,17 @@ def trajectory_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
         + array_bytes(counts.video_shape, torch.uint8)
         + len(GROUP_METADATA)
     )
-    conditional = sum(_call_bytes(context, counts, dtype, num_text) for num_text in counts.text.values())
+    conditional = sum(_call_bytes(context, counts, dtype, size) for size in counts.calls.values())
     # How long the empty prompt is, only the pipeline knows: at most this.
-    others = (len(context.branches) - 1) * _call_bytes(context, counts, dtype, counts.layout.num_text)
+    empty = replace(counts.size, num_second_text=0)
+    others = (len(context.branches) - 1) * _call_bytes(context, counts, dtype, empty)
     return (shared + others) * len(counts.text) + conditional
 
 
-def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, num_text: int) -> int:
+def _call_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, size: VideoSize) -> int:
     """The transformer's calls of one branch of a generation."""
     steps = context.config.generation.num_inference_steps
-    constant = planned_arguments(context, counts, dtype, num_text=num_text)
+    constant = planned_arguments(context, size, dtype)
     timestep, hidden = constant.pop("timestep"), constant.pop("hidden_states")
     total = len(GROUP_METADATA)
 
@@ -76,7 +78,14 @@ def activation_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
     """The recorded calls of all samples at all segment boundaries, each as long as that of the longest prompt."""
     if not reads_activations(context.config) or counts.problems:
         return 0
-    call = planned_call(context, counts, dtype)
+    branches = sum(_branch_bytes(context, counts, dtype, conditional=branch == COND) for branch in context.branches)
+    samples = len(context.model.roles) * context.config.selection.num_samples
+    return samples * (len(GROUP_METADATA) + branches)
+
+
+def _branch_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtype, *, conditional: bool) -> int:
+    """The recorded calls of one sample in one branch."""
+    call = planned_call(context, counts, dtype, conditional=conditional)
     streams = sum(array_bytes(tuple(stream.shape), torch.bfloat16) for stream in call.streams.values())
     total = len(GROUP_METADATA) + len(context.segments) * (streams + len(GROUP_METADATA))
 
@@ -85,8 +94,7 @@ def activation_bytes(context: RunContext, counts: TokenCounts, dtype: torch.dtyp
         total += array_bytes(tuple(value.shape), value.dtype)
 
     write_constants(call.constants, write)
-    samples = len(context.model.roles) * context.config.selection.num_samples
-    return samples * (len(GROUP_METADATA) + len(context.branches) * total)
+    return total
 
 
 def evaluation_bytes(context: RunContext, counts: TokenCounts) -> int:

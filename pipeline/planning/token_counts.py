@@ -12,7 +12,7 @@ from pipeline.context import RunContext
 from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import read_json
 from reelquant.families.family import Config, Family, PromptTemplate, VideoSize
-from reelquant.tokens import TokenLayout, band_width
+from reelquant.tokens import TokenLayout
 from workers.library_messages import quieten_libraries
 from workers.model_source import compression, video_size
 
@@ -22,19 +22,34 @@ class TokenCounts:
     """Shapes of one generation, and what makes them impossible."""
 
     size: VideoSize = field(default_factory=lambda: VideoSize(0, 0, 0, 0))
-    """Of the latents, and the padded number of text tokens."""
+    """Of the latents, and the padded numbers of text tokens."""
     latent_shape: tuple[int, ...] = ()
     """Of one video's latents, as the pipeline has them."""
     video_shape: tuple[int, int, int, int] = (0, 0, 0, 3)
     """`(frames, height, width, 3)` of the decoded video."""
     text: dict[str, int] = field(default_factory=dict)
     """Tokens without padding of every calibration prompt; the limit where the tokenizer is not there."""
+    second_text: dict[str, int] = field(default_factory=dict)
+    """The same of the text for a second encoder, of prompts that have any."""
     layout: TokenLayout = field(default_factory=lambda: TokenLayout(0, 0, 0, 0))
     """Grid of the video tokens, and the padded number of text tokens."""
     problems: list[str] = field(default_factory=list)
     """Why it cannot run."""
     notes: list[str] = field(default_factory=list)
     """What is cut, or not known."""
+
+    @property
+    def calls(self) -> dict[str, VideoSize]:
+        """Sizes of the transformer's call for every calibration prompt, without padding."""
+        return {
+            name: replace(self.size, num_text=num_text, num_second_text=self.second_text.get(name, 0))
+            for name, num_text in self.text.items()
+        }
+
+    @property
+    def longest(self) -> VideoSize:
+        """Of the call with the most text."""
+        return max(self.calls.values(), key=lambda size: size.num_all_text, default=replace(self.size, num_text=1))
 
 
 def count_tokens(context: RunContext) -> TokenCounts:
@@ -74,6 +89,12 @@ def count_tokens(context: RunContext) -> TokenCounts:
             f"generation.height is {generation.height} and generation.width {generation.width}, but this {model.family.name} "
             f"has positions for one size only: set them to {sides[0] * spatial} and {sides[1] * spatial}"
         )
+    time = call["hidden_states"].shape[3 - model.family.channel_axis] if call["hidden_states"].ndim == 5 else 0
+    if time and time != -(-counts.size.frames // (whole := patches(model.family, model.config)[0])) * whole:
+        counts.problems.append(
+            f"generation.num_frames is {generation.num_frames}, but this {model.family.name} has positions for one number of "
+            f"frames only: set it to {(time - 1) * temporal + 1}"
+        )
     if (fixed := call["encoder_hidden_states"].shape[1]) != counts.size.num_text:
         counts.problems.append(
             f"generation.max_sequence_length is {generation.max_sequence_length}, but this {model.family.name} reads {fixed} "
@@ -81,23 +102,6 @@ def count_tokens(context: RunContext) -> TokenCounts:
         )
     _count_text(context, counts)
     return counts
-
-
-def band_problems(context: RunContext, counts: TokenCounts) -> list[str]:
-    """Methods, and settings of the evaluation, whose density is narrower than one token at this run's shapes."""
-    among_keys = context.model.family.text != "apart"
-    layout = replace(counts.layout, num_text=max(counts.text.values(), default=0) if among_keys else 0)
-    methods = [(m.name, m.recipe.sparse) for m in context.methods]
-    densities = {f"method {name}: attention.density": sparse.density for name, sparse in methods if sparse is not None}
-    settings = context.config.evaluation.settings.items()
-    densities |= {f"evaluation.settings.{name}.density": s.density for name, s in settings if s.density is not None}
-    problems = []
-    for place, density in densities.items():
-        try:
-            band_width(layout, density)
-        except ValueError as error:
-            problems.append(f"{place}: {error}")
-    return problems
 
 
 def size_problems(context: RunContext) -> list[str]:
@@ -150,7 +154,8 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
         for key, own in units.items()
     }
     try:
-        lengths = prompt_lengths(context.model.folder, template, [text for own in texts.values() for text in own])
+        folder = context.model.folder / "tokenizer"
+        lengths = prompt_lengths(folder, template, [text for own in texts.values() for text in own])
     except (OSError, ValueError) as error:
         counts.problems.append(f"model: its tokenizer cannot be loaded: {error}")
         lengths = None
@@ -172,19 +177,34 @@ def _count_text(context: RunContext, counts: TokenCounts) -> None:
                 f"{where}: {len(cut)} of {len(own)} prompts {have} more than the {limit} tokens of "
                 f"generation.max_sequence_length (up to {max(cut)}); the rest is cut off"
             )
+    _count_second_text(context, counts)
     counts.text = {
         prompt.name: max(1, template.num_tokens(min(limit, length))) if context.model.family.padding else limit
         for prompt, length in zip(context.calibration_prompts, lengths, strict=False)
     }
 
 
-def prompt_lengths(model: Path, template: PromptTemplate, prompts: Sequence[str]) -> list[int] | None:
-    """Tokens of every prompt as the pipeline sees them, uncut; None where the model's folder has no tokenizer.
+def _count_second_text(context: RunContext, counts: TokenCounts) -> None:
+    second = context.model.family.second_text
+    if second is None:
+        return
+    given = {prompt.name: second.of(prompt.prompt) for prompt in context.calibration_prompts}
+    texts = {name: text for name, text in given.items() if text is not None}
+    try:
+        lengths = prompt_lengths(context.model.folder / "tokenizer_2", PromptTemplate(), list(texts.values()))
+    except (OSError, ValueError) as error:
+        counts.problems.append(f"model: its tokenizer_2 cannot be loaded: {error}")
+        lengths = None
+    found = [second.limit] * len(texts) if lengths is None else [min(second.limit, length) for length in lengths]
+    counts.second_text = dict(zip(texts, found, strict=True))
+
+
+def prompt_lengths(folder: Path, template: PromptTemplate, prompts: Sequence[str]) -> list[int] | None:
+    """Tokens of every prompt as the pipeline sees them, uncut; None where the tokenizer's folder is not there.
 
     Raises:
         OSError, ValueError: the tokenizer cannot be loaded.
     """
-    folder = model / "tokenizer"
     if not folder.is_dir():
         return None
     from transformers import AutoTokenizer

@@ -4,7 +4,8 @@
 queries and keys of the video. Padding is attended. 1.5 also takes two frames of the latents for a token in time: its pipeline
 adds frames up to a whole token, and takes them away again. Timesteps are the numbers of discrete ones.
 
-Image to video has the image's latents behind the noise. That of 5B has learned positions for one size; 1.5's also embeds `ofs`.
+Image to video has the image's latents behind the noise. That of 5B has learned positions for one size and number of frames;
+1.5's also embeds `ofs`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def _grid(config: Config, call: Arguments) -> Grid:
 def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
     patch, patch_t = config["patch_size"], config.get("patch_size_t") or 1
     sample, height, width = (config["sample_height"], config["sample_width"]), size.height, size.width
-    if config.get("use_learned_positional_embeddings"):
-        height, width = sample
     frames = -(-size.frames // patch_t) * patch_t
+    if config.get("use_learned_positional_embeddings"):  # for other numbers of frames, diffusers takes other ones
+        height, width = sample
+        frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
     rotary = config.get("use_rotary_positional_embeddings", False)
     sides = height // patch, width // patch
     if config.get("patch_size_t") is not None:  # 1.5 has a table of so many positions, others scale theirs to the video

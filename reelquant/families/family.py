@@ -98,6 +98,13 @@ class VideoSize:
     """Tokens that the pipeline's image encoder makes of an image; 0 without one, None where no image is given."""
     token_timesteps: bool = False
     """Whether every video token has a timestep of its own."""
+    num_second_text: int = 0
+    """Tokens of a second text (`SecondText`)."""
+
+    @property
+    def num_all_text(self) -> int:
+        """Tokens of both texts."""
+        return self.num_text + self.num_second_text
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,16 @@ class PromptTemplate:
     def num_tokens(self, limit: int) -> int:
         """Text tokens that the transformer is given, padding included, where the pipeline's limit is `limit`."""
         return self.num_image + limit - self.crop_end
+
+
+@dataclass(frozen=True)
+class SecondText:
+    """Text that the pipeline takes from a prompt for a second encoder, and its component `tokenizer_2`."""
+
+    of: Callable[[str], str | None]
+    """What it takes from a prompt; None where there is nothing."""
+    limit: int
+    """Tokens to which it is cut and padded."""
 
 
 def no_template(_config: Config) -> PromptTemplate:
@@ -200,6 +217,7 @@ class Family:
     gates_by_token: Callable[[Config], bool] | None = None
     """Whether the blocks have several gates in place of each, so that `outputs` does not hold."""
     template: Callable[[Config], PromptTemplate] = no_template
+    second_text: SecondText | None = None
     refusal: Callable[[Config], str | None] | None = None
     """Why a configuration of the architecture is not supported."""
     streams: Mapping[int, str] = field(default_factory=dict)

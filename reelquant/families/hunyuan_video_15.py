@@ -3,7 +3,7 @@
 The model packs `[image, glyphs (ByT5), text (Qwen2.5-VL), padding]` behind the video, and reads the image's latents and a mask
 behind the noise. In text to video all of the image is zeros, and its states are masked. Padding is masked on both sides, so
 dropping it changes no real token. Distilled models have the same transformer and are called once a step, without guidance;
-that of mean flow (`use_meanflow`) also embeds `timestep_r`, which diffusers' pipelines leave out.
+that of mean flow (`use_meanflow`) also embeds `timestep_r`, which diffusers' pipeline hands it from an image alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
-from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import HunyuanVideo15Pipeline
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import HunyuanVideo15Pipeline, extract_glyph_texts
 from torch import Tensor
 
 from reelquant.families.attention_core import plain_core
@@ -25,6 +25,7 @@ from reelquant.families.family import (
     FusedBlock,
     ImageUse,
     PromptTemplate,
+    SecondText,
     VideoSize,
 )
 from reelquant.families.hunyuan_video import FAMILY as HUNYUAN_VIDEO
@@ -32,6 +33,8 @@ from reelquant.families.hunyuan_video_attention import CoreAttentionProcessor
 from reelquant.families.hunyuan_video_fused import fused_forward, fusion_obstacle
 from reelquant.tokens import Grid
 
+GLYPH_TOKENS = 256
+"""To which the pipeline pads them (`tokenizer_2_max_length`)."""
 _PROMPT = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
 _CHAT = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -43,15 +46,15 @@ def _grid(config: Config, call: Arguments) -> Grid:
 
 
 def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
-    """Of a prompt without glyphs, padding left out."""
-    batch, text = size.batch, (size.batch, size.num_text)
+    """Padding left out."""
+    batch, text, glyphs = size.batch, (size.batch, size.num_text), (size.batch, size.num_second_text)
     return {
         "hidden_states": torch.empty(batch, config["in_channels"], size.frames, size.height, size.width),
         "timestep": torch.empty(batch),
         "encoder_hidden_states": torch.empty(*text, config["text_embed_dim"]),
         "encoder_attention_mask": torch.ones(text),
-        "encoder_hidden_states_2": torch.empty(batch, 0, config["text_embed_2_dim"]),
-        "encoder_attention_mask_2": torch.ones(batch, 0),
+        "encoder_hidden_states_2": torch.empty(*glyphs, config["text_embed_2_dim"]),
+        "encoder_attention_mask_2": torch.ones(glyphs),
         "image_embeds": torch.empty(batch, size.num_image or 0, config["image_embed_dim"]),
         "attention_kwargs": None,
         "return_dict": False,
@@ -71,6 +74,12 @@ def _refusal(config: Config) -> str | None:
     if table != head_dim:
         return f"attention heads have {head_dim} channels, but its rotary tables have {table}: they must be equal"
     return None
+
+
+def _glyphs(prompt: str) -> str | None:
+    """The words in quotes, which ByT5 reads letter by letter."""
+    found: str | None = extract_glyph_texts(prompt)
+    return found
 
 
 def prompt_template(_config: Config) -> PromptTemplate:
@@ -133,6 +142,7 @@ FAMILY = Family(
     joined=(("norm1.linear", "norm1_context.linear"),),
     outputs={"transformer_blocks": HUNYUAN_VIDEO.outputs["transformer_blocks"]},
     template=prompt_template,
+    second_text=SecondText(_glyphs, GLYPH_TOKENS),
     refusal=_refusal,
     image=_image,
     image_frame=_image_frame,

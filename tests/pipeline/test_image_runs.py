@@ -72,7 +72,9 @@ def image_run(folder: Path, model: str, **changes: Any) -> Path:
     """The configuration of a run with three images for the calibration and another one held out."""
     for index, color in enumerate(("red", "green", "blue", "white")):
         image(folder / "images" / f"{index}.png", (192, 128), color)
-    lines = [{"prompt": f"the digit {index}", "image": f"images/{index}.png"} for index in range(4)]
+    # Words in quotes are a text of their own for HunyuanVideo-1.5.
+    texts = [f'the digit {index} called "number {index}"' for index in range(4)]
+    lines = [{"prompt": text, "image": f"images/{index}.png"} for index, text in enumerate(texts)]
     negative = {} if model in ONE_PASS else {"negative_prompt": "blurred"}
     write_lines(folder / "calibration.jsonl", *lines[:2], {**lines[2], **negative})
     write_lines(folder / "held_out.jsonl", lines[3])
@@ -246,3 +248,19 @@ def test_a_model_with_positions_for_one_size_names_it(tmp_path: Path) -> None:
     plan = plan_config(load_config(config, ["generation.height=64", "generation.width=96"]))
     [problem] = [problem for problem in plan.problems if "generation.height" in problem]
     assert names(problem, "generation.width", 64, 96, "CogVideoX", 32, 48)
+    plan = plan_config(load_config(config, ["generation.num_frames=5"]))
+    [problem] = [problem for problem in plan.problems if "generation.num_frames" in problem]
+    assert names(problem, 5, "CogVideoX", 9)
+
+
+@pytest.mark.parametrize("num_words", [0, 20])
+def test_a_band_has_room_beside_all_text_and_the_image(num_words: int, tmp_path: Path) -> None:
+    """HunyuanVideo-1.5: tokens of the image's encoder, and letters of words in quotes."""
+    config = image_run(tmp_path, "hunyuan_video_15_i2v")
+    line = {"prompt": f'a sign "{"word " * num_words}"', "image": "images/0.png"}
+    write_lines(tmp_path / "calibration.jsonl", *(line for _ in range(3)))
+    plan = plan_config(load_config(config, ["method.attention.density=0.5"]))
+    [problem] = [problem for problem in plan.problems if "density" in problem]
+    num_text = plan.counts.longest.num_all_text + 4
+    assert names(problem, "method", "attention.density", 0.5, num_text, 96, 192)
+    assert num_text > 4 + 100 * (num_words > 0)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.loading import load_config
+from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.schema import BitsConfig
 from pipeline.context import build_context
 from pipeline.layer_bits import bits_label, resolve_bits
+from tests.errors import raises
 from tests.pipeline.small_run import ROOT
 
 KINDS = {
@@ -22,6 +23,11 @@ KINDS = {
 
 def label(**bits: Any) -> str:
     return bits_label(resolve_bits(BitsConfig.model_validate(bits), KINDS), KINDS)
+
+
+def test_bits_that_quantize_nothing_are_refused() -> None:
+    with raises(ConfigError, "bits.exceptions", 16):
+        label(exceptions=[{"pattern": "*", "weight": 16, "activation": 16}])
 
 
 @pytest.mark.parametrize(
