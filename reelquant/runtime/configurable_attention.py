@@ -95,6 +95,8 @@ class ConfigurableAttention:
         self._architecture, self._config = architecture, config
         self._schedule, self._num_steps = schedule, num_steps
         self._tracker, self._protection, self._stored = tracker, protection, stored
+        self._too_small: set[tuple[float, tuple[int, ...]]] = set()
+        """Densities and shapes of latents for which it was said that attention runs dense."""
 
     def __repr__(self) -> str:
         spec = {**self.spec.to_dict(), "precision": self.precision.sparse}

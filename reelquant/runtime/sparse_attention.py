@@ -160,10 +160,17 @@ class SparseAttention(ConfigurableAttention):
                 widths[layout] = band_width(layout, self.spec.density)
             except ValueError as error:
                 widths[layout] = None
-                logger.warning(
-                    "latents %s are too small for sparse attention (%s): it runs dense", list(state.latent_shape), error
-                )
+                self._say_dense(state, layout, error)
         return widths[layout]
+
+    def _say_dense(self, state: GenerationState, layout: TokenLayout, error: ValueError) -> None:
+        """Once for latents of a shape. Where all frames are an image's, nothing else was asked for."""
+        case = self.spec.density, state.latent_shape
+        if layout.banded.num_video and case not in self._too_small:
+            self._too_small.add(case)
+            logger.warning(
+                "latents %s are too small for sparse attention (%s): it runs dense", list(state.latent_shape), error
+            )
 
     def _layout(self, state: GenerationState, tokens: int) -> TokenLayout:
         frames, height, width = state.grid
