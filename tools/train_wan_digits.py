@@ -4,6 +4,7 @@
 
 | stage       | makes                                                        | from            |
 |-------------|--------------------------------------------------------------|-----------------|
+| start       | the files of RUN that text, vae and transformer go on from    | assets/wan-digits |
 | text        | RUN/text_encoder.safetensors                                 | -               |
 | vae         | RUN/vae.safetensors, its latents' statistics                 | rendered clips  |
 | transformer | RUN/transformer.safetensors, RUN/average.safetensors; goes on from them, stops at --budget-s | text, vae |
@@ -40,11 +41,11 @@ from tools.wan_digits.rendering import Renderer, hands
 from tools.wan_digits.scenes import prompt, prompt_scenes
 from tools.wan_digits.settings import PRESETS, Settings
 from tools.wan_digits.text import Embedder, make_text_encoder, make_tokenizer, train_text_encoder
-from tools.wan_digits.transformer import AVERAGE, Trainer
+from tools.wan_digits.transformer import AVERAGE, WEIGHTS, Trainer
 from workers.recognition import DigitRecognizer
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("text", "vae", "transformer", "assemble", "check", "distill", "accept")
+STAGES = ("start", "text", "vae", "transformer", "assemble", "check", "distill", "accept")
 PROMPTS = {"calibration": 40, "held_out": 64}
 
 
@@ -56,6 +57,22 @@ class Run:
         self.renderer = Renderer(hands().to(settings.device))
         self.tokenizer = make_tokenizer()
         folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        """Goes on from the published model: with Adam anew and a schedule of its own, `--horizon-s`."""
+        folder = self.root / "assets/wan-digits"
+        parts = {
+            name: load_file(next((folder / name).glob("*.safetensors")))
+            for name in ("text_encoder", "transformer", "vae")
+        }
+        config = json.loads((folder / "vae/config.json").read_text())
+        parts["vae"] |= {name: torch.tensor(config[name]) for name in ("latents_mean", "latents_std")}
+        parts["text_encoder"].pop("encoder.embed_tokens.weight", None)
+        progress = {"elapsed_s": torch.tensor(0.0, dtype=torch.float64), "steps": torch.tensor(0)}
+        for name, tensors in parts.items():
+            save_whole(tensors, self.folder / f"{name}.safetensors")
+        save_whole(parts["transformer"], self.folder / AVERAGE)
+        save_whole({**parts["transformer"], **progress}, self.folder / WEIGHTS)
 
     def text(self) -> UMT5EncoderModel:
         """The text encoder, trained or loaded, with bfloat16 values."""
@@ -171,10 +188,10 @@ class Run:
         print(table(found), flush=True)
 
 
-def _seconds(text: str) -> float:
+def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
     return value
 
 
@@ -185,12 +202,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the training's state")
     parser.add_argument("--root", type=Path, default=ROOT, help="where assets/ and configs/ are")
     parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--budget-s", type=_seconds, help="seconds of the transformer's training in this call")
+    parser.add_argument("--budget-s", type=_positive, help="seconds of the transformer's training in this call")
+    parser.add_argument("--horizon-s", type=_positive, help="seconds of its training until the learning rate is zero")
+    parser.add_argument("--lr", type=_positive, help="its highest learning rate")
     parser.add_argument("--quantized", type=Path, help="for accept: the model's folder after rtn W4A8")
     given = parser.parse_args(arguments)
     settings = PRESETS[given.preset]()
-    if given.budget_s is not None:
-        settings = replace(settings, budget_s=given.budget_s)
+    changes = {name: getattr(given, name) for name in ("budget_s", "horizon_s", "lr")}
+    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
     run = Run(settings, given.root, given.run, given.quantized)
     for stage in STAGES:
         if stage in given.stages:

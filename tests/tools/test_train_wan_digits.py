@@ -129,6 +129,22 @@ def test_training_goes_on_from_its_files(made: Path) -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("blocks."))
 
 
+def test_training_starts_from_the_published_model(made: Path, tmp_path: Path) -> None:
+    main(["start", "--preset", "smoke", "--root", str(made), "--run", str(tmp_path)])
+    run = made / "run"
+    for name in ("text_encoder", "vae"):
+        old, new = (load_file(folder / f"{name}.safetensors") for folder in (run, tmp_path))
+        assert old.keys() == new.keys()
+        assert all(torch.allclose(old[key].float(), new[key].float()) for key in old), name
+    state = load_file(tmp_path / "transformer.safetensors")
+    assert float(state["elapsed_s"]) == 0
+    published = load_file(next((made / "assets/wan-digits/transformer").glob("*.safetensors")))
+    assert all(torch.equal(published[name], state[name]) for name in published)
+    arguments = ["--preset", "smoke", "--root", str(made), "--run", str(tmp_path)]
+    main(["transformer", *arguments, "--horizon-s", "60", "--lr", "1e-3"])
+    assert int(load_file(tmp_path / "transformer.safetensors")["steps"]) == smoke().call_steps
+
+
 def test_a_clip_at_once_is_what_diffusers_makes_of_it_in_chunks() -> None:
     torch.manual_seed(0)
     vae = make_vae(smoke()).double()
