@@ -178,8 +178,9 @@ class EvaluationWorker:
                 pipeline, family, trajectory, generation, steps=unit.steps, leave_out=leave_out, progress=report
             )
             own = step_effects(
-                pipeline, trajectory, generation, errors=errors, rows=unit.rows, leave_out=leave_out, progress=report
-            )
+                pipeline, family, trajectory, generation,
+                errors=errors, rows=unit.rows, leave_out=leave_out, progress=report,
+            )  # fmt: skip
             found.append(own)
         effects = {step: sum(own[step] for own in found) / total for step in unit.steps}
         weights = interpolated(effects, generation.num_inference_steps)

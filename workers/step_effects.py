@@ -78,7 +78,7 @@ def rounding_errors(
     with ExitStack() as stack:
         for transformer in transformers(pipeline):
             stack.enter_context(rounded_blocks(family, transformer))
-        stack.enter_context(passes_left_out(pipeline, lambda: leave_out and at not in steps))
+        stack.enter_context(passes_left_out(pipeline, family, lambda: leave_out and at not in steps))
         teacher_forced(
             pipeline,
             [trajectory.prompt],
@@ -93,6 +93,7 @@ def rounding_errors(
 
 def step_effects(
     pipeline: Any,
+    family: Family,
     trajectory: Trajectory,
     generation: Generation,
     *,
@@ -117,7 +118,7 @@ def step_effects(
             progress(index * total + done, len(chunks) * total)
 
         rollout = _RollOut(trajectory, {step: errors[step] for step in chunk}, with_reference=rows > 1)
-        final = rollout.run(pipeline, generation, leave_out=leave_out, progress=report)
+        final = rollout.run(pipeline, family, generation, leave_out=leave_out, progress=report)
         reference = final[len(chunk)] if rows > 1 else trajectory.latents[-1].to(final)
         for row, step in enumerate(chunk):
             effects[step] = relative_error(reference, final[row]) / PERTURBATION**2
@@ -146,11 +147,13 @@ class _RollOut:
         """The step that comes next."""
         self._final = torch.empty(0)
 
-    def run(self, pipeline: Any, generation: Generation, *, leave_out: bool, progress: Progress) -> Tensor:
+    def run(
+        self, pipeline: Any, family: Family, generation: Generation, *, leave_out: bool, progress: Progress
+    ) -> Tensor:
         """The final latents `[rows, C, F, H, W]`."""
         with (
             changed_velocities(pipeline, self._change),
-            passes_left_out(pipeline, lambda: leave_out and self._at <= self._steps[0]),
+            passes_left_out(pipeline, family, lambda: leave_out and self._at <= self._steps[0]),
         ):
             run_latents(
                 pipeline,

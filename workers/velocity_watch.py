@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.checkpoint.reader import SECOND_TRANSFORMER, TRANSFORMER
-from reelquant.families.family import family_of_architecture
+from reelquant.families.family import Family
 from reelquant.settings.generation import Generation
 from workers.messages import Progress, PromptUnit
 from workers.pipeline_call import attribute, called
@@ -174,17 +174,17 @@ def teacher_forced(
 
 
 @contextmanager
-def passes_left_out(pipeline: Any, leave_out: Callable[[], bool]) -> Iterator[None]:
+def passes_left_out(pipeline: Any, family: Family, leave_out: Callable[[], bool]) -> Iterator[None]:
     """While open, a pass of a transformer returns zeros at once as long as `leave_out()` says so: for steps whose velocity is
     known, and given by `changed_velocities`."""
     with ExitStack() as stack:
         for transformer in transformers(pipeline):
-            stack.enter_context(attribute(transformer, "forward", _unless(leave_out, transformer)))
+            stack.enter_context(attribute(transformer, "forward", _unless(leave_out, family, transformer)))
         yield
 
 
-def _unless(leave_out: Callable[[], bool], transformer: Any) -> Callable[..., Any]:
-    original, family = transformer.forward, family_of_architecture(type(transformer).__name__)
+def _unless(leave_out: Callable[[], bool], family: Family, transformer: Any) -> Callable[..., Any]:
+    original = transformer.forward
 
     @functools.wraps(original)
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from tests.reelquant.families import tiny_pipelines
 from tests.unit_cache import ignore
 from workers.generation import generate
 from workers.messages import PromptUnit
+from workers.model_source import family_of_model
 from workers.velocity_pass import Velocities
 from workers.velocity_watch import changed_velocities, passes_left_out, run_latents, teacher_forced
 
@@ -72,5 +73,5 @@ def test_what_is_begun_again_from_stored_latents_is_what_it_was(model: str, from
     def stored(step: int, _own: Tensor, _sample: Tensor) -> Tensor:
         return kept.guided[step].unsqueeze(0)
 
-    with passes_left_out(pipeline, lambda: True), changed_velocities(pipeline, stored):
+    with passes_left_out(pipeline, family_of_model(folder), lambda: True), changed_velocities(pipeline, stored):
         assert torch.equal(again(latents[0])[-1], latents[-1]), "of stored velocities, without a pass"

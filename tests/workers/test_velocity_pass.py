@@ -298,11 +298,11 @@ def test_a_quantizers_error_lasts_and_the_effect_does_not_depend_on_its_size(
     assert list(errors) == [1, 2]
     every = rounding_errors(pipeline, family, trajectory, GENERATION, steps=(1, 2), leave_out=False, progress=ignore)
     assert all(torch.equal(errors[step], every[step]) for step in errors), "what is left out does not count"
-    effects = step_effects(pipeline, trajectory, GENERATION, errors=errors, progress=ignore)
+    effects = step_effects(pipeline, family, trajectory, GENERATION, errors=errors, progress=ignore)
     smaller = {step: 0.01 * error for step, error in errors.items()}
-    assert step_effects(pipeline, trajectory, GENERATION, errors=smaller, progress=ignore) == pytest.approx(
+    assert step_effects(pipeline, family, trajectory, GENERATION, errors=smaller, progress=ignore) == pytest.approx(
         effects, rel=1e-3
     )
     noise = {step: torch.randn(error.shape) for step, error in errors.items()}
-    removed = step_effects(pipeline, trajectory, GENERATION, errors=noise, progress=ignore)
+    removed = step_effects(pipeline, family, trajectory, GENERATION, errors=noise, progress=ignore)
     assert all(effects[step] > 3 * removed[step] for step in effects)

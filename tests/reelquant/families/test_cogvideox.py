@@ -78,7 +78,7 @@ def test_a_step_s_effect_is_that_of_its_error_where_the_scheduler_draws_noise(tm
     trajectory = Trajectory(prompt, torch.stack(made.latents), torch.stack(velocities.guided), seed=1)
     errors = {step: torch.randn_like(trajectory.velocity[0]) for step in (1, STEPS - 1)}
     alone, together = (
-        step_effects(pipeline, trajectory, GENERATION, errors=errors, rows=rows, progress=lambda *_: None)
+        step_effects(pipeline, FAMILY, trajectory, GENERATION, errors=errors, rows=rows, progress=lambda *_: None)
         for rows in (1, 3)
     )
     for step in errors:
