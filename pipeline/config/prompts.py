@@ -150,4 +150,4 @@ def _read(folder: Path, name: str) -> ImageFile:
     try:
         return ImageFile(path, content, read_image(content).size)
     except ValueError as error:
-        raise ValueError(f"image: {path} is {error}") from error
+        raise ValueError(f"image: {path} {error}") from error
