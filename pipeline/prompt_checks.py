@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.config.prompts import JSON_LINES, Prompt
+from pipeline.config.json_lines import FORM, JSON_LINES, line_numbers
+from pipeline.config.prompts import Prompt
 from pipeline.config.schema import RunConfig
 from pipeline.model_facts import ModelFacts
 from reelquant.settings.generation import Generation
@@ -45,8 +46,7 @@ def _image_problems(where: str, prompts: Sequence[Prompt], generation: Generatio
     if pipeline.image == "needed" and (lacking := [prompt for prompt in prompts if prompt.image is None]):
         problems.append(
             f"{where}, {_lines(lacking)}: no image is given, but {pipeline.name} makes a video from one: write lines of JSON "
-            f'into a file whose name ends in {JSON_LINES}, {{"prompt": "...", "image": "path/from/the/file.png"}}, or set '
-            "model to a text-to-video model"
+            f"into a file whose name ends in {JSON_LINES}, {FORM}, or set model to a text-to-video model"
         )
     for prompt in given:
         assert prompt.image is not None
@@ -75,5 +75,4 @@ def _negative_problems(where: str, prompts: Sequence[Prompt], config: RunConfig,
 
 
 def _lines(prompts: Sequence[Prompt]) -> str:
-    numbers = ", ".join(str(prompt.line) for prompt in prompts)
-    return f"line{'s' if len(prompts) > 1 else ''} {numbers}"
+    return line_numbers([prompt.line for prompt in prompts])

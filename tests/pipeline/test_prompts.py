@@ -1,6 +1,7 @@
 """Files of JSON lines: what a line says, what is wrong with it, and what of it a run depends on."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,102 @@ def test_everything_wrong_with_the_lines_is_named_at_once(tmp_path: Path) -> Non
     found = caught.value.problems
     words = (
         "picture", "JSON", "prompt", "prompt", "gone.png", "../outside.png", tmp_path / "outside.png", "link.png",
-        "cut.png", "PNG", "prompt", "mapping",
+        "cut.png", "PNG", "prompt", '["a"]',
     )  # fmt: skip
     assert len(found) == len(words)
     for number, (problem, word) in enumerate(zip(found, words, strict=True), 1):
         assert names(problem, "prompts.held_out", path, f"line {number}", word)
+
+
+def problems_of(path: Path) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path, 1, "calibration")
+    return caught.value.problems
+
+
+def test_names_end_in_letters_of_either_case(tmp_path: Path) -> None:
+    [prompt] = read_prompts(write_lines(tmp_path / "P.JSONL", {"prompt": "a"}), 1, "calibration")
+    assert prompt.prompt == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('a bird\n\n{"prompt": "a"}\n{"prompt": "b"}\n', "lines 3, 4"),
+        ('[{"prompt": "a"},\n {"prompt": "b"}]\n', "lines 1, 2"),
+        ('[{"prompt": "a"}, {"prompt": "b"}]\n', "line 1"),
+        ('\n{\n  "prompt": "a"\n}\n', "lines 2 to 4"),
+    ],
+)
+def test_json_is_no_text(text: str, lines: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(text)
+    [problem] = problems_of(path)
+    assert names(problem, "prompts.calibration", path, lines, ".jsonl")
+
+
+def test_text_may_look_like_json(tmp_path: Path) -> None:
+    """Whatever has no prompt in it, or is not whole."""
+    lines = (
+        '{"a": 1}',
+        '"a quoted bird"',
+        "[1, 2]",
+        "[a camera pans]",
+        "{",
+        '{"prompt": "not closed',
+        "[" * 10**5,
+        "7",
+    )
+    assert [p.prompt for p in read_prompts(write_lines(tmp_path / "p.txt", *lines), 8, "calibration")] == list(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"prompt": "a"}]',
+        '[\n{"prompt": "a"},\n{"prompt": "b"}\n]\n',
+        '{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}\n',
+        '{"prompt":\n "a"}\n',
+        '{\n "prompt": "a",\n}\n',
+        '{"prompt": "a"} {"prompt": "b"}\n',
+    ],
+)
+def test_other_json_is_named_once(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    [problem] = problems_of(path)
+    assert names(problem, path, "one object a line", '{"prompt": "...", "image": "path/from/the/file.png"}')
+
+
+def test_an_empty_file_of_json_lines(tmp_path: Path) -> None:
+    [problem] = problems_of(write_lines(tmp_path / "p.jsonl", ""))
+    assert names(problem, tmp_path / "p.jsonl", '{"prompt": "...", "image": "path/from/the/file.png"}')
+
+
+def test_what_is_no_object_is_named_by_its_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "a"}, "[" * 10**5, "null", '"b"', 7)
+    found = problems_of(path)
+    for line, (problem, word) in enumerate(zip(found, ("[" * 60, "null", '"b"', 7), strict=True), 2):
+        assert names(problem, "prompts.calibration", path, f"line {line}", word)
+        assert len(problem) < 400 + len(str(path))
+
+
+def test_images_that_are_no_files(tmp_path: Path) -> None:
+    """Nothing of them is read: of a pipe that would never end."""
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    given = (
+        "loop.png", "pipe.png", "folder.png", "a\0b.png", "a" * 300, "https://example.com/a.png", "file:///a.png", "~/a.png",
+    )  # fmt: skip
+    path = write_lines(tmp_path / "p.jsonl", *({"prompt": "a", "image": name} for name in given))
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path, len(given), "held_out")
+    words = (*given[:3], r"a\x00b.png", *given[4:])
+    for number, (problem, word) in enumerate(zip(caught.value.problems, words, strict=True), 1):
+        assert names(problem, "prompts.held_out", path, f"line {number}", "image", word)
+        if number > 5:
+            assert names(problem, tmp_path, "URL", "~")
 
 
 @pytest.fixture(scope="module")
