@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import stat
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,8 @@ class PromptLine(Section):
 class ImageFile:
     """An image file that can be read."""
 
+    name: str
+    """As the line gives it."""
     path: Path
     content: bytes
     size: tuple[int, int]
@@ -102,15 +103,17 @@ def comparable(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def repeated_prompts(prompts: Iterable[tuple[str, Any]]) -> list[str]:
-    """The prompts that stand more than once in a file with the same things beside them, as they stand there first.
+def repeated_prompts(prompts: Iterable[tuple[str, Any, int]]) -> list[tuple[str, list[int]]]:
+    """The prompts that stand more than once in a file with the same things beside them, as they stand there first, and their
+    lines.
 
     Args:
-        prompts: each with what stands beside it, such as its image; hashable.
+        prompts: each with what stands beside it, such as its image (hashable), and its line.
     """
-    first: dict[tuple[str, Any], str] = {}
-    counts = Counter(key for prompt, beside in prompts if first.setdefault(key := (comparable(prompt), beside), prompt))
-    return [first[key] for key, num in counts.items() if num > 1]
+    found: dict[tuple[str, Any], tuple[str, list[int]]] = {}
+    for prompt, beside, line in prompts:
+        found.setdefault((comparable(prompt), beside), (prompt, []))[1].append(line)
+    return [(prompt, lines) for prompt, lines in found.values() if len(lines) > 1]
 
 
 def _of_json_lines(folder: Path, lines: list[tuple[int, str]], num: int, where: str) -> list[Prompt]:
@@ -169,6 +172,6 @@ def _read(folder: Path, name: str) -> ImageFile:
     except RuntimeError as error:  # `resolve` until Python 3.12
         raise ValueError(f"image: {path} cannot be read: its links lead in a circle") from error
     try:
-        return ImageFile(path, content, read_image(content).size)
+        return ImageFile(name, path, content, read_image(content).size)
     except ValueError as error:
         raise ValueError(f"image: {path} {error}") from error

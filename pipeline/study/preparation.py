@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from pipeline.config.loading import ConfigError
-from pipeline.context import Run, RunContext, build_context, prompt_notes
+from pipeline.context import Run, RunContext, build_context, prompt_notes, prompt_refusals
 from pipeline.planning.machine import (
     Disk,
     cache_notes,
@@ -132,6 +132,8 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
     if len(by_setting) < len(study.settings):
         raise ConfigError(list(dict.fromkeys(problems)))
     contexts = {run.label: replace(by_setting[run.setting.slug], config=run.config) for run in study.runs}
+    if not place:
+        problems += [problem for context in contexts.values() for problem in prompt_refusals(context, update=update)]
     counts = _Counting(study, contexts).counts(stages)
     disk = disk_of(study.location)
     problems += [

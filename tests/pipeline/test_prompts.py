@@ -11,8 +11,10 @@ from PIL import Image
 
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.prompts import read_prompts
-from pipeline.context import Run, build_context
+from pipeline.context import Run, build_context, prompt_notes
+from pipeline.plan import make_plan
 from pipeline.planning.token_counts import count_tokens
+from pipeline.runner import open_run
 from pipeline.stages.evaluation import Evaluation
 from pipeline.stages.trajectories import Trajectories
 from pipeline.submission import job_of
@@ -181,12 +183,12 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.wan(tmp_path_factory.mktemp("text") / "model")
 
 
-def run_of(folder: Path, model: Path, *lines: Any, **changes: Any) -> Run:
-    """A run, whose held-out prompt is the last of `lines`."""
+def run_of(folder: Path, model: Path, *lines: Any, num_calibration: int | None = None, **changes: Any) -> Run:
+    """A run, whose held-out prompt is the last of `lines`; `num_calibration` where some are empty."""
     write_lines(folder / "c.jsonl", *lines[:-1])
     write_lines(folder / "h.jsonl", lines[-1])
     prompts = {
-        "calibration": str(folder / "c.jsonl"), "num_calibration": len(lines) - 1,
+        "calibration": str(folder / "c.jsonl"), "num_calibration": num_calibration or len(lines) - 1,
         "held_out": str(folder / "h.jsonl"), "num_held_out": 1,
     }  # fmt: skip
     values = {"generation": {**GENERATION, "guidance_scale": 4.0}, "selection": {"num_samples": 2}, **changes}
@@ -215,6 +217,28 @@ def test_a_run_depends_on_negative_prompts(tmp_path: Path, text_model: Path) -> 
     assert fingerprints(run_of(tmp_path, text_model, *plain)) == before
     changed = fingerprints(run_of(tmp_path, text_model, *({**line, "negative_prompt": "blurred"} for line in plain)))
     assert all(one != other for one, other in zip(before, changed, strict=True))
+
+
+def test_changed_prompts_of_a_run_are_refused_without_update(tmp_path: Path, text_model: Path) -> None:
+    lines = [{"prompt": "a"}, {"prompt": "b", "negative_prompt": "blurred"}, {"prompt": "c"}]
+    first = run_of(tmp_path, text_model, *lines)
+    open_run(first.context, update=False)
+    assert make_plan(run_of(tmp_path, text_model, *lines).context).problems == []
+    changed = run_of(tmp_path, text_model, "", lines[0], {"prompt": "b"}, lines[2], num_calibration=2).context
+    words = (tmp_path / "run", "prompts.calibration", tmp_path / "c.jsonl", "line 3", "negative_prompt", "--update")
+    [problem] = make_plan(changed).problems
+    assert names(problem, *words)
+    with raises(ValueError, *words):
+        open_run(changed, update=False)
+    assert make_plan(changed, update=True).problems == []
+    open_run(changed, update=True)
+    assert make_plan(changed).problems == []
+
+
+def test_prompts_that_stand_more_than_once_are_noted_with_their_lines(tmp_path: Path, text_model: Path) -> None:
+    lines = [{"prompt": "A  bird"}, {"prompt": "b"}, {"prompt": "a bird"}, {"prompt": "a bird", "negative_prompt": "x"}]
+    [note] = prompt_notes(run_of(tmp_path, text_model, *lines, {"prompt": "c"}).context)
+    assert names(note, "prompts.calibration", "'A  bird'", tmp_path / "c.jsonl", "lines 1, 3,")
 
 
 def test_negative_prompts_that_are_cut_are_noted(tmp_path: Path, text_model: Path) -> None:
