@@ -117,7 +117,8 @@ def run(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Accept a changed configuration and redo only the work that depends on the change."
+            "--update",
+            help="Accept a changed configuration or changed prompts and redo only the work that depends on the change.",
         ),
     ] = False,
     until: UntilOption = None,
@@ -342,7 +343,8 @@ def submit(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Accept a changed configuration and redo only the work that depends on the change."
+            "--update",
+            help="Accept a changed configuration or changed prompts and redo only the work that depends on the change.",
         ),
     ] = False,
     until: UntilOption = None,

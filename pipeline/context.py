@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.json_lines import line_numbers
 from pipeline.config.loading import ConfigError
 from pipeline.config.prompts import Prompt, comparable, read_prompts, repeated_prompts
 from pipeline.config.schema import RunConfig
@@ -30,6 +31,7 @@ from storage.atomic_files import sha256_file
 from storage.cache import Cache
 from storage.location import Location
 from storage.run_directory import CACHE, RunDirectory
+from storage.run_prompts import KeptPrompt, KeptPrompts, Prompts
 from workers.candidates import shortage
 from workers.generation import branches
 from workers.messages import MethodPlan, PromptUnit, RunSource
@@ -58,6 +60,8 @@ class RunContext:
     model_fingerprint: str
     recognizer_fingerprint: str | None = None
     """None where no recognizer is configured."""
+    kept_prompts: Prompts = field(default_factory=dict)
+    """Files and lines of the prompts."""
     model_note: str | None = None
     """At which commit a model of the Hub is, and why; None for a folder."""
 
@@ -216,6 +220,7 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         methods,
         checked.fingerprint,
         recognizer_fingerprint(config.evaluation.recognizer),
+        {key: _kept(getattr(config.prompts, key), own) for key, own in prompts.items()},
         note,
     )
 
@@ -248,12 +253,39 @@ def recognizer_fingerprint(folder: Path | None) -> str | None:
 
 def prompt_notes(context: RunContext) -> list[str]:
     """Prompts that stand more than once in their file: they are taken more than once."""
-    files = {"calibration": context.calibration_prompts, "held_out": context.held_out_prompts}
-    return [
-        f"prompts.{key}: {repeated} stand more than once, and count as often"
-        for key, units in files.items()
-        if (repeated := repeated_prompts((unit.prompt, (unit.image, unit.negative_prompt)) for unit in units))
+    notes = []
+    for key, kept in context.kept_prompts.items():
+        own = (
+            (p.content["prompt"], frozenset(p.content.items() - {("prompt", p.content["prompt"])}), p.line)
+            for p in kept.prompts
+        )
+        notes += [
+            f"prompts.{key}: {prompt!r} stands more than once in {kept.file}, {line_numbers(lines)}, and counts as often"
+            for prompt, lines in repeated_prompts(own)
+        ]
+    return notes
+
+
+def prompt_refusals(context: RunContext, *, update: bool) -> list[str]:
+    """Why the run directory, as it is now, is none for these prompts.
+
+    Args:
+        update: other ones that it was made with are no reason.
+    """
+    try:
+        if not update:
+            RunDirectory.check_prompts(context.config.run, context.kept_prompts)
+    except ValueError as error:
+        return [f"run: {error}"]
+    return []
+
+
+def _kept(file: Path, prompts: list[Prompt]) -> KeptPrompts:
+    lines = [
+        KeptPrompt(prompt.line, unit.to_dict(), None if prompt.image is None else prompt.image.name)
+        for prompt, unit in zip(prompts, _prompt_units(prompts), strict=True)
     ]
+    return KeptPrompts(str(file), tuple(lines))
 
 
 def _prompt_units(prompts: list[Prompt]) -> tuple[PromptUnit, ...]:

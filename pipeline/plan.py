@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.context import RunContext, build_context, prompt_notes
+from pipeline.context import RunContext, build_context, prompt_notes, prompt_refusals
 from pipeline.hub_model import fetch_model, pinned
 from pipeline.phase import phase
 from pipeline.planning.machine import (
@@ -125,6 +125,7 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, peaks=peaks)
     disk = disk_of(config.cache or config.run)
     no_run = _run_problems(config, model.folder, update=update)
+    no_run += [problem for problem in prompt_refusals(context, update=update) if problem not in no_run]
     machine = [
         *cache_problems(model.found),
         *worker_problems(config),
