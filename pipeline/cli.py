@@ -161,7 +161,10 @@ def plan(
     overrides: SetOption = None,
     shapes_only: Annotated[
         bool,
-        typer.Option("--shapes-only", help="Plan from the model's config files only; weights are not needed."),
+        typer.Option(
+            "--shapes-only",
+            help="Plan from the model's config files only; neither weights nor prompts are needed.",
+        ),
     ] = False,
     measure: Annotated[
         bool,
