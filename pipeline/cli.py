@@ -109,12 +109,12 @@ def init(
         say(console, f"written: {written.file} (look at prompts and run, then at what a run takes)")
         for prompts, num in written.absent.items():
             say(console, f"write:   {prompts}: {counted(num, 'line')} such as {IMAGE_LINE}")
-        planning = f"python -m pipeline plan {shlex.quote(str(written.file))}"
         if written.absent:
             width, height = written.image_size
             say(console, f"images:  in the folders of these files, of {width} x {height} pixels or in proportion")
-            say(console, f"before:  {planning} --shapes-only")
-        say(console, f"next:    {planning}")
+        say(console, f"next:    python -m pipeline plan {shlex.quote(str(written.file))}")
+        if written.absent:
+            say(console, "         with --shapes-only as long as these files are not there")
 
 
 @command()
