@@ -103,11 +103,18 @@ def init(
     console = Console()
     with _errors(console):
         with phase(console, "Looking at the model", logged=False):
-            from pipeline.new_config import write_config
+            from pipeline.new_config import IMAGE_LINE, write_config
 
             written = write_config(file, model, overrides or (), revision=revision, variant=variant)
-        say(console, f"written: {written} (look at prompts and run, then at what a run takes)")
-        say(console, f"next:    python -m pipeline plan {shlex.quote(str(written))}")
+        say(console, f"written: {written.file} (look at prompts and run, then at what a run takes)")
+        for prompts, num in written.absent.items():
+            say(console, f"write:   {prompts}: {counted(num, 'line')} such as {IMAGE_LINE}")
+        if written.absent:
+            width, height = written.image_size
+            say(console, f"images:  in the folders of these files, of {width} x {height} pixels or in proportion")
+        say(console, f"next:    python -m pipeline plan {shlex.quote(str(written.file))}")
+        if written.absent:
+            say(console, "         with --shapes-only as long as these files are not there")
 
 
 @command()
@@ -117,7 +124,8 @@ def run(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Accept a changed configuration and redo only the work that depends on the change."
+            "--update",
+            help="Accept a changed configuration or changed prompts and redo only the work that depends on the change.",
         ),
     ] = False,
     until: UntilOption = None,
@@ -161,7 +169,10 @@ def plan(
     overrides: SetOption = None,
     shapes_only: Annotated[
         bool,
-        typer.Option("--shapes-only", help="Plan from the model's config files only; weights are not needed."),
+        typer.Option(
+            "--shapes-only",
+            help="Plan from the model's config files only; neither weights nor prompts are needed.",
+        ),
     ] = False,
     measure: Annotated[
         bool,
@@ -342,7 +353,8 @@ def submit(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Accept a changed configuration and redo only the work that depends on the change."
+            "--update",
+            help="Accept a changed configuration or changed prompts and redo only the work that depends on the change.",
         ),
     ] = False,
     until: UntilOption = None,

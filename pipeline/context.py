@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.json_lines import line_numbers
 from pipeline.config.loading import ConfigError
 from pipeline.config.prompts import Prompt, comparable, read_prompts, repeated_prompts
 from pipeline.config.schema import RunConfig
@@ -28,8 +30,9 @@ from reelquant.settings.recipe import Recipe
 from reelquant.tokens import TokenLayout
 from storage.atomic_files import sha256_file
 from storage.cache import Cache
-from storage.location import Location
+from storage.location import Location, expand_home
 from storage.run_directory import CACHE, RunDirectory
+from storage.run_prompts import KeptPrompt, KeptPrompts, Prompts
 from workers.candidates import shortage
 from workers.generation import branches
 from workers.messages import MethodPlan, PromptUnit, RunSource
@@ -45,6 +48,9 @@ from workers.model_source import (
 from workers.recognition import DigitRecognizer
 from workers.sharding import Sharding
 
+PROMPT_FILES = ("calibration", "held_out")
+"""Keys of `prompts` with a file; `num_` in front of one has the number of prompts that are taken."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -58,8 +64,12 @@ class RunContext:
     model_fingerprint: str
     recognizer_fingerprint: str | None = None
     """None where no recognizer is configured."""
+    kept_prompts: Prompts = field(default_factory=dict)
+    """Files and lines of the prompts."""
     model_note: str | None = None
     """At which commit a model of the Hub is, and why; None for a folder."""
+    absent_prompts: tuple[str, ...] = ()
+    """Keys of `prompts` whose file is not there: their prompts are stand-ins, of which only the number is right."""
 
     @property
     def cache_location(self) -> Location:
@@ -153,32 +163,18 @@ def _layout(model: Path, family: Family, generation: Generation) -> TokenLayout 
     return None
 
 
-def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
+def build_context(config: RunConfig, *, weights: bool = True, may_lack: Collection[str] = ()) -> RunContext:
     """Checks everything that can be checked before any work. A model of the Hub is pinned to a commit.
 
     Args:
         weights: read the model's weights too, compare them with the components' classes, and fingerprint them; those that the
             Hub's cache lacks are not fetched (`model.found`), and the context is none to run with.
+        may_lack: keys of `prompts` whose file need not be there. Without it, the context is none to run with either.
 
     Raises:
         ConfigError: all problems at once.
     """
-    problems: list[str] = []
-    prompts: dict[str, list[Prompt]] = {"calibration": [], "held_out": []}
-    for key, path, num in (
-        ("calibration", config.prompts.calibration, config.prompts.num_calibration),
-        ("held_out", config.prompts.held_out, config.prompts.num_held_out),
-    ):
-        try:
-            prompts[key] = read_prompts(path, num, key)
-        except ConfigError as error:
-            problems += error.problems
-    calibration = {(comparable(p.prompt), _image(p)) for p in prompts["calibration"]}
-    shared = [p.prompt for p in prompts["held_out"] if (comparable(p.prompt), _image(p)) in calibration]
-    if shared:
-        problems.append(
-            f"prompts.held_out: {sorted(set(shared))} are calibration prompts too; held-out prompts must be others"
-        )
+    prompts, absent, problems = _prompts(config, may_lack)
     problems += _too_few_candidates(config)
     problems += recognizer_problems(config.evaluation.recognizer)
     try:
@@ -208,6 +204,8 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         problems += error.problems if isinstance(error, ConfigError) else [str(error)]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+    for key in absent:
+        prompts[key] = [Prompt(str(n), n) for n in range(1, getattr(config.prompts, f"num_{key}") + 1)]
     return RunContext(
         config,
         model,
@@ -216,7 +214,9 @@ def build_context(config: RunConfig, *, weights: bool = True) -> RunContext:
         methods,
         checked.fingerprint,
         recognizer_fingerprint(config.evaluation.recognizer),
+        {key: _kept(getattr(config.prompts, key), own) for key, own in prompts.items()},
         note,
+        tuple(absent),
     )
 
 
@@ -248,12 +248,72 @@ def recognizer_fingerprint(folder: Path | None) -> str | None:
 
 def prompt_notes(context: RunContext) -> list[str]:
     """Prompts that stand more than once in their file: they are taken more than once."""
-    files = {"calibration": context.calibration_prompts, "held_out": context.held_out_prompts}
-    return [
-        f"prompts.{key}: {repeated} stand more than once, and count as often"
-        for key, units in files.items()
-        if (repeated := repeated_prompts((unit.prompt, (unit.image, unit.negative_prompt)) for unit in units))
+    notes = []
+    for key, kept in context.kept_prompts.items():
+        own = (
+            (p.content["prompt"], frozenset(p.content.items() - {("prompt", p.content["prompt"])}), p.line)
+            for p in kept.prompts
+        )
+        notes += [
+            f"prompts.{key}: {prompt!r} stands more than once in {kept.file}, {line_numbers(lines)}, and counts as often"
+            for prompt, lines in repeated_prompts(own)
+        ]
+    return notes
+
+
+def prompt_refusals(context: RunContext, *, update: bool) -> list[str]:
+    """Why the run directory, as it is now, is none for these prompts.
+
+    Args:
+        update: other ones that it was made with are no reason.
+    """
+    try:
+        if not update:
+            RunDirectory.check_prompts(context.config.run, context.kept_prompts)
+    except ValueError as error:
+        return [f"run: {error}"]
+    return []
+
+
+def _kept(file: Path, prompts: list[Prompt]) -> KeptPrompts:
+    lines = [
+        KeptPrompt(prompt.line, unit.to_dict(), None if prompt.image is None else prompt.image.name)
+        for prompt, unit in zip(prompts, _prompt_units(prompts), strict=True)
     ]
+    return KeptPrompts(str(file), tuple(lines))
+
+
+def absent_prompts(context: RunContext) -> list[str]:
+    """Prompt files that are not there, and what stands in for them."""
+    prompts, most = context.config.prompts, context.config.generation.max_sequence_length
+    return [
+        f"prompts.{key}: {getattr(prompts, key)} is not there: counted are {getattr(prompts, f'num_{key}')} prompts of {most} "
+        "tokens"
+        for key in context.absent_prompts
+    ]
+
+
+def _prompts(config: RunConfig, may_lack: Collection[str]) -> tuple[dict[str, list[Prompt]], list[str], list[str]]:
+    """Prompts by key of `prompts`, none of a file that cannot be used; keys whose file is not there; and what is wrong."""
+    problems: list[str] = []
+    absent: list[str] = []
+    prompts: dict[str, list[Prompt]] = {key: [] for key in PROMPT_FILES}
+    for key in PROMPT_FILES:
+        path, num = getattr(config.prompts, key), getattr(config.prompts, f"num_{key}")
+        if key in may_lack and not expand_home(path).exists():
+            absent.append(key)
+            continue
+        try:
+            prompts[key] = read_prompts(path, num, key)
+        except ConfigError as error:
+            problems += error.problems
+    calibration = {(comparable(p.prompt), _image(p)) for p in prompts["calibration"]}
+    shared = [p.prompt for p in prompts["held_out"] if (comparable(p.prompt), _image(p)) in calibration]
+    if shared:
+        problems.append(
+            f"prompts.held_out: {sorted(set(shared))} are calibration prompts too; held-out prompts must be others"
+        )
+    return prompts, absent, problems
 
 
 def _prompt_units(prompts: list[Prompt]) -> tuple[PromptUnit, ...]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import yaml
 
 from pipeline.config.loading import ConfigError, load_yaml, parse_config, parse_override, set_value
 from pipeline.config.schema import BitsConfig
-from pipeline.context import build_context
-from pipeline.hub_model import FoundModel, find_model, pinned
+from pipeline.context import PROMPT_FILES, build_context, check_found
+from pipeline.default_generation import default_generation, size_steps
+from pipeline.hub_model import find_model, pinned
 from pipeline.planning.token_counts import size_problems
 from reelquant.checkpoint.pipeline_files import list_files
 from reelquant.settings.generation import Generation
 from storage.location import expand_home
-from workers.component_check import pipeline_class_of
+from workers.component_check import pipeline_inputs
 
 _ROOT = Path(__file__).resolve().parents[1]
 _WIDTH = 120
@@ -30,10 +30,10 @@ COMMENTS = {
     "model": """A folder in diffusers format, or an id of the Hugging Face Hub. More keys about it:
   model_revision: main    branch, tag or commit on the Hub; the run records the commit and keeps it
   model_variant: fp16     weight files of a variant, where there are no others""",
-    "generation": """Size, frames and steps with which you will generate. Given are the defaults of the model's pipeline,
-with fewer frames where those are many. Less of each takes less time, disk and memory.""",
+    "generation": """Size, frames and steps with which you will generate. Given are the defaults of the model's pipeline, with
+fewer frames where those are many; the model's authors may name better ones. Less of each takes less time, disk and memory.
+This model takes {steps}.""",
     "prompts": """Files with one prompt a line: put yours here. The model is calibrated on the first and judged on the second.
-A model from images needs files of JSON lines, name.jsonl: {"prompt": "...", "image": "path/from/the/file.png"}.
 The number of calibration prompts times that of steps gives the samples to choose from.""",
     "selection": "Samples on which the model is calibrated.",
     "method": "The preset: reelquant; gptq, which learns nothing and is quick; s2q_quantsparse, with sparse attention.",
@@ -43,13 +43,32 @@ The number of calibration prompts times that of steps gives the samples to choos
 {num_gpus: 1, sharding: fsdp, gpus_per_replica: 2}""",
     "cluster": "A running Ray cluster: auto, or host:port. null is this machine.",
 }
-"""Above each key of the file."""
+"""Above each key of the file; `{steps}` are the sizes that the model takes."""
+IMAGE_PROMPTS = """This model makes a video from an image and a prompt: write both files, with lines of JSON such as
+  {line}
+where the image's path is from the file's folder. Images have {width} x {height} pixels, or these proportions.
+The model is calibrated on the first file and judged on the second.
+The number of calibration prompts times that of steps gives the samples to choose from."""
+"""Above `prompts`, in the file for such a model."""
+IMAGE_LINE = '{"prompt": "a gull lands on a pier", "image": "gull.jpg"}'
+_IMAGE_FILES = {"calibration": "images/calibration.jsonl", "held_out": "images/held_out.jsonl"}
+
+
+@dataclass(frozen=True)
+class NewConfig:
+    """A configuration that was written."""
+
+    file: Path
+    absent: dict[str, int]
+    """Files of prompts that are to be written before a run, and how many lines a run takes of each."""
+    image_size: tuple[int, int]
+    """Width and height for their images."""
 
 
 def write_config(
     file: Path, model: str, overrides: Sequence[str] = (), *, revision: str | None = None, variant: str | None = None
-) -> Path:
-    """Writes the configuration; returns its file.
+) -> NewConfig:
+    """Writes the configuration.
 
     Args:
         file: a new file.
@@ -68,18 +87,22 @@ def write_config(
         raise ConfigError([f"{file}: there is no folder {file.parent}: make it, or give another file"])
     about_model = {"model": model, "model_revision": revision, "model_variant": variant}
     given = {key: value for key, value in about_model.items() if value is not None}
-    text = _text(_values(file, given, overrides))
-    context = build_context(parse_config(load_yaml(text, str(file)), str(file)), weights=False)
+    values, folder, to_write = _values(file, given, overrides)
+    text = _text(values, _comments(folder, parse_config(values, str(file)).generation))
+    context = build_context(parse_config(load_yaml(text, str(file)), str(file)), weights=False, may_lack=to_write)
     found = context.model.found
     lacking = list_files(found.folder, variant=variant)[1] if variant else ()
     if problems := found.problems or lacking or size_problems(context):
         raise ConfigError(problems)
     with file.open("x", encoding="utf-8") as opened:
         opened.write(text)
-    return file
+    prompts, size = context.config.prompts, context.config.generation
+    absent = {str(getattr(prompts, key)): int(getattr(prompts, f"num_{key}")) for key in context.absent_prompts}
+    return NewConfig(file, absent, (size.width, size.height))
 
 
-def _values(file: Path, model: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _values(file: Path, model: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], Path, list[str]]:
+    """The values of the file, the model's folder, and keys of `prompts` whose files are to be written."""
     values: dict[str, Any] = {
         "run": f"runs/{file.stem}",
         **model,
@@ -97,27 +120,28 @@ def _values(file: Path, model: dict[str, Any], overrides: Sequence[str]) -> dict
         "workers": {"num_gpus": 1 if torch.cuda.is_available() else 0},
         "cluster": {"address": None},
     }
-    parsed = [parse_override(override) for override in overrides]
-    for key, value in parsed:
-        set_value(values, key, value, where=f"--set {key}")
+    asked: dict[str, Any] = {}
+    for key, value in (parse_override(override) for override in overrides):
+        for target in (values, asked):
+            set_value(target, key, value, where=f"--set {key}")
     found = find_model(pinned(parse_config(values, str(file)))[0])
-    values["generation"] = {**_family_defaults(found), **values["generation"]}
-    return values
+    checked = check_found(found, variant=model.get("model_variant"), weights=False)
+    if not checked.can_plan:
+        raise ConfigError(checked.problems)
+    values["generation"] = {**default_generation(found.folder), **values["generation"]}
+    if pipeline_inputs(found.folder).image != "needed":
+        return values, found.folder, []
+    to_write = [key for key in PROMPT_FILES if key not in asked.get("prompts", {})]
+    values["prompts"] |= {key: _IMAGE_FILES[key] for key in to_write}
+    return values, found.folder, to_write
 
 
-def _family_defaults(model: FoundModel) -> dict[str, Any]:
-    """Size, steps and guidance of the videos that the model's pipeline generates where nothing is asked for; and frames, at
-    most as many as a run's default, as long videos cost most."""
-    pipeline_class = pipeline_class_of(model.folder)
-    if pipeline_class is None:
-        return {}
-    parameters, most = inspect.signature(pipeline_class.__call__).parameters, Generation().num_frames
-    found = {
-        field.name: parameters[field.name].default
-        for field in fields(Generation)
-        if field.name in parameters and isinstance(parameters[field.name].default, int | float)
-    }
-    return {**found, "num_frames": min(found["num_frames"], most)} if "num_frames" in found else found
+def _comments(model: Path, size: Generation) -> dict[str, str]:
+    """What stands above the keys, in the file for this model."""
+    comments = {**COMMENTS, "generation": COMMENTS["generation"].format(steps=size_steps(model))}
+    if pipeline_inputs(model).image == "needed":
+        comments["prompts"] = IMAGE_PROMPTS.format(width=size.width, height=size.height, line=IMAGE_LINE)
+    return comments
 
 
 def _shipped(name: str) -> str:
@@ -126,12 +150,12 @@ def _shipped(name: str) -> str:
     return str(path.relative_to(_ROOT) if Path.cwd() == _ROOT else path)
 
 
-def _text(values: dict[str, Any]) -> str:
+def _text(values: dict[str, Any], comments: dict[str, str]) -> str:
     lines = [
-        "# A run of reelquant. Keys that are not here have defaults: `pipeline/config/schema.py` says what each means."
+        "# A run of reelquant. Keys that are not here have defaults: `python -m pipeline schema` says what each means."
     ]
     for key, value in values.items():
-        lines += [f"# {line}" for line in COMMENTS.get(key, "").splitlines()]
+        lines += [f"# {line}" for line in comments.get(key, "").splitlines()]
         lines += _dump(key, value)
     return "\n".join([*lines, ""])
 

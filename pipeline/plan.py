@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pipeline.config.loading import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.context import RunContext, build_context, prompt_notes
+from pipeline.context import PROMPT_FILES, RunContext, absent_prompts, build_context, prompt_notes, prompt_refusals
 from pipeline.hub_model import fetch_model, pinned
 from pipeline.phase import phase
 from pipeline.planning.machine import (
@@ -41,20 +41,21 @@ def plan_config(config: RunConfig, *, shapes_only: bool = False, update: bool = 
     """The plan of a configuration, with all that is wrong with it in `problems` as far as a plan can be made at all.
 
     Args:
-        shapes_only: for planning on another machine: weights are neither needed nor read, and what this machine lacks is
-            a note.
+        shapes_only: for planning on another machine: weights are neither needed nor read, and what this machine lacks,
+            prompt files too, is a note.
         update: the run may have been made with another configuration.
 
     Raises:
         ConfigError: prompts or model are not usable enough to plan with; everything else that is wrong is listed too.
     """
     found: tuple[str, ...] = ()
+    may_lack = PROMPT_FILES if shapes_only else ()
     try:
         try:
-            context = build_context(config, weights=not shapes_only)
+            context = build_context(config, weights=not shapes_only, may_lack=may_lack)
         except ConfigError as error:
             found = error.problems
-            context = build_context(config, weights=False)
+            context = build_context(config, weights=False, may_lack=may_lack)
         plan = make_plan(context, shapes_only=shapes_only, update=update)
     except Exception as error:
         more = error.problems if isinstance(error, ConfigError) else ()
@@ -108,6 +109,8 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     """The plan of a checked run; nothing is written."""
     config, model = context.config, context.model
     counts = count_tokens(context)
+    if "calibration" in context.absent_prompts:  # they may be as long as they like
+        counts.text = dict.fromkeys(counts.text, counts.size.num_text)
     on_gpu = config.workers.num_gpus > 0
     dtype = {"auto": torch.bfloat16 if on_gpu else torch.float32}.get(config.numerics.dtype) or getattr(
         torch, config.numerics.dtype
@@ -125,12 +128,13 @@ def make_plan(context: RunContext, *, shapes_only: bool = False, update: bool = 
     stages = _stages(context, counts, dtype, checkpoints=checkpoints, peaks=peaks)
     disk = disk_of(config.cache or config.run)
     no_run = _run_problems(config, model.folder, update=update)
+    no_run += [problem for problem in prompt_refusals(context, update=update) if problem not in no_run]
     machine = [
         *cache_problems(model.found),
         *worker_problems(config),
         *(no_run or disk_problems(config.cache or config.run, sum(s.disk_bytes for s in stages), disk)),
     ]
-    lacking, machine = (machine, []) if shapes_only else ([], machine)
+    lacking, machine = ([*absent_prompts(context), *machine], []) if shapes_only else ([], machine)
     notes = [
         *counts.notes,
         *cache_notes(model.found),

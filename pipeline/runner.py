@@ -48,7 +48,7 @@ STAGES: tuple[Stage, ...] = (
 
 
 def open_run(context: RunContext, *, update: bool) -> Run:
-    """The run's directory: new, or the existing one of the same configuration (of another one with `update`).
+    """The run's directory: new, or the existing one of the same configuration and prompts (of others with `update`).
 
     Raises:
         ValueError: the directory belongs to another configuration or format, or is something else.
@@ -56,7 +56,9 @@ def open_run(context: RunContext, *, update: bool) -> Run:
     config = context.config
     cache = context.cache_location
     made_by = {**provenance(), TRANSFORMERS: len(context.model.roles)}
-    directory = RunDirectory.open_or_create(config.run, config.identity(), made_by, update=update, cache=cache)
+    directory = RunDirectory.open_or_create(
+        config.run, config.identity(), made_by, update=update, cache=cache, prompts=context.kept_prompts
+    )
     return Run(context, directory, Cache(cache))
 
 

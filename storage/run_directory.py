@@ -2,7 +2,7 @@
 
 ::
 
-    config.json      format version, resolved configuration, provenance, where the cache is
+    config.json      format version, resolved configuration, prompts, provenance, where the cache is
     units.json       what the driver knows of the run's units
     run.lock         storage.lock
     cache/           storage.cache, where no other one is configured
@@ -29,6 +29,7 @@ from storage.lock import LOCK_FILE, driving
 from storage.open_place import open_place
 from storage.place import Place
 from storage.recorded_outputs import RecordedOutputs
+from storage.run_prompts import KeptPrompts, Prompts, prompt_differences
 
 FORMAT_VERSION = 2
 """Version of the run directory as a whole."""
@@ -108,6 +109,7 @@ class RunDirectory:
         *,
         update: bool = False,
         cache: Location | None = None,
+        prompts: Prompts | None = None,
     ) -> RunDirectory:
         """The run at ``location``: a new one, or the existing one of the same configuration.
 
@@ -117,9 +119,10 @@ class RunDirectory:
             provenance: versions, commit and the like, JSON; kept from the creation or the last update, not compared.
             update: let a different ``config`` replace the stored one (under the run's lock).
             cache: where its units lie; None: in the run. Another one than before is taken as it is.
+            prompts: compared as the configuration is, where the run has kept its own; None: not known.
 
         Raises:
-            RunConfigMismatch: the stored configuration differs; lists every differing key.
+            RunConfigMismatch: the stored configuration or a prompt differs; lists every differing key.
             RunFormatUnknown: written by a newer program, or one of format 1.
             RunLocked: ``update``, or another ``cache``, while a driver is at work.
             ValueError: a URL of another kind, somebody else's folder, or an unreadable ``config.json``.
@@ -130,6 +133,7 @@ class RunDirectory:
             "config": config,
             "provenance": provenance,
             "cache": _as_seen_from(run.location, cache),
+            **({} if prompts is None else {"prompts": {key: asdict(kept) for key, kept in prompts.items()}}),
         }
         document = json.loads(json.dumps(document, allow_nan=False))
         if not run._has_config():
@@ -137,13 +141,15 @@ class RunDirectory:
             with contextlib.suppress(FileExistsError):  # another driver was faster: compare with its file
                 run.place.put(_CONFIG_FILE, json_bytes(document), exclusive=True)
                 run.write_units({})
-        if run._differences(document["config"], update=update):
+        stored = run._read_config_file()
+        kept = {key: document[key] for key in ("cache", "prompts") if key in document}
+        if run._differences(document["config"], prompts, update=update):
             with run.lock():
                 run.write_units({})  # they were of the other configuration
                 run.place.put(_CONFIG_FILE, json_bytes(document))
-        elif (stored := run._read_config_file())["cache"] != document["cache"]:
+        elif any(stored.get(key) != value for key, value in kept.items()):
             with run.lock():
-                run.place.put(_CONFIG_FILE, json_bytes({**stored, "cache": document["cache"]}))
+                run.place.put(_CONFIG_FILE, json_bytes({**stored, **kept}))
         return run
 
     @classmethod
@@ -153,15 +159,27 @@ class RunDirectory:
         """Raise what :meth:`open_or_create` would raise now, but for locks; writes nothing."""
         run = cls(location)
         if run._has_config():
-            run._differences(json.loads(json.dumps(config, allow_nan=False)), update=update)
+            run._differences(json.loads(json.dumps(config, allow_nan=False)), None, update=update)
         else:
             run._refuse_foreign_folder()
+
+    @classmethod
+    def check_prompts(cls, location: str | os.PathLike[str] | StoreUrl, prompts: Prompts) -> None:
+        """Raise RunConfigMismatch where a run was made with other prompts; what else :meth:`check` raises, it says too."""
+        run = cls(location)
+        if run._has_config():
+            run._refuse(prompt_differences(run.prompts, prompts))
 
     @property
     def config(self) -> dict[str, Any]:
         """The stored resolved configuration."""
         config: dict[str, Any] = self._read_config_file()["config"]
         return config
+
+    @property
+    def prompts(self) -> Prompts:
+        """What the run was made with; empty where it began before they were kept."""
+        return {key: KeptPrompts.from_dict(kept) for key, kept in self._read_config_file().get("prompts", {}).items()}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -261,16 +279,20 @@ class RunDirectory:
     def _has_config(self) -> bool:
         return _CONFIG_FILE in self.place.names("")
 
-    def _differences(self, config: dict[str, Any], *, update: bool) -> list[str]:
-        differences = _differences(self.config, config)
-        if differences and not update:
+    def _differences(self, config: dict[str, Any], prompts: Prompts | None, *, update: bool) -> list[str]:
+        differences = _differences(self.config, config) + prompt_differences(self.prompts, prompts or {})
+        if not update:
+            self._refuse(differences)
+        return differences
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
             raise RunConfigMismatch(
                 f"{self.location} was made with another configuration:\n  "
                 + "\n  ".join(differences)
                 + "\n--update takes the new one and redoes only what depends on these keys; "
                 "or give another run directory; or set the keys back"
             )
-        return differences
 
     def _read_config_file(self) -> dict[str, Any]:
         path = self.location / _CONFIG_FILE

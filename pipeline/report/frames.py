@@ -56,6 +56,8 @@ class Comparison:
     title: str
     """Why this prompt is shown."""
     prompt: str
+    beside: str
+    """What the prompt's file has beside it."""
     frame_numbers: tuple[int, ...]
     strips: tuple[Strip, ...]
     videos: tuple[Video, ...]
@@ -102,6 +104,7 @@ def compare_frames(run: RunData, models: Sequence[ModelMeasurements]) -> Compari
         Comparison(
             title,
             str(main.results[prompt]["prompt"]),
+            str(run.beside("held_out", prompt)),
             numbers,
             _strips(frames, prompt, by_name, largest=largest),
             _videos(run, frames, prompt, by_name),

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.event_log import OUT_OF_MEMORY
 from pipeline.report import plots, run_plots
-from pipeline.report.calibration import CalibratedBlock, Refined, read_blocks, read_refined, read_salience
+from pipeline.report.calibration import CalibratedBlock, Refined, Salience, read_blocks, read_refined, read_salience
 from pipeline.report.figure import Picture
 from pipeline.report.films import export_films
 from pipeline.report.frames import compare_frames
@@ -34,7 +34,7 @@ from pipeline.report.quantities import NOTHING, bytes_text, decibels_text, inter
 from pipeline.report.run_data import RunData, read_run, reads_activations
 from pipeline.report.timeline import Timeline, read_timeline
 from pipeline.report.usage import usage_grid
-from pipeline.run_units import STAGES
+from pipeline.run_units import STAGES, prompt_names
 from pipeline.study.intervals import mean_interval
 from pipeline.terminal import counted
 from storage.location import Location
@@ -100,10 +100,11 @@ def _view(run: RunData) -> dict[str, Any]:
         "num_held_out": run.config["prompts"]["num_held_out"],
         "checkpoint": f"{run.location.name}/{assembled.result['checkpoint']}" if assembled else None,
         "relative_speed": {name: relative_speed(models, name) for name in run.method_names},
-        "prompts": _prompt_grid(models),
+        "prompts": _prompt_grid(run, models),
         "fidelity": run_plots.fidelity(models),
         "comparisons": compare_frames(run, models),
         "salience": salience,
+        "calibration_prompts": _calibration_prompts(run, salience),
         "salience_map": plots.salience_map(salience) if salience else None,
         "salience_parts": plots.salience_parts(salience) if salience else None,
         "losses": _drawn({name: plots.losses(found, name) for name, found in blocks.items()}),
@@ -228,19 +229,31 @@ def _metrics_grid(run: RunData, metrics: Table) -> Grid | None:
     return grid(headings, [row for row in rows if not all(cell.empty for cell in row.cells[1:])])
 
 
-def _prompt_grid(models: Sequence[ModelMeasurements]) -> Grid | None:
-    """Prompt name, text, and PSNR by method, the worst prompt of the first method on top."""
+def _prompt_grid(run: RunData, models: Sequence[ModelMeasurements]) -> Grid | None:
+    """Prompt name, text, what stands beside it, and PSNR by method, the worst prompt of the first method on top."""
     texts = {prompt: str(r["prompt"]) for model in models for prompt, r in model.results.items()}
     columns = [model.values("psnr_db") for model in models[1:]]
     if not any(columns):
         return None
     order = sorted(texts, key=lambda prompt: (columns[0].get(prompt, float("inf")), prompt))
-    headings = [Heading("Unit", text=True), Heading("Prompt", text=True)]
+    headings = [Heading(name, text=True) for name in ("Unit", "Prompt", "Image", "Negative prompt")]
     headings += [Heading(model.name, "PSNR, dB") for model in models[1:]]
     values = {
         prompt: [f"{column[prompt]:.2f}" if prompt in column else NOTHING for column in columns] for prompt in order
     }
-    return grid(headings, [GridRow(cells(prompt, texts[prompt], *values[prompt])) for prompt in order])
+    beside = {prompt: run.beside("held_out", prompt) for prompt in order}
+    rows = [
+        GridRow(cells(prompt, texts[prompt], beside[prompt].image, beside[prompt].negative_prompt, *values[prompt]))
+        for prompt in order
+    ]
+    return grid(headings, rows)
+
+
+def _calibration_prompts(run: RunData, salience: Salience | None) -> list[tuple[str, str]]:
+    """Texts in order, and what stands beside each."""
+    texts = () if salience is None else salience.prompts
+    named = zip(prompt_names(len(texts)), texts, strict=True)
+    return [(text, str(run.beside("calibration", name))) for name, text in named]
 
 
 def _weakest_layers(blocks: Sequence[CalibratedBlock]) -> list[tuple[str, float]]:

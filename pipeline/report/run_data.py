@@ -10,11 +10,12 @@ from pipeline.config.loading import parse_config
 from pipeline.config.method import parse_method
 from pipeline.event_log import read_events
 from pipeline.provenance import TRANSFORMERS
-from pipeline.run_units import STAGES, num_units
+from pipeline.run_units import STAGES, num_units, prompt_names
 from storage.cache import DamagedRecord, UnitRecord
 from storage.location import Location
 from storage.recorded_outputs import RecordedOutputs
 from storage.run_directory import RunDirectory
+from storage.run_prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,19 @@ class StageUnits:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What stands beside a prompt in its file, and tells two of one text apart."""
+
+    image: str = ""
+    """Path from the file's folder; '' without one."""
+    negative_prompt: str = ""
+
+    def __str__(self) -> str:
+        named = (("image", self.image), ("negative prompt", self.negative_prompt and f"“{self.negative_prompt}”"))
+        return ", ".join(f"{name} {value}" for name, value in named if value)
+
+
+@dataclass(frozen=True)
 class RunData:
     """One run, read once."""
 
@@ -45,6 +59,8 @@ class RunData:
     """Records that cannot be read, with the reason."""
     outputs: RecordedOutputs
     """The units' arrays and films."""
+    prompts: Prompts
+    """Empty for a run that began before they were kept."""
 
     @property
     def methods(self) -> tuple[Mapping[str, Any], ...]:
@@ -60,6 +76,13 @@ class RunData:
     def setting_names(self) -> tuple[str, ...]:
         """Settings of the method's checkpoint with which it is evaluated too."""
         return tuple(self.config["evaluation"].get("settings", {}))
+
+    def beside(self, key: str, prompt: str) -> Beside:
+        """What stands beside a prompt, by key of `prompts` and the name of its unit."""
+        kept = self.prompts.get(key)
+        named = {} if kept is None else dict(zip(prompt_names(len(kept.prompts)), kept.prompts, strict=True))
+        found = named.get(prompt)
+        return Beside() if found is None else Beside(found.image_file or "", found.content.get("negative_prompt", ""))
 
     def record(self, stage: str, unit: str) -> UnitRecord | None:
         """One record, if the unit is done."""
@@ -96,6 +119,7 @@ def read_run(location: Location) -> RunData:
         events,
         tuple(problems),
         directory.outputs(found),
+        directory.prompts,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from pipeline.config.loading import ConfigError
-from pipeline.context import Run, RunContext, build_context, prompt_notes
+from pipeline.context import Run, RunContext, build_context, prompt_notes, prompt_refusals
 from pipeline.planning.machine import (
     Disk,
     cache_notes,
@@ -33,7 +33,7 @@ from pipeline.run_units import evaluation_names
 from pipeline.runner import STAGES
 from pipeline.stages.stage import NotDone, Stage, StageUnit
 from pipeline.study.expansion import STUDY_FILE, Study, StudyRun
-from pipeline.study.models import fingerprints_of, model_key, pinned_study
+from pipeline.study.models import ModelKey, fingerprints_of, model_key, pinned_study
 from pipeline.terminal import counted, human_bytes, new_table, say, say_sentence, say_table
 from storage.cache import Cache, DamagedRecord, UnitRecord
 from storage.lock import LOCK_FILE
@@ -119,21 +119,11 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
     except ConfigError as error:
         raise ConfigError([*error.problems, *worker_problems(study.runs[0].config)]) from error
     fingerprints, problems = fingerprints_of(study)
-    by_setting: dict[str, RunContext] = {}
-    for run in study.runs:
-        if run.setting.slug in by_setting:
-            continue
-        try:
-            context = build_context(run.config, weights=False)
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        by_setting[run.setting.slug] = replace(
-            context,
-            model_fingerprint=fingerprints[model_key(run.config)],
-            model_note=model_notes[model_key(run.config)],
-        )
-        problems += context.model.found.named(count_tokens(context).problems)
+    by_setting, found = _by_setting(study, fingerprints, model_notes)
+    for problem, settings in found.items():
+        of_some = len(settings) < len(study.settings)
+        if problem not in problems:
+            problems.append(f"{', '.join(f'setting {name!r}' for name in settings)}: {problem}" if of_some else problem)
     first = study.runs[0].config
     place = run_problems(study.location, first.model) or directory_problems(RunDirectory(study.location))
     if not place:
@@ -142,6 +132,8 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
     if len(by_setting) < len(study.settings):
         raise ConfigError(list(dict.fromkeys(problems)))
     contexts = {run.label: replace(by_setting[run.setting.slug], config=run.config) for run in study.runs}
+    if not place:
+        problems += [problem for context in contexts.values() for problem in prompt_refusals(context, update=update)]
     counts = _Counting(study, contexts).counts(stages)
     disk = disk_of(study.location)
     problems += [
@@ -163,6 +155,26 @@ def prepare_study(study: Study, stages: tuple[Stage, ...] = STAGES, *, update: b
         if count.unknown_runs
     ]
     return PreparedStudy(study, contexts, counts, disk, list(dict.fromkeys(problems)), notes)
+
+
+def _by_setting(
+    study: Study, fingerprints: Mapping[ModelKey, str], model_notes: Mapping[ModelKey, str | None]
+) -> tuple[dict[str, RunContext], dict[str, list[str]]]:
+    """Contexts by slug of those settings that have one, and what is wrong with which settings."""
+    contexts: dict[str, RunContext] = {}
+    problems: dict[str, list[str]] = {}
+    for setting in study.settings:
+        config = study.runs_of(setting)[0].config
+        try:
+            context = build_context(config, weights=False)
+            found = context.model.found.named(count_tokens(context).problems)
+            key = model_key(config)
+            contexts[setting.slug] = replace(context, model_fingerprint=fingerprints[key], model_note=model_notes[key])
+        except ConfigError as error:
+            found = list(error.problems)
+        for problem in found:
+            problems.setdefault(problem, []).append(setting.name)
+    return contexts, problems
 
 
 def directory_problems(directory: RunDirectory) -> list[str]:

@@ -18,6 +18,8 @@ from reelquant.families.family import Arguments, Config, Family, ImageUse, Video
 from reelquant.tokens import Grid
 
 NUM_TRAIN_TIMESTEPS = 1000
+LARGEST_1_5 = (768, 1360)
+"""Height and width of CogVideoX-1.5's videos."""
 
 
 def _grid(config: Config, call: Arguments) -> Grid:
@@ -50,6 +52,14 @@ def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
         "attention_kwargs": None,
         "return_dict": False,
     }
+
+
+def _call_defaults(config: Config, side: int) -> dict[str, int]:
+    """As the pipeline takes them. 1.5's would be the end of its table of positions; its authors name 1360 x 768 at most."""
+    height, width = config["sample_height"] * side, config["sample_width"] * side
+    if config.get("patch_size_t") is not None:
+        height, width = min(height, LARGEST_1_5[0]), min(width, LARGEST_1_5[1])
+    return {"height": height, "width": width, "num_frames": config["sample_frames"]}
 
 
 def _image(config: Config, _index: Config) -> ImageUse:
@@ -100,6 +110,7 @@ FAMILY = Family(
     side_multiple=8,
     channel_axis=2,
     joined=(("norm1.linear", "norm2.linear"),),
+    call_defaults=_call_defaults,
     refusal=_refusal,
     image=_image,
     image_frame=_image_frame,

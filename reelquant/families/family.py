@@ -218,6 +218,9 @@ class Family:
     """Whether the blocks have several gates in place of each, so that `outputs` does not hold."""
     template: Callable[[Config], PromptTemplate] = no_template
     second_text: SecondText | None = None
+    call_defaults: Callable[[Config, int], Mapping[str, int]] | None = None
+    """`(config, pixels on a side of one of the latents)`: height, width, frames and text tokens by the names of `Generation`,
+    as the pipeline takes them where its call names none and its signature has no number; None: its signature has them all."""
     refusal: Callable[[Config], str | None] | None = None
     """Why a configuration of the architecture is not supported."""
     streams: Mapping[int, str] = field(default_factory=dict)

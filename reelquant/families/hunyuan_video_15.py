@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import HunyuanVideo15Pipeline, extract_glyph_texts
 from torch import Tensor
 
@@ -59,6 +60,13 @@ def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
         "attention_kwargs": None,
         "return_dict": False,
     }
+
+
+def _call_defaults(config: Config, side: int) -> dict[str, int]:
+    """Of a video, or an image, of 16:9."""
+    processor = HunyuanVideo15ImageProcessor(vae_scale_factor=side)
+    height, width = processor.calculate_default_height_width(9, 16, config.get("target_size", 640))
+    return {"height": height, "width": width, "max_sequence_length": _PROMPT["tokenizer_max_length"].default}
 
 
 def _image(_config: Config, index: Config) -> ImageUse:
@@ -143,6 +151,7 @@ FAMILY = Family(
     outputs={"transformer_blocks": HUNYUAN_VIDEO.outputs["transformer_blocks"]},
     template=prompt_template,
     second_text=SecondText(_glyphs, GLYPH_TOKENS),
+    call_defaults=_call_defaults,
     refusal=_refusal,
     image=_image,
     image_frame=_image_frame,

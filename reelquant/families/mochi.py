@@ -36,6 +36,10 @@ def _inputs(config: Config, size: VideoSize) -> dict[str, Any]:
     }
 
 
+def _call_defaults(_config: Config, _side: int) -> dict[str, int]:
+    return {"height": 480, "width": 848}
+
+
 def _noise_level(timestep: float) -> float:
     return 1 - timestep / NUM_TRAIN_TIMESTEPS
 
@@ -62,5 +66,6 @@ FAMILY = Family(
     side_multiple=8,
     padding=(("encoder_hidden_states", "encoder_attention_mask"),),
     needs_text=False,
+    call_defaults=_call_defaults,
     joined=(("norm1.linear", "norm1_context.linear", "norm1_context.linear_1"),),
 )

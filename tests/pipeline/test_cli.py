@@ -15,7 +15,6 @@ from pipeline.run_units import STAGES
 from tests.errors import names
 from tests.pipeline.small_run import ROOT, small_run
 from tests.pipeline.small_run import command as command_line
-from tests.pipeline.test_prompts import image, write_lines
 
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -104,19 +103,17 @@ def test_configurations_ship() -> None:
 
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config not in (PIPED, LARGE)])
 def test_every_shipped_configuration_is_planned(config: str, tmp_path: Path) -> None:
+    name = config.removeprefix("configs/").removesuffix(".yaml")
     arguments = ["plan", config, "--set", f"run={tmp_path / 'run'}"]
     if config in WITHOUT_WEIGHTS:
         arguments += ["--shapes-only", "--set", f"model={WITHOUT_WEIGHTS[config]}"]
-    if Path(config).stem in FROM_IMAGES:
-        for key, num, color in (("calibration", 10, "red"), ("held_out", 16, "blue")):
-            image(tmp_path / f"{key}.png", (1280, 720), color)
-            lines = [{"prompt": f"prompt {index}", "image": f"{key}.png"} for index in range(num)]
-            arguments += ["--set", f"prompts.{key}={write_lines(tmp_path / f'{key}.jsonl', *lines)}"]
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert "problem:" not in result.output
+    if name in FROM_IMAGES:
+        assert names(result.output, "images/calibration.jsonl", "images/held_out.jsonl")
     assert not (tmp_path / "run").exists()
-    if (name := config.removeprefix("configs/").removesuffix(".yaml")) in OTHERS:
+    if name in OTHERS:
         [smaller] = re.findall(r"reelquant +W4A8 .* (\d\.\d+)x", result.output)
         assert float(smaller) >= (3.74 if name in NARROW else 3.75)
 

@@ -358,8 +358,8 @@ def test_prompts_that_are_the_same_are_noted_and_never_held_out(tmp_path: Path) 
     [note] = prompt_notes(build_context(config, weights=False))
     assert note.startswith("prompts.calibration")
     assert "'The digit 3'" in note
-    fish = [("\ufb01sh", None), ("Fish ", None), ("f i s h", None), ("FISH", b"image")]
-    assert repeated_prompts(fish) == ["\ufb01sh"]
+    fish = [("\ufb01sh", None, 1), ("Fish ", None, 4), ("f i s h", None, 5), ("FISH", b"image", 6)]
+    assert repeated_prompts(fish) == [("\ufb01sh", [1, 4])]
 
 
 def test_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

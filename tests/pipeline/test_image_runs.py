@@ -205,7 +205,11 @@ def test_what_a_model_from_images_needs_is_named(tmp_path: Path) -> None:
     model = tiny_pipelines.wan_ti2v(tmp_path / "model")
     image(tmp_path / "wide.png", (200, 100))
     image(tmp_path / "h.png")
-    lines = [{"prompt": "a", "image": "wide.png"}, {"prompt": "b"}, {"prompt": "c", "image": "h.png"}]
+    image(tmp_path / "tall.png", (60, 80))
+    lines = [
+        {"prompt": "a", "image": "wide.png"}, {"prompt": "b"}, {"prompt": "d", "image": "h.png"},
+        {"prompt": "e", "image": "tall.png"}, {"prompt": "c", "image": "h.png"},
+    ]  # fmt: skip
     evaluation = {"prompts_per_pass": 2}
     with pytest.raises(ConfigError) as caught:
         run_of(tmp_path, model, *lines, generation=GENERATION, evaluation=evaluation)
@@ -213,10 +217,36 @@ def test_what_a_model_from_images_needs_is_named(tmp_path: Path) -> None:
     assert "line 2" in lacking
     assert "WanImageToVideoPipeline" in lacking
     assert ".jsonl" in lacking
-    assert "line 1" in stretched
-    assert "200 x 100" in stretched
-    assert "generation.height" in stretched
+    assert names(stretched, "prompts.calibration", "generation.height", "96 x 64")
+    assert names(stretched, "line 1", tmp_path / "wide.png", "200 x 100", 1.33)
+    assert names(stretched, "line 4", tmp_path / "tall.png", "60 x 80", "2.00")
+    assert "line 3" not in stretched
     assert "evaluation.prompts_per_pass" in several
+
+
+def test_the_pipeline_that_makes_videos_from_images_is_named(tmp_path: Path) -> None:
+    """Wan2.2-TI2V-5B comes with the one from text."""
+    image(tmp_path / "a.png")
+    lines = [{"prompt": "a", "image": "a.png"}, {"prompt": "b"}]
+    model = tiny_pipelines.wan_ti2v(tmp_path / "model", image=False)
+    words = ("prompts.calibration", "line 1", model / "model_index.json", "_class_name", "WanImageToVideoPipeline")
+    with raises(ConfigError, "WanPipeline", *words):
+        run_of(tmp_path, model, *lines, generation=GENERATION)
+
+
+@pytest.mark.parametrize("model", ["wan_ti2v", "hunyuan_video_i2v", "hunyuan_video_i2v_concat"])
+def test_the_image_is_not_all_of_the_video(model: str, tmp_path: Path) -> None:
+    """Where nothing is made of the image's frame; 5 frames are two of the latents."""
+    config = image_run(tmp_path, model)
+    overrides = ["method.attention.density=1", "method.attention_distillation=none"]
+    with raises(ConfigError, "generation.num_frames", 4, 5):
+        plan_config(load_config(config, ["generation.num_frames=4", *overrides]))
+    assert plan_config(load_config(config, ["generation.num_frames=5", *overrides])).problems == []
+
+
+def test_a_model_that_makes_the_image_s_frame_too_makes_it_alone(tmp_path: Path) -> None:
+    overrides = ["generation.num_frames=1", "method.attention.density=1", "method.attention_distillation=none"]
+    assert plan_config(load_config(image_run(tmp_path, "wan_2_2_i2v"), overrides)).problems == []
 
 
 @pytest.mark.parametrize(("model", "pipeline"), [("wan", "WanImageToVideoPipeline"), ("wan_2_2_i2v", "WanPipeline")])

@@ -330,6 +330,28 @@ def test_components_without_weights_are_counted(tmp_path: Path) -> None:
         assert copied_bytes(model)[name] == pytest.approx(num_bytes, rel=0.02), name
 
 
+def test_prompt_files_that_are_not_there_are_counted_by_their_number_and_longest_text(tmp_path: Path) -> None:
+    here = small(tmp_path)
+    absent = (f"prompts.calibration={tmp_path / 'gone.txt'}", f"prompts.held_out={tmp_path / 'gone.jsonl'}")
+    away = load_config(tmp_path / "run.yaml", absent)
+    plan, counted = plan_config(away, shapes_only=True), plan_config(here, shapes_only=True)
+    assert plan.problems == []
+    assert names(
+        "\n".join(plan.lacking), *away.prompts.model_dump().values(), 2, 1, here.generation.max_sequence_length
+    )
+    assert names(shown(plan, 200), "Ready to run elsewhere")
+    assert plan.counts.text == dict.fromkeys(counted.counts.text, 32)
+    assert [stage.units for stage in plan.stages] == [stage.units for stage in counted.stages]
+    longest = [f"{'word ' * 40}{number}" for number in range(2)]
+    (tmp_path / "calibration.txt").write_text("\n".join(longest))
+    assert plan.stages == plan_config(here, shapes_only=True).stages
+    with raises(ConfigError, "prompts.calibration", "gone.txt", "prompts.held_out", "gone.jsonl"):
+        plan_config(away)
+    (tmp_path / "gone.txt").write_text("the digit 3\n")
+    with raises(ConfigError, "prompts.calibration", "gone.txt", "prompts.num_calibration", 2):
+        plan_config(away, shapes_only=True)
+
+
 # What would go wrong
 
 

@@ -13,10 +13,12 @@ from pipeline.config.loading import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.plan import plan_config
 from pipeline.planning.machine import lock_notes, refusals
+from pipeline.runner import open_run
 from pipeline.study.expansion import STUDY_FILE, load_study
 from pipeline.study.preparation import prepare_study
 from storage.location import local_path
 from storage.run_directory import FORMAT_VERSION, RunDirectory
+from tests.errors import names
 from tests.pipeline.small_run import small_run
 from tests.pipeline.test_study import small_study
 
@@ -113,4 +115,17 @@ def test_a_study_says_it_too(tmp_path: Path) -> None:
     [changed] = prepare_study(load_study(path)).problems
     assert changed.startswith(f"run: {first.location} ")
     assert "seed" in changed
+    assert prepare_study(load_study(path), update=True).problems == []
+
+
+def test_a_study_says_which_prompts_of_its_runs_are_others(tmp_path: Path) -> None:
+    path = small_study(tmp_path)
+    first, *others = prepare_study(load_study(path)).contexts.values()
+    open_run(first, update=False)
+    (tmp_path / "study" / STUDY_FILE).write_text("{}")
+    file = first.config.prompts.calibration
+    file.write_text(f"a changed one\n{file.read_text()}")
+    [problem] = prepare_study(load_study(path)).problems
+    assert others
+    assert names(problem, first.config.run, "prompts.calibration", file, "line 1", "--update")
     assert prepare_study(load_study(path), update=True).problems == []

@@ -1,6 +1,7 @@
 """Files of JSON lines: what a line says, what is wrong with it, and what of it a run depends on."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from PIL import Image
 
 from pipeline.config.loading import ConfigError, load_config
 from pipeline.config.prompts import read_prompts
-from pipeline.context import Run, build_context
+from pipeline.context import Run, build_context, prompt_notes
+from pipeline.plan import make_plan
 from pipeline.planning.token_counts import count_tokens
+from pipeline.runner import open_run
 from pipeline.stages.evaluation import Evaluation
 from pipeline.stages.trajectories import Trajectories
 from pipeline.submission import job_of
@@ -77,11 +80,102 @@ def test_everything_wrong_with_the_lines_is_named_at_once(tmp_path: Path) -> Non
     found = caught.value.problems
     words = (
         "picture", "JSON", "prompt", "prompt", "gone.png", "../outside.png", tmp_path / "outside.png", "link.png",
-        "cut.png", "PNG", "prompt", "mapping",
+        "cut.png", "PNG", "prompt", '["a"]',
     )  # fmt: skip
     assert len(found) == len(words)
     for number, (problem, word) in enumerate(zip(found, words, strict=True), 1):
         assert names(problem, "prompts.held_out", path, f"line {number}", word)
+
+
+def problems_of(path: Path) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path, 1, "calibration")
+    return caught.value.problems
+
+
+def test_names_end_in_letters_of_either_case(tmp_path: Path) -> None:
+    [prompt] = read_prompts(write_lines(tmp_path / "P.JSONL", {"prompt": "a"}), 1, "calibration")
+    assert prompt.prompt == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('a bird\n\n{"prompt": "a"}\n{"prompt": "b"}\n', "lines 3, 4"),
+        ('[{"prompt": "a"},\n {"prompt": "b"}]\n', "lines 1, 2"),
+        ('[{"prompt": "a"}, {"prompt": "b"}]\n', "line 1"),
+        ('\n{\n  "prompt": "a"\n}\n', "lines 2 to 4"),
+    ],
+)
+def test_json_is_no_text(text: str, lines: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(text)
+    [problem] = problems_of(path)
+    assert names(problem, "prompts.calibration", path, lines, ".jsonl")
+
+
+def test_text_may_look_like_json(tmp_path: Path) -> None:
+    """Whatever has no prompt in it, or is not whole."""
+    lines = (
+        '{"a": 1}',
+        '"a quoted bird"',
+        "[1, 2]",
+        "[a camera pans]",
+        "{",
+        '{"prompt": "not closed',
+        "[" * 10**5,
+        "7",
+    )
+    assert [p.prompt for p in read_prompts(write_lines(tmp_path / "p.txt", *lines), 8, "calibration")] == list(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"prompt": "a"}]',
+        '[\n{"prompt": "a"},\n{"prompt": "b"}\n]\n',
+        '{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}\n',
+        '{"prompt":\n "a"}\n',
+        '{\n "prompt": "a",\n}\n',
+        '{"prompt": "a"} {"prompt": "b"}\n',
+    ],
+)
+def test_other_json_is_named_once(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    [problem] = problems_of(path)
+    assert names(problem, path, "one object a line", '{"prompt": "...", "image": "path/from/the/file.png"}')
+
+
+def test_an_empty_file_of_json_lines(tmp_path: Path) -> None:
+    [problem] = problems_of(write_lines(tmp_path / "p.jsonl", ""))
+    assert names(problem, tmp_path / "p.jsonl", '{"prompt": "...", "image": "path/from/the/file.png"}')
+
+
+def test_what_is_no_object_is_named_by_its_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "a"}, "[" * 10**5, "null", '"b"', 7)
+    found = problems_of(path)
+    for line, (problem, word) in enumerate(zip(found, ("[" * 60, "null", '"b"', 7), strict=True), 2):
+        assert names(problem, "prompts.calibration", path, f"line {line}", word)
+        assert len(problem) < 400 + len(str(path))
+
+
+def test_images_that_are_no_files(tmp_path: Path) -> None:
+    """Nothing of them is read: of a pipe that would never end."""
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    given = (
+        "loop.png", "pipe.png", "folder.png", "a\0b.png", "a" * 300, "https://example.com/a.png", "file:///a.png", "~/a.png",
+    )  # fmt: skip
+    path = write_lines(tmp_path / "p.jsonl", *({"prompt": "a", "image": name} for name in given))
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path, len(given), "held_out")
+    words = (*given[:3], r"a\x00b.png", *given[4:])
+    for number, (problem, word) in enumerate(zip(caught.value.problems, words, strict=True), 1):
+        assert names(problem, "prompts.held_out", path, f"line {number}", "image", word)
+        if number > 5:
+            assert names(problem, tmp_path, "URL", "~")
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +183,12 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.wan(tmp_path_factory.mktemp("text") / "model")
 
 
-def run_of(folder: Path, model: Path, *lines: Any, **changes: Any) -> Run:
-    """A run, whose held-out prompt is the last of `lines`."""
+def run_of(folder: Path, model: Path, *lines: Any, num_calibration: int | None = None, **changes: Any) -> Run:
+    """A run, whose held-out prompt is the last of `lines`; `num_calibration` where some are empty."""
     write_lines(folder / "c.jsonl", *lines[:-1])
     write_lines(folder / "h.jsonl", lines[-1])
     prompts = {
-        "calibration": str(folder / "c.jsonl"), "num_calibration": len(lines) - 1,
+        "calibration": str(folder / "c.jsonl"), "num_calibration": num_calibration or len(lines) - 1,
         "held_out": str(folder / "h.jsonl"), "num_held_out": 1,
     }  # fmt: skip
     values = {"generation": {**GENERATION, "guidance_scale": 4.0}, "selection": {"num_samples": 2}, **changes}
@@ -123,6 +217,28 @@ def test_a_run_depends_on_negative_prompts(tmp_path: Path, text_model: Path) -> 
     assert fingerprints(run_of(tmp_path, text_model, *plain)) == before
     changed = fingerprints(run_of(tmp_path, text_model, *({**line, "negative_prompt": "blurred"} for line in plain)))
     assert all(one != other for one, other in zip(before, changed, strict=True))
+
+
+def test_changed_prompts_of_a_run_are_refused_without_update(tmp_path: Path, text_model: Path) -> None:
+    lines = [{"prompt": "a"}, {"prompt": "b", "negative_prompt": "blurred"}, {"prompt": "c"}]
+    first = run_of(tmp_path, text_model, *lines)
+    open_run(first.context, update=False)
+    assert make_plan(run_of(tmp_path, text_model, *lines).context).problems == []
+    changed = run_of(tmp_path, text_model, "", lines[0], {"prompt": "b"}, lines[2], num_calibration=2).context
+    words = (tmp_path / "run", "prompts.calibration", tmp_path / "c.jsonl", "line 3", "negative_prompt", "--update")
+    [problem] = make_plan(changed).problems
+    assert names(problem, *words)
+    with raises(ValueError, *words):
+        open_run(changed, update=False)
+    assert make_plan(changed, update=True).problems == []
+    open_run(changed, update=True)
+    assert make_plan(changed).problems == []
+
+
+def test_prompts_that_stand_more_than_once_are_noted_with_their_lines(tmp_path: Path, text_model: Path) -> None:
+    lines = [{"prompt": "A  bird"}, {"prompt": "b"}, {"prompt": "a bird"}, {"prompt": "a bird", "negative_prompt": "x"}]
+    [note] = prompt_notes(run_of(tmp_path, text_model, *lines, {"prompt": "c"}).context)
+    assert names(note, "prompts.calibration", "'A  bird'", tmp_path / "c.jsonl", "lines 1, 3,")
 
 
 def test_negative_prompts_that_are_cut_are_noted(tmp_path: Path, text_model: Path) -> None:

@@ -37,6 +37,7 @@ from pipeline.report.usage import usage_grid
 from pipeline.run_units import STAGES
 from reelquant.calibration.salience import select_salient
 from storage.run_directory import RunDirectory
+from storage.run_prompts import KeptPrompt, KeptPrompts
 from tests.errors import raises
 from tests.pipeline.report_run import COMMIT, LOSS_PER_METHOD, RunMaker, RunShape
 from tests.pipeline.small_run import Recorded, write_report_of
@@ -151,6 +152,28 @@ def test_prompts_and_errors_are_escaped(tmp_path: Path) -> None:
     assert not page.handlers
     assert page.text.count(SCRIPT) >= 3  # calibration prompts, held-out prompts, the block that fell back
     assert "雪の中を走る狐" in page.text
+
+
+def test_images_and_negative_prompts_tell_prompts_of_one_text_apart(tmp_path: Path) -> None:
+    same = ("a boat",) * 3
+    run = RunMaker(tmp_path / "run", replace(SMALL, prompts=same, held_out=same)).everything()
+    assert "Negative prompt" not in _page_of(run.directory.path).text, "where there are none"
+    first = KeptPrompt(1, {"prompt": "a boat", "image": "12"}, "photos/<b>red.png")
+    second = KeptPrompt(2, {"prompt": "a boat", "image": "34", "negative_prompt": "<b>blurred"}, "photos/blue.png")
+    kept = KeptPrompts("p.jsonl", (first, second, KeptPrompt(3, {"prompt": "a boat"})))
+    prompts = {"calibration": kept, "held_out": kept}
+    RunDirectory.open_or_create(run.directory.path, run.config.identity(), {}, prompts=prompts)
+    html = write_report_of(run.directory.path).read_text()
+    assert "<b>red.png" not in html
+    assert "<b>blurred" not in html
+    page = _Page(html)
+    for text in ("Image", "photos/<b>red.png", "Negative prompt", "<b>blurred"):
+        assert text in page.texts, "a cell of the held-out prompts"
+    both = "image photos/blue.png, negative prompt “<b>blurred”"
+    for beside in ("image photos/<b>red.png", both):
+        assert beside in page.texts, "below a calibration prompt"
+        assert f"“a boat”, {beside}" in page.texts, "above the frames of a held-out one"
+    assert "“a boat”" in page.texts, "the third has neither"
 
 
 STAGES_IN_ORDER = ("trajectories", "selection", "activations", "distillation", "assembly", "evaluation")

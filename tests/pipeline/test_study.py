@@ -239,6 +239,26 @@ def test_infeasible_study_says_everything_before_any_work(tmp_path: Path) -> Non
     assert not (tmp_path / "study").exists()
 
 
+def test_what_is_wrong_with_a_setting_has_its_name(tmp_path: Path) -> None:
+    """And what is wrong with all, once and without."""
+    (tmp_path / "bad.jsonl").write_text("a bird")
+    settings = [
+        {
+            "name": "bad {method}",
+            "set": {"prompts.held_out": f"{tmp_path}/bad.jsonl"},
+            "axes": {"method": ["rtn", "gptq"]},
+        },
+        {"name": "good", "set": {}},
+    ]
+    path = small_study(tmp_path, settings=settings, reference="good", set={"prompts.calibration": "gone.txt"})
+    with pytest.raises(ConfigError) as refused:
+        prepare_study(load_study(path))
+    common, own = sorted(refused.value.problems, key=lambda problem: "setting" in problem)
+    assert common.startswith("prompts.calibration: gone.txt ")
+    assert names(own, "'bad rtn'", "'bad gptq'", "prompts.held_out", tmp_path / "bad.jsonl", "line 1")
+    assert "good" not in own
+
+
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "diary.txt").touch()

@@ -14,6 +14,7 @@ from storage.run_directory import (
     RunDirectory,
     RunFormatUnknown,
 )
+from storage.run_prompts import KeptPrompt, KeptPrompts
 from tests.errors import raises
 
 CONFIG = {"model": "tiny", "quantization": {"weight_bits": 4, "clip": None}, "prompts": ["a", "b"]}
@@ -52,6 +53,50 @@ def test_different_config_lists_every_difference_and_the_ways_out(tmp_path: Path
         RunDirectory.open_or_create(tmp_path, other, {})
     assert "model" not in str(caught.value)
     assert run.config == CONFIG
+
+
+def prompts_of(file: str = "p.jsonl", *, name: str = "a.png", **second: str) -> dict[str, KeptPrompts]:
+    """Two lines with an image each; `second` are contents of the second one."""
+    first = KeptPrompt(2, {"prompt": "a", "image": "12"}, name)
+    other = KeptPrompt(5, {"prompt": "b", "image": "34", **second}, "b.png")
+    return {"calibration": KeptPrompts(file, (first, other)), "held_out": KeptPrompts("h.txt", (first,))}
+
+
+@pytest.mark.parametrize("second", [{"prompt": "c"}, {"image": "56"}, {"negative_prompt": "blurred"}])
+def test_other_prompts_are_refused_like_another_config(second: dict[str, str], tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {}, prompts=prompts_of())
+    run.write_units({"trajectories": [ListedUnit("prompt-000", "0")]})
+    assert run.prompts == prompts_of()
+    RunDirectory.check_prompts(tmp_path, prompts_of())
+    other = prompts_of(**second)
+    words = ("prompts.calibration", "p.jsonl", "line 5", *second, "--update")
+    for refused in (
+        lambda: RunDirectory.check_prompts(tmp_path, other),
+        lambda: RunDirectory.open_or_create(tmp_path, CONFIG, {}, prompts=other),
+    ):
+        with raises(RunConfigMismatch, *words) as caught:
+            refused()
+        assert "line 2" not in str(caught.value)
+        assert "held_out" not in str(caught.value)
+    with raises(RunConfigMismatch, "model", *words):
+        RunDirectory.open_or_create(tmp_path, CONFIG | {"model": "x"}, {}, prompts=other)
+    assert (run.prompts, set(run.units())) == (prompts_of(), {"trajectories"})
+    RunDirectory.open_or_create(tmp_path, CONFIG, {}, prompts=other, update=True)
+    assert (run.prompts, run.units()) == (other, {})
+
+
+def test_prompts_that_are_the_same_under_other_names_or_not_kept_are_taken(tmp_path: Path) -> None:
+    run = RunDirectory.open_or_create(tmp_path, CONFIG, {})
+    run.write_units({"trajectories": [ListedUnit("prompt-000", "0")]})
+    assert run.prompts == {}, "of a run that began before they were kept"
+    for found in (prompts_of(), prompts_of("q.jsonl", name="z.png")):
+        RunDirectory.check_prompts(tmp_path, found)
+        RunDirectory.open_or_create(tmp_path, CONFIG, {}, prompts=found)
+        assert (run.prompts, set(run.units())) == (found, {"trajectories"})
+    RunDirectory.check_prompts(
+        tmp_path, {key: KeptPrompts("p", found.prompts[:1]) for key, found in prompts_of().items()}
+    )
+    RunDirectory.check_prompts(tmp_path / "nowhere", prompts_of())
 
 
 def test_update_takes_the_new_config(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ _WAN = {
     "ffn_dim": 32,
     "num_layers": 3,
     "cross_attn_norm": True,
-    "rope_max_seq_len": 32,
+    "rope_max_seq_len": 64,
 }
 _UNIPC = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 FIRST_FRAME = torch.arange(3 * 16).reshape(1, -1) < 16

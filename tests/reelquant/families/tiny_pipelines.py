@@ -184,7 +184,7 @@ def hunyuan_video_15(folder: Path, *, image: bool = False) -> Path:
     tokenizer.chat_template = f"{before}{{{{ messages[1]['content'] }}}}{after}"
     qwen = Qwen2_5_VLTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        num_key_value_heads=1, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
     )  # fmt: skip
     byt5 = T5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
