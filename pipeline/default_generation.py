@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.planning.token_counts import patches
+from pipeline.planning.token_counts import only_frames, patches
 from reelquant.calibration.without_values import META
 from reelquant.checkpoint.pipeline_files import read_json
 from reelquant.families.family import Config, Family, VideoSize
@@ -71,6 +71,8 @@ def default_generation(model: Path) -> dict[str, Any]:
         found["max_sequence_length"] = num_text
     if "num_frames" in found:
         found["num_frames"] = size_steps(model).num_frames(min(found["num_frames"], Generation().num_frames))
+    if (only := only_frames(family, config)) is not None:
+        found["num_frames"] = (only - 1) * compression(model)[0] + 1
     return {field.name: found[field.name] for field in fields(Generation) if field.name in found}
 
 

@@ -89,11 +89,10 @@ def count_tokens(context: RunContext) -> TokenCounts:
             f"generation.height is {generation.height} and generation.width {generation.width}, but this {model.family.name} "
             f"has positions for one size only: set them to {sides[0] * spatial} and {sides[1] * spatial}"
         )
-    time = call["hidden_states"].shape[3 - model.family.channel_axis] if call["hidden_states"].ndim == 5 else 0
-    if time and time != -(-counts.size.frames // (whole := patches(model.family, model.config)[0])) * whole:
+    if (only := only_frames(model.family, model.config)) not in (None, counts.size.frames):
         counts.problems.append(
             f"generation.num_frames is {generation.num_frames}, but this {model.family.name} has positions for one number of "
-            f"frames only: set it to {(time - 1) * temporal + 1}"
+            f"frames only: set it to {(only - 1) * temporal + 1}"
         )
     if (fixed := call["encoder_hidden_states"].shape[1]) != counts.size.num_text:
         counts.problems.append(
@@ -137,6 +136,14 @@ def patches(family: Family, config: Config) -> tuple[int, int, int]:
         hidden, (_, height, width) = call["hidden_states"], family.grid(config, call)
     sides = hidden.shape[-2:] if hidden.ndim == 5 else (48, 48)  # some models have positions for one size only
     return found, sides[0] // height, sides[1] // width
+
+
+def only_frames(family: Family, config: Config) -> int | None:
+    """Frames of the latents that the transformer takes, no more and no fewer; None where their number is free."""
+    size = VideoSize(frames=1, height=48, width=48, num_text=1)
+    with META:
+        few, many = (family.inputs(config, replace(size, frames=num))["hidden_states"] for num in (1, 96))
+    return int(few.shape[3 - family.channel_axis]) if few.ndim == 5 and few.shape == many.shape else None
 
 
 def _count_text(context: RunContext, counts: TokenCounts) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as image_to_video
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE, retrieve_timesteps
 from torch import Tensor, nn
 
@@ -98,6 +97,9 @@ def _template(config: Config) -> PromptTemplate:
     condition = _condition(config)
     if condition is None:
         return PromptTemplate(str(DEFAULT_PROMPT_TEMPLATE["template"]), int(DEFAULT_PROMPT_TEMPLATE["crop_start"]))
+    # Here, as transformers says something of image processors when it is imported.
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as image_to_video
+
     template = image_to_video.DEFAULT_PROMPT_TEMPLATE
     num_image = len(range(0, int(template["image_emb_len"]), IMAGE_STRIDE[condition]))
     return PromptTemplate(str(template["template"]), int(template["crop_start"]), ASSISTANT_TOKENS, num_image)
