@@ -17,6 +17,7 @@ from tests.errors import names
 from tests.pipeline.small_run import ROOT
 from tests.pipeline.test_prompts import image
 from tests.reelquant.families import tiny_pipelines
+from tests.reelquant.families.tiny_models import TINY as TINY_MODELS
 from workers.component_check import pipeline_inputs
 from workers.images import read_image
 
@@ -69,6 +70,8 @@ def test_defaults_are_those_of_a_call_of_the_pipeline(name: str, tmp_path: Path)
         "1_5" in name and "cog" in name
     ):  # the pipeline adds frames up to a whole token of two latents, and drops them again
         frames -= 4
+    if name == "cogvideox_5b_i2v":  # for its pipeline's 49, diffusers would take other positions than the model's
+        frames = TINY_MODELS["CogVideoX-5B from an image"].settings["sample_frames"]
     assert default["num_frames"] == min(frames, Generation().num_frames)
     assert {**default, **called, "num_frames": 0} == {**default, "num_frames": 0}
 
